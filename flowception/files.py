@@ -1,0 +1,87 @@
+"""Files that several processes may touch: written whole or not at all, and locks that die with their holder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from flowception.errors import FlowceptionError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content in one step, on disk when this returns; the folder must exist."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+class FileLock:
+    """A lock held by one process until it is released or the process ends, by SIGKILL too.
+
+    The lock is the kernel's (``flock``), so nothing stale remains; the file also says who holds it.
+    """
+
+    def __init__(self, path: Path, error: type[FlowceptionError], advice: str = "", *, wait: bool = False) -> None:
+        """Take the lock.
+
+        Args:
+            path: The lock file; it and its folder are made.
+            error: What to raise if another process holds the lock.
+            advice: What to do then.
+            wait: Wait for the lock instead of raising.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._take(wait)
+            self._stream.truncate(0)
+            self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._stream.flush()
+        except BlockingIOError:
+            holder = self._stream.read().strip() or "another process"
+            self._stream.close()
+            raise error(f"{path.parent} is in use by {holder}; {advice}") from None
+        except OSError as reason:
+            raise error(
+                f"{path} cannot be made or locked ({reason.strerror or reason}); choose a folder that can be written, "
+                "on a filesystem that is not mounted without flock"
+            ) from reason
+        _close_in_children(self._stream)
+
+    def _take(self, wait: bool) -> None:
+        self._stream = self._path.open("a+")
+        self._stream.seek(0)
+        fcntl.flock(self._stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+    def release(self) -> None:
+        """Give the lock back; the file stays, empty, so that waiters all wait for one file."""
+        self._stream.truncate(0)
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _close_in_children(stream: TextIO) -> None:
+    """Keep forked processes from holding the lock: the kernel's lock lives until its last copy is closed."""
+    held = weakref.ref(stream)
+
+    def close() -> None:
+        copy = held()
+        if copy is not None:
+            copy.close()
+
+    os.register_at_fork(after_in_child=close)

@@ -1,0 +1,56 @@
+"""Progress of a job that takes a while: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts work up to a total that may turn out smaller."""
+
+    def __init__(self, total: int, label: str) -> None:
+        """Begin.
+
+        Args:
+            total: Units of work expected.
+            label: What is being done.
+        """
+        self.total, self.label, self.done = total, label, 0
+        self._began = self._last_line = time.monotonic()
+        self._bar = tqdm(total=total, desc=label, leave=True) if sys.stderr.isatty() else None
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Count ``amount`` units as done."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._line(note)
+
+    def _line(self, note: str) -> None:
+        share = min(1.0, self.done / max(1, self.total))
+        seconds = time.monotonic() - self._began
+        print(f"{self.label}: {share:.0%} after {seconds:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            if kind is None:
+                self._bar.update(max(0, self.total - self._bar.n))
+            self._bar.close()
+        elif kind is None:
+            self.done = self.total
+            self._line("")

@@ -1,0 +1,110 @@
+"""Counter-based random numbers: a draw depends on what it is for, never on what was drawn before it.
+
+Every draw is a pure function of ``(seed, stream, epoch, clip, frame)``. So it is the same on any rank, in any
+worker and after any resume, and nothing about it has to be saved.
+
+* ``uniforms`` is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
+  over numpy arrays so that a whole epoch is drawn in one call.
+* ``normals`` is numpy's own Philox-4x64-10 under the same key, for latents' noise.
+* ``permutation`` shuffles with numpy's generator under the same key.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_LOW_32 = np.uint64(0xFFFFFFFF)
+_ROUNDS = 10
+MAX_SEED = 2**56 - 1
+
+
+class Stream(IntEnum):
+    """What a draw is for. Streams never share numbers; never renumber one."""
+
+    ORDER = 1
+    GLOBAL_TIME = 2
+    FRAME = 3
+    TASK = 4
+    NOISE = 5
+    CONDITION_DROPOUT = 6
+    SAMPLER = 7
+    VALIDATION = 8
+    TOY_WORLD = 9
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; give an integer from 0 to {MAX_SEED}")
+
+
+def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox-4x32-10: four random words for each counter.
+
+    Args:
+        counter: Shape ``[..., 4]``.
+        key: Two 32-bit words.
+
+    Returns:
+        Random words, shape ``[..., 4]``.
+    """
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint32) for i in range(4))
+    k0, k1 = np.uint32(key[0]), np.uint32(key[1])
+    with np.errstate(over="ignore"):
+        for _ in range(_ROUNDS):
+            product_0 = c0.astype(np.uint64) * _MULTIPLIER_0
+            product_1 = c2.astype(np.uint64) * _MULTIPLIER_1
+            high_0 = (product_0 >> np.uint64(32)).astype(np.uint32)
+            high_1 = (product_1 >> np.uint64(32)).astype(np.uint32)
+            c0, c1 = high_1 ^ c1 ^ k0, (product_1 & _LOW_32).astype(np.uint32)
+            c2, c3 = high_0 ^ c3 ^ k1, (product_0 & _LOW_32).astype(np.uint32)
+            k0, k1 = k0 + _WEYL_0, k1 + _WEYL_1
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def uniforms(
+    seed: int, stream: Stream, *, epoch: ArrayLike = 0, clip: ArrayLike = 0, frame: ArrayLike = 0
+) -> NDArray[np.float64]:
+    """Two independent uniforms in [0, 1) for each ``(epoch, clip, frame)``.
+
+    Args:
+        seed: The run's seed, 0 to ``MAX_SEED``.
+        stream: What the draw is for.
+        epoch: Non-negative, below 2^32. Broadcast against the others.
+        clip: A clip's 64-bit id (or any non-negative integer below 2^64).
+        frame: Non-negative, below 2^32.
+
+    Returns:
+        Shape ``[..., 2]`` with 53 random bits each, where ``...`` is the broadcast shape of the three.
+    """
+    _check_seed(seed)
+    e, c, f = np.broadcast_arrays(
+        np.asarray(epoch, dtype=np.uint32), np.asarray(clip, dtype=np.uint64), np.asarray(frame, dtype=np.uint32)
+    )
+    counter = np.stack([(c & _LOW_32).astype(np.uint32), (c >> np.uint64(32)).astype(np.uint32), e, f], axis=-1)
+    words = philox(counter, (seed & 0xFFFFFFFF, (int(stream) << 24) | (seed >> 32))).astype(np.uint64)
+    high, low = words[..., 0::2] >> np.uint64(5), words[..., 1::2] >> np.uint64(6)
+    return (high.astype(np.float64) * 2.0**26 + low.astype(np.float64)) * 2.0**-53
+
+
+def _generator(seed: int, stream: Stream, epoch: int, clip: int, frame: int) -> np.random.Generator:
+    _check_seed(seed)
+    key = np.array([(seed << 8) | int(stream), clip], dtype=np.uint64)
+    counter = np.array([0, 0, frame, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def normals(
+    seed: int, stream: Stream, shape: tuple[int, ...], *, epoch: int = 0, clip: int = 0, frame: int = 0
+) -> NDArray[np.float32]:
+    """Standard normal numbers of one frame, float32 of the given shape."""
+    return _generator(seed, stream, epoch, clip, frame).standard_normal(shape, dtype=np.float32)
+
+
+def permutation(seed: int, stream: Stream, size: int, *, epoch: int = 0, part: int = 0) -> NDArray[np.int64]:
+    """A random permutation of ``size`` items; ``part`` tells apart several of one epoch."""
+    return _generator(seed, stream, epoch, part, 0).permutation(size)
