@@ -1,0 +1,75 @@
+"""The generative process: schedules, roles, extended time, losses, and the sampler. Pure torch and numpy.
+
+``draw_clips`` turns uniforms into what a model trains on, ``sample`` turns a predictor into clips. Both follow
+DESIGN.md section 2; nothing here knows of files, networks or processes.
+"""
+
+from flowception.flow.extended_time import (
+    ClipDraws,
+    ProcessConfig,
+    draw_clips,
+    effective_sample_ratio,
+    expected_attention_ratio,
+)
+from flowception.flow.guidance import Prediction, guide
+from flowception.flow.loss import (
+    Denominators,
+    denominators,
+    expected_counts,
+    insertion_loss_sum,
+    rate_from_log,
+    velocity_loss_sum,
+)
+from flowception.flow.path import interpolate, shift_time, velocity_target
+from flowception.flow.sampler import Predictor, sample, sample_states
+from flowception.flow.sampler_state import Context, SamplerConfig, SampleResult, SamplerState, StepRecord
+from flowception.flow.schedule import InsertionSchedule, build_schedule
+from flowception.flow.task import (
+    TASK_NUMBERS,
+    TASKS,
+    Role,
+    draw_roles,
+    is_context,
+    is_generated,
+    may_insert,
+    model_role,
+    task_number,
+)
+
+__all__ = [
+    "TASKS",
+    "TASK_NUMBERS",
+    "ClipDraws",
+    "Context",
+    "Denominators",
+    "InsertionSchedule",
+    "Prediction",
+    "Predictor",
+    "ProcessConfig",
+    "Role",
+    "SampleResult",
+    "SamplerConfig",
+    "SamplerState",
+    "StepRecord",
+    "build_schedule",
+    "denominators",
+    "draw_clips",
+    "draw_roles",
+    "effective_sample_ratio",
+    "expected_attention_ratio",
+    "expected_counts",
+    "guide",
+    "insertion_loss_sum",
+    "interpolate",
+    "is_context",
+    "is_generated",
+    "may_insert",
+    "model_role",
+    "rate_from_log",
+    "sample",
+    "sample_states",
+    "shift_time",
+    "task_number",
+    "velocity_loss_sum",
+    "velocity_target",
+]

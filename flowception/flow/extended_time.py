@@ -1,0 +1,294 @@
+"""Extended time: one global time and a delay for each frame say which frames are visible, and how noisy each is.
+
+``tau_i = tau_g - u_i``. ``tau_i < 0``: deleted, not in the input. ``0 <= tau_i < 1``: flow. ``tau_i >= 1``: terminal.
+``tau_g`` has a two-part prior, ``insertion_share`` of it on (0, 1), where frames are inserted, and the rest on (1, 2);
+importance weights bring it back to U(0, 2), the sampler's own law (DESIGN.md section 2).
+
+Everything here is a deterministic function of uniforms that the caller draws, vectorised over clips.
+
+Shape legend: ``B`` clips, ``N`` frames of the longest of them. Tensors lie on the CPU, floats are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowception.errors import ConfigError
+from flowception.flow.delays import build_delay_law
+from flowception.flow.path import shift_time
+from flowception.flow.schedule import InsertionSchedule, build_schedule
+from flowception.flow.task import (
+    TASKS,
+    Role,
+    draw_roles,
+    is_context,
+    is_generated,
+    may_insert,
+    played_task,
+    task_number,
+)
+
+
+@dataclass(kw_only=True)
+class ProcessConfig:
+    """The process that a model learns."""
+
+    tasks: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0})
+    """Probability of each task (``t2v``, ``i2v``); need not sum to 1."""
+    num_start_frames: int = 3
+    """Generated frames that are there from the beginning."""
+    insertion_schedule: str = "linear"
+    """kappa: ``linear``, ``power`` or ``cosine``."""
+    insertion_exponent: float = 2.0
+    """Exponent of the ``power`` schedule."""
+    insertion_share: float = 0.5
+    """Share of global times below 1, in (0, 1]. 0.5 is the sampler's own law; more saves FLOPs and costs variance;
+    1 trains no state after the clock's end and is another objective."""
+    time_shift: float = 1.0
+    """s of the time shift, at least 1 (3 for LTX latents)."""
+    delay_law: str = "uniform"
+    """``uniform`` (Flowception) or ``full_sequence`` (the baseline: every frame starts, nothing is inserted)."""
+    insertion_loss_weight: float = 0.1
+    """Weight of the insertion loss. The velocity loss is a mean per element, about 1; the insertion loss is a sum over
+    a count, with a gradient of ``lambda - k``, several frames wide: 0.1 brings both to one scale. It does not move the
+    optimum where the network can fit both."""
+    condition_dropout: float = 0.1
+    """Probability that a clip is trained without its class and text, for guidance."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        self.task_probabilities()
+        build_schedule(self.insertion_schedule, self.insertion_exponent)
+        build_delay_law(self.delay_law)
+        rules = {
+            "num_start_frames": (self.num_start_frames >= 0, "an integer of at least 0"),
+            "insertion_share": (0 < self.insertion_share <= 1, "a number above 0 and at most 1"),
+            "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
+            "insertion_loss_weight": (0 <= self.insertion_loss_weight < float("inf"), "a number of at least 0"),
+            "condition_dropout": (0 <= self.condition_dropout <= 1, "a probability"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give {wanted}")
+
+    def schedule(self) -> InsertionSchedule:
+        """The insertion schedule kappa."""
+        return build_schedule(self.insertion_schedule, self.insertion_exponent)
+
+    def task_probabilities(self) -> NDArray[np.float64]:
+        """Probability of each entry of ``TASKS``; the order of the config's keys does not matter."""
+        share = np.zeros(len(TASKS))
+        for name, value in self.tasks.items():
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"tasks.{name} is {value}; give a number of at least 0")
+            share[task_number(name)] = value
+        if not share.sum() > 0:
+            raise ConfigError(f"tasks is {dict(self.tasks)}; give at least one task a probability above 0")
+        return share / share.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipDraws:
+    """Everything drawn for a batch of clips. Made by ``draw_clips``."""
+
+    num_frames: Tensor
+    """int64 [B]."""
+    global_time: Tensor
+    """[B], tau_g."""
+    weight: Tensor
+    """[B], importance weight of the clip's losses."""
+    task: Tensor
+    """int64 [B], number of the task the clip plays, after any fallback to t2v."""
+    roles: Tensor
+    """int64 [B, N], a ``Role`` for each frame."""
+    delay: Tensor
+    """[B, N], u; infinite behind a clip's last frame."""
+    time_shift: float
+    """s of the time shift."""
+    inserts: bool
+    """Whether the delay law has insertions to learn."""
+
+    @cached_property
+    def frame_time(self) -> Tensor:
+        """[B, N], ``tau_g - u``; minus infinity behind a clip's last frame."""
+        return self.global_time[:, None] - self.delay
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Frames in the model's input, bool [B, N]."""
+        return self.frame_time >= 0
+
+    @cached_property
+    def visible_frames(self) -> Tensor:
+        """int64 [B], number of visible frames."""
+        return self.visible.sum(dim=1)
+
+    @cached_property
+    def missing(self) -> Tensor:
+        """int64 [B, N], deleted frames between a visible frame and the next visible one or the end; 0 elsewhere."""
+        place = torch.arange(self.roles.shape[1]).expand_as(self.roles)
+        end = self.num_frames[:, None]
+        following = torch.where(self.visible, place, end)
+        from_here = following.flip(1).cummin(dim=1).values.flip(1)
+        next_visible = torch.cat([from_here[:, 1:], end], dim=1)
+        return torch.where(self.visible, next_visible - place - 1, 0)
+
+    @cached_property
+    def flow_mask(self) -> Tensor:
+        """Visible generated frames in flow state, those with a velocity loss, bool [B, N]."""
+        return self.visible & is_generated(self.roles) & (self.frame_time < 1)
+
+    @cached_property
+    def insertion_mask(self) -> Tensor:
+        """Visible frames that may insert while ``tau_g < 1``, those with an insertion loss, bool [B, N]."""
+        if not self.inserts:
+            return torch.zeros_like(self.visible)
+        return self.visible & may_insert(self.roles) & (self.global_time < 1)[:, None]
+
+    @cached_property
+    def shown_time(self) -> Tensor:
+        """[B, N], the time a frame is shown: its own, shifted, which is its noise level; the clock for context."""
+        own = shift_time(self.frame_time.clamp(0, 1), self.time_shift)
+        return torch.where(is_context(self.roles), self.global_time.clamp(0, 1)[:, None], own)
+
+
+def two_part_prior(u_time: Tensor, insertion_share: float) -> tuple[Tensor, Tensor]:
+    """Global times and importance weights from uniforms.
+
+    Args:
+        u_time: [B], uniforms in [0, 1).
+        insertion_share: w, share of times below 1.
+
+    Returns:
+        ``tau_g`` [B] in [0, 2) and weights [B], ``0.5 / w`` below 1 and ``0.5 / (1 - w)`` above; 1 where w is 1.
+    """
+    if insertion_share == 1:
+        return u_time, torch.ones_like(u_time)
+    below = u_time < insertion_share
+    largest_below = float(np.nextafter(1.0, 0.0))
+    early = (u_time / insertion_share).clamp(max=largest_below)
+    late = 1 + ((u_time - insertion_share) / (1 - insertion_share)).clamp(0, largest_below)
+    weight = torch.where(below, 0.5 / insertion_share, 0.5 / (1 - insertion_share)).to(u_time.dtype)
+    return torch.where(below, early, late), weight
+
+
+def _draw_tasks(config: ProcessConfig, u_task: Tensor) -> Tensor:
+    edges = torch.from_numpy(np.cumsum(config.task_probabilities())[:-1])
+    return torch.searchsorted(edges, u_task.contiguous(), right=True)
+
+
+def draw_clips(
+    config: ProcessConfig,
+    num_frames: Tensor | NDArray[np.int64],
+    u_time: Tensor | NDArray[np.float64],
+    u_task: Tensor | NDArray[np.float64],
+    u_frame: Tensor | NDArray[np.float64],
+) -> ClipDraws:
+    """Draw the task, roles, delays and global time of a batch of clips.
+
+    Args:
+        config: The process.
+        num_frames: [B], latent frames of each clip, at least 1.
+        u_time: [B], uniforms in [0, 1) for the global time (stratified by the caller or not).
+        u_task: [B], uniforms for the task.
+        u_frame: [B, N, 2], uniforms of each frame: column 0 for its delay, column 1 for its role.
+
+    Returns:
+        The draws; a clip's depend on its own numbers only.
+
+    Raises:
+        ValueError: If shapes do not agree or a clip has no frame.
+    """
+    frames = torch.as_tensor(num_frames, dtype=torch.int64)
+    time, which = torch.as_tensor(u_time, dtype=torch.float64), torch.as_tensor(u_task, dtype=torch.float64)
+    per_frame = torch.as_tensor(u_frame, dtype=torch.float64)
+    longest = int(frames.max()) if len(frames) else 0
+    if time.shape != frames.shape or which.shape != frames.shape or per_frame.shape[::2] != (len(frames), 2):
+        raise ValueError(
+            f"num_frames {tuple(frames.shape)}, u_time {tuple(time.shape)}, u_task {tuple(which.shape)} and u_frame "
+            f"{tuple(per_frame.shape)} do not agree; they must be [B], [B], [B] and [B, N, 2]"
+        )
+    if len(frames) and (longest > per_frame.shape[1] or int(frames.min()) < 1):
+        raise ValueError(
+            f"clips have {int(frames.min())} to {longest} frames; u_frame allows for 1 to {per_frame.shape[1]}"
+        )
+    law = build_delay_law(config.delay_law)
+    task = _draw_tasks(config, which)
+    drawn = draw_roles(task, frames, per_frame[..., 1], config.num_start_frames)
+    roles = law.adapt_roles(drawn)
+    if law.inserts:
+        global_time, weight = two_part_prior(time, config.insertion_share)
+    else:
+        global_time, weight = time * law.clock_end(frames), torch.ones_like(time)
+    return ClipDraws(
+        num_frames=frames,
+        global_time=global_time,
+        weight=weight,
+        task=played_task(task, drawn),
+        roles=roles,
+        delay=law.delays(roles, per_frame[..., 0], config.schedule()),
+        time_shift=config.time_shift,
+        inserts=law.inserts,
+    )
+
+
+def effective_sample_ratio(insertion_share: float) -> float:
+    """Effective over real sample size under the importance weights: ``1 / (0.25 / w + 0.25 / (1 - w))``; 1 at w = 1."""
+    if insertion_share == 1:
+        return 1.0
+    return 1 / (0.25 / insertion_share + 0.25 / (1 - insertion_share))
+
+
+def _visible_square(present: Tensor, free: Tensor, schedule: InsertionSchedule) -> Tensor:
+    """E[(present + Binomial(free, kappa(tau_g)))^2] over tau_g ~ U(0, 1)."""
+    mean, square = schedule.mean(), schedule.mean_square()
+    return present**2 + 2 * present * free * mean + free * (mean - square) + free**2 * square
+
+
+def expected_attention_ratio(
+    config: ProcessConfig,
+    num_frames: Tensor | NDArray[np.int64] | Mapping[int, int],
+    tokens_per_frame: Tensor | NDArray[np.int64] | None = None,
+) -> float:
+    """Expected attention pairs between visible frames, relative to full-sequence training of the same clips.
+
+    Args:
+        config: The process.
+        num_frames: [B], latent frames of each clip, or how many clips there are of each length.
+        tokens_per_frame: [B], tokens of a frame of each clip; None if all clips have frames of one size.
+
+    Returns:
+        ``E[sum (visible p)^2] / sum (n p)^2``, p tokens of a frame, under the prior in use. Exact: every task so far
+        has a number of present frames that depends on the clip's length alone.
+    """
+    if isinstance(num_frames, Mapping):
+        if tokens_per_frame is not None:
+            raise ValueError("tokens_per_frame goes with the length of each clip, not with clips of each length")
+        lengths, pairs_weight = torch.tensor(list(num_frames.keys())), torch.tensor(list(num_frames.values()))
+    else:
+        frames = torch.as_tensor(num_frames, dtype=torch.int64)
+        lengths, which = torch.unique(frames, return_inverse=True)
+        size = torch.ones(len(frames)) if tokens_per_frame is None else torch.as_tensor(tokens_per_frame)
+        pairs_weight = torch.zeros(len(lengths), dtype=torch.float64).index_add(0, which, size.double() ** 2)
+    if not len(lengths):
+        raise ValueError("the attention ratio of no clips is not defined; give at least one length")
+    law, schedule, share = build_delay_law(config.delay_law), config.schedule(), config.insertion_share
+    full = lengths.double() ** 2
+    u_role = torch.rand(
+        len(lengths), int(lengths.max()), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    expected = torch.zeros_like(full)
+    for number, probability in enumerate(config.task_probabilities()):
+        task = torch.full_like(lengths, number)
+        roles = law.adapt_roles(draw_roles(task, lengths, u_role, config.num_start_frames))
+        free = (roles == Role.FREE).sum(dim=1).double()
+        early = _visible_square(lengths - free, free, schedule)
+        expected += probability * (share * early + (1 - share) * full if law.inserts else full)
+    return float((expected * pairs_weight).sum() / (full * pairs_weight).sum())

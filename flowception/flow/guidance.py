@@ -1,0 +1,46 @@
+"""Classifier-free guidance (arXiv 2207.12598) of both heads.
+
+The velocity is extrapolated from the unconditional to the conditional one; the insertion rate likewise in log space,
+with a scale of its own, so that it stays positive. Scale 1 is the conditional prediction, 0 the unconditional.
+
+Shape legend: ``F`` frames, ``C H W`` a latent frame.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """What a model says of a set of frames."""
+
+    velocity: Tensor
+    """[F, C, H, W]."""
+    log_rate: Tensor
+    """[F], log of the expected number of missing frames right of each."""
+
+
+def guide(conditional: Prediction, unconditional: Prediction, scale: float, insertion_scale: float = 1.0) -> Prediction:
+    """Mix a conditional and an unconditional prediction of the same frames.
+
+    Args:
+        conditional: With the condition.
+        unconditional: With the null condition.
+        scale: Guidance of the velocity.
+        insertion_scale: Guidance of the log-rate.
+
+    Returns:
+        ``unconditional + scale * (conditional - unconditional)``, head by head. A head whose scale is 1 is returned
+        as it came.
+    """
+
+    def mix(with_condition: Tensor, without: Tensor, by: float) -> Tensor:
+        return with_condition if by == 1 else torch.lerp(without, with_condition, by)
+
+    return Prediction(
+        mix(conditional.velocity, unconditional.velocity, scale),
+        mix(conditional.log_rate, unconditional.log_rate, insertion_scale),
+    )

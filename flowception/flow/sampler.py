@@ -1,0 +1,227 @@
+"""The sampler: denoises the frames that exist and inserts new ones, with any predictor (DESIGN.md section 2).
+
+Clocks are whole steps since birth: after k steps a frame's unshifted time is ``min(1, k / N)``, so the last step lands
+on 1 exactly at any N. Each step evaluates the predictor once, moves every generated frame by
+``(shift(s + h) - shift(s)) velocity``, and while the clock is below 1 inserts frames right of those that may. It ends
+when the clock and all frames are at 1, after N to 2 N evaluations::
+
+    result = sample(predict, frame_shape=(C, H, W), batch_size=B, config=SamplerConfig(), seed=0)
+    # predict(state) -> (velocity [F, C, H, W], rate [F])
+
+Noise and insertion are keyed by clip seed, step and slot, so a clip comes out the same alone or in a batch.
+
+Shape legend: as in ``sampler_state``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowception.flow.insertion import INSERTION_RULES, Counts
+from flowception.flow.noise import fresh_noise
+from flowception.flow.sampler_state import (
+    Context,
+    SamplerConfig,
+    SampleResult,
+    SamplerState,
+    StepRecord,
+    initial_state,
+    step_sizes,
+)
+from flowception.flow.task import Role, may_insert
+from flowception.rng import Stream, uniforms
+
+logger = logging.getLogger(__name__)
+
+Predictor = Callable[[SamplerState], tuple[Tensor, Tensor]]
+"""``state -> (velocity [F, C, H, W], rate [F])``; the rate is the expected number of frames missing right of each."""
+
+
+def _move(state: SamplerState, velocity: Tensor) -> Tensor:
+    """Frames after the next step, [F, C, H, W]; frames that do not move stay to the bit, whatever their velocity."""
+    device = state.frames.device
+    sizes = step_sizes(state).to(device, torch.float32)[:, None, None, None]
+    # A product and a sum, not one fused operation: its rounding could depend on a frame's place in memory.
+    change = sizes * velocity.to(state.frames.dtype)
+    return torch.where(state.moving.to(device)[:, None, None, None], state.frames + change, state.frames)
+
+
+def _insertion_counts(state: SamplerState, rate: Tensor, config: SamplerConfig) -> Counts:
+    """Frames to insert right of each in this step, before the cap, [F]."""
+    rates = rate.detach().to("cpu", torch.float64).numpy()
+    active = may_insert(state.roles).numpy()
+    if not np.all(np.isfinite(rates[active]) & (rates[active] >= 0)):
+        bad = rates[active][~(np.isfinite(rates[active]) & (rates[active] >= 0))][0]
+        raise ValueError(f"the predictor's rate is {bad} at step {state.step}; rates must be finite and at least 0")
+    chances = uniforms(
+        0,
+        Stream.SAMPLER,
+        epoch=state.step + 1,
+        clip=state.seeds[state.frame_clip].numpy(),
+        frame=state.frame_rank.numpy(),
+    )
+    rule = INSERTION_RULES[str(config.insertion)]
+    p = config.schedule().appearance_probability(state.step, state.num_inference_steps)
+    return rule(rates, state.cu_frames.numpy(), active, p, chances)
+
+
+def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, Tensor]:
+    """Counts without those beyond ``max_frames``, a clip's leftmost kept, and whether each clip was cut, bool [B]."""
+    clip, cu_frames = state.frame_clip.numpy(), state.cu_frames.numpy()
+    running = np.concatenate([[0], np.cumsum(counts)])
+    before = running[:-1] - running[cu_frames[clip]]
+    room = max_frames - np.diff(cu_frames)
+    kept = np.minimum(counts, np.maximum(room[clip] - before, 0))
+    cut = np.bincount(clip[kept < counts], minlength=len(room)) > 0
+    newly = np.flatnonzero(cut & ~state.capped.numpy())
+    if len(newly):
+        shown = ", ".join(map(str, newly[:8])) + (", ..." if len(newly) > 8 else "")
+        logger.warning(
+            "max_frames = %d cut the insertions of %d clips (%s) at step %d; raise it if such lengths are wanted",
+            max_frames,
+            len(newly),
+            shown,
+            state.step,
+        )
+    return kept, state.capped | torch.from_numpy(cut)
+
+
+def _insert(state: SamplerState, counts: Counts) -> SamplerState:
+    """The state with ``counts[i]`` new frames right of frame i, born at this step's end."""
+    born = state.step + 1
+    source = np.repeat(np.arange(len(counts)), counts + 1)
+    is_new = np.ones(len(source), dtype=bool)
+    is_new[np.arange(len(counts)) + np.cumsum(counts) - counts] = False
+    running = np.concatenate([[0], np.cumsum(counts)])
+    cu_frames = state.cu_frames + torch.from_numpy(running)[state.cu_frames]
+    clip = state.frame_clip.numpy()[source[is_new]]
+    slots = np.flatnonzero(is_new) - cu_frames.numpy()[clip]
+    noise = fresh_noise(state.seeds.numpy()[clip], born, slots, tuple(state.frames.shape[1:]))
+    take, new = torch.from_numpy(source), torch.from_numpy(is_new)
+    device = state.frames.device
+    take_there, new_there = take.to(device), new.to(device)
+    frames, condition = state.frames[take_there], state.condition[take_there]
+    frames[new_there] = torch.from_numpy(noise).to(device)
+    condition[new_there] = 0
+    return replace(
+        state,
+        frames=frames,
+        condition=condition,
+        roles=torch.where(new, int(Role.FREE), state.roles[take]),
+        born_step=torch.where(new, born, state.born_step[take]),
+        cu_frames=cu_frames,
+    )
+
+
+def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: SamplerConfig) -> SamplerState:
+    """Make one step: move, then insert.
+
+    Args:
+        state: The state that the prediction is of.
+        velocity: [F, C, H, W].
+        rate: [F], expected number of frames missing right of each.
+        config: The sampler's.
+
+    Returns:
+        The next state.
+    """
+    if velocity.shape != state.frames.shape or rate.shape != state.roles.shape:
+        raise ValueError(
+            f"the predictor gave velocity {tuple(velocity.shape)} and rate {tuple(rate.shape)} for frames "
+            f"{tuple(state.frames.shape)}; it must give [F, C, H, W] and [F]"
+        )
+    moved = replace(state, frames=_move(state, velocity))
+    if config.insertion is not None and state.step < state.num_inference_steps:
+        counts, capped = _cap(state, _insertion_counts(state, rate, config), config.max_frames)
+        moved = replace(moved, capped=capped)
+        if counts.any():
+            moved = _insert(moved, counts)
+    return replace(moved, step=state.step + 1)
+
+
+def sample_states(
+    predict: Predictor,
+    *,
+    frame_shape: tuple[int, int, int],
+    batch_size: int,
+    config: SamplerConfig,
+    context: Sequence[Context | None] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[SamplerState]:
+    """Sample step by step.
+
+    Args:
+        predict: The predictor, or an exact oracle.
+        frame_shape: (C, H, W).
+        batch_size: B.
+        config: The sampler's.
+        context: One entry for each clip; None where, or if, nothing is given.
+        seed: Clip i has seed ``seed + i``.
+        device: Where frames live and ``predict`` works.
+
+    Yields:
+        Every state, from clock 0 to the finished one; its ``step`` is the number of evaluations so far.
+    """
+    state = initial_state(tuple(frame_shape), batch_size, config, context, seed, device)
+    yield state
+    while not state.finished:
+        with torch.no_grad():
+            velocity, rate = predict(state)
+            state = advance(state, velocity, rate, config)
+        yield state
+
+
+def sample(
+    predict: Predictor,
+    *,
+    frame_shape: tuple[int, int, int],
+    batch_size: int,
+    config: SamplerConfig,
+    context: Sequence[Context | None] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> SampleResult:
+    """Sample clips.
+
+    Args:
+        predict: The predictor, or an exact oracle.
+        frame_shape: (C, H, W).
+        batch_size: B.
+        config: The sampler's.
+        context: One entry for each clip; None where, or if, nothing is given.
+        seed: Clip i has seed ``seed + i``.
+        device: Where frames live and ``predict`` works.
+
+    Returns:
+        The finished clips.
+    """
+    history: list[StepRecord] = []
+    states = sample_states(
+        predict,
+        frame_shape=frame_shape,
+        batch_size=batch_size,
+        config=config,
+        context=context,
+        seed=seed,
+        device=device,
+    )
+    for state in states:
+        if config.record_history:
+            clock = min(1.0, state.step / config.num_inference_steps)
+            history.append(StepRecord(clock=clock, times=state.times, cu_frames=state.cu_frames))
+    return SampleResult(
+        frames=state.frames,
+        cu_frames=state.cu_frames,
+        born_at=state.born_step.double() / config.num_inference_steps,
+        roles=state.roles,
+        evaluations=state.step,
+        capped=state.capped,
+        history=history if config.record_history else None,
+    )

@@ -1,0 +1,280 @@
+"""What the sampler is told, what a predictor sees of it, and what it gives back.
+
+Shape legend: ``B`` clips, ``F`` frames of all clips one after another, clip b at ``cu_frames[b] : cu_frames[b + 1]``,
+``C H W`` a latent frame. ``N`` is ``num_inference_steps``. Frames lie on the sampler's device, all else on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowception.errors import ConfigError
+from flowception.flow.insertion import INSERTION_RULES
+from flowception.flow.noise import MAX_SLOTS, fresh_noise
+from flowception.flow.path import shift_time
+from flowception.flow.schedule import InsertionSchedule, build_schedule
+from flowception.flow.task import Role, is_context, is_generated
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How clips are sampled."""
+
+    num_inference_steps: int = 50
+    """N, steps from clock 0 to clock 1; a clip takes at most 2 N."""
+    num_start_frames: int = 3
+    """Generated frames that are there from the beginning; without context at least one is."""
+    insertion: str | None = "thinning"
+    """``thinning``, ``bernoulli`` (the paper's) or ``poisson``. None inserts nothing: full-sequence sampling of
+    ``num_start_frames`` frames."""
+    order: str = "learned"
+    """Order of insertion; ``learned`` is the only one so far."""
+    insertion_schedule: str = "linear"
+    """kappa: ``linear``, ``power`` or ``cosine``; that of training."""
+    insertion_exponent: float = 2.0
+    """Exponent of the ``power`` schedule."""
+    max_frames: int = 64
+    """Cap on a clip's frames; what would lie beyond it is not inserted, with a warning."""
+    time_shift: float = 1.0
+    """s of the time shift; that of training."""
+    record_history: bool = False
+    """Whether the result holds a ``StepRecord`` of every state."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        build_schedule(self.insertion_schedule, self.insertion_exponent)
+        rules = {
+            "num_inference_steps": (self.num_inference_steps >= 1, "an integer of at least 1"),
+            "num_start_frames": (self.num_start_frames >= 0, "an integer of at least 0"),
+            "insertion": (self.insertion is None or self.insertion in INSERTION_RULES, _one_of(INSERTION_RULES)),
+            "order": (self.order == "learned", "learned; other orders are not there yet"),
+            "max_frames": (1 <= self.max_frames <= MAX_SLOTS, f"1 to {MAX_SLOTS}"),
+            "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give {wanted}")
+
+    def schedule(self) -> InsertionSchedule:
+        """The insertion schedule kappa."""
+        return build_schedule(self.insertion_schedule, self.insertion_exponent)
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"
+
+
+@dataclass(kw_only=True)
+class Context:
+    """The frames that are given of one clip, in their order."""
+
+    frames: Tensor
+    """[K, C, H, W], clean latents, K at least 1."""
+    active: Sequence[bool] | Tensor | None = None
+    """[K], whether frames may be inserted right of each. None: of the last one only, which is continuation, and
+    image-to-video where K is 1."""
+    num_start_frames: int | None = None
+    """Start frames right of the context; None takes the sampler's."""
+
+    def roles(self) -> Tensor:
+        """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K]."""
+        if self.frames.ndim != 4 or not len(self.frames):
+            raise ConfigError(f"context frames have shape {tuple(self.frames.shape)}; give [K, C, H, W] with K >= 1")
+        if self.active is None:
+            active = torch.arange(len(self.frames)) == len(self.frames) - 1
+        else:
+            active = torch.as_tensor(self.active, dtype=torch.bool)
+        if len(active) != len(self.frames):
+            raise ConfigError(f"context has {len(self.frames)} frames and {len(active)} marks in active; give as many")
+        return torch.where(active, int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerState:
+    """All clips at one moment. A predictor reads it; ``sample_states`` yields it."""
+
+    frames: Tensor
+    """float32 [F, C, H, W]: noisy, or clean for context."""
+    condition: Tensor
+    """float32 [F, C, H, W]: the clean latent of context frames, zero elsewhere."""
+    roles: Tensor
+    """int64 [F], a ``Role`` for each frame."""
+    cu_frames: Tensor
+    """int64 [B + 1]."""
+    born_step: Tensor
+    """int64 [F], step at whose end the frame was inserted; 0 for those there from the beginning."""
+    seeds: Tensor
+    """int64 [B], seed of each clip."""
+    capped: Tensor
+    """bool [B], clips that the cap on frames has cut so far."""
+    step: int
+    """Steps made, and so evaluations of the predictor."""
+    num_inference_steps: int
+    """N."""
+    time_shift: float
+    """s of the time shift."""
+
+    @property
+    def clock(self) -> Tensor:
+        """The insertion clock ``min(1, step / N)`` of each clip, float64 [B]."""
+        return torch.full((len(self.cu_frames) - 1,), self._clock(), dtype=torch.float64)
+
+    def _clock(self) -> float:
+        return min(self.step, self.num_inference_steps) / self.num_inference_steps
+
+    @property
+    def age(self) -> Tensor:
+        """Whole steps since birth, at most N, int64 [F]."""
+        return (self.step - self.born_step).clamp(max=self.num_inference_steps)
+
+    @property
+    def times(self) -> Tensor:
+        """Time shown to each frame, float64 [F], as in training: its own, shifted; the clock for a context frame."""
+        own = shift_time(self.age.double() / self.num_inference_steps, self.time_shift)
+        return torch.where(is_context(self.roles), self._clock(), own)
+
+    @property
+    def moving(self) -> Tensor:
+        """Generated frames that are not at time 1, bool [F]."""
+        return is_generated(self.roles) & (self.age < self.num_inference_steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the clock shows 1 and all frames are at 1."""
+        return self.step >= self.num_inference_steps and not bool(self.moving.any())
+
+    @property
+    def clip_frames(self) -> Tensor:
+        """Frames of each clip, int64 [B]."""
+        return self.cu_frames.diff()
+
+    @property
+    def frame_clip(self) -> Tensor:
+        """Clip of each frame, int64 [F]."""
+        return torch.repeat_interleave(self.clip_frames)
+
+    @property
+    def frame_rank(self) -> Tensor:
+        """Rank of each frame in its clip, int64 [F]."""
+        return torch.arange(len(self.roles)) - self.cu_frames[self.frame_clip]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One moment of a sampling run, for pictures of growth.
+
+    Its frames are those of the result with ``born_at <= clock``, in the same order: frames never leave or swap.
+    """
+
+    clock: float
+    """Insertion clock; stays at 1 while the last frames finish."""
+    times: Tensor
+    """float64 [F], as shown to the predictor."""
+    cu_frames: Tensor
+    """int64 [B + 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult:
+    """Finished clips."""
+
+    frames: Tensor
+    """float32 [F, C, H, W], latents at time 1."""
+    cu_frames: Tensor
+    """int64 [B + 1]: clip b is ``frames[cu_frames[b] : cu_frames[b + 1]]``."""
+    born_at: Tensor
+    """float64 [F], clock at insertion; 0 for frames there from the beginning."""
+    roles: Tensor
+    """int64 [F], a ``Role`` for each frame."""
+    evaluations: int
+    """Calls of the predictor."""
+    capped: Tensor
+    """bool [B], clips that ``max_frames`` cut short."""
+    history: list[StepRecord] | None
+    """Every state from the first to the last, where the config asked for it."""
+
+    def clips(self) -> list[Tensor]:
+        """The frames of each clip, [n, C, H, W] each."""
+        return list(torch.split(self.frames, self.cu_frames.diff().tolist()))
+
+
+def _starts_of(context: Context | None, config: SamplerConfig) -> int:
+    if context is None:
+        return max(1, config.num_start_frames)
+    starts = config.num_start_frames if context.num_start_frames is None else context.num_start_frames
+    can_grow = config.insertion is not None and bool((context.roles() == Role.CONTEXT_ACTIVE).any())
+    if starts == 0 and not can_grow:
+        raise ConfigError("this context leaves nothing to generate: no active frame to insert by and 0 start frames")
+    return starts
+
+
+def _check(contexts: Sequence[Context | None], frame_shape: tuple[int, ...], sizes: Tensor, max_frames: int) -> None:
+    for clip, context in enumerate(contexts):
+        if context is not None and tuple(context.frames.shape[1:]) != frame_shape:
+            raise ConfigError(
+                f"context of clip {clip} has frames {tuple(context.frames.shape[1:])}, frame_shape is {frame_shape}"
+            )
+    if len(sizes) and int(sizes.max()) > max_frames:
+        raise ConfigError(f"a clip begins with {int(sizes.max())} frames; raise max_frames, now {max_frames}")
+
+
+def initial_state(
+    frame_shape: tuple[int, ...],
+    batch_size: int,
+    config: SamplerConfig,
+    context: Sequence[Context | None] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> SamplerState:
+    """The state at clock 0: each clip's context frames, then its start frames as noise.
+
+    Arguments as in ``flowception.flow.sampler.sample``.
+
+    Returns:
+        The state.
+    """
+    contexts = list(context) if context is not None else [None] * batch_size
+    if len(contexts) != batch_size or seed < 0:
+        raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}, and seed {seed}, at least 0")
+    given = [item for item in contexts if item is not None]
+    context_frames = torch.tensor([0 if item is None else len(item.frames) for item in contexts], dtype=torch.int64)
+    sizes = context_frames + torch.tensor([_starts_of(item, config) for item in contexts], dtype=torch.int64)
+    _check(contexts, frame_shape, sizes, config.max_frames)
+    cu_frames = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    clip = torch.repeat_interleave(sizes)
+    rank = torch.arange(len(clip)) - cu_frames[clip]
+    is_given = rank < context_frames[clip]
+    roles = torch.full((len(clip),), int(Role.START))
+    seeds = seed + torch.arange(batch_size)
+    frames = torch.empty(len(clip), *frame_shape)
+    condition = torch.zeros(len(clip), *frame_shape)
+    started = ~is_given
+    noise = fresh_noise(seeds[clip[started]].numpy(), 0, rank[started].numpy(), frame_shape)
+    frames[started] = torch.from_numpy(noise)
+    if given:
+        roles[is_given] = torch.cat([item.roles() for item in given])
+        condition[is_given] = torch.cat([item.frames.detach().to("cpu", torch.float32) for item in given])
+        frames[is_given] = condition[is_given]
+    return SamplerState(
+        frames=frames.to(device),
+        condition=condition.to(device),
+        roles=roles,
+        cu_frames=cu_frames,
+        born_step=torch.zeros(len(clip), dtype=torch.int64),
+        seeds=seeds,
+        capped=torch.zeros(batch_size, dtype=torch.bool),
+        step=0,
+        num_inference_steps=config.num_inference_steps,
+        time_shift=config.time_shift,
+    )
+
+
+def step_sizes(state: SamplerState) -> Tensor:
+    """How far each frame's shifted time moves in the next step, float64 [F]; 0 for frames that stay."""
+    grid = torch.arange(state.num_inference_steps + 1, dtype=torch.float64) / state.num_inference_steps
+    sizes = torch.cat([shift_time(grid, state.time_shift).diff(), torch.zeros(1, dtype=torch.float64)])
+    return torch.where(is_generated(state.roles), sizes[state.age], 0.0)

@@ -1,0 +1,174 @@
+"""Insertion schedules: the fraction ``kappa(t)`` of free frames that exist when the clock shows ``t``.
+
+``kappa`` maps [0, 1] onto [0, 1], increasing, ``kappa(0) = 0`` and ``kappa(1) = 1``. A free frame's delay is
+``kappa^-1(U)`` with ``U ~ Unif(0, 1)``, so it is visible at clock ``t`` with probability ``kappa(t)``; one still
+missing appears at rate ``kappa'(t) / (1 - kappa(t))``, the hazard (DESIGN.md section 2, "Schedule").
+
+All methods take and return tensors of any shape, elementwise.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from flowception.errors import ConfigError
+
+
+class InsertionSchedule(ABC):
+    """An increasing map kappa of [0, 1] onto itself."""
+
+    @abstractmethod
+    def kappa(self, t: Tensor) -> Tensor:
+        """Fraction of free frames that exist at clock ``t`` in [0, 1]."""
+
+    @abstractmethod
+    def kappa_dot(self, t: Tensor) -> Tensor:
+        """Derivative of ``kappa`` at ``t``."""
+
+    @abstractmethod
+    def inverse(self, u: Tensor) -> Tensor:
+        """The clock at which ``kappa`` is ``u``."""
+
+    def hazard(self, t: Tensor) -> Tensor:
+        """Rate at which a missing frame appears at ``t``; infinite from ``t = 1`` on."""
+        return torch.where(t < 1, self.kappa_dot(t) / (1 - self.kappa(t)), torch.inf)
+
+    @abstractmethod
+    def mean(self) -> float:
+        """Integral of ``kappa`` over [0, 1]."""
+
+    @abstractmethod
+    def mean_square(self) -> float:
+        """Integral of ``kappa^2`` over [0, 1]."""
+
+    def appearance_probability(self, step: int, num_steps: int) -> float:
+        """Probability that a frame missing at clock ``step / num_steps`` appears within the next step.
+
+        Args:
+            step: Steps made so far, 0 to ``num_steps - 1``.
+            num_steps: Steps from clock 0 to clock 1.
+
+        Returns:
+            ``(kappa(t + h) - kappa(t)) / (1 - kappa(t))``, exactly 1 in the last step.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step is {step}; insertion happens in steps 0 to {num_steps - 1}")
+        if step == num_steps - 1:
+            return 1.0
+        now, then = self.kappa(torch.tensor([step / num_steps, (step + 1) / num_steps], dtype=torch.float64)).tolist()
+        return (then - now) / (1 - now)
+
+
+class Linear(InsertionSchedule):
+    """``kappa(t) = t``."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        """``t``."""
+        return t
+
+    def kappa_dot(self, t: Tensor) -> Tensor:
+        """1 everywhere."""
+        return torch.ones_like(t)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """``u``."""
+        return u
+
+    def mean(self) -> float:
+        """1 / 2."""
+        return 1 / 2
+
+    def mean_square(self) -> float:
+        """1 / 3."""
+        return 1 / 3
+
+
+class Power(InsertionSchedule):
+    """``kappa(t) = t^a``: late insertion for a > 1, early for a < 1."""
+
+    def __init__(self, exponent: float) -> None:
+        if not (math.isfinite(exponent) and exponent > 0):
+            raise ConfigError(f"insertion_exponent is {exponent}; give a number above 0")
+        self.exponent = exponent
+
+    def kappa(self, t: Tensor) -> Tensor:
+        """``t^a``."""
+        return t**self.exponent
+
+    def kappa_dot(self, t: Tensor) -> Tensor:
+        """``a t^(a - 1)``."""
+        return self.exponent * t ** (self.exponent - 1)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """``u^(1 / a)``."""
+        return u ** (1 / self.exponent)
+
+    def mean(self) -> float:
+        """1 / (a + 1)."""
+        return 1 / (self.exponent + 1)
+
+    def mean_square(self) -> float:
+        """1 / (2 a + 1)."""
+        return 1 / (2 * self.exponent + 1)
+
+
+class Cosine(InsertionSchedule):
+    """``kappa(t) = (1 - cos(pi t)) / 2``, computed as ``sin^2(pi t / 2)`` so that both ends are exact."""
+
+    def kappa(self, t: Tensor) -> Tensor:
+        """``sin^2(pi t / 2)``."""
+        return torch.sin(math.pi / 2 * t) ** 2
+
+    def kappa_dot(self, t: Tensor) -> Tensor:
+        """``(pi / 2) sin(pi t)``."""
+        return math.pi / 2 * torch.sin(math.pi * t)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """``(2 / pi) arcsin(sqrt(u))``."""
+        return 2 / math.pi * torch.asin(torch.sqrt(u))
+
+    def hazard(self, t: Tensor) -> Tensor:
+        """``pi tan(pi t / 2)``, free of the cancellation in ``1 - kappa``.
+
+        In the later half it is taken from the other end, ``pi / tan(pi (1 - t) / 2)``: rounded to float32, pi / 2 lies
+        beyond the pole, and the tangent there is negative.
+        """
+        early, late = torch.tan(math.pi / 2 * t), 1 / torch.tan(math.pi / 2 * (1 - t).clamp(min=0))
+        return math.pi * torch.where(t < 0.5, early, late)
+
+    def mean(self) -> float:
+        """1 / 2."""
+        return 1 / 2
+
+    def mean_square(self) -> float:
+        """3 / 8."""
+        return 3 / 8
+
+
+INSERTION_SCHEDULES = ("linear", "power", "cosine")
+
+
+def build_schedule(name: str, exponent: float = 2.0) -> InsertionSchedule:
+    """The schedule of a configuration.
+
+    Args:
+        name: One of ``INSERTION_SCHEDULES`` (config key ``insertion_schedule``).
+        exponent: a of the power schedule (config key ``insertion_exponent``); others ignore it.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ConfigError: If the name is unknown or the exponent is not positive.
+    """
+    if name == "linear":
+        return Linear()
+    if name == "power":
+        return Power(exponent)
+    if name == "cosine":
+        return Cosine()
+    raise ConfigError(f"insertion_schedule is {name!r}; give one of {', '.join(INSERTION_SCHEDULES)}")
