@@ -1,0 +1,261 @@
+"""The Flowception DiT: a transformer over the visible frames of many clips in one pack.
+
+    velocity, log_rate = model(pack)
+
+Each token is modulated by its own frame's time (AdaLN before attention, before the MLP and before the output), each
+frame ends in an insertion token that predicts how many frames are missing to its right, and text tokens share the
+attention and the MLP with a modulation of their own (DESIGN.md section 3; Flowception, arXiv 2512.11438).
+
+Under ZeRO-3 every module runs on every rank at every forward, with whatever a pack holds: one without text tokens,
+or all padding, still runs them all.
+
+Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C`` latent channels, ``d`` hidden
+size, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowception.errors import DataError
+from flowception.nn.attention import Attend, attention
+from flowception.nn.flops import FlopSpec
+from flowception.nn.initialise import Gather, initialise
+from flowception.nn.layers import (
+    Embedding,
+    InsertionToken,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedding,
+    grid_features,
+    modulate,
+    take_rows,
+)
+from flowception.nn.layout import ModelOutput, ModelRole, PackInput, PackLayout, TokenKind
+from flowception.nn.presets import DiTConfig
+from flowception.nn.rope import VideoRoPE, rotate
+
+MODULATIONS = 6
+"""Shift, scale and gate of attention, shift, scale and gate of the MLP."""
+
+
+class TokenEmbedding(nn.Module):
+    """A pack's tokens at the network's entry.
+
+    A latent token is a linear map of its noisy latent, its condition latent and its place in the grid, plus its frame's
+    role; an insertion token is learnt, plus counts and role; a text token is a linear map of its embedding.
+    """
+
+    def __init__(self, spec: FlopSpec) -> None:
+        super().__init__()
+        self.grid_embedding = spec.grid_embedding
+        self.latent = Linear(spec.latent_inputs, spec.hidden_size, bias=False)
+        self.role = Embedding(len(ModelRole), spec.hidden_size)
+        self.insertion = InsertionToken(spec.hidden_size, spec.count_embedding)
+
+    def forward(self, pack: PackInput, text: Tensor | None) -> Tensor:
+        """Pack and embedded text ``[R, d]`` to tokens ``[T, d]``."""
+        layout, dtype = pack.layout, self.latent.weight.dtype
+        frames = layout.frame_rank.shape[0]
+        role = self.role(pack.role)
+        insertion = role + self.insertion(layout.frame_rank, layout.clip_frames[layout.frame_clip])
+        nothing = role.new_zeros(1, role.shape[1])
+        rows = [role, insertion, nothing] if text is None else [role, insertion, nothing, text]
+        kind = layout.token_kind
+        row = layout.token_frame + frames * (kind == TokenKind.INSERTION)
+        row = torch.where((kind == TokenKind.LATENT) | (kind == TokenKind.INSERTION), row, 2 * frames)
+        if text is not None:
+            row = _place_text(row, layout, first_row=2 * frames + 1)
+        inputs = [pack.noisy, pack.condition]
+        if self.grid_embedding:
+            inputs.append(torch.where(layout.latent_mask.unsqueeze(1), grid_features(layout.token_position), 0.0))
+        latent = self.latent(torch.cat(inputs, dim=-1).to(dtype))
+        return latent + take_rows(torch.cat(rows), row)
+
+
+def _place_text(row: Tensor, layout: PackLayout, first_row: int) -> Tensor:
+    """Point each text token at its text row; unused rows (-1) write to an extra place that is cut off."""
+    text_token, tokens = layout.text_token, row.shape[0]
+    place = torch.where(text_token < 0, tokens, text_token)
+    text_row = torch.arange(first_row, first_row + text_token.shape[0], device=row.device)
+    return F.pad(row, (0, 1)).index_copy(0, place, text_row)[:tokens]
+
+
+class TextEmbedding(nn.Module):
+    """Text embeddings as tokens, and a clip's mean of them as the condition of its text modulation."""
+
+    def __init__(self, text_dim: int, size: int) -> None:
+        super().__init__()
+        self.tokens = Linear(text_dim, size)
+        self.pooled = Linear(size, size)
+
+    def forward(self, text: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor]:
+        """Text ``[R, D]`` to tokens ``[R, d]`` and pooled ``[B, d]`` (of nothing where a clip has no text)."""
+        tokens = self.tokens(text.to(self.tokens.weight.dtype))
+        clips = torch.arange(layout.clip_frames.shape[0], device=text.device).unsqueeze(1)
+        clip = torch.where(layout.text_token < 0, -1, layout.token_clip[layout.text_token.clamp(min=0)])
+        member = (clip == clips).to(tokens.dtype)
+        mean = member @ tokens / member.sum(dim=1, keepdim=True).clamp(min=1)
+        return tokens, self.pooled(mean)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
+
+    def __init__(self, spec: FlopSpec) -> None:
+        super().__init__()
+        size, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
+        self.head_shape = (spec.num_heads, head_dim)
+        self.frame_modulation = Linear(size, MODULATIONS * size, zero=True)
+        self.text_modulation = Linear(size, MODULATIONS * size, zero=True) if spec.text_modulation else None
+        self.query_key_value = Linear(size, 3 * size, bias=False)
+        self.query_norm, self.key_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.attention_output = Linear(size, size, bias=False)
+        self.mlp = SwiGLU(size, spec.mlp_hidden_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        frame_condition: Tensor,
+        text_condition: Tensor | None,
+        row: Tensor,
+        rotations: Tensor,
+        layout: PackLayout,
+        attend: Attend,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            tokens: ``[T, d]``.
+            frame_condition: ``[F, d]``.
+            text_condition: ``[B, d]``; None for a network without text.
+            row: int64 ``[T]``: row of (frames, then clips) whose modulation a token takes.
+            rotations: complex64 ``[T, 1, d / H / 2]``.
+            layout: Where everything lies.
+            attend: Attention within segments.
+
+        Returns:
+            ``[T, d]``.
+        """
+        table = self.frame_modulation(frame_condition)
+        if self.text_modulation is not None:
+            table = torch.cat([table, self.text_modulation(text_condition)])
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.chunk(MODULATIONS, dim=-1)
+        attended = self._attention(modulate(tokens, shift_1, scale_1, row), rotations, layout, attend)
+        tokens = torch.addcmul(tokens, attended, take_rows(gate_1, row))
+        return torch.addcmul(tokens, self.mlp(modulate(tokens, shift_2, scale_2, row)), take_rows(gate_2, row))
+
+    def _attention(self, x: Tensor, rotations: Tensor, layout: PackLayout, attend: Attend) -> Tensor:
+        query, key, value = (part.unflatten(-1, self.head_shape) for part in self.query_key_value(x).chunk(3, dim=-1))
+        query = rotate(self.query_norm(query), rotations).to(value.dtype)
+        key = rotate(self.key_norm(key), rotations).to(value.dtype)
+        return self.attention_output(attend(query, key, value, layout).flatten(1))
+
+
+class OutputHeads(nn.Module):
+    """AdaLN by each frame's own time, then velocity of latent tokens and log-rate of insertion tokens."""
+
+    def __init__(self, spec: FlopSpec, initial_log_rate: float) -> None:
+        super().__init__()
+        size = spec.hidden_size
+        self.frame_modulation = Linear(size, 2 * size, zero=True)
+        self.velocity = Linear(size, spec.in_channels, zero=True)
+        self.rate_hidden = Linear(size, size)
+        self.rate = Linear(size, 1, zero=True, bias_value=initial_log_rate)
+
+    def forward(self, tokens: Tensor, frame_condition: Tensor, layout: PackLayout) -> ModelOutput:
+        """Tokens ``[T, d]`` and conditions ``[F, d]`` to the network's output; zero where it has no meaning."""
+        shift, scale = self.frame_modulation(frame_condition).chunk(2, dim=-1)
+        tokens = modulate(tokens, shift, scale, layout.token_frame)
+        velocity = torch.where(layout.latent_mask.unsqueeze(1), self.velocity(tokens).float(), 0.0)
+        hidden = F.silu(self.rate_hidden(take_rows(tokens, layout.insertion_token)))
+        log_rate = torch.where(layout.frame_valid, self.rate(hidden).squeeze(1).float(), 0.0)
+        return ModelOutput(velocity=velocity, log_rate=log_rate)
+
+
+class FlowceptionDiT(nn.Module):
+    """The network. Construct it, then call ``initialise`` (constructors leave no meaningful weights).
+
+    Args:
+        config: Its sizes and settings.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec = config.flop_spec()
+        size = spec.hidden_size
+        self.rope = VideoRoPE(size // spec.num_heads, config.frame_spacing, config.rope_base)
+        self.attend: Attend = partial(attention, backend=config.attention_backend)
+        self.embedding = TokenEmbedding(spec)
+        self.time_embedding = TimeEmbedding(size)
+        self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)
+        self.class_embedding = Embedding(spec.num_classes + 1, size) if spec.num_classes else None
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
+
+    def initialise(self, seed: int, gather: Gather | None = None) -> Self:
+        """Set all weights from the seed and their names; see ``flowception.nn.initialise``."""
+        initialise(self, seed, gather)
+        return self
+
+    def forward(self, pack: PackInput) -> ModelOutput:
+        """Predict velocities and log-rates of a pack.
+
+        Args:
+            pack: On the device of the weights; latents in any float dtype.
+
+        Returns:
+            float32 velocity ``[T, C]`` (zero but at latent tokens) and float32 log_rate ``[F]`` (zero in unused
+            slots).
+
+        Raises:
+            DataError: If the pack has text and the network none, or the other way round.
+        """
+        layout = pack.layout
+        self._check_text(pack)
+        frame_condition = self.time_embedding(pack.time)
+        text_tokens, text_condition, row = None, None, layout.token_frame
+        if self.text_embedding is not None and pack.text is not None:
+            text_tokens, text_condition = self.text_embedding(pack.text, layout)
+            text_row = layout.frame_rank.shape[0] + layout.token_clip
+            row = torch.where(layout.token_kind == TokenKind.TEXT, text_row, row)
+        if self.class_embedding is not None:
+            null = self.spec.num_classes
+            classes = self.class_embedding(torch.where(pack.class_label < 0, null, pack.class_label))
+            frame_condition = frame_condition + take_rows(classes, layout.frame_clip)
+            text_condition = None if text_condition is None else F.silu(text_condition + classes)
+        elif text_condition is not None:
+            text_condition = F.silu(text_condition)
+        frame_condition = F.silu(frame_condition)
+        tokens = self.embedding(pack, text_tokens)
+        rotations = self.rope.rotations(layout)
+        for block in self.blocks:
+            arguments = (tokens, frame_condition, text_condition, row, rotations, layout, self.attend)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens = block(*arguments)
+        return self.heads(tokens, frame_condition, layout)
+
+    def _check_text(self, pack: PackInput) -> None:
+        if pack.text is None and self.spec.text_dim is not None:
+            raise DataError(
+                f"the network was built with text_dim={self.spec.text_dim} and the pack has no text; "
+                "give text of shape [R, D] (R may be 0), or build it with text_dim=0"
+            )
+        if pack.text is not None and self.spec.text_dim is None:
+            raise DataError("the pack has text and the network was built without; set model.text_dim")
+
+
+def count_parameters(config: DiTConfig) -> int:
+    """Parameters of a network, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in FlowceptionDiT(config).parameters())

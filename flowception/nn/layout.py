@@ -1,0 +1,279 @@
+"""How the visible frames of many clips lie in one fixed-size token buffer.
+
+A pack holds clips one after another. A clip is one attention segment::
+
+    text_0 .. text_{L-1} | frame 0: latent_0 .. latent_{hw-1}, insertion | frame 1: ... | ...
+
+and unused tokens at the end form padding segments no longer than ``max_seqlen``. Everything that shapes a tensor
+comes from ``PackShape``, so that a compiled model sees one shape for a whole run.
+
+Shape legend: ``T`` tokens of a pack, ``F`` frame slots, ``B`` clip slots, ``S`` segments, ``C`` latent channels,
+``D`` text width, ``R`` text rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+_Movable = TypeVar("_Movable", bound="PackLayout | PackInput")
+
+
+class TokenKind(IntEnum):
+    """What a token of a pack is."""
+
+    LATENT = 0
+    INSERTION = 1
+    TEXT = 2
+    PADDING = 3
+
+
+class ModelRole(IntEnum):
+    """What the network is told about a frame (DESIGN.md section 3)."""
+
+    GENERATED = 0
+    ACTIVE = 1
+    PASSIVE = 2
+
+
+class ClipShape(NamedTuple):
+    """The visible part of one clip: its frames, latent grid and text tokens."""
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Latent, insertion and text tokens."""
+        return self.text_tokens + self.frames * (self.height * self.width + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackShape:
+    """The static sizes of every pack of a run."""
+
+    token_budget: int
+    """T: latent, insertion, text and padding tokens."""
+    max_frames: int
+    """F: frame slots."""
+    max_clips: int
+    """B: clip slots."""
+    max_seqlen: int
+    """Longest attention segment: the longest clip of the data set with all its frames."""
+    max_text_tokens: int = 0
+    """R: rows for text embeddings."""
+
+    @property
+    def max_segments(self) -> int:
+        """S: clips and the padding segments that may follow them."""
+        return self.max_clips + -(-self.token_budget // self.max_seqlen)
+
+    @classmethod
+    def tight(cls, clips: Sequence[ClipShape]) -> PackShape:
+        """The smallest shape that holds the given clips without padding."""
+        return cls(
+            token_budget=sum(c.tokens for c in clips),
+            max_frames=sum(c.frames for c in clips),
+            max_clips=len(clips),
+            max_seqlen=max(c.tokens for c in clips),
+            max_text_tokens=sum(c.text_tokens for c in clips),
+        )
+
+
+@dataclass
+class PackLayout:
+    """Where everything lies in one pack. Build it with ``build_layout``."""
+
+    shape: PackShape
+    segment_lengths: tuple[int, ...]
+    """Host copy of the segments' lengths, empty tail left out; they sum to T."""
+    cu_seqlens: Tensor
+    """int32 [S + 1]: segment boundaries, tail repeated."""
+    token_kind: Tensor
+    """int64 [T]: a ``TokenKind``."""
+    token_frame: Tensor
+    """int64 [T]: frame slot of a latent or insertion token; 0 elsewhere."""
+    token_clip: Tensor
+    """int64 [T]: clip slot; 0 for padding."""
+    token_position: Tensor
+    """float32 [T, 3]: (rank, row, column). Rows and columns are centred on the frame, so an insertion token has 0, 0.
+    Text token j of L has rank j - L. Padding is 0."""
+    text_token: Tensor
+    """int64 [R]: the token that text row r fills; unused rows hold -1."""
+    insertion_token: Tensor
+    """int64 [F]: the insertion token of each frame slot; 0 where the slot is unused."""
+    frame_clip: Tensor
+    """int64 [F]: clip slot; 0 where unused."""
+    frame_rank: Tensor
+    """int64 [F]: rank among the clip's visible frames."""
+    frame_valid: Tensor
+    """bool [F]: whether the slot is used."""
+    clip_frames: Tensor
+    """int64 [B]: visible frames of each clip; 0 where unused."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Constant of the run, for attention kernels."""
+        return self.shape.max_seqlen
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same layout with its tensors on ``device``."""
+        return _move(self, device, non_blocking)
+
+    @property
+    def latent_mask(self) -> Tensor:
+        """Latent tokens: bool [T]."""
+        return self.token_kind == TokenKind.LATENT
+
+
+@dataclass
+class PackInput:
+    """What the network reads of a pack."""
+
+    layout: PackLayout
+    noisy: Tensor
+    """[T, C]: x_t at latent tokens (a context frame is clean), zero elsewhere."""
+    condition: Tensor
+    """[T, C]: the clean latent of context frames, zero elsewhere."""
+    time: Tensor
+    """float32 [F], in [0, 1]: the time shown to each frame, its own if it is generated, the clock if it is context."""
+    role: Tensor
+    """int64 [F]: a ``ModelRole``."""
+    class_label: Tensor
+    """int64 [B]: class of each clip; -1 is the null class (no condition)."""
+    text: Tensor | None
+    """[R, D] text embeddings, rows as in ``layout.text_token``; None for a model without text."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same pack with its tensors on ``device``."""
+        return _move(self, device, non_blocking)
+
+
+class ModelOutput(NamedTuple):
+    """What the network says of a pack."""
+
+    velocity: Tensor
+    """[T, C]: predicted x_1 - x_0 at latent tokens; zero elsewhere."""
+    log_rate: Tensor
+    """float32 [F]: log of the expected number of missing frames to the right of each frame."""
+
+
+def _move(item: _Movable, device: torch.device | str, non_blocking: bool) -> _Movable:
+    moved: dict[str, Any] = {}
+    for field in fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, Tensor | PackLayout):
+            moved[field.name] = value.to(device, non_blocking=non_blocking)
+    return replace(item, **moved)
+
+
+def latent_tokens(frames: Tensor) -> Tensor:
+    """Latent frames ``[k, C, h, w]`` as a pack's latent tokens, in order: ``[k h w, C]``."""
+    return frames.permute(0, 2, 3, 1).reshape(-1, frames.shape[1])
+
+
+def _clip_positions(clip: ClipShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Kind [n], local frame [n] and position [n, 3] of one clip's tokens."""
+    grid, text = clip.height * clip.width, clip.text_tokens
+    rows = torch.arange(clip.height, dtype=torch.float32) - (clip.height - 1) / 2
+    columns = torch.arange(clip.width, dtype=torch.float32) - (clip.width - 1) / 2
+    one_frame = torch.zeros(grid + 1, 3)
+    one_frame[:grid, 1] = rows.repeat_interleave(clip.width)
+    one_frame[:grid, 2] = columns.repeat(clip.height)
+    position = one_frame.repeat(clip.frames, 1)
+    frame = torch.arange(clip.frames).repeat_interleave(grid + 1)
+    position[:, 0] = frame.float()
+    kind = torch.full((grid + 1,), int(TokenKind.LATENT))
+    kind[grid] = int(TokenKind.INSERTION)
+    text_position = torch.zeros(text, 3)
+    text_position[:, 0] = torch.arange(text, dtype=torch.float32) - text
+    return (
+        torch.cat([torch.full((text,), int(TokenKind.TEXT)), kind.repeat(clip.frames)]),
+        torch.cat([torch.zeros(text, dtype=torch.int64), frame]),
+        torch.cat([text_position, position]),
+    )
+
+
+def _check_fit(clips: Sequence[ClipShape], shape: PackShape) -> None:
+    seen = {
+        "token_budget": sum(c.tokens for c in clips),
+        "max_frames": sum(c.frames for c in clips),
+        "max_clips": len(clips),
+        "max_seqlen": max((c.tokens for c in clips), default=0),
+        "max_text_tokens": sum(c.text_tokens for c in clips),
+    }
+    for name, value in seen.items():
+        if value > getattr(shape, name):
+            raise ValueError(
+                f"a pack of {len(clips)} clips needs {name} = {value}, its shape has {getattr(shape, name)}"
+            )
+
+
+def build_layout(clips: Sequence[ClipShape], shape: PackShape | None = None) -> PackLayout:
+    """Lay clips out in a pack.
+
+    Args:
+        clips: Visible part of each clip, in order.
+        shape: Static sizes of the pack; None for a tight fit without padding.
+
+    Returns:
+        The layout, on the CPU.
+
+    Raises:
+        ValueError: If the clips do not fit the shape.
+    """
+    shape = shape or PackShape.tight(clips)
+    _check_fit(clips, shape)
+    tokens, frames = shape.token_budget, shape.max_frames
+    kind = torch.full((tokens,), int(TokenKind.PADDING))
+    token_frame = torch.zeros(tokens, dtype=torch.int64)
+    token_clip = torch.zeros(tokens, dtype=torch.int64)
+    position = torch.zeros(tokens, 3)
+    text_token = torch.full((shape.max_text_tokens,), -1)
+    frame_clip = torch.zeros(frames, dtype=torch.int64)
+    frame_rank = torch.zeros(frames, dtype=torch.int64)
+    frame_valid = torch.zeros(frames, dtype=torch.bool)
+    clip_frames = torch.zeros(shape.max_clips, dtype=torch.int64)
+    insertion_token = torch.zeros(frames, dtype=torch.int64)
+    lengths: list[int] = []
+    at, at_frame, at_text = 0, 0, 0
+    for slot, clip in enumerate(clips):
+        clip_kind, clip_frame, clip_position = _clip_positions(clip)
+        here = slice(at, at + clip.tokens)
+        kind[here], position[here], token_clip[here] = clip_kind, clip_position, slot
+        token_frame[here] = torch.where(clip_kind == TokenKind.TEXT, 0, clip_frame + at_frame)
+        text_token[at_text : at_text + clip.text_tokens] = torch.arange(at, at + clip.text_tokens)
+        slots = slice(at_frame, at_frame + clip.frames)
+        frame_clip[slots], frame_rank[slots], frame_valid[slots] = slot, torch.arange(clip.frames), True
+        insertion_token[slots] = at + torch.nonzero(clip_kind == TokenKind.INSERTION).flatten()
+        clip_frames[slot] = clip.frames
+        lengths.append(clip.tokens)
+        at, at_frame, at_text = at + clip.tokens, at_frame + clip.frames, at_text + clip.text_tokens
+    while at < tokens:
+        lengths.append(min(shape.max_seqlen, tokens - at))
+        at += lengths[-1]
+    cu_seqlens = torch.full((shape.max_segments + 1,), tokens, dtype=torch.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(lengths) + 1] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    return PackLayout(
+        shape=shape,
+        segment_lengths=tuple(lengths),
+        cu_seqlens=cu_seqlens,
+        token_kind=kind,
+        token_frame=token_frame,
+        token_clip=token_clip,
+        token_position=position,
+        text_token=text_token,
+        insertion_token=insertion_token,
+        frame_clip=frame_clip,
+        frame_rank=frame_rank,
+        frame_valid=frame_valid,
+        clip_frames=clip_frames,
+    )

@@ -1,0 +1,138 @@
+"""What a network is configured by, and the table of named sizes.
+
+A block has ``24 d^2`` parameters: 4 for queries, keys, values and output, 8 for SwiGLU (hidden size 8/3 d), and twice
+6 for the modulation of frames and of text; a network without text has no text modulation and ``18 d^2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from flowception.errors import ConfigError
+from flowception.nn.attention import BACKENDS
+from flowception.nn.flops import FlopSpec
+
+MLP_MULTIPLE = 32
+"""The SwiGLU hidden size is a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named size."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    in_channels: int
+    text_dim: int | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "toy": Preset(num_layers=4, hidden_size=128, num_heads=4, in_channels=48),
+    "s": Preset(num_layers=12, hidden_size=384, num_heads=6, in_channels=48),
+    "xl": Preset(num_layers=28, hidden_size=1152, num_heads=16, in_channels=128),
+    "2b": Preset(num_layers=38, hidden_size=1536, num_heads=24, in_channels=128, text_dim=4096),
+}
+"""toy: a laptop's CPU. s: one GPU. xl: the size of DiT-XL. 2b: T5 text (4096 wide) and LTX latents (128 channels)."""
+
+
+@dataclass(kw_only=True)
+class DiTConfig:
+    """The Flowception DiT. A size that is None comes from the preset."""
+
+    preset: str | None = "toy"
+    """Name in ``PRESETS``; None if every size is given."""
+    in_channels: int | None = None
+    """C: channels of a latent, fixed by the codec."""
+    hidden_size: int | None = None
+    """d: width of a token."""
+    num_layers: int | None = None
+    """Blocks."""
+    num_heads: int | None = None
+    """Attention heads; ``hidden_size / num_heads`` must be even and at least 8."""
+    text_dim: int | None = None
+    """Width of a text embedding; 0 for no text whatever the preset says."""
+    num_classes: int = 0
+    """Classes of clips, beside the null class; 0 for none."""
+    frame_spacing: float = 2.0
+    """Rotary positions from one frame to the next."""
+    rope_base: float = 100.0
+    """Ratio of the highest to the lowest rotary frequency."""
+    count_embedding: bool = True
+    """Whether insertion tokens carry their frame's rank and the number of visible frames."""
+    grid_embedding: bool = True
+    """Whether latent tokens carry their row and column. Rotary positions are relative: without this the network must
+    infer where in the frame a token lies."""
+    initial_log_rate: float | None = None
+    """Bias the rate head starts with, the log of the data's mean missing count per site; None lets the trainer compute
+    it from the plan."""
+    attention_backend: str = "auto"
+    """auto, sdpa, varlen or flash."""
+    activation_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass instead of kept."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ConfigError(f"model preset is {self.preset!r}; choose one of {', '.join(PRESETS)}")
+        for name in ("in_channels", "hidden_size", "num_layers", "num_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name} is {value}; give at least 1, or null to take the preset's")
+        for name in ("text_dim", "num_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"model.{name} is {value}; give 0 for none, or the number")
+        if self.attention_backend not in BACKENDS:
+            raise ConfigError(
+                f"model.attention_backend is {self.attention_backend!r}; choose one of {', '.join(BACKENDS)}"
+            )
+        if self.frame_spacing <= 0:
+            raise ConfigError(f"model.frame_spacing is {self.frame_spacing}; give a positive number")
+        if self.rope_base <= 1:
+            raise ConfigError(f"model.rope_base is {self.rope_base}; give a number above 1")
+
+    def resolved(self) -> DiTConfig:
+        """The same network with every size written out and no preset."""
+        spec = self.flop_spec()
+        return replace(
+            self,
+            preset=None,
+            in_channels=spec.in_channels,
+            hidden_size=spec.hidden_size,
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            text_dim=spec.text_dim or 0,
+        )
+
+    def flop_spec(self) -> FlopSpec:
+        """Every size of the network, known.
+
+        Raises:
+            ConfigError: If a size is given neither here nor by the preset, or sizes do not go together.
+        """
+        hidden_size, num_heads = self._size("hidden_size"), self._size("num_heads")
+        if hidden_size % num_heads:
+            raise ConfigError(f"model.hidden_size {hidden_size} is not a multiple of model.num_heads {num_heads}")
+        text_dim = self.text_dim
+        if text_dim is None and self.preset is not None:
+            text_dim = PRESETS[self.preset].text_dim
+        return FlopSpec(
+            hidden_size=hidden_size,
+            num_layers=self._size("num_layers"),
+            num_heads=num_heads,
+            in_channels=self._size("in_channels"),
+            mlp_hidden_size=MLP_MULTIPLE * round(8 * hidden_size / 3 / MLP_MULTIPLE),
+            text_dim=text_dim or None,
+            num_classes=self.num_classes,
+            count_embedding=self.count_embedding,
+            grid_embedding=self.grid_embedding,
+        )
+
+    def _size(self, name: str) -> int:
+        value: int | None = getattr(self, name)
+        if value is not None:
+            return value
+        if self.preset is None:
+            raise ConfigError(f"model.{name} is not set and there is no model.preset to take it from; give one")
+        preset_value: int = getattr(PRESETS[self.preset], name)
+        return preset_value

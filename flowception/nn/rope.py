@@ -1,0 +1,72 @@
+"""Rotary positions of a pack's tokens, after VideoRoPE (Wei et al., arXiv 2502.05173).
+
+A token of a frame with rank ``r`` at centred row ``i`` and column ``j`` sits at ``(t, y, x) = (s r, s r + i, s r + j)``
+with the frame spacing ``s``: the space coordinates move along the diagonal, so the middle of each frame (where its
+insertion token sits) continues the text, whose token ``k`` of ``L`` sits at ``t = y = x = k - L``.
+
+Of a head's ``d / 2`` angles the LOW frequencies, a quarter, turn with time; rows and columns take turns in the others.
+A low frequency does not come round again within a clip, so distance in time is never ambiguous.
+
+Frequencies are ``base^(-k / (d / 2))``. The base is 100 and not a language model's 10,000: clips have tens of frames,
+and a quarter of the frequencies must be able to tell them apart.
+
+Positions come from a frame's rank in its own clip alone, so nothing else in the pack can matter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowception.errors import ConfigError
+from flowception.nn.layout import PackLayout, TokenKind
+
+
+class VideoRoPE:
+    """Makes the rotation of every token of a pack, once per forward.
+
+    Args:
+        head_dim: Width ``d`` of a head, even and at least 8.
+        frame_spacing: Positions from one frame to the next.
+        base: Ratio of the highest to the lowest frequency.
+    """
+
+    def __init__(self, head_dim: int, frame_spacing: float, base: float) -> None:
+        if head_dim % 2 or head_dim < 8:
+            raise ConfigError(f"a head has width {head_dim}; choose hidden_size / num_heads even and at least 8")
+        pairs = head_dim // 2
+        self.frame_spacing = frame_spacing
+        self.frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        """float64 [d / 2], falling."""
+        axis = 1 + torch.arange(pairs) % 2
+        axis[pairs - pairs // 4 :] = 0
+        self.axis = axis
+        """int64 [d / 2]: 0 time, 1 row, 2 column."""
+
+    def positions(self, layout: PackLayout) -> Tensor:
+        """Coordinates (t, y, x) of every token, float32 ``[T, 3]``."""
+        rank, row, column = layout.token_position.unbind(-1)
+        spacing = torch.where(layout.token_kind == TokenKind.TEXT, 1.0, self.frame_spacing)
+        time = rank * spacing
+        return torch.stack([time, time + row, time + column], dim=-1)
+
+    def rotations(self, layout: PackLayout) -> Tensor:
+        """The unit complex number that turns each pair of a token, complex64 ``[T, 1, d / 2]``."""
+        positions = self.positions(layout)
+        frequency = self.frequency.to(positions)
+        angles = positions[:, self.axis.to(positions.device)] * frequency
+        return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+
+
+def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
+    """Turn neighbouring pairs of each head.
+
+    Args:
+        heads: ``[T, H, d]``.
+        rotations: complex64 ``[T, 1, d / 2]``.
+
+    Returns:
+        float32 ``[T, H, d]``.
+    """
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from flowception.errors import ConfigError
+from flowception.nn import PRESETS, DiTConfig, count_parameters
+
+
+def closed_form(width, layers, heads, channels, hidden, text_dim=None):
+    """Parameters summed from the description of the network (DESIGN.md section 3), independently of its modules."""
+    head = width // heads
+    block = 4 * width**2 + 3 * width * hidden + 2 * head + 6 * width * (width + 1) * (1 if text_dim is None else 2)
+    embedding = (2 * channels + 32) * width + 3 * width + width
+    mlps = sum(features * width + width + width * (width + 1) for features in (256, 128))
+    text = 0 if text_dim is None else text_dim * width + width + width * (width + 1)
+    heads_total = 2 * width * (width + 1) + channels * (width + 1) + width * (width + 1) + width + 1
+    return layers * block + embedding + mlps + text + heads_total
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("toy", closed_form(128, 4, 4, 48, 352)),
+        ("s", closed_form(384, 12, 6, 48, 1024)),
+        ("xl", closed_form(1152, 28, 16, 128, 3072)),
+        ("2b", closed_form(1536, 38, 24, 128, 4096, text_dim=4096)),
+    ],
+)
+def test_parameters_of_each_preset(preset, expected):
+    assert count_parameters(DiTConfig(preset=preset)) == expected
+
+
+def test_every_preset_is_counted():
+    assert list(PRESETS) == ["toy", "s", "xl", "2b"]
+
+
+def test_2b_has_two_billion():
+    assert 2.0e9 <= count_parameters(DiTConfig(preset="2b")) <= 2.2e9
+
+
+def test_classes_add_their_vectors_and_the_null_class():
+    with_classes, without = DiTConfig(preset="toy", num_classes=5), DiTConfig(preset="toy")
+    assert count_parameters(with_classes) - count_parameters(without) == 6 * 128
+
+
+def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
+    config = DiTConfig(preset="2b", num_layers=2, text_dim=0).resolved()
+    assert (config.preset, config.num_layers, config.hidden_size, config.text_dim) == (None, 2, 1536, 0)
+    assert config.flop_spec().text_dim is None
+    assert config.resolved() == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiTConfig(preset="huge"), "preset is 'huge'; choose one of toy, s, xl, 2b"),
+        (lambda: DiTConfig(hidden_size=0), "model.hidden_size is 0"),
+        (lambda: DiTConfig(num_classes=-1), "model.num_classes is -1"),
+        (lambda: DiTConfig(attention_backend="x"), "model.attention_backend is 'x'"),
+        (lambda: DiTConfig(frame_spacing=0.0), "model.frame_spacing is 0.0"),
+        (lambda: DiTConfig(rope_base=1.0), "model.rope_base is 1.0"),
+        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size is not set"),
+        (lambda: DiTConfig(num_heads=3).flop_spec(), "128 is not a multiple of model.num_heads 3"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flowception.errors import ConfigError
+from flowception.nn import ClipShape, PackShape, build_layout
+from flowception.nn.rope import VideoRoPE, rotate
+
+
+def test_space_moves_along_the_diagonal_of_time_and_text_continues_it():
+    positions = VideoRoPE(16, frame_spacing=3.0, base=100.0).positions(build_layout([ClipShape(2, 1, 2, 2)]))
+    text = [[-2, -2, -2], [-1, -1, -1]]
+    first = [[0, 0, -0.5], [0, 0, 0.5], [0, 0, 0]]
+    second = [[3, 3, 2.5], [3, 3, 3.5], [3, 3, 3]]
+    assert positions.tolist() == text + first + second
+
+
+def test_time_turns_the_lowest_frequencies_and_rows_and_columns_take_turns_in_the_others():
+    rope = VideoRoPE(16, frame_spacing=2.0, base=100.0)
+    assert rope.axis.tolist() == [1, 2, 1, 2, 1, 2, 0, 0]
+    torch.testing.assert_close(rope.frequency[[0, 4]], torch.tensor([1.0, 0.1], dtype=torch.float64))
+    assert (rope.frequency.diff() < 0).all()
+
+
+def test_angles_by_hand():
+    layout = build_layout([ClipShape(2, 1, 2)])
+    rotations = VideoRoPE(8, frame_spacing=2.0, base=16.0).rotations(layout)
+    last_latent = rotations[4, 0].angle()  # frame 1, row 0, column 0.5: (t, y, x) = (2, 2, 2.5)
+    torch.testing.assert_close(last_latent, torch.tensor([2.0, 2.5 / 2, 2.0 / 4, 2.0 / 8]))
+
+
+def test_rotation_turns_pairs_and_keeps_scores_of_equal_distance():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 16, generator=generator)
+    layout = build_layout([ClipShape(6, 2, 2)])
+    rotations = VideoRoPE(16, 2.0, 100.0).rotations(layout)
+    scores = torch.einsum("qhd,khd->qk", rotate(query.expand(30, 1, 16), rotations), rotate(key, rotations[:1]))
+    later = torch.einsum("qhd,khd->qk", rotate(query.expand(30, 1, 16), rotations), rotate(key, rotations[10:11]))
+    torch.testing.assert_close(scores[:20], later[10:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores[:20], scores[10:], atol=1e-3)
+
+
+def test_rotations_of_a_clip_do_not_depend_on_what_else_is_in_the_pack():
+    rope, clip = VideoRoPE(16, 2.0, 100.0), ClipShape(3, 2, 3, 2)
+    alone = rope.rotations(build_layout([clip]))
+    others = [ClipShape(5, 4, 1, 3), clip, ClipShape(1, 6, 6)]
+    shape = PackShape(token_budget=120, max_frames=12, max_clips=4, max_seqlen=40, max_text_tokens=9)
+    together = rope.rotations(build_layout(others, shape))
+    start = others[0].tokens
+    assert torch.equal(together[start : start + clip.tokens], alone)
+
+
+def test_a_frame_keeps_its_positions_when_frames_come_after_it():
+    rope = VideoRoPE(16, 2.0, 100.0)
+    short, long = (rope.rotations(build_layout([ClipShape(frames, 2, 3, 2)])) for frames in (2, 7))
+    assert torch.equal(long[: len(short)], short)
+
+
+@pytest.mark.parametrize("head_dim", [6, 9])
+def test_a_head_too_narrow_or_odd_is_refused(head_dim):
+    with pytest.raises(ConfigError, match=f"a head has width {head_dim}"):
+        VideoRoPE(head_dim, 2.0, 100.0)
