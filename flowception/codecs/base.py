@@ -1,0 +1,177 @@
+"""What a codec is: pixels in, normalised latents out, and back.
+
+A codec works on one clip at a time. How many pixel frames it accepts is its own law (``usable_frames``), and its
+``fingerprint`` says whether two sets of latents can be mixed.
+
+Shape legend: ``n_px`` pixel frames of ``H x W`` pixels, ``n`` latent frames of ``C`` channels on an ``h x w`` grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowception.errors import CodecError, ConfigError
+
+
+@dataclass(kw_only=True)
+class CodecConfig:
+    """Which codec, and how it runs."""
+
+    name: Literal["patchify", "ltx"] = "patchify"
+    """``patchify`` (lossless, needs nothing) or ``ltx`` (LTX-Video 0.9.5's autoencoder, needs the extra ``ltx``)."""
+    patch_size: int = 4
+    """patchify: pixels along the side of a patch."""
+    model: str | None = None
+    """ltx: an autoencoder's folder, or the folder or hub id of a pipeline that has it in the sub-folder ``vae``."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """ltx: precision of the computation."""
+    decode_timestep: float = 0.05
+    """ltx: time shown to the decoder, which removes the last bit of noise itself."""
+    decode_noise_scale: float = 0.025
+    """ltx: share of noise mixed into the latents before decoding; 0 is none. The noise is the same at every call."""
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1:
+            raise ConfigError(f"codec.patch_size is {self.patch_size}; give a whole number of pixels, at least 1")
+        for name in ("decode_timestep", "decode_noise_scale"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"codec.{name} is {getattr(self, name)}; give a number from 0 to below 1")
+
+
+class Codec(ABC):
+    """Turns clips of pixels into normalised latents and back."""
+
+    name: str
+    """Name in ``CodecConfig`` and in a shard set's ``meta.json``."""
+    latent_channels: int
+    """C."""
+    spatial_stride: int
+    """Pixels along the side of one latent cell."""
+    temporal_stride: int
+    """Pixel frames of one latent frame (of every one but the first, for a codec whose first stands for one)."""
+    latent_mean: tuple[float, ...]
+    """[C]: mean of the raw latents, removed by ``encode`` and put back by ``decode``."""
+    latent_std: tuple[float, ...]
+    """[C]: standard deviation of the raw latents, likewise."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Sha256 hex of all that decides what a latent means: the codec's kind, its settings and its weights."""
+
+    @abstractmethod
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames of a clip of ``pixel_frames``, which must be a number that the codec accepts."""
+
+    @abstractmethod
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames that ``latent_frames`` decode to."""
+
+    @abstractmethod
+    def usable_frames(self, pixel_frames: int) -> int:
+        """The largest number of pixel frames, at most ``pixel_frames``, that the codec accepts; 0 if there is none."""
+
+    @abstractmethod
+    def encode(self, video: Tensor | NDArray[np.uint8]) -> Tensor:
+        """Encode one clip.
+
+        Args:
+            video: uint8 [n_px, H, W, 3], RGB.
+
+        Returns:
+            Normalised latents, float32 [n, C, h, w] on the CPU.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode one clip.
+
+        Args:
+            latents: Normalised latents [n, C, h, w], any floating dtype.
+
+        Returns:
+            uint8 [n_px, H, W, 3], RGB, on the CPU.
+        """
+
+    def decode_many(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """Decode several clips, each alone: a decoder that mixes frames must never see another clip's, or padding.
+
+        Args:
+            clips: Latents [n_i, C, h_i, w_i] of each clip.
+
+        Returns:
+            Video of each clip, as ``decode`` gives it.
+        """
+        return [self.decode(latents) for latents in clips]
+
+    def _check_video(self, video: Tensor | NDArray[np.uint8]) -> Tensor:
+        """The clip as a tensor, or an error that says what the codec would accept."""
+        video = torch.as_tensor(video)
+        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+            raise CodecError(
+                f"the {self.name} codec was given {video.dtype} {tuple(video.shape)}; "
+                "give uint8 [frames, height, width, 3]"
+            )
+        frames, height, width, _ = video.shape
+        if frames == 0 or self.usable_frames(frames) != frames:
+            raise CodecError(
+                f"the {self.name} codec cannot encode {frames} frames; cut the clip to {self.usable_frames(frames)}"
+            )
+        if height % self.spatial_stride or width % self.spatial_stride or height == 0 or width == 0:
+            raise CodecError(
+                f"the {self.name} codec was given frames of {height} x {width} px; "
+                f"both must be multiples of {self.spatial_stride}"
+            )
+        return video
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or latents.shape[0] == 0:
+            raise CodecError(
+                f"the {self.name} codec cannot decode {tuple(latents.shape)}; "
+                f"give [frames, {self.latent_channels}, height, width] with at least one frame"
+            )
+
+
+def hash_description(description: dict[str, object]) -> str:
+    """Sha256 hex of a JSON description, keys sorted."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def pixels_to_unit(video: Tensor) -> Tensor:
+    """Map uint8 pixels to float32 in [-1, 1]."""
+    return video.to(torch.float32) / 127.5 - 1.0
+
+
+def unit_to_pixels(values: Tensor) -> Tensor:
+    """Round values in [-1, 1] to uint8 pixels; what lies outside, even infinities, is clipped, NaN becomes 0."""
+    return ((values.float().nan_to_num(-1.0) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def build_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
+    """Make the codec that ``config`` names.
+
+    Args:
+        config: Which codec.
+        device: Where a codec with weights computes.
+
+    Returns:
+        The codec, ready to use.
+    """
+    if config.name == "patchify":
+        from flowception.codecs.patchify import PatchifyCodec
+
+        return PatchifyCodec(config.patch_size)
+    if config.name == "ltx":
+        from flowception.codecs.ltx import LTXCodec
+
+        return LTXCodec.from_config(config, device)
+    raise ConfigError(f"codec.name is {config.name!r}; the codecs are patchify and ltx")

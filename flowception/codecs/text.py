@@ -1,0 +1,90 @@
+"""Captions to text embeddings with a T5 encoder, ragged: a caption keeps only its own tokens.
+
+LTX-Video conditions on T5-XXL (width 4096, up to 128 tokens). The embedding of a caption does not depend on what
+else is in the batch, since padding is masked inside T5 and cut off afterwards.
+
+Shape legend: ``L`` tokens of a caption (end token included), ``D`` width of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowception.errors import CodecError, ConfigError, require
+
+
+@dataclass(kw_only=True)
+class TextEncoderConfig:
+    """Which text encoder, if any."""
+
+    model: str | None = None
+    """Folder or hub id of a T5 encoder (or of a pipeline with ``text_encoder`` and ``tokenizer``); None is no text."""
+    max_tokens: int = 128
+    """Longer captions are cut."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the computation."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"text.max_tokens is {self.max_tokens}; give at least 1")
+
+
+class TextEncoder:
+    """A T5 encoder and its tokenizer."""
+
+    def __init__(
+        self, tokenizer: Any, model: Any, *, max_tokens: int = 128, device: torch.device | str = "cpu"
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self.max_tokens = max_tokens
+        self.text_dim = int(model.config.d_model)
+        """D."""
+
+    @classmethod
+    def from_config(cls, config: TextEncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
+        """Load encoder and tokenizer from a local folder or the hub."""
+        if config.model is None:
+            raise ConfigError("text.model is not set; give a folder or hub id of a T5 encoder")
+        transformers = require("transformers", extra="ltx")
+        errors = []
+        for in_pipeline in (False, True):
+            where = [{"subfolder": name} if in_pipeline else {} for name in ("tokenizer", "text_encoder")]
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **where[0])
+                model = transformers.T5EncoderModel.from_pretrained(
+                    config.model, dtype=getattr(torch, config.dtype), use_safetensors=True, **where[1]
+                )
+            except (OSError, ValueError, ImportError) as error:
+                errors.append(str(error))
+            else:
+                return cls(tokenizer, model, max_tokens=config.max_tokens, device=device)
+        raise CodecError(
+            f"text.model is {config.model!r} and no T5 encoder could be loaded from it ({' / '.join(errors)}); give a "
+            "folder with config.json, safetensors weights and a tokenizer, or a pipeline's folder or hub id"
+        )
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embed captions.
+
+        Args:
+            captions: One string each; an empty one has its end token alone.
+
+        Returns:
+            float32 [L_i, D] on the CPU for each caption.
+        """
+        if not captions:
+            return []
+        tokens = self._tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        mask = tokens["attention_mask"].to(self._device)
+        hidden = self._model(input_ids=tokens["input_ids"].to(self._device), attention_mask=mask).last_hidden_state
+        return [row[keep.bool()].float().cpu() for row, keep in zip(hidden, mask, strict=True)]

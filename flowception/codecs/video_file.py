@@ -1,0 +1,131 @@
+"""Reading and writing video files with PyAV (its wheel brings FFmpeg).
+
+A file's own claims about its length are never believed: frames are counted by decoding them.
+
+Shape legend: frames are uint8 ``[H, W, 3]`` RGB arrays, a video ``[n, H, W, 3]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flowception.errors import DataError
+
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TimedFrame:
+    """A decoded frame and when it is shown."""
+
+    time_s: float
+    """Seconds since the first frame."""
+    duration_s: float
+    """Seconds on screen by the stream's frame rate; the next frame's time is the better answer where there is one."""
+    image: Frame
+    """uint8 [H, W, 3], turned upright."""
+
+
+def decode_frames(path: str | Path) -> Iterator[TimedFrame]:
+    """Decode a video's frames in the order in which they are shown.
+
+    Args:
+        path: Video file.
+
+    Yields:
+        Every frame that decodes.
+
+    Raises:
+        DataError: If the file cannot be opened, has no video, or stops decoding; the reason is in the message.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no video stream; give a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+            first: float | None = None
+            for number, frame in enumerate(container.decode(stream)):
+                shown = frame.time if frame.time is not None else number / float(rate)
+                first = shown if first is None else first
+                yield TimedFrame(shown - first, 1.0 / float(rate), _upright(frame))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _upright(frame: Any) -> Frame:
+    """RGB of a frame, turned by the rotation that the file asks for."""
+    image: Frame = frame.to_ndarray(format="rgb24")
+    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+def read_video(path: str | Path) -> Frame:
+    """All frames of a video as uint8 [n, H, W, 3].
+
+    Raises:
+        DataError: If it cannot be decoded or has no frames.
+    """
+    frames = [frame.image for frame in decode_frames(path)]
+    if not frames:
+        raise DataError(f"{path} has no frames; give a video with at least one")
+    return np.stack(frames)
+
+
+def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, lossless_colour: bool = True) -> None:
+    """Write an H.264 mp4.
+
+    The bytes depend on the frames and the settings alone: one encoder thread, no time stamp of the writing.
+
+    Args:
+        path: File to write; its folder must exist.
+        video: uint8 [n, H, W, 3].
+        fps: Frames per second.
+        crf: H.264's quality, 0 (best) to 51.
+        lossless_colour: Keep colour at full resolution (4:4:4). False is 4:2:0, which every player shows, and needs
+            even height and width.
+    """
+    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) == 0:
+        raise DataError(f"cannot write {video.dtype} {video.shape} as a video; give uint8 [frames, height, width, 3]")
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv444p" if lossless_colour else "yuv420p"
+        stream.options = {"crf": str(crf), "threads": "1", "flags": "+bitexact"}
+        for image in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def cover_and_crop(image: Frame, height: int, width: int) -> Frame:
+    """Resize an image until it covers ``height x width`` and keep the middle.
+
+    An image that has that size already comes back as it is.
+
+    Args:
+        image: uint8 [H, W, 3].
+        height: Pixels wanted.
+        width: Pixels wanted.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    scale = max(height / image.shape[0], width / image.shape[1])
+    half_height, half_width = height / scale / 2, width / scale / 2
+    middle_y, middle_x = image.shape[0] / 2, image.shape[1] / 2
+    box = (middle_x - half_width, middle_y - half_height, middle_x + half_width, middle_y + half_height)
+    limits = (image.shape[1], image.shape[0]) * 2
+    box = tuple(min(max(edge, 0.0), float(limit)) for edge, limit in zip(box, limits, strict=True))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box))
