@@ -1,0 +1,103 @@
+"""Decodes many videos in several processes, in order, and survives videos that kill a decoder.
+
+With no workers it decodes in this process, one video after another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from data_prep.video import CutClip, CutSettings, cut_video
+from flowception.errors import DataError
+
+Decoder = Callable[[Path, CutSettings], list[CutClip]]
+Decoded = list[CutClip] | str
+"""A video's clips, or the reason why there are none."""
+_AHEAD = 2
+"""Videos decoded or waiting for each worker; bounds the memory."""
+CRASHED = "the decoder crashed on it"
+
+
+def decode_videos(
+    paths: Sequence[Path], settings: CutSettings, num_workers: int, decoder: Decoder = cut_video
+) -> Generator[Decoded, None, None]:
+    """Decode videos.
+
+    Args:
+        paths: Video files.
+        settings: How to cut them.
+        num_workers: Processes; 0 decodes in this one, where a crash of the decoder is a crash of the job.
+        decoder: What cuts one video; a function that can be pickled.
+
+    Yields:
+        For each path, in order, its clips or the reason why there are none.
+    """
+    if num_workers == 0:
+        yield from (_decode(decoder, path, settings) for path in paths)
+        return
+    pool, waiting, at = _new_pool(num_workers), deque[tuple[Path, Future[Decoded]]](), 0
+    try:
+        while waiting or at < len(paths):
+            while at < len(paths) and len(waiting) < _AHEAD * num_workers:
+                waiting.append((paths[at], _submit(pool, decoder, paths[at], settings)))
+                at += 1
+            path, future = waiting.popleft()
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
+                pool.shutdown(wait=False, cancel_futures=True)
+                yield _decode_alone(decoder, path, settings)
+                pool = _new_pool(num_workers)
+                waiting = deque((p, f if _succeeded(f) else _submit(pool, decoder, p, settings)) for p, f in waiting)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode(decoder: Decoder, path: Path, settings: CutSettings) -> Decoded:
+    try:
+        return decoder(path, settings)
+    except DataError as error:
+        return str(error)
+
+
+def _decode_alone(decoder: Decoder, path: Path, settings: CutSettings) -> Decoded:
+    with _new_pool(1) as pool:
+        try:
+            return pool.submit(_decode, decoder, path, settings).result()
+        except BrokenProcessPool:
+            return f"{path}: {CRASHED}"
+
+
+def _submit(pool: ProcessPoolExecutor, decoder: Decoder, path: Path, settings: CutSettings) -> Future[Decoded]:
+    try:
+        return pool.submit(_decode, decoder, path, settings)
+    except BrokenProcessPool as error:
+        failed: Future[Decoded] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _succeeded(future: Future[Decoded]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _new_pool(num_workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: this process runs torch's threads and perhaps CUDA.
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the encoding process is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -1,0 +1,74 @@
+"""What ``encode_shards.py`` reads: a dataclass, filled from YAML and ``key=value`` words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from flowception.codecs.base import Codec, CodecConfig
+from flowception.codecs.text import TextEncoderConfig
+from flowception.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class EncodeConfig:
+    """One encoding job."""
+
+    source: str = MISSING
+    """Folder of videos, or a ``.csv`` or ``.jsonl`` manifest (see ``manifest.py`` for the columns)."""
+    out: str = MISSING
+    """Folder of the shard set."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """What turns pixels into latents."""
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    """What turns captions into embeddings; ``text.model=null`` is nothing."""
+    fps: float | None = None
+    """Frames per second of the clips; None keeps every frame."""
+    height: int | None = None
+    """Pixels; videos are resized to cover height x width and cropped in the middle. None keeps the video's size."""
+    width: int | None = None
+    """Likewise."""
+    min_frames: int = 1
+    """Pixel frames; a video's last piece is dropped if it is shorter."""
+    max_frames: int | None = None
+    """Pixel frames; videos are cut into pieces of this length. None keeps a video whole."""
+    videos_per_shard: int = 256
+    """A shard is a fixed range of the manifest; also what is lost at most when the job is killed."""
+    num_workers: int = 0
+    """Processes that decode; 0 decodes in the main process."""
+    device: str | None = None
+    """Where the codec computes; None is CUDA where there is one."""
+    part: int = 0
+    """Which of ``num_parts`` jobs this is; it encodes every ``num_parts``-th shard."""
+    num_parts: int = 1
+    """Jobs that share one set, on machines that share its folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_frames", "videos_per_shard", "num_parts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.fps is not None and self.fps <= 0:
+            raise ConfigError(f"fps is {self.fps}; give a positive number, or null to keep every frame")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(f"height is {self.height} and width is {self.width}; give both or neither")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers is {self.num_workers}; give 0 or more")
+        if not 0 <= self.part < self.num_parts:
+            raise ConfigError(f"part is {self.part}; give 0 to num_parts - 1 = {self.num_parts - 1}")
+        if self.max_frames is not None and self.max_frames < self.min_frames:
+            raise ConfigError(f"max_frames is {self.max_frames}, below min_frames = {self.min_frames}")
+
+    def check_codec(self, codec: Codec) -> None:
+        """Refuse sizes that the codec cannot encode, saying the nearest that it can."""
+        for name in ("height", "width"):
+            size, stride = getattr(self, name), codec.spatial_stride
+            if size is not None and (size < stride or size % stride):
+                nearest = max(stride, round(size / stride) * stride)
+                raise ConfigError(f"{name} is {size}; the {codec.name} codec needs a multiple of {stride}: {nearest}")
+        if self.max_frames is not None:
+            usable = codec.usable_frames(self.max_frames)
+            if usable != self.max_frames:
+                raise ConfigError(f"max_frames is {self.max_frames}; the {codec.name} codec accepts {usable}")
+            if usable < self.min_frames:
+                raise ConfigError(f"min_frames is {self.min_frames}; max_frames allows at most {usable}")

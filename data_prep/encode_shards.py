@@ -1,0 +1,58 @@
+"""Encode videos into shards of latents.
+
+    python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...]
+
+Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
+with the reason, in ``unreadable.jsonl`` of the set. The keys are in ``data_prep/encode_config.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as data_prep.NAME
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and encode.
+
+    Args:
+        argv: Words after the script's name; None takes them from the process.
+
+    Returns:
+        Exit code: 0 for success, 2 for bad input.
+    """
+    parser = argparse.ArgumentParser(description="Encode videos into shards of latents.")
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unknown words: {' '.join(rest)}")
+    # Here and not at the top: processes that decode import this file again and need none of it.
+    from data_prep.encode_config import EncodeConfig
+    from data_prep.encoding import UNREADABLE_NAME, ShardEncoder
+    from flowception.config import load
+    from flowception.errors import FlowceptionError
+
+    words = [*rest, *arguments.config]
+    files = [word for word in words if "=" not in word]
+    try:
+        config = load(EncodeConfig, files, [word for word in words if "=" in word])
+        summary = ShardEncoder(config).run()
+    except FlowceptionError as error:
+        print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{summary.clips} clips of {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
+    if summary.open_shards:
+        print(f"{summary.open_shards} shards are left to other parts; the last part to end finishes the set")
+    elif summary.unreadable:
+        print(f"the reasons are in {Path(config.out) / UNREADABLE_NAME}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

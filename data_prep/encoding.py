@@ -1,0 +1,212 @@
+"""Encodes a manifest of videos into a shard set, and goes on where an earlier run stopped.
+
+Shard k holds the clips of entries ``k V .. (k + 1) V - 1`` of the manifest, V = ``videos_per_shard``. A shard is
+written complete or not at all, and beside it a list of the entries that gave no clip with the reason. So a job that
+was killed and run again ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.decode_pool import Decoded, decode_videos
+from data_prep.encode_config import EncodeConfig
+from data_prep.manifest import Manifest, VideoEntry, read_manifest
+from data_prep.video import CutSettings
+from flowception.codecs.base import Codec, build_codec
+from flowception.codecs.text import TextEncoder
+from flowception.data.schema import ClipRecord, ShardMeta
+from flowception.data.shards import ShardSetWriter
+from flowception.errors import CodecError, ConfigError, DataError
+from flowception.files import FileLock, write_atomically
+from flowception.progress import Progress
+
+UNREADABLE_NAME = "unreadable.jsonl"
+_SETTINGS_NAME = "encode_settings.json"
+_SET_LOCK = ".set.lock"
+_FREE_TO_CHANGE = ("source", "out", "num_workers", "device", "part", "num_parts")
+"""Settings that do not show in the bytes of the set."""
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What a job did."""
+
+    videos: int
+    """Videos that gave at least one clip, over the whole set so far."""
+    unreadable: int
+    """Videos that gave none."""
+    clips: int
+    """Clips of the whole set so far."""
+    open_shards: int
+    """Shards that other parts still have to encode; the set is finished at 0."""
+
+
+class ShardEncoder:
+    """One encoding job: a manifest, a codec and the set that it writes."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        """Read the manifest, load the codec and check that the folder belongs to this job."""
+        self.config = config
+        self.manifest: Manifest = read_manifest(config.source)
+        self.folder = Path(config.out)
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.codec: Codec = build_codec(config.codec, device)
+        config.check_codec(self.codec)
+        self.text = None if config.text.model is None else TextEncoder.from_config(config.text, device)
+        self.cut = CutSettings(
+            fps=config.fps,
+            height=config.height,
+            width=config.width,
+            size_multiple=self.codec.spatial_stride,
+            min_frames=config.min_frames,
+            max_frames=config.max_frames,
+        )
+        self.num_shards = -(-len(self.manifest.entries) // config.videos_per_shard)
+        with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may begin at the same time
+            _check_settings(self.folder / _SETTINGS_NAME, config, self.manifest)
+            self.writer = ShardSetWriter(self.folder, self._meta())
+
+    def _meta(self) -> ShardMeta:
+        return ShardMeta(
+            codec=self.codec.name,
+            codec_fingerprint=self.codec.fingerprint(),
+            latent_channels=self.codec.latent_channels,
+            latent_mean=list(self.codec.latent_mean),
+            latent_std=list(self.codec.latent_std),
+            text_width=None if self.text is None else self.text.text_dim,
+            class_names=list(self.manifest.class_names),
+            codec_config=asdict(self.config.codec),
+        )
+
+    def run(self) -> EncodeSummary:
+        """Encode every shard of this part that is not finished; finish the set if none is left open.
+
+        Returns:
+            Counts over all finished shards.
+
+        Raises:
+            ConfigError: If another job is encoding this part.
+            DataError: If no video of the whole set could be read.
+        """
+        advice = f"it encodes part {self.config.part} too: wait for it, stop it, or give another out"
+        with FileLock(self.folder / f".part-{self.config.part}.lock", ConfigError, advice):
+            self._encode_shards()
+            with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may end at the same time
+                return self._finish()
+
+    def _encode_shards(self) -> None:
+        mine = [k for k in range(self.num_shards) if k % self.config.num_parts == self.config.part]
+        todo = [k for k in mine if not self.writer.is_finished(k)]
+        if len(todo) < len(mine):
+            print(f"{len(mine) - len(todo)} of {len(mine)} shards are finished already", flush=True)
+        paths = [entry.path for k in todo for entry in self._entries(k)]
+        with (
+            Progress(len(paths), "encoding videos") as progress,
+            closing(decode_videos(paths, self.cut, self.config.num_workers)) as decoded,
+        ):
+            for shard in todo:
+                self.writer.write_shard(shard, self._records(shard, decoded, progress.advance))
+
+    def _entries(self, shard: int) -> tuple[VideoEntry, ...]:
+        size = self.config.videos_per_shard
+        return self.manifest.entries[shard * size : (shard + 1) * size]
+
+    def _skipped_path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.unreadable.jsonl"
+
+    def _records(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> Iterator[ClipRecord]:
+        """The clips of a shard, of the next videos of ``decoded``.
+
+        The list of skipped entries is on disk when the last clip was taken, so before the shard counts as finished.
+        """
+        entries, skipped = self._entries(shard), list[str]()
+        for entry, found in zip(entries, islice(decoded, len(entries)), strict=True):
+            try:
+                yield from self._encode(entry, found)
+            except (DataError, CodecError) as error:
+                reason = str(error).replace(str(entry.path), entry.source)
+                skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
+            advance()
+        write_atomically(self._skipped_path(shard), "".join(skipped))
+
+    def _encode(self, entry: VideoEntry, found: Decoded) -> list[ClipRecord]:
+        """The clips of one video, all or an error with the reason."""
+        if isinstance(found, str):
+            raise DataError(found)
+        text = None if self.text is None else self.text.encode([entry.caption])[0]
+        records = []
+        for number, clip in enumerate(found):
+            usable = self.codec.usable_frames(len(clip.frames))
+            if usable < max(1, self.config.min_frames):
+                continue
+            frames = clip.frames[:usable]
+            records.append(
+                ClipRecord(
+                    key=f"{entry.key}-{number:04d}",
+                    latents=self.codec.encode(frames),
+                    text=text,
+                    source=f"{entry.source}@{clip.start_s:.3f}s",
+                    caption=entry.caption,
+                    fps=clip.fps,
+                    pixel_height=frames.shape[1],
+                    pixel_width=frames.shape[2],
+                    pixel_frames=usable,
+                    class_label=entry.class_label,
+                )
+            )
+        if not records:
+            raise DataError(
+                f"{entry.path} has {len(found[0].frames)} frames, of which the {self.codec.name} codec can use "
+                f"{self.codec.usable_frames(len(found[0].frames))}; min_frames is {self.config.min_frames}"
+            )
+        return records
+
+    def _finish(self) -> EncodeSummary:
+        finished = [k for k in range(self.num_shards) if self.writer.is_finished(k)]
+        skipped = "".join(self._skipped_path(k).read_text() for k in finished)
+        unreadable = skipped.count("\n")
+        clips = sum(len(self.writer.finished_keys(k)) for k in finished)
+        if len(finished) == self.num_shards:
+            write_atomically(self.folder / UNREADABLE_NAME, skipped)
+            if clips == 0:
+                raise DataError(
+                    f"none of the {unreadable} videos of {self.config.source} could be read; "
+                    f"the reasons are in {self.folder / UNREADABLE_NAME}"
+                )
+            self.writer.finish()
+        videos = sum(len(self._entries(k)) for k in finished) - unreadable
+        return EncodeSummary(videos, unreadable, clips, self.num_shards - len(finished))
+
+
+def _check_settings(path: Path, config: EncodeConfig, manifest: Manifest) -> None:
+    """Record what the set is made of, or refuse a folder that was begun with something else."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
+    settings |= {"manifest_sha256": manifest.sha256(), "videos": len(manifest.entries)}
+    if not path.exists():
+        write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        return
+    begun, now = _flat(json.loads(path.read_text())), _flat(settings)
+    videos = begun.pop("videos", "another number"), now.pop("videos")
+    same_list = begun.pop("manifest_sha256", None) == now.pop("manifest_sha256")
+    changes = [f"{name} was {begun.get(name)}, is {value}" for name, value in now.items() if begun.get(name) != value]
+    if not same_list:
+        changes.append(f"the list of videos changed: {videos[0]} video{'s' * (videos[0] != 1)} then, {videos[1]} now")
+    if changes:
+        raise ConfigError(f"{path.parent} was begun with other settings: {', '.join(changes)}; encode into another out")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same with dotted keys for what is nested."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

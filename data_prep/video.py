@@ -1,0 +1,129 @@
+"""Cuts a video file into clips: frame rate, size, length.
+
+Frames are counted as they decode; what a file says of its own length is never used. A frame is on screen from its
+time until the next one's, so resampling to another rate takes, at every tick, the frame that is shown then.
+
+Shape legend: frames are uint8 ``[H, W, 3]``, a clip ``[n, H, W, 3]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowception.codecs.video_file import Frame, TimedFrame, cover_and_crop, decode_frames
+from flowception.errors import DataError
+
+_TICK_TOLERANCE_S = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutSettings:
+    """How videos become clips."""
+
+    fps: float | None = None
+    """Frames per second of the clips; None keeps every frame."""
+    height: int | None = None
+    """Pixels; None keeps the video's own, down to a multiple of ``size_multiple``."""
+    width: int | None = None
+    """Likewise."""
+    size_multiple: int = 1
+    """Both sides of a clip are multiples of it."""
+    min_frames: int = 1
+    """A video's last piece is dropped below this."""
+    max_frames: int | None = None
+    """Videos are cut into pieces of this length; None keeps a video whole."""
+
+
+@dataclass(frozen=True)
+class CutClip:
+    """A piece of a video."""
+
+    frames: Frame
+    """uint8 [n, H, W, 3]."""
+    fps: float
+    start_s: float
+    """Seconds from the video's first frame."""
+
+
+def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
+    """Decode a video and cut it into clips.
+
+    Args:
+        path: Video file.
+        settings: How to cut.
+
+    Returns:
+        At least one clip, in order.
+
+    Raises:
+        DataError: If the video cannot be decoded or is too short; the message is the reason to record.
+    """
+    clips: list[CutClip] = []
+    piece: list[Frame] = []
+    start_s, rate, count = 0.0, settings.fps, 0
+
+    def close() -> None:
+        if len(piece) >= settings.min_frames:
+            clips.append(CutClip(np.stack(piece), float(rate or 0.0), start_s))
+        piece.clear()
+
+    for frame in resample(decode_frames(path), settings.fps):
+        rate = rate or 1.0 / frame.duration_s
+        if not piece:
+            start_s = frame.time_s
+        piece.append(_fit(frame.image, settings))
+        if piece[-1].shape != piece[0].shape:
+            raise DataError(f"{path} changes its size from {piece[0].shape[:2]} to {piece[-1].shape[:2]} in mid-video")
+        count += 1
+        if len(piece) == settings.max_frames:
+            close()
+    if piece:
+        close()
+    if not clips:
+        raise DataError(f"{path} has {count} frames at the clips' rate, fewer than min_frames = {settings.min_frames}")
+    return clips
+
+
+def resample(frames: Iterable[TimedFrame], fps: float | None) -> Iterator[TimedFrame]:
+    """Frames at the ticks ``0, 1 / fps, 2 / fps, ...``: at each the frame that is on screen.
+
+    Args:
+        frames: Decoded frames, in order of time.
+        fps: Ticks per second; None passes every frame on.
+
+    Yields:
+        A frame for each tick until the last frame leaves the screen.
+    """
+    if fps is None:
+        yield from frames
+        return
+    tick, shown = 0, None
+
+    def until(end_s: float) -> Iterator[TimedFrame]:
+        nonlocal tick
+        while shown is not None and tick / fps < end_s - _TICK_TOLERANCE_S:
+            yield TimedFrame(tick / fps, 1.0 / fps, shown.image)
+            tick += 1
+
+    for frame in frames:
+        yield from until(frame.time_s)
+        shown = frame
+    if shown is not None:
+        yield from until(shown.time_s + shown.duration_s)
+
+
+def _fit(image: Frame, settings: CutSettings) -> Frame:
+    """Resize and crop to the settings' size, or crop to the multiple."""
+    multiple = settings.size_multiple
+    height = settings.height or image.shape[0] // multiple * multiple
+    width = settings.width or image.shape[1] // multiple * multiple
+    if height == 0 or width == 0:
+        raise DataError(f"frames of {image.shape[0]} x {image.shape[1]} px are smaller than the codec's {multiple} px")
+    if settings.height or settings.width:
+        return cover_and_crop(image, height, width)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]

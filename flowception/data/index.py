@@ -1,0 +1,186 @@
+"""The index of a shard set: one fixed-width row for each clip, memory-mapped.
+
+Packing needs nothing else, so an epoch is planned without reading a clip. A row also says where the clip's bytes are
+and what they must hash to: a CRC-32 for each latent frame, so that reading only the visible frames is still verified,
+and one for everything before the latents (tar headers, JSON, text).
+
+Shape legend: ``M`` clips of the set, ``n`` frames of a clip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flowception.data.schema import NO_CLASS, check_key, clip_id
+from flowception.errors import DataError
+
+CLIP_DTYPE = np.dtype(
+    [
+        ("clip_id", "<u8"),
+        ("start", "<u8"),  # byte of the clip's first tar header in its shard
+        ("latents_offset", "<u8"),  # byte of the latents' payload; [start, latents_offset) is the prefix
+        ("crc_start", "<u8"),  # row of frame 0 in the frame CRC array
+        ("shard", "<u4"),
+        ("frames", "<u4"),
+        ("text_tokens", "<u4"),
+        ("class_label", "<i4"),
+        ("json_bytes", "<u4"),
+        ("prefix_crc", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+    ]
+)
+_CLIPS_NAME, _CRC_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-crc.npy", "index-keys.npy"
+
+
+@dataclass
+class ClipIndex:
+    """Rows of a shard set. Arrays may be memory-mapped and are never written."""
+
+    clips: NDArray[np.void]
+    """[M] of ``CLIP_DTYPE``."""
+    frame_crc: NDArray[np.uint32]
+    """CRC-32 of each latent frame of each clip, clips one after another."""
+    keys: NDArray[np.bytes_]
+    """[M] keys."""
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @cached_property
+    def tokens_per_frame(self) -> NDArray[np.int64]:
+        """[M]: latent tokens of a frame and its insertion token."""
+        return self.clips["height"].astype(np.int64) * self.clips["width"] + 1
+
+    def key(self, row: int) -> str:
+        """The key of a clip."""
+        return bytes(self.keys[row]).decode("ascii")
+
+    def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of the clips with the given keys; keys that are not in the index are left out."""
+        wanted = np.array(sorted({clip_id(key) for key in keys}), dtype=np.uint64)
+        return np.flatnonzero(np.isin(self.clips["clip_id"], wanted))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all rows, checksums and keys."""
+        digest = hashlib.sha256()
+        for array in (self.clips, self.frame_crc, self.keys):
+            digest.update(f"{array.dtype.str}{len(array)};".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def split(self, heldout_fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Part the set by key hash: a clip is on the same side in every set and whatever else the set holds.
+
+        Args:
+            heldout_fraction: Expected share of clips held out, 0 to 1.
+
+        Returns:
+            Rows of the training part and of the held-out part.
+        """
+        if not 0.0 <= heldout_fraction <= 1.0:
+            raise DataError(f"heldout_fraction is {heldout_fraction}; give a share from 0 to 1")
+        held = self.clips["clip_id"].astype(np.float64) / 2.0**64 < heldout_fraction
+        return np.flatnonzero(~held), np.flatnonzero(held)
+
+    def check(self) -> None:
+        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows."""
+        if len(self.keys) != len(self.clips):
+            raise DataError(f"the index has {len(self.clips)} clips and {len(self.keys)} keys; encode the set again")
+        frames = self.clips["frames"].astype(np.float64)
+        ends = self.clips["crc_start"].astype(np.float64) + frames
+        if np.any(frames < 1) or np.any(ends > len(self.frame_crc)):
+            raise DataError("the index has a clip without frames or without checksums; encode the set again")
+        self._check_keys()
+        order = np.argsort(self.clips["clip_id"], kind="stable")
+        ids = self.clips["clip_id"][order]
+        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        if len(twice):
+            first, second = self.key(int(order[twice[0]])), self.key(int(order[twice[0] + 1]))
+            raise DataError(f"clips {first} and {second} have one id: keys must differ within a shard set")
+
+    def _check_keys(self) -> None:
+        """Every key, when a set is opened: 2 s for 2 million."""
+        keys = [check_key(key.decode("ascii", "backslashreplace")) for key in self.keys.tolist()]
+        ids = np.fromiter(map(clip_id, keys), dtype=np.uint64, count=len(keys))
+        wrong = np.flatnonzero(ids != self.clips["clip_id"])
+        if len(wrong):
+            raise DataError(
+                f"the index's row {wrong[0]} has not the id of its key {keys[wrong[0]]}; encode the set again"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the index into the folder of a set."""
+        for name, array in ((_CLIPS_NAME, self.clips), (_CRC_NAME, self.frame_crc), (_KEYS_NAME, self.keys)):
+            partial = folder / f".{name}.partial.npy"
+            np.save(partial, array, allow_pickle=False)
+            partial.replace(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path) -> ClipIndex:
+        """Memory-map the index of a set."""
+        arrays = []
+        for name in (_CLIPS_NAME, _CRC_NAME, _KEYS_NAME):
+            try:
+                arrays.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError) as error:
+                raise DataError(f"{folder / name} cannot be read ({error}); encode the set again") from error
+        clips, frame_crc, keys = arrays
+        if clips.dtype != CLIP_DTYPE or frame_crc.dtype != np.uint32 or keys.dtype.kind != "S":
+            raise DataError(f"the index in {folder} has types {clips.dtype}, {frame_crc.dtype}, {keys.dtype}")
+        return cls(clips, frame_crc, keys)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ClipIndex]) -> ClipIndex:
+        """The index of several shards, in order."""
+        clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
+        starts = np.cumsum([0] + [len(part.frame_crc) for part in parts])
+        shift = np.repeat(starts[:-1], [len(part) for part in parts])
+        clips["crc_start"] += shift.astype(np.uint64)
+        crc = np.concatenate([part.frame_crc for part in parts]) if parts else np.zeros(0, np.uint32)
+        keys = np.concatenate([part.keys for part in parts]) if parts else np.zeros(0, "S1")
+        return cls(clips, crc, keys)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        frames: ArrayLike,
+        height: ArrayLike,
+        width: ArrayLike,
+        text_tokens: ArrayLike = 0,
+        class_label: ArrayLike = NO_CLASS,
+        clips_per_shard: int = 1000,
+    ) -> ClipIndex:
+        """An index of clips that exist nowhere, for simulations and tests: clip ``i`` has key ``clip-i``.
+
+        Args:
+            frames: [M] latent frames of each clip.
+            height: Latent rows; broadcast.
+            width: Latent columns; broadcast.
+            text_tokens: Text tokens of each clip; broadcast.
+            class_label: Class of each clip, -1 for none; broadcast.
+            clips_per_shard: How many clips share a shard.
+
+        Returns:
+            The index.
+        """
+        count = len(np.asarray(frames))
+        keys = [f"clip-{number:09d}" for number in range(count)]
+        clips = np.zeros(count, CLIP_DTYPE)
+        clips["clip_id"] = [clip_id(key) for key in keys]
+        clips["shard"] = np.arange(count) // clips_per_shard
+        for name, value in (("frames", frames), ("height", height), ("width", width)):
+            clips[name] = value
+        clips["text_tokens"], clips["class_label"] = text_tokens, class_label
+        starts = np.cumsum(clips["frames"].astype(np.int64))
+        clips["crc_start"] = starts - clips["frames"]
+        total = int(starts[-1]) if count else 0
+        return cls(clips, np.zeros(total, np.uint32), np.array(keys, dtype="S14"))

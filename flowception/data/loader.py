@@ -1,0 +1,155 @@
+"""Feeding one rank: its packs of every step of an epoch, from any cursor, with or without worker processes.
+
+Rank r of W runs ``ceil(G / W)`` micro-steps; its micro-step a is pack ``a W + r``, so packs that run at the same time
+are neighbours in FLOPs. Packs that do not exist are padding. The plan stays in this process; workers only read and
+build what they are told, so nothing about them has to be saved: a cursor is the whole state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
+from flowception.data.plan import Cursor, PackPlan, Plan, StepPlan, check_world_size
+from flowception.data.reader import ClipReader
+from flowception.errors import ConfigError
+
+_WORKER_TIMEOUT_S = 1800
+"""A worker that gives nothing for so long is dead or its storage is."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where data comes from and how it is read."""
+
+    path: str
+    """Folder of the shard set."""
+    heldout_fraction: float = 0.0
+    """Share of clips, by key hash, kept for validation."""
+    num_workers: int = 0
+    """Processes that read ahead, for each rank; 0 reads in the training process."""
+    prefetch_steps: int = 2
+    """Steps that each worker keeps ready."""
+    max_bad_clips: int | None = 100
+    """Unreadable clips a run puts up with in an epoch; more is a fault of the storage and stops the run. None puts up
+    with any number."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        rules = {
+            "heldout_fraction": (0.0 <= self.heldout_fraction < 1.0, "a share from 0 to below 1"),
+            "num_workers": (self.num_workers >= 0, "an integer of at least 0"),
+            "prefetch_steps": (self.prefetch_steps >= 1, "an integer of at least 1"),
+            "max_bad_clips": (self.max_bad_clips is None or self.max_bad_clips >= 0, "an integer of at least 0"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; give {wanted}")
+
+
+@dataclass
+class StepBatch:
+    """What one rank does in one optimizer step."""
+
+    step_plan: StepPlan
+    packs: list[Pack]
+    """The rank's micro-steps, ``ceil(G / W)`` of them."""
+    cursor: Cursor
+    """This step."""
+    next_cursor: Cursor
+    """Where to go on after it; save this one."""
+    quarantined: list[BadClip]
+    """Clips of this rank's packs found bad in this step."""
+
+
+def packs_of_rank(packs: Sequence[PackPlan], rank: int, world_size: int) -> list[PackPlan | None]:
+    """A rank's share of a step, one entry for each micro-step; None where there is only padding to run."""
+    micro_steps = -(-len(packs) // world_size)
+    numbers = [micro_step * world_size + rank for micro_step in range(micro_steps)]
+    return [packs[number] if number < len(packs) else None for number in numbers]
+
+
+class _PackBuilder(Dataset[list[Pack]]):
+    """Builds packs that are named by their plans; runs in workers."""
+
+    def __init__(self, plan: Plan, reader: ClipReader) -> None:
+        self._plan, self._reader = plan, reader
+
+    def __getitem__(self, share: Any) -> list[Pack]:
+        return [empty_pack(self._plan) if p is None else build_pack(self._plan, p, self._reader) for p in share]
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _share_by_name(worker: int) -> None:
+    """Hand tensors over by name. torch's default takes a file descriptor for each, and a step has thousands."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+class PackLoader:
+    """The steps of one epoch for one rank, from a cursor to the epoch's end."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: ClipReader,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: Cursor | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        """Make a loader; nothing is read before it is iterated.
+
+        Args:
+            plan: The plan, the same on every rank.
+            reader: Where clips are read.
+            rank: This rank.
+            world_size: Number of ranks.
+            cursor: The first step; None for the first of epoch 0.
+            num_workers: Processes that read ahead; 0 for none.
+            prefetch: Steps that each worker keeps ready.
+        """
+        check_world_size(plan.config.packs_per_step, world_size)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; with {world_size} ranks it is from 0 to {world_size - 1}")
+        self._plan, self._reader = plan, reader
+        self._rank, self._world_size = rank, world_size
+        self._first = cursor or Cursor()
+        self._num_workers, self._prefetch = num_workers, prefetch
+
+    def _shares(self, planned: deque[StepPlan]) -> Iterator[list[PackPlan | None]]:
+        cursor = self._first
+        while cursor.epoch == self._first.epoch:
+            step_plan = self._plan.step(cursor)
+            planned.append(step_plan)
+            yield packs_of_rank(step_plan.packs, self._rank, self._world_size)
+            cursor = self._plan.next(cursor)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        """Yield the steps in order."""
+        planned: deque[StepPlan] = deque()
+        built = DataLoader(
+            _PackBuilder(self._plan, self._reader),
+            batch_size=None,
+            sampler=self._shares(planned),
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch if self._num_workers else None,
+            worker_init_fn=_share_by_name,
+            timeout=_WORKER_TIMEOUT_S if self._num_workers else 0,
+            collate_fn=_unchanged,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for packs in built:
+            step_plan = planned.popleft()
+            found = [bad for pack in packs for bad in pack.bad_clips]
+            cursor = Cursor(step_plan.epoch, step_plan.step)
+            yield StepBatch(step_plan, packs, cursor, self._plan.next(cursor), found)

@@ -1,0 +1,77 @@
+"""The order of an epoch and the stratified global times of its places.
+
+Both are keyed, so any part can be computed alone: there is no generator to wind forward.
+
+Shape legend: ``K`` clips of the epoch; a *place* is a position 0..K-1 in the epoch's order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowception import rng
+from flowception.rng import Stream
+
+
+def epoch_order(
+    clip_ids: NDArray[np.uint64],
+    shards: NDArray[np.uint32],
+    num_shards: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle_block_shards: int,
+) -> NDArray[np.int64]:
+    """A permutation with locality: shards are permuted, clips are shuffled inside blocks of shards.
+
+    Removing clips, even all those of a shard, leaves the order of all others as it was: the set's shards are permuted,
+    whether or not the epoch has clips of them.
+
+    Args:
+        clip_ids: [K] ids of the epoch's clips.
+        shards: [K] the shard of each.
+        num_shards: Shards of the whole set, of which the epoch may have only some.
+        seed: The run's seed.
+        epoch: Epoch number.
+        shuffle_block_shards: Shards in a block: how many are read at one time.
+
+    Returns:
+        [K] which clip has place 0, 1, ...
+    """
+    shard_place = np.empty(num_shards, dtype=np.int64)
+    shard_place[rng.permutation(seed, Stream.ORDER, num_shards, epoch=epoch)] = np.arange(num_shards)
+    block = shard_place[shards] // shuffle_block_shards
+    within = rng.uniforms(seed, Stream.ORDER, epoch=epoch, clip=clip_ids)[..., 0]
+    return np.lexsort((clip_ids, within, block)).astype(np.int64)
+
+
+def stratified_uniforms(
+    places: NDArray[np.int64], num_places: int, *, seed: int, epoch: int, block_clips: int
+) -> NDArray[np.float64]:
+    """Uniforms for global times, one in each stratum of each block of consecutive places.
+
+    In a block of m places, place i gets ``(pi(i) + U) / m`` with a random permutation pi: uniform on [0, 1) for every
+    place exactly, while any whole block covers [0, 1) evenly. The last block may be smaller than the others.
+
+    Args:
+        places: [k] places to draw for.
+        num_places: K.
+        seed: The run's seed.
+        epoch: Epoch number.
+        block_clips: Places in a block.
+
+    Returns:
+        [k] in [0, 1).
+    """
+    blocks, which = np.unique(places // block_clips, return_inverse=True)
+    members = blocks[:, None] * block_clips + np.arange(block_clips)
+    drawn = rng.uniforms(seed, Stream.GLOBAL_TIME, epoch=epoch, clip=members)
+    exists = members < num_places
+    order = np.argsort(np.where(exists, drawn[..., 0], np.inf), axis=1, kind="stable")
+    stratum = np.empty_like(order)
+    np.put_along_axis(stratum, order, np.arange(block_clips)[None, :].repeat(len(blocks), axis=0), axis=1)
+    inside = places % block_clips
+    size = exists.sum(axis=1)[which]
+    value = (stratum[which, inside] + drawn[which, inside, 1]) / size
+    return np.minimum(value, np.nextafter(1.0, 0.0))

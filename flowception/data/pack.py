@@ -1,0 +1,236 @@
+"""Building one pack: the visible frames of its clips, noised, with everything the losses need.
+
+The same pack is built on any rank, in any worker and after any resume: it is a function of the plan and the shards.
+A clip whose bytes are bad becomes padding in its place: it keeps its tokens, which then are zero and have no loss, so
+that no other clip moves; it is listed with the reason, and the next epoch's plan leaves it out.
+
+Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C h w`` a latent frame, ``D`` text
+width, ``k`` visible frames of a clip, ``N`` frames of the longest clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowception import rng
+from flowception.data.plan import PackPlan, Plan
+from flowception.data.reader import ClipReader
+from flowception.data.schema import NO_CLASS
+from flowception.errors import ConfigError, DataError
+from flowception.flow.extended_time import ClipDraws
+from flowception.flow.path import interpolate, velocity_target
+from flowception.flow.task import is_context, model_role
+from flowception.nn.flops import FlopSpec
+from flowception.nn.layout import ClipShape, PackInput, build_layout, latent_tokens
+from flowception.rng import Stream
+
+
+@dataclass(frozen=True)
+class BadClip:
+    """A clip that could not be read."""
+
+    key: str
+    reason: str
+    tokens: int
+    """Visible tokens that became padding."""
+
+
+@dataclass
+class Pack(PackInput):
+    """A network's input together with what its losses compare it to."""
+
+    velocity_target: Tensor
+    """[T, C]: x_1 - x_0 at tokens with a velocity loss, zero elsewhere."""
+    velocity_mask: Tensor
+    """bool [T]: latent tokens of generated frames in flow state."""
+    missing: Tensor
+    """int64 [F]: deleted frames between a frame and the next visible one or the clip's end."""
+    insertion_mask: Tensor
+    """bool [F]: frames with an insertion loss."""
+    weight_token: Tensor
+    """float32 [T]: importance weight of the token's clip; zero for padding."""
+    weight_frame: Tensor
+    """float32 [F]: importance weight of the frame's clip; zero for unused slots."""
+    keys: tuple[str, ...]
+    """Keys of the clips, by clip slot."""
+    bad_clips: tuple[BadClip, ...]
+    """Clips of this pack that became padding."""
+
+
+@dataclass
+class _ClipContent:
+    """What reading and noising one clip gives."""
+
+    noisy: Tensor
+    """[k h w, C]."""
+    condition: Tensor
+    target: Tensor
+    text: Tensor | None
+    """[L, D]."""
+
+
+def _clip_shapes(plan: Plan, pack_plan: PackPlan, draws: ClipDraws) -> list[ClipShape]:
+    clips = plan.index.clips[pack_plan.rows]
+    text = plan.text_tokens(pack_plan.rows).tolist()
+    return [
+        ClipShape(frames, height, width, tokens)
+        for frames, height, width, tokens in zip(
+            draws.visible_frames.tolist(), clips["height"].tolist(), clips["width"].tolist(), text
+        )
+    ]
+
+
+def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, reader: ClipReader) -> _ClipContent:
+    """Read the visible frames of one clip and noise them.
+
+    Noise is drawn for frames in flow state; context and terminal frames are clean and need none.
+    """
+    frames = torch.nonzero(draws.visible[slot]).flatten()
+    text = reader.read_text(row)
+    x_1 = reader.read(row, frames.numpy()).float()
+    if not (torch.isfinite(x_1).all() and (text is None or torch.isfinite(text).all())):
+        raise DataError(f"clip {plan.index.key(row)} holds numbers that are not finite; encode it again")
+    in_flow = draws.flow_mask[slot, frames]
+    x_0, identity = torch.zeros_like(x_1), int(plan.index.clips["clip_id"][row])
+    for position in torch.nonzero(in_flow).flatten().tolist():
+        noise = rng.normals(
+            plan.seed, Stream.NOISE, tuple(x_1.shape[1:]), epoch=epoch, clip=identity, frame=int(frames[position])
+        )
+        x_0[position] = torch.from_numpy(noise)
+    flow = in_flow[:, None, None, None]
+    x_t = torch.where(flow, interpolate(x_0, x_1, draws.shown_time[slot, frames]), x_1)
+    context = is_context(draws.roles[slot, frames])[:, None, None, None]
+    return _ClipContent(
+        noisy=latent_tokens(x_t),
+        condition=latent_tokens(torch.where(context, x_1, 0.0)),
+        target=latent_tokens(torch.where(flow, velocity_target(x_0, x_1), 0.0)),
+        text=text,
+    )
+
+
+def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text_width: int | None) -> Pack:
+    layout, channels = build_layout(shapes, plan.pack_shape), plan.flop_spec.in_channels
+    tokens, frames, clips = layout.shape.token_budget, layout.shape.max_frames, layout.shape.max_clips
+    text = None if text_width is None else torch.zeros(layout.shape.max_text_tokens, text_width)
+    return Pack(
+        layout=layout,
+        noisy=torch.zeros(tokens, channels),
+        condition=torch.zeros(tokens, channels),
+        time=torch.zeros(frames),
+        role=torch.zeros(frames, dtype=torch.int64),
+        class_label=torch.full((clips,), NO_CLASS, dtype=torch.int64),
+        text=text,
+        velocity_target=torch.zeros(tokens, channels),
+        velocity_mask=torch.zeros(tokens, dtype=torch.bool),
+        missing=torch.zeros(frames, dtype=torch.int64),
+        insertion_mask=torch.zeros(frames, dtype=torch.bool),
+        weight_token=torch.zeros(tokens),
+        weight_frame=torch.zeros(frames),
+        keys=keys,
+        bad_clips=(),
+    )
+
+
+def empty_pack(plan: Plan) -> Pack:
+    """A pack of padding alone, for a micro-step that a rank has no pack for."""
+    return _blank_pack(plan, [], (), plan.flop_spec.text_dim)
+
+
+def _fill_frames(pack: Pack, draws: ClipDraws) -> None:
+    """What is known of frames without reading: visible frames of all clips, in order, are the first frame slots."""
+    visible = draws.visible
+    used = slice(0, int(visible.sum()))
+    pack.time[used] = draws.shown_time[visible].float()
+    pack.role[used] = model_role(draws.roles)[visible]
+    pack.missing[used] = draws.missing[visible]
+    pack.insertion_mask[used] = draws.insertion_mask[visible]
+    weight = draws.weight.float()
+    pack.weight_frame[used] = weight[pack.layout.frame_clip[used]]
+    total = sum(pack.layout.segment_lengths[: len(pack.keys)])
+    pack.weight_token[:total] = weight[pack.layout.token_clip[:total]]
+    latent = pack.layout.latent_mask
+    in_flow = torch.zeros(len(pack.time), dtype=torch.bool)
+    in_flow[used] = draws.flow_mask[visible]
+    pack.velocity_mask[latent] = in_flow[pack.layout.token_frame[latent]]
+
+
+def _silence(pack: Pack, slot: int) -> None:
+    """Turn a clip into padding in its place."""
+    frames = pack.layout.frame_valid & (pack.layout.frame_clip == slot)
+    start = sum(pack.layout.segment_lengths[:slot])
+    tokens = slice(start, start + pack.layout.segment_lengths[slot])
+    pack.velocity_mask[tokens], pack.weight_token[tokens] = False, 0.0
+    pack.insertion_mask[frames], pack.weight_frame[frames] = False, 0.0
+    pack.missing[frames], pack.time[frames], pack.role[frames] = 0, 0.0, 0
+
+
+def build_pack(plan: Plan, pack_plan: PackPlan, reader: ClipReader) -> Pack:
+    """Read a pack's clips and make the network's input of them.
+
+    Args:
+        plan: The plan that made ``pack_plan``.
+        pack_plan: Which clips.
+        reader: Where to read them.
+
+    Returns:
+        The pack, on the CPU; ``bad_clips`` lists those that could not be read.
+
+    Raises:
+        ConfigError: If the set has other channels or another text width than the network.
+    """
+    check_widths(plan.flop_spec, reader)
+    draws = plan.draws(pack_plan.epoch, pack_plan.rows, pack_plan.places, pack_plan.u_time)
+    rows = pack_plan.rows.tolist()
+    shapes = _clip_shapes(plan, pack_plan, draws)
+    pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.flop_spec.text_dim)
+    _fill_frames(pack, draws)
+    keeps_condition = plan.keeps_condition(pack_plan.epoch, pack_plan.rows)
+    bad, at, at_text = [], 0, 0
+    for slot, row in enumerate(rows):
+        shape, keep_condition = shapes[slot], keeps_condition[slot]
+        latent = torch.nonzero(pack.layout.token_kind[at : at + shape.tokens] == 0).flatten() + at
+        try:
+            clip = _read_clip(plan, row, pack_plan.epoch, draws, slot, reader)
+        except DataError as error:
+            bad.append(BadClip(plan.index.key(row), str(error), shape.tokens))
+            _silence(pack, slot)
+        else:
+            pack.noisy[latent], pack.condition[latent] = clip.noisy, clip.condition
+            pack.velocity_target[latent] = clip.target
+            if keep_condition and plan.flop_spec.num_classes:
+                pack.class_label[slot] = int(plan.index.clips["class_label"][row])
+            if keep_condition and pack.text is not None and clip.text is not None:
+                pack.text[at_text : at_text + shape.text_tokens] = clip.text.float()
+        at, at_text = at + shape.tokens, at_text + shape.text_tokens
+    pack.bad_clips = tuple(bad)
+    return pack
+
+
+def check_widths(spec: FlopSpec, reader: ClipReader) -> None:
+    """Refuse a network that cannot take a set's clips.
+
+    Args:
+        spec: Sizes of the network.
+        reader: The set.
+
+    Raises:
+        ConfigError: If channels or text widths differ, or the network wants text that the set lacks.
+    """
+    if reader.latent_channels != spec.in_channels:
+        raise ConfigError(
+            f"the set has {reader.latent_channels} latent channels and the model in_channels={spec.in_channels}; "
+            f"set model.in_channels={reader.latent_channels}"
+        )
+    if spec.text_dim is not None and reader.text_width is None:
+        raise ConfigError(
+            f"the set has no text and the model text_dim={spec.text_dim}; encode with captions (text.model), or set "
+            "model.text_dim=0"
+        )
+    if spec.text_dim is not None and reader.text_width != spec.text_dim:
+        raise ConfigError(
+            f"the set has text of width {reader.text_width} and the model text_dim={spec.text_dim}; "
+            f"set model.text_dim={reader.text_width}"
+        )

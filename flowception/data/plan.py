@@ -1,0 +1,326 @@
+"""The plan: which clips every step sees, in which packs, with which draws.
+
+A pure function of its fingerprint (seed, index, sizes, process, quarantine list) and the epoch. Every rank computes
+the same plan without communication, for any world size, and a resumed run computes it again instead of replaying it:
+the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next clips in the
+epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip that crosses
+this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried into the next
+step (``epoch.py`` says with which precedence). No clip is dropped, cut or repeated in an epoch, and only its last step
+may be short.
+
+Shape legend: ``K`` clips of the epoch, ``k`` clips of a pack, ``G`` packs of a step, ``B, N`` as in ``flow``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowception import rng
+from flowception.data.epoch import ClipCosts, EpochSteps
+from flowception.data.index import ClipIndex
+from flowception.data.order import epoch_order, stratified_uniforms
+from flowception.data.packing import imbalance
+from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
+from flowception.errors import ConfigError, DataError, PlanError
+from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
+from flowception.flow.loss import denominators, expected_counts
+from flowception.nn.flops import FlopSpec, clip_flops
+from flowception.nn.layout import PackShape
+from flowception.rng import Stream
+
+_KEPT_EPOCHS = 2
+_NOT_PLANNED = {"insertion_loss_weight"}
+
+
+def check_world_size(packs_per_step: int, world_size: int) -> None:
+    """Refuse more ranks than packs: some would never see data."""
+    if packs_per_step < world_size:
+        raise ConfigError(
+            f"packs_per_step is {packs_per_step} and there are {world_size} ranks; "
+            f"set packs_per_step={world_size} or more, or use fewer ranks"
+        )
+
+
+class Plan:
+    """Plans every epoch of a run."""
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        rows: NDArray[np.int64] | None,
+        config: PlanConfig,
+        flop_spec: FlopSpec,
+        seed: int,
+        quarantine: Iterable[str] = (),
+    ) -> None:
+        """Make a plan.
+
+        Args:
+            index: The set's index.
+            rows: Rows to train on (a part of ``index.split``); None for all.
+            config: Sizes and process: an object that is both a ``PlanConfig`` and a ``ProcessConfig``.
+            flop_spec: Sizes of the network, for balancing and to know whether text is used.
+            seed: The run's seed.
+            quarantine: Keys of clips left out, found bad in earlier epochs.
+
+        Raises:
+            DataError: If there is no clip.
+            PlanError: If a clip is longer than a pack, or has a class the network lacks.
+        """
+        if not isinstance(config, ProcessConfig):
+            raise PlanError(f"a plan needs a config that is also a ProcessConfig, got {type(config).__name__}")
+        PlanConfig.__post_init__(config)  # a subclass of several configs may have skipped it
+        self.index, self.config, self.flop_spec, self.seed = index, config, flop_spec, seed
+        self.process: ProcessConfig = config
+        self.quarantine = tuple(sorted(set(quarantine)))
+        self._all_rows = np.arange(len(index)) if rows is None else np.asarray(rows, dtype=np.int64)
+        left_out = index.rows_of(self.quarantine)
+        self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
+        self._check()
+        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], EpochSteps]] = OrderedDict()
+
+    def with_quarantine(self, keys: Iterable[str]) -> Plan:
+        """The same plan without the given clips as well; for the next epoch."""
+        left_out = {*self.quarantine, *keys}
+        return Plan(self.index, self._all_rows, self.config, self.flop_spec, self.seed, left_out)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether text tokens are part of packs."""
+        return self.flop_spec.text_dim is not None
+
+    def text_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Text tokens that clips bring into a pack, int64 [B] for rows [B]; 0 where the network takes no text."""
+        text = self.index.clips["text_tokens"][rows].astype(np.int64)
+        return text if self.uses_text else np.zeros_like(text)
+
+    def _full_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        frames = self.index.clips["frames"][rows].astype(np.int64)
+        return self.text_tokens(rows) + frames * self.index.tokens_per_frame[rows]
+
+    def _check(self) -> None:
+        if not len(self.rows):
+            raise DataError(
+                f"there is no clip to train on: the set has {len(self.index)}, this part {len(self._all_rows)}, "
+                f"{len(self.quarantine)} are quarantined; encode more clips or lower data.heldout_fraction"
+            )
+        full, budget = self._full_tokens(np.arange(len(self.index))), self.config.token_budget
+        worst = int(np.argmax(full))
+        if full[worst] > budget:
+            tokens, text = int(self.index.tokens_per_frame[worst]), int(self.text_tokens(np.array([worst]))[0])
+            raise PlanError(
+                f"clip {self.index.key(worst)} has {full[worst]} tokens ({self.index.clips['frames'][worst]} frames of "
+                f"{tokens}, {text} of text) and token_budget is {budget}; set token_budget={full[worst]} or more, "
+                f"or encode clips of at most {max(0, budget - text) // tokens} latent frames"
+            )
+        classes, label = self.flop_spec.num_classes, int(self.index.clips["class_label"].max())
+        if classes and label >= classes:
+            raise PlanError(f"the set has class label {label}; set the model's num_classes={label + 1} or more")
+
+    @cached_property
+    def pack_shape(self) -> PackShape:
+        """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
+        every = np.arange(len(self.index))
+        tokens, text, budget = self.index.tokens_per_frame, self.text_tokens(every), self.config.token_budget
+        frames = budget // int(tokens.min())
+        text_share = text / (text + tokens)
+        return PackShape(
+            token_budget=budget,
+            max_frames=frames,
+            max_clips=frames,
+            max_seqlen=int(self._full_tokens(every).max()),
+            max_text_tokens=int(np.ceil(budget * float(text_share.max()))),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the plan depends on, hex."""
+        config = {f.name: getattr(self.config, f.name) for f in fields(PlanConfig)}
+        process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
+        process["tasks"] = self.process.task_probabilities().tolist()
+        content = {
+            "version": 2,
+            "seed": self.seed,
+            "index": self.index.fingerprint(),
+            "rows": hashlib.sha256(self._all_rows.astype("<i8").tobytes()).hexdigest(),
+            "quarantine": self.quarantine,
+            "plan": config,
+            "process": process,
+            "network": asdict(self.flop_spec),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def draws(
+        self,
+        epoch: int,
+        rows: NDArray[np.int64],
+        places: NDArray[np.int64],
+        u_time: NDArray[np.float64] | None = None,
+    ) -> ClipDraws:
+        """The draws of some clips of an epoch; a clip's are the same whatever else is asked for.
+
+        Args:
+            epoch: Epoch number.
+            rows: [B] rows in the index.
+            places: [B] their places in the epoch's order.
+            u_time: [B] uniforms for the global times; None for the plan's own, stratified over places.
+
+        Returns:
+            Draws, in the order given.
+        """
+        ids, frames = self.index.clips["clip_id"][rows], self.index.clips["frames"][rows].astype(np.int64)
+        if u_time is None:
+            u_time = self._u_time(epoch, places)
+        u_task = rng.uniforms(self.seed, Stream.TASK, epoch=epoch, clip=ids)[..., 0]
+        slots = np.arange(int(frames.max(initial=0)))
+        u_frame = rng.uniforms(self.seed, Stream.FRAME, epoch=epoch, clip=ids[:, None], frame=slots)
+        return draw_clips(self.process, frames, u_time, u_task, u_frame)
+
+    def _u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        block_clips = self.config.time_block_clips
+        return stratified_uniforms(places, len(self.rows), seed=self.seed, epoch=epoch, block_clips=block_clips)
+
+    def keeps_condition(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which clips of an epoch are trained with their class and text, bool [B] for rows [B]; the rest without."""
+        ids = self.index.clips["clip_id"][rows]
+        u_dropout = rng.uniforms(self.seed, Stream.CONDITION_DROPOUT, epoch=epoch, clip=ids)[..., 0]
+        return u_dropout >= self.process.condition_dropout
+
+    def _costs(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> ClipCosts:
+        draws, clips = self.draws(epoch, rows, places), self.index.clips
+        height, width = clips["height"][rows].astype(np.int64), clips["width"][rows].astype(np.int64)
+        visible, text = draws.visible_frames.numpy(), self.text_tokens(rows)
+        per_frame = self.index.tokens_per_frame[rows]
+        latent_and_insertion: NDArray[np.int64] = visible * per_frame
+        velocity, insertion = expected_counts(
+            draws.roles,
+            torch.from_numpy(self.flop_spec.in_channels * height * width),
+            self.process.schedule(),
+            self.process.delay_law,
+        )
+        return ClipCosts(
+            tokens=text + latent_and_insertion,
+            flops=clip_flops(self.flop_spec, visible, height, width, text),
+            attention_pairs=latent_and_insertion.astype(np.float64) ** 2,
+            full_attention_pairs=(clips["frames"][rows] * per_frame).astype(np.float64) ** 2,
+            velocity=velocity.numpy(),
+            insertion=insertion.numpy(),
+        )
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], EpochSteps]:
+        """Rows by place, and steps, of an epoch; the last few are kept."""
+        if epoch in self._epochs:
+            self._epochs.move_to_end(epoch)
+            return self._epochs[epoch]
+        clips, config = self.index.clips, self.config
+        order = self.rows[
+            epoch_order(
+                clips["clip_id"][self.rows],
+                clips["shard"][self.rows],
+                int(clips["shard"].max()) + 1,
+                seed=self.seed,
+                epoch=epoch,
+                shuffle_block_shards=config.shuffle_block_shards,
+            )
+        ]
+        steps = EpochSteps(
+            len(order),
+            lambda places: self._costs(epoch, order[places], places),
+            token_budget=config.token_budget,
+            packs_per_step=config.packs_per_step,
+            headroom=config.headroom,
+        )
+        self._epochs[epoch] = (order, steps)
+        if len(self._epochs) > _KEPT_EPOCHS:
+            self._epochs.popitem(last=False)
+        return order, steps
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": OrderedDict()}
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """How many steps an epoch has."""
+        return self._epoch(epoch)[1].count()
+
+    def step(self, cursor: Cursor) -> StepPlan:
+        """Plan one step.
+
+        Args:
+            cursor: Which.
+
+        Returns:
+            Its packs and figures.
+
+        Raises:
+            PlanError: If the epoch has no such step.
+        """
+        if min(cursor.epoch, cursor.step) < 0:
+            raise PlanError(f"there is no step {cursor.step} of epoch {cursor.epoch}; both are counted from 0")
+        order, steps = self._epoch(cursor.epoch)
+        packs = steps.packs(cursor.step)
+        if packs is None:
+            raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
+        places, costs, config = np.concatenate(packs), steps.costs, self.config
+        tokens = int(costs.tokens[places].sum())
+        divisors = denominators(costs.velocity[places], costs.insertion[places])
+        return StepPlan(
+            plan=self,
+            epoch=cursor.epoch,
+            step=cursor.step,
+            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(packs)],
+            velocity_denominator=divisors.velocity,
+            insertion_denominator=divisors.insertion,
+            clips=len(places),
+            tokens=tokens,
+            fill=tokens / (config.packs_per_step * config.token_budget),
+            flops_imbalance=imbalance(np.array([costs.flops[pack].sum() for pack in packs])),
+            attention_ratio=float(costs.attention_pairs[places].sum() / costs.full_attention_pairs[places].sum()),
+        )
+
+    def next(self, cursor: Cursor) -> Cursor:
+        """The step after ``cursor``: in the same epoch, or the first of the next."""
+        following = Cursor(cursor.epoch, cursor.step + 1)
+        if self._epoch(cursor.epoch)[1].packs(following.step) is None:
+            return Cursor(cursor.epoch + 1, 0)
+        return following
+
+    def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
+        """SHA-256 of each pack: its clips in order, their times, roles and delays, and which lose their condition.
+
+        Args:
+            packs: Packs of one epoch.
+
+        Returns:
+            One digest for each.
+        """
+        if not packs:
+            return []
+        rows, places = np.concatenate([p.rows for p in packs]), np.concatenate([p.places for p in packs])
+        epoch = packs[0].epoch
+        u_time = np.concatenate([self._u_time(epoch, p.places) if p.u_time is None else p.u_time for p in packs])
+        draws = self.draws(epoch, rows, places, u_time)
+        inside = np.arange(draws.roles.shape[1]) < draws.num_frames.numpy()[:, None]
+        drawn = np.where(draws.visible.numpy(), draws.roles.numpy(), -2 - draws.roles.numpy()).astype(np.int8)
+        ids, time, delay = self.index.clips["clip_id"][rows], draws.global_time.numpy(), draws.delay.numpy()
+        kept = self.keeps_condition(epoch, rows)
+        digests, at = [], 0
+        for pack in packs:
+            here = slice(at, at + len(pack.rows))
+            digest = hashlib.sha256(f"{pack.epoch} {pack.number} {len(pack.rows)};".encode())
+            real = inside[here]
+            for array in (
+                ids[here], time[here], kept[here], real.sum(axis=1), drawn[here][real], delay[here][real],
+            ):  # fmt: skip
+                digest.update(np.ascontiguousarray(array).tobytes())
+            digests.append(digest.hexdigest())
+            at = here.stop
+        return digests

@@ -1,0 +1,99 @@
+"""What a plan is made from and what it hands out: sizes, cursors, packs and steps.
+
+Shape legend: ``k`` clips of a pack, ``G`` packs of a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowception.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flowception.data.plan import Plan
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """The sizes of steps and packs."""
+
+    token_budget: int
+    """Tokens of a pack: latent, insertion, text and padding."""
+    packs_per_step: int
+    """Packs of an optimizer step, over all ranks. Not fewer than ranks; a multiple of them wastes nothing."""
+    headroom: float = 0.01
+    """A step is offered no further clip once this share of its tokens, or less, would be left free: offered much more
+    than fits, it would carry many clips over."""
+    shuffle_block_shards: int = 16
+    """Clips are shuffled inside blocks of this many shards; more mixes better and reads more widely."""
+    time_block_clips: int = 32
+    """Global times are stratified over blocks of this many clips; 1 draws them independently."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be."""
+        for name in ("token_budget", "packs_per_step", "shuffle_block_shards", "time_block_clips"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give an integer of at least 1")
+        if not 0.0 <= self.headroom < 1.0:
+            raise ConfigError(f"headroom is {self.headroom}; give a share from 0 to below 1")
+
+
+@dataclass(frozen=True, order=True)
+class Cursor:
+    """A step's place in a run; all that resuming needs."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """One pack, before anything is read."""
+
+    epoch: int
+    number: int
+    """Its number in the step, 0 to G - 1; packs with more FLOPs come first."""
+    rows: NDArray[np.int64]
+    """[k] rows of its clips in the index."""
+    places: NDArray[np.int64]
+    """[k] places of its clips in the epoch's order."""
+    u_time: NDArray[np.float64] | None = None
+    """[k] uniforms for global times, where they are prescribed (validation); None for the plan's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One optimizer step."""
+
+    plan: Plan = field(repr=False)
+    epoch: int
+    step: int
+    packs: list[PackPlan]
+    velocity_denominator: float
+    insertion_denominator: float
+    clips: int
+    tokens: int
+    """Tokens of all packs, padding left out."""
+    fill: float
+    """``tokens`` over the step's capacity."""
+    flops_imbalance: float
+    """FLOPs of the fullest pack over the mean, minus 1."""
+    attention_ratio: float
+    """Attention pairs between visible frames' tokens over those of full clips."""
+
+    @cached_property
+    def order_hash(self) -> str:
+        """SHA-256 of the step's clips, their draws and their packs. Knows nothing of ranks."""
+        return combine_digests(self.plan.pack_digests(self.packs))
+
+
+def combine_digests(digests: Sequence[str]) -> str:
+    """The hash of a step from those of its packs, in pack order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

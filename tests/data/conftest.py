@@ -1,0 +1,89 @@
+"""A small shard set on disk, and the config that a plan needs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from flowception.data.schema import ClipRecord, ShardMeta
+from flowception.data.shards import ShardSetWriter
+from flowception.data.steps import PlanConfig
+from flowception.flow.extended_time import ProcessConfig
+from flowception.nn.flops import FlopSpec
+
+
+@dataclass(kw_only=True)
+class RunConfig(ProcessConfig, PlanConfig):
+    """Process and sizes in one object, as the training config is."""
+
+
+CHANNELS, TEXT_WIDTH = 4, 6
+
+
+def record(number: int, *, frames: int, height: int = 2, width: int = 3, text: int = 0) -> ClipRecord:
+    generator = torch.Generator().manual_seed(number)
+    return ClipRecord(
+        key=f"clip_{number:03d}",
+        latents=torch.randn(frames, CHANNELS, height, width, generator=generator).bfloat16(),
+        text=torch.randn(text, TEXT_WIDTH, generator=generator).bfloat16() if text else None,
+        source=f"video {number}.mp4",
+        caption='a "red" disc\nmoves',
+        fps=8.0,
+        pixel_height=8,
+        pixel_width=12,
+        pixel_frames=frames,
+        class_label=number % 3 if number % 5 else None,
+    )
+
+
+def lengths(count: int) -> list[int]:
+    return np.random.default_rng(5).integers(1, 9, count).tolist()
+
+
+@pytest.fixture
+def make_config():
+    def make(**keys) -> RunConfig:
+        return RunConfig(**{"token_budget": 200, "packs_per_step": 8, "shuffle_block_shards": 2} | keys)
+
+    return make
+
+
+@pytest.fixture
+def make_spec():
+    def make(**keys) -> FlopSpec:
+        sizes = {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "in_channels": CHANNELS,
+            "mlp_hidden_size": 88,
+            "num_classes": 3,
+        }
+        return FlopSpec(**(sizes | keys))
+
+    return make
+
+
+@pytest.fixture
+def make_set(tmp_path):
+    """Write a set of ``count`` clips in shards of ``per_shard``; returns (folder, records)."""
+
+    def make(count: int = 30, per_shard: int = 10, *, text: bool = False, name: str = "set"):
+        records = [
+            record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))
+        ]
+        meta = ShardMeta(
+            codec="patchify",
+            codec_fingerprint="abc",
+            latent_channels=CHANNELS,
+            text_width=TEXT_WIDTH if text else None,
+            class_names=["red", "green", "blue"],
+        )
+        writer = ShardSetWriter(tmp_path / name, meta)
+        for shard in range(-(-count // per_shard)):
+            writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
+        writer.finish()
+        return tmp_path / name, records
+
+    return make

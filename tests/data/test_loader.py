@@ -1,0 +1,124 @@
+import dataclasses
+import resource
+
+import pytest
+import torch
+
+from flowception.data.loader import DataConfig, PackLoader, packs_of_rank
+from flowception.data.plan import Cursor, Plan
+from flowception.data.reader import ShardReader
+from flowception.errors import ConfigError
+
+
+@pytest.fixture
+def world(make_set, make_config, make_spec):
+    folder, _ = make_set(count=60)
+    reader = ShardReader(folder)
+    return Plan(reader.index, None, make_config(packs_per_step=3, token_budget=100), make_spec(), 1), reader
+
+
+def tensors(batch):
+    """Every tensor of a batch, with its name."""
+    found = {}
+    for number, pack in enumerate(batch.packs):
+        for part in (pack, pack.layout):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, torch.Tensor):
+                    found[f"{number}.{type(part).__name__}.{field.name}"] = value
+    return found
+
+
+def assert_equal(first, second):
+    assert (first.cursor, first.next_cursor) == (second.cursor, second.next_cursor)
+    assert first.step_plan.order_hash == second.step_plan.order_hash
+    ours, theirs = tensors(first), tensors(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_from_a_cursor_equals_going_on(world, num_workers):
+    plan, reader = world
+    whole = [*PackLoader(plan, reader), *PackLoader(plan, reader, cursor=Cursor(1, 0))]
+    steps = plan.steps_in_epoch(0)
+    assert steps >= 4
+    assert whole[-1].next_cursor == Cursor(2, 0)
+    for at in (0, steps - 1, steps + 2) if num_workers else range(len(whole)):
+        again = Plan(reader.index, None, plan.config, plan.flop_spec, 1)
+        cursor = whole[at - 1].next_cursor if at else None
+        rest = list(PackLoader(again, ShardReader(reader.folder), cursor=cursor, num_workers=num_workers))
+        expected = [b for b in whole[at:] if b.cursor.epoch == whole[at].cursor.epoch]
+        assert len(rest) == len(expected)
+        for first, second in zip(rest, expected):
+            assert_equal(first, second)
+
+
+def test_loading_leaves_torch_randomness_alone(world):
+    plan, reader = world
+    before = torch.get_rng_state()
+    next(iter(PackLoader(plan, reader)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranks_share_a_step_and_get_padding_where_packs_run_out(world):
+    plan, reader = world
+    whole = next(iter(PackLoader(plan, reader)))
+    first, second = (next(iter(PackLoader(plan, reader, rank=r, world_size=2))) for r in (0, 1))
+    assert [len(b.packs) for b in (whole, first, second)] == [3, 2, 2]
+    for ours, theirs in ((first.packs[0], 0), (second.packs[0], 1), (first.packs[1], 2)):
+        assert torch.equal(ours.noisy, whole.packs[theirs].noisy)
+        assert ours.keys == whole.packs[theirs].keys
+    assert second.packs[1].keys == ()
+
+
+def test_micro_steps_by_hand():
+    packs = list("abcdefg")
+    assert packs_of_rank(packs, 0, 3) == ["a", "d", "g"]
+    assert packs_of_rank(packs, 2, 3) == ["c", "f", None]
+    assert packs_of_rank(packs, 0, 1) == packs
+
+
+def test_more_ranks_than_packs_are_refused(world):
+    plan, reader = world
+    with pytest.raises(ConfigError, match="packs_per_step is 3 and there are 4 ranks"):
+        PackLoader(plan, reader, rank=0, world_size=4)
+    with pytest.raises(ConfigError, match="rank is 3"):
+        PackLoader(plan, reader, rank=3, world_size=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_clips_are_listed_with_what_they_cost(world, num_workers):
+    plan, reader = world
+    (reader.folder / "shard-000002.tar").write_bytes(b"")
+    batches = list(PackLoader(plan, reader, num_workers=num_workers))
+    listed = [bad for batch in batches for bad in batch.quarantined]
+    assert sorted(bad.key for bad in listed) == [f"clip_{i:03d}" for i in range(20, 30)]
+    assert all("shard-000002.tar: the shard ends at byte" in bad.reason for bad in listed)
+    after = plan.with_quarantine(bad.key for bad in listed)
+    assert not [bad for batch in PackLoader(after, reader, cursor=Cursor(1, 0)) for bad in batch.quarantined]
+    for batch in batches:
+        kept = sum(int((pack.weight_token > 0).sum()) for pack in batch.packs)
+        assert kept + sum(bad.tokens for bad in batch.quarantined) == batch.step_plan.tokens
+
+
+def test_settings_out_of_range_are_refused():
+    for keys in ({"heldout_fraction": 1.0}, {"num_workers": -1}, {"prefetch_steps": 0}, {"max_bad_clips": -1}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(keys))} is"):
+            DataConfig(path="x", **keys)
+
+
+def test_many_packs_a_step_need_few_file_descriptors(make_set, make_config, make_spec):
+    """A step of 40 packs has about a thousand tensors; one descriptor for each would not fit."""
+    folder, _ = make_set(count=60)
+    reader = ShardReader(folder)
+    plan = Plan(reader.index, None, make_config(packs_per_step=40, token_budget=100), make_spec(), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        (batch,) = PackLoader(plan, reader, num_workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(batch.packs) == 40
+    assert len(tensors(batch)) > 256

@@ -1,0 +1,47 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.decode_pool import CRASHED, decode_videos
+from data_prep.video import CutSettings, cut_video
+from flowception.errors import DataError
+
+CRASHING_DECODER = """
+import os
+from flowception.errors import DataError
+def decode(path, settings):
+    if path.name == "killer":
+        os._exit(11)
+    if path.name == "broken":
+        raise DataError("cannot read it")
+    return [path.name]
+"""
+
+
+def test_without_workers(tmp_path, write_counting_video):
+    good, bad = write_counting_video(tmp_path / "a.mp4", 2), tmp_path / "missing.mp4"
+    found = list(decode_videos([bad, good, bad], CutSettings(), 0))
+    assert "missing.mp4" in found[0]
+    assert len(found[1][0].frames) == 2
+    assert isinstance(found[2], str)
+
+
+def test_a_video_that_kills_its_decoder_costs_only_itself(tmp_path, monkeypatch):
+    (tmp_path / "crashing_decoder.py").write_text(CRASHING_DECODER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from crashing_decoder import decode
+
+    names = ["a", "killer", "broken", "b", "c"]
+    found = list(decode_videos([Path(name) for name in names], CutSettings(), 2, decode))
+    assert found == [["a"], f"killer: {CRASHED}", "cannot read it", ["b"], ["c"]]
+
+
+def test_other_errors_are_not_swallowed():
+    def bug(path, settings):
+        raise RuntimeError("a bug, not a bad video")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(decode_videos([Path(os.devnull)], CutSettings(), 0, bug))
+    with pytest.raises(DataError):
+        cut_video(Path(os.devnull), CutSettings())

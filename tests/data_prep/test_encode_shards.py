@@ -1,0 +1,244 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.encode_config import EncodeConfig
+from data_prep.encode_shards import main
+from data_prep.encoding import ShardEncoder
+from data_prep.make_toy import make_toy
+from flowception.codecs import CodecConfig, build_codec
+from flowception.codecs.patchify import PatchifyCodec
+from flowception.codecs.text import TextEncoder, TextEncoderConfig
+from flowception.codecs.video_file import read_video
+from flowception.data.reader import ShardReader
+from flowception.errors import ConfigError, DataError
+from flowception.files import FileLock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def toy_config(source, out, **changes) -> EncodeConfig:
+    return replace(EncodeConfig(source=str(source), out=str(out), height=16, width=16, videos_per_shard=5), **changes)
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    """Every file of a set; the locks of its parts stay behind, empty, and are no part of it."""
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.suffix != ".lock"}
+
+
+def test_shards_hold_what_the_videos_show(toy_folder, tmp_path):
+    summary = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set")).run()
+    assert (summary.videos, summary.unreadable, summary.clips, summary.open_shards) == (12, 0, 12, 0)
+    codec = build_codec(CodecConfig())
+    reader = ShardReader(tmp_path / "set", codec="patchify", codec_fingerprint=codec.fingerprint())
+    assert reader.meta.class_names == ["red", "lime", "cyan", "violet"]
+    assert [s.clips for s in reader.meta.shards] == [5, 5, 2]
+    rows = [json.loads(line) for line in (toy_folder / "manifest.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        video = torch.from_numpy(read_video(toy_folder / row["path"]))
+        latents = reader.read(number, np.arange(row["frames"]))
+        assert torch.equal(codec.decode(latents), video)
+        about = reader.read_metadata(number)
+        assert (about["class_label"], about["caption"], about["pixel_frames"], about["fps"]) == (
+            row["class_label"],
+            row["caption"],
+            row["frames"],
+            8.0,
+        )
+
+
+def test_what_cannot_be_read_is_listed_skipped_and_counted(tmp_path, write_counting_video):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_counting_video(videos / "a.mp4", 9)
+    write_counting_video(videos / "short.mp4", 2)
+    write_counting_video(videos / "z.mp4", 4)
+    (videos / "broken.mp4").write_bytes((videos / "a.mp4").read_bytes()[:500])
+    (videos / "text.mp4").write_text("no video at all")
+    out = tmp_path / "set"
+    summary = ShardEncoder(toy_config(videos, out, min_frames=3, max_frames=4, videos_per_shard=2)).run()
+    assert (summary.videos, summary.unreadable, summary.clips) == (2, 3, 3)
+    listed = [json.loads(line) for line in (out / "unreadable.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in listed] == ["broken.mp4", "short.mp4", "text.mp4"]
+    assert "has 2 frames" in listed[1]["reason"]
+    assert all("cannot be decoded" in listed[k]["reason"] for k in (0, 2))
+    reader = ShardReader(out)
+    assert [int(n) for n in reader.index.clips["frames"]] == [4, 4, 4]
+    write_counting_video(videos / "broken.mp4", 3)
+    (out / "shard-000000.index.npz").unlink()
+    summary = ShardEncoder(toy_config(videos, out, min_frames=3, max_frames=4, videos_per_shard=2)).run()
+    assert (summary.videos, summary.unreadable, summary.clips) == (3, 2, 4)
+    assert sorted(int(n) for n in ShardReader(out).index.clips["frames"]) == [3, 4, 4, 4]
+
+
+def test_nothing_readable_is_an_error_that_points_to_the_reasons(tmp_path):
+    (tmp_path / "a.mp4").write_text("no")
+    with pytest.raises(DataError, match=r"none of the 1 videos.*unreadable\.jsonl"):
+        ShardEncoder(toy_config(tmp_path, tmp_path / "set")).run()
+    assert (tmp_path / "set" / "unreadable.jsonl").read_text().count("\n") == 1
+
+
+def test_interrupted_and_run_again_the_bytes_are_the_same(toy_folder, tmp_path, monkeypatch):
+    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "cut", videos_per_shard=3)
+    encoder, encode, calls = ShardEncoder(config), PatchifyCodec.encode, []
+
+    def interrupted(codec, video):
+        calls.append(len(video))
+        if len(calls) == 8:  # in the middle of the third shard
+            raise KeyboardInterrupt
+        return encode(codec, video)
+
+    monkeypatch.setattr(PatchifyCodec, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoder.run()
+    assert len(list((tmp_path / "cut").glob("shard-*.index.npz"))) == 2
+    assert not (tmp_path / "cut" / "meta.json").exists()
+    assert ShardEncoder(config).run().clips == 12
+    assert len(calls) == 8 + 6
+    ShardEncoder(replace(config, out=str(tmp_path / "whole"))).run()
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_killed_and_run_again_the_bytes_are_the_same(tmp_path):
+    source = make_toy(tmp_path / "videos", clips=300, seed=5)
+    (tmp_path / "videos" / "clip_000007.mp4").write_text("broken")
+    command = [sys.executable, "data_prep/encode_shards.py", "--config", "configs/encode_toy.yaml", f"source={source}"]
+    command += [f"out={tmp_path / 'killed'}", "videos_per_shard=3"]
+    job = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed").glob("shard-*.index.npz"))) < 10 and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL, "the job ended before it could be killed"
+    done = len(list((tmp_path / "killed").glob("shard-*.index.npz")))
+    assert 10 <= done < 100
+    config = toy_config(source, tmp_path / "killed", videos_per_shard=3)
+    untouched = (tmp_path / "killed" / "shard-000000.tar").stat().st_mtime_ns
+    assert ShardEncoder(config).run().unreadable == 1
+    assert (tmp_path / "killed" / "shard-000000.tar").stat().st_mtime_ns == untouched
+    ShardEncoder(replace(config, out=str(tmp_path / "whole"))).run()
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+
+
+def test_workers_and_parts_do_not_show(toy_folder, tmp_path):
+    source = toy_folder / "manifest.jsonl"
+    ShardEncoder(toy_config(source, tmp_path / "one")).run()
+    ShardEncoder(toy_config(source, tmp_path / "two", num_workers=2)).run()
+    second = ShardEncoder(toy_config(source, tmp_path / "three", num_parts=2, part=1)).run()
+    assert second.open_shards == 2
+    assert not (tmp_path / "three" / "meta.json").exists()
+    assert ShardEncoder(toy_config(source, tmp_path / "three", num_parts=2, part=0)).run().open_shards == 0
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") == bytes_of(tmp_path / "three")
+
+
+def test_a_folder_of_another_job_is_refused(toy_folder, tmp_path):
+    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set")
+    ShardEncoder(config).run()
+    with pytest.raises(ConfigError) as refusal:
+        ShardEncoder(replace(config, fps=4.0, codec=CodecConfig(patch_size=2)))
+    assert str(refusal.value) == (
+        f"{tmp_path / 'set'} was begun with other settings: codec.patch_size was 4, is 2, fps was None, is 4.0; "
+        "encode into another out"
+    )
+
+
+def test_a_changed_list_of_videos_is_refused_in_words(tmp_path, write_counting_video):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_counting_video(videos / "a.mp4", 2)
+    ShardEncoder(toy_config(videos, tmp_path / "set"))
+    write_counting_video(videos / "b.mp4", 2)
+    with pytest.raises(ConfigError) as refusal:
+        ShardEncoder(toy_config(videos, tmp_path / "set"))
+    assert str(refusal.value).endswith(": the list of videos changed: 1 video then, 2 now; encode into another out")
+
+
+def test_a_second_encoder_of_the_same_part_is_refused(toy_folder, tmp_path):
+    encoder = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set"))
+    with FileLock(tmp_path / "set" / ".part-1.lock", ConfigError):
+        assert encoder.run().open_shards == 0
+    with (
+        FileLock(tmp_path / "set" / ".part-0.lock", ConfigError),
+        pytest.raises(ConfigError, match=r"set is in use by process \d+ on .*; it encodes part 0 too"),
+    ):
+        encoder.run()
+    assert encoder.run().open_shards == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_frames": 100}, "accepts 97"),
+        ({"height": 100, "width": 96}, "height is 100; the ltx codec needs a multiple of 32: 96"),
+    ],
+)
+def test_what_the_codec_cannot_encode_is_refused_before_work(tmp_path, changes, message):
+    class Fake:
+        name, spatial_stride = "ltx", 32
+
+        def usable_frames(self, frames):
+            return 1 + (frames - 1) // 8 * 8
+
+    with pytest.raises(ConfigError, match=message):
+        replace(EncodeConfig(source="a", out="b"), **changes).check_codec(Fake())
+
+
+def test_pieces_are_trimmed_to_what_the_codec_accepts(tmp_path, write_counting_video, frame_numbers, monkeypatch):
+    class ByThrees(PatchifyCodec):
+        def usable_frames(self, pixel_frames):
+            return pixel_frames // 3 * 3
+
+    monkeypatch.setattr("data_prep.encoding.build_codec", lambda config, device: ByThrees(4))
+    write_counting_video(tmp_path / "a.mp4", 11)
+    write_counting_video(tmp_path / "b.mp4", 2)
+    summary = ShardEncoder(toy_config(tmp_path, tmp_path / "set", max_frames=6)).run()
+    assert (summary.videos, summary.unreadable, summary.clips) == (1, 1, 2)
+    reader = ShardReader(tmp_path / "set")
+    shown = [frame_numbers(PatchifyCodec(4).decode(reader.read(row, np.arange(n)))) for row, n in ((0, 6), (1, 3))]
+    assert shown == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert "b.mp4 has 2 frames" in (tmp_path / "set" / "unreadable.jsonl").read_text()
+
+
+def test_captions_become_text(toy_folder, tmp_path, monkeypatch):
+    class FakeText:
+        text_dim = 3
+
+        def encode(self, captions):
+            return [torch.full((len(caption.split()), 3), 0.5) for caption in captions]
+
+    monkeypatch.setattr(TextEncoder, "from_config", classmethod(lambda cls, config, device: FakeText()))
+    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set", text=TextEncoderConfig(model="fake"))
+    ShardEncoder(config).run()
+    reader = ShardReader(tmp_path / "set")
+    assert reader.text_width == 3
+    assert torch.equal(reader.read_text(0), torch.full((7, 3), 0.5, dtype=torch.bfloat16))
+
+
+def test_command_line(toy_folder, tmp_path, capsys):
+    words = ["--config", str(ROOT / "configs/encode_toy.yaml"), f"source={toy_folder / 'manifest.jsonl'}"]
+    assert main([*words, f"out={tmp_path / 'set'}"]) == 0
+    assert "12 clips of 12 videos" in capsys.readouterr().out
+    assert main([*words, f"out={tmp_path / 'b'}", "video_per_shard=3"]) == 2
+    assert "videos_per_shard" in capsys.readouterr().err
+    assert main([*words, f"out={tmp_path / 'b'}", "min_frames=0"]) == 2
+    assert "min_frames is 0" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_configs_in_the_repository_are_valid():
+    from flowception.config import load
+
+    load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"])
+    ltx = load(EncodeConfig, [ROOT / "configs/encode_ltx.yaml"], ["source=a", "out=b"])
+    assert (ltx.codec.name, ltx.max_frames) == ("ltx", 145)

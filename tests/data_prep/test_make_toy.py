@@ -1,0 +1,46 @@
+import json
+
+import numpy as np
+
+from data_prep.make_toy import make_toy
+from flowception.codecs import CodecConfig, build_codec
+from flowception.codecs.video_file import read_video
+from flowception.evaluation.toy_score import score_clip
+from flowception.evaluation.toy_summary import summarise
+from flowception.evaluation.toy_world import CLASS_NAMES, LENGTH_LAW
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_manifest_tells_the_truth(toy_folder):
+    rows = rows_of(toy_folder)
+    assert len(rows) == 12
+    for row in rows:
+        assert row["class_name"] == CLASS_NAMES[row["class_label"]]
+        assert row["class_name"] in row["caption"]
+        assert len(read_video(toy_folder / row["path"])) == row["frames"]
+        assert row["frames"] in LENGTH_LAW
+
+
+def test_a_clip_depends_on_seed_and_number_alone(toy_folder, tmp_path):
+    make_toy(tmp_path, clips=3, seed=3)
+    for name in ("clip_000000.mp4", "clip_000002.mp4"):
+        assert (tmp_path / name).read_bytes() == (toy_folder / name).read_bytes()
+
+
+def test_the_laws_survive_h264_and_the_codec(tmp_path):
+    make_toy(tmp_path, clips=60, seed=11)
+    codec = build_codec(CodecConfig())
+    scores = []
+    for row in rows_of(tmp_path):
+        latents = codec.encode(read_video(tmp_path / row["path"])).bfloat16()
+        scores.append(score_clip(np.asarray(codec.decode(latents)), row["class_label"]))
+    summary = summarise(scores)
+    assert summary.colour_right >= 0.99
+    assert summary.single_shape >= 0.99
+    assert summary.position_right >= 0.99
+    assert summary.colour_constant >= 0.99
+    assert summary.position_error_px < 0.05
+    assert abs(summary.speed_px - 1.5) < 0.02

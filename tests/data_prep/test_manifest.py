@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from data_prep.manifest import make_key, read_manifest
+from flowception.errors import DataError
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_folder_is_searched_in_order_of_names(tmp_path):
+    touch(tmp_path, "b.mp4", "sub/a.MOV", "a.webm", "notes.txt", "sub/deep/c.mkv")
+    manifest = read_manifest(tmp_path)
+    assert [e.source for e in manifest.entries] == ["a.webm", "b.mp4", "sub/a.MOV", "sub/deep/c.mkv"]
+    assert manifest.entries[2].path == tmp_path / "sub/a.MOV"
+    assert manifest.class_names == ()
+    assert len({e.key for e in manifest.entries}) == 4
+
+
+def test_csv_with_class_names_and_a_byte_order_mark(tmp_path):
+    text = '\ufeffpath,caption,class_name,extra\nb.mp4,"a dog, running",dog,1\na.mp4,,cat,2\nc.mp4,,,3\n'
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    manifest = read_manifest(tmp_path / "m.csv")
+    assert [(e.source, e.caption, e.class_label) for e in manifest.entries] == [
+        ("b.mp4", "a dog, running", 1),
+        ("a.mp4", "", 0),
+        ("c.mp4", "", None),
+    ]
+    assert manifest.class_names == ("cat", "dog")
+
+
+def test_jsonl_with_numbers_names_and_keys(tmp_path):
+    rows = [
+        {"path": "x.mp4", "class_label": 2, "class_name": "two", "key": "x"},
+        {"path": "/far/y.mp4", "class_label": 0},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    manifest = read_manifest(tmp_path / "m.jsonl")
+    assert manifest.class_names == ("class_0", "class_1", "two")
+    assert manifest.entries[0].key == "x"
+    assert str(manifest.entries[1].path) == "/far/y.mp4"
+
+
+def test_keys_are_legal_and_keep_paths_apart():
+    sources = ["a b.mp4", "a_b.mp4", "a/b.mp4", "../../etc/passwd.mp4", "ü.mp4", "x" * 300 + ".mp4", "v1.5.mp4"]
+    keys = [make_key(source) for source in sources]
+    assert len(set(keys)) == len(keys)
+    assert all(len(key) <= 75 and set(key) <= set("_-" + "abcdefghijklmnopqrstuvwxyz0123456789") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.csv", "file,caption\na.mp4,x\n", "one must be called path"),
+        ("m.csv", "path\n", "names no video"),
+        ("m.csv", "path,class_label\na.mp4,dog\n", "class_label 'dog'"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": \n', "line 2 is not JSON"),
+        ("m.jsonl", '["a.mp4"]\n', "line 1 is a list"),
+        ("m.jsonl", '{"caption": "no path"}\n', "video 1 has path None"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "a.mp4"}\n', "name each video once"),
+        ("m.jsonl", '{"path": "a.mp4", "key": "../a"}\n', "not allowed"),
+        ("m.jsonl", '{"path": "a", "class_label": 0}\n{"path": "b", "class_name": "x"}\n', "give all or none"),
+        ("m.txt", "a.mp4\n", r"\.txt file"),
+    ],
+)
+def test_malformed_manifests_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_missing_and_empty_sources_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="names no video"):
+        read_manifest(tmp_path)
