@@ -1,0 +1,170 @@
+"""A run's whole configuration, and how it is read.
+
+Every dataclass lives beside its owner; this module only composes them. YAML files hold differences from the
+defaults and are merged left to right, then ``key=value`` words of the command line. Unknown keys are refused with
+the nearest right one. The keys of the process and of the plan are top-level (``insertion_share``, ``token_budget``),
+all others are nested (``optim.lr``, ``zero.stage``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from flowception.data.loader import DataConfig
+from flowception.data.plan import PlanConfig
+from flowception.errors import ConfigError
+from flowception.flow.extended_time import ProcessConfig
+from flowception.nn.dit import DiTConfig
+from flowception.rng import MAX_SEED
+from flowception.training.checkpoint import CheckpointConfig
+from flowception.training.ema import EmaConfig
+from flowception.training.metrics import LoggingConfig
+from flowception.training.optim import OptimConfig
+from flowception.training.validation import ValidationConfig
+from flowception.training.zero import ZeroConfig
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(ProcessConfig, PlanConfig):
+    """Everything that ``train/main.py`` reads. The process's and the plan's own fields come first."""
+
+    run_dir: str = MISSING
+    """Folder of the run. The same command with the same folder resumes."""
+    max_steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Decides every draw of the run."""
+    init_from: str | None = None
+    """Run directory whose newest EMA weights this run starts from; None for a fresh start."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
+    data: DataConfig
+    """The shard set and how it is read."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The network."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Exponential moving average of the weights."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """DeepSpeed's sharding."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save and what to keep."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Held-out loss."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Console and wandb."""
+
+    def __post_init__(self) -> None:
+        """Check the mixins' ranges and this class's own."""
+        ProcessConfig.__post_init__(self)
+        PlanConfig.__post_init__(self)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
+        if self.max_steps < 1:
+            raise ConfigError(f"max_steps is {self.max_steps}; give at least 1")
+
+
+def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:
+    """Read a configuration of any dataclass: defaults, then files left to right, then ``key=value`` words.
+
+    Args:
+        schema: The dataclass to fill.
+        paths: YAML files, later ones win.
+        overrides: Words such as ``optim.lr=1e-4``; they win over files.
+
+    Returns:
+        An instance of ``schema``, its ranges checked.
+
+    Raises:
+        ConfigError: If a file is missing or no YAML, a key is unknown, or a value is missing or out of range.
+    """
+    layers: list[tuple[str, Any]] = [(str(path), _read(Path(path))) for path in paths]
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"'{word}' is no key=value word; write for example max_steps=100")
+        with _blaming(word, schema):
+            layers.append((word, OmegaConf.from_dotlist([word])))
+    config = OmegaConf.structured(schema)
+    for origin, layer in layers:
+        if "tasks" in config and origin not in overrides and OmegaConf.is_dict(layer) and "tasks" in layer:
+            config.tasks = {}  # a file's mixture replaces the one before it; a word changes one task of it
+        with _blaming(origin, schema):
+            config = OmegaConf.merge(config, layer)
+    with _blaming("configuration", schema):
+        filled = OmegaConf.to_object(config)
+    if not isinstance(filled, schema):
+        raise ConfigError(f"configuration {' '.join(map(str, paths))} does not hold keys of {schema.__name__}")
+    return filled
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        return OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _blaming(origin: str, schema: type) -> Iterator[None]:
+    """What goes wrong inside names the file or word that it came from."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise ConfigError(f"{origin}: unknown key {key}; nearest: {nearest_key(schema, key)}") from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; write {error.full_key}=... or set it in a file") from error
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        where = getattr(error, "full_key", None)
+        reason = str(error).split("\n    full_key")[0]
+        raise ConfigError(f"{origin}: {reason}" + (f" (key {where})" if where else "")) from error
+
+
+def nearest_key(schema: type, key: str) -> str:
+    """The key of a schema that a wrong one most likely means.
+
+    Last parts are compared, so that a key in the wrong section is found, and the same section counts for something.
+    Initials count as the word itself (``learning_rate`` means ``optim.lr``).
+    """
+    section, _, leaf = key.rpartition(".")
+    initials = "".join(word[:1] for word in leaf.split("_"))
+
+    def likeness(known: str) -> float:
+        known_section, _, known_leaf = known.rpartition(".")
+        by_leaf = 1.0 if known_leaf in (leaf, initials) else SequenceMatcher(None, leaf, known_leaf).ratio()
+        return by_leaf + (0.25 if known_section == section else 0.0)
+
+    return max(dotted_keys(schema), key=likeness)
+
+
+def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, those of sections included."""
+    types = get_type_hints(schema)
+    for known in fields(schema):
+        yield prefix + known.name
+        if is_dataclass(types[known.name]):
+            yield from dotted_keys(types[known.name], f"{prefix}{known.name}.")
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a training run's configuration; see ``load``."""
+    return load(TrainConfig, paths, overrides)
+
+
+def dump(config: object) -> str:
+    """The resolved configuration as YAML; ``load`` of it gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

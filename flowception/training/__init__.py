@@ -1,0 +1,1 @@
+"""The training job: DeepSpeed engine, optimizer schedule, EMA, checkpoints, metrics, validation and the loop."""

@@ -1,0 +1,168 @@
+"""Saves and loads a run's training state: every rank its own part, nothing gathered.
+
+The files are described in ``flowception.checkpoint.format``. Loading reads the ranges that a rank now needs, whatever
+ranks and ZeRO stage the checkpoint was saved by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowception.checkpoint import format as checkpoint_format
+from flowception.checkpoint import writing
+from flowception.checkpoint.format import KINDS, Manifest, SliceReader
+from flowception.errors import CheckpointError, ConfigError
+from flowception.training.distributed import broadcast_object, of_all_ranks, together
+from flowception.training.shards import ShardedState
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and how many are kept."""
+
+    save_every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int | None = 3
+    """Newest checkpoints kept; None keeps all. The one of step 0 is never removed."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this are never removed; None is off."""
+    save_at_start: bool = True
+    """Save step 0, the untrained model."""
+
+    def __post_init__(self) -> None:
+        if self.save_every_steps < 1:
+            raise ConfigError(f"checkpoint.save_every_steps is {self.save_every_steps}; give 1 or more")
+        if self.keep_last is not None and self.keep_last < 2:
+            raise ConfigError(
+                f"checkpoint.keep_last is {self.keep_last}; give 2 or more (a damaged one needs one before it), or null"
+            )
+        if self.keep_every_steps is not None and self.keep_every_steps < 1:
+            raise ConfigError(
+                f"checkpoint.keep_every_steps is {self.keep_every_steps}; give 1 or more, or null for off"
+            )
+
+
+def save(run_dir: str | Path, step: int, shards: ShardedState, state: dict[str, Any]) -> Path:
+    """Save a checkpoint. Collective; on return it is complete on disk.
+
+    Args:
+        run_dir: The run.
+        step: Optimizer steps done.
+        shards: This rank's part of the training state.
+        state: JSON-able state of the run, the same on all ranks.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: If a rank could not write; the earlier checkpoints are untouched.
+    """
+    folder = writing.temporary_dir(run_dir, step)
+    _everywhere(step, lambda: writing.begin(run_dir, step) if shards.rank == 0 else None)
+    _everywhere(step, lambda: _write_own_part(folder, shards))
+    state = state | {
+        "optimizer_steps": shards.optimizer_steps,
+        "world_size": shards.world_size,
+        "zero_stage": shards.stage,
+    }
+    _everywhere(step, lambda: writing.commit(run_dir, step, shards.world_size, state) if shards.rank == 0 else None)
+    return checkpoint_format.checkpoint_dir(run_dir, step)
+
+
+def _everywhere(step: int, action: Callable[[], object]) -> None:
+    """Run ``action`` on all ranks and wait; if it fails on one, fail on all."""
+
+    def attempt() -> None:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"the checkpoint of step {step} could not be saved: {error}") from error
+
+    together(attempt)
+
+
+def _write_own_part(folder: Path, shards: ShardedState) -> None:
+    tensors, ranges = {}, {}
+    for kind in KINDS:
+        for fragment, view in shards.views(kind):
+            start, stop = shards.saved_range(fragment)
+            if stop > start:
+                here = view[start - fragment.start : stop - fragment.start]
+                tensors[f"{kind}/{fragment.name}"] = here.detach().to("cpu", copy=True)
+                ranges[fragment.name] = (fragment.shape, start, stop)
+    writing.write_slices(folder, shards.rank, tensors, ranges)
+
+
+def load(folder: str | Path, shards: ShardedState) -> Manifest:
+    """Load a checkpoint into the masters, moments, EMA and model. Collective.
+
+    Returns:
+        Its manifest, with the run's state.
+
+    Raises:
+        CheckpointError: If it belongs to another model, or a rank cannot read it.
+    """
+    manifest = together(lambda: _read(folder, shards, {kind: kind for kind in KINDS}))
+    shards.optimizer_steps = int(manifest.state["optimizer_steps"])
+    shards.push()
+    return manifest
+
+
+def load_initial_weights(folder: str | Path, shards: ShardedState) -> None:
+    """Start weights and EMA from another run's EMA. Collective."""
+    together(lambda: _read(folder, shards, {"weight": "ema", "ema": "ema"}))
+    shards.push()
+
+
+@torch.no_grad()
+def _read(folder: str | Path, shards: ShardedState, sources: dict[str, str]) -> Manifest:
+    """Fill this rank's tensors of each kind in ``sources`` with those of the kind it names there."""
+    reader = SliceReader(folder)
+    _check_same_model(reader.manifest, shards, folder)
+    for kind, source in sources.items():
+        for fragment, view in shards.views(kind):
+            view.copy_(reader.read(source, fragment.name, fragment.start, fragment.stop))
+    return reader.manifest
+
+
+def _check_same_model(manifest: Manifest, shards: ShardedState, folder: str | Path) -> None:
+    saved = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+    ours = shards.parameter_shapes
+    for name in sorted(saved.keys() | ours.keys()):
+        if saved.get(name) != ours.get(name):
+            raise CheckpointError(
+                f"{folder} belongs to another model: {name} has shape {saved.get(name)} there and {ours.get(name)} "
+                "here; use the model configuration it was trained with"
+            )
+
+
+def find_latest(run_dir: str | Path, shards: ShardedState, report: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run; the ranks share the reading. Collective.
+
+    Args:
+        run_dir: The run.
+        shards: For rank, world size and device.
+        report: Called on rank 0 with a line for each damaged checkpoint that is passed over.
+
+    Returns:
+        Its folder, or None if there is none at all.
+
+    Raises:
+        CheckpointError: If there are checkpoints and all are damaged.
+    """
+    steps = broadcast_object(together(lambda: checkpoint_format.list_steps(run_dir)))
+    try:
+        return checkpoint_format.latest_valid(
+            run_dir,
+            report if shards.rank == 0 else None,
+            steps=steps,
+            check=lambda folder: together(lambda: checkpoint_format.verify(folder, shards.rank, shards.world_size)),
+        )
+    except CheckpointError as error:
+        of_all_ranks(error)
+        raise

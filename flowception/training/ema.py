@@ -1,0 +1,49 @@
+"""Exponential moving average of the weights, kept on the float32 shard that the rank owns.
+
+``ema <- decay * ema + (1 - decay) * weight`` after every optimizer step. Early in a run the decay is smaller:
+``min(decay, (1 + n) / (warmup + n))`` at the n-th update, so that the average forgets the random start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowception.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """The moving average of the weights."""
+
+    decay: float = 0.9999
+    """Share of the average that one step keeps."""
+    warmup_updates: int = 10
+    """The n-th update keeps at most (1 + n) / (warmup_updates + n). 1 is off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"ema.decay is {self.decay}; give a number in [0, 1)")
+        if self.warmup_updates < 1:
+            raise ConfigError(f"ema.warmup_updates is {self.warmup_updates}; give 1 or more (1 is off)")
+
+
+def decay_at(config: EmaConfig, step: int) -> float:
+    """Decay of the update after optimizer step ``step`` (from 0)."""
+    return min(config.decay, (1 + step) / (config.warmup_updates + step))
+
+
+@torch.no_grad()
+def update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """Move the average towards the weights, in place.
+
+    Args:
+        ema: Averages, any shapes.
+        weights: The weights after the step, same shapes.
+        decay: Share kept.
+    """
+    if ema:
+        torch._foreach_lerp_(list(ema), [weight.detach() for weight in weights], 1.0 - decay)

@@ -1,0 +1,288 @@
+"""The training job, read top to bottom: open, build, resume, loop, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from flowception.checkpoint import writing
+from flowception.config import TrainConfig, dump
+from flowception.data.loader import PackLoader, StepBatch
+from flowception.data.plan import check_world_size
+from flowception.errors import CheckpointError, DataError
+from flowception.flow.extended_time import effective_sample_ratio, expected_attention_ratio
+from flowception.nn.dit import FlowceptionDiT
+from flowception.training import checkpoint, run_directory
+from flowception.training.dataset import TrainingData, heldout_plan, mean_log_rate, open_data
+from flowception.training.distributed import Ranks, gather_rows, gather_values, of_all_ranks, on_main, together
+from flowception.training.ema import decay_at
+from flowception.training.metrics import MetricsLog, Speed, check_packages
+from flowception.training.optim import build_optimizer, learning_rate
+from flowception.training.shards import ShardedState
+from flowception.training.state import RunState, plan_of
+from flowception.training.step import training_step
+from flowception.training.stop import StopFlag
+from flowception.training.validation import Validation
+from flowception.training.zero import build_engine, deepspeed_config
+
+
+def train(config: TrainConfig, ranks: Ranks, stop: StopFlag) -> bool:
+    """Train until ``max_steps`` or until a signal; the same call resumes. Collective.
+
+    Args:
+        config: The run.
+        ranks: This process among all.
+        stop: Set by a signal.
+
+    Returns:
+        True when the run is complete, False when it was stopped.
+    """
+    together(lambda: check_world_size(config.packs_per_step, ranks.world_size))
+    on_main(ranks, lambda: check_packages(config.logging))
+    with _run_lock(config, ranks):
+        data = together(lambda: open_data(config))
+        if config.model.initial_log_rate is None:
+            config.model = replace(config.model, initial_log_rate=mean_log_rate(data.plan))
+        manifest = run_directory.describe(config.model, data.reader.meta) if ranks.is_main else {}
+        on_main(ranks, lambda: run_directory.check(config.run_dir, manifest))
+        trainer = Trainer(config, ranks, data, stop)
+        on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
+        return trainer.run()
+
+
+@contextmanager
+def _run_lock(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    lock = on_main(ranks, lambda: run_directory.lock(config.run_dir))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class Trainer:
+    """One training job."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, data: TrainingData, stop: StopFlag) -> None:
+        """Build the engine and resume where the run is."""
+        self.config, self.ranks, self.data, self.stop = config, ranks, data, stop
+        self.micro_steps = -(-config.packs_per_step // ranks.world_size)
+        self.engine = build_engine(
+            lambda: FlowceptionDiT(config.model),
+            lambda model: build_optimizer(model, config.optim),
+            deepspeed_config(
+                config.zero, config.precision, self.micro_steps, config.optim.clip_grad_norm, ranks.device
+            ),
+        )
+        self.shards = ShardedState(self.engine)
+        self.saved_step: int | None = None
+        self.state = self._resume() or self._start()
+        self.plan = together(lambda: plan_of(self.state, data.plan))
+        self.validation = together(self._prepare_validation)
+        self.stopping = False
+
+    def _resume(self) -> RunState | None:
+        folder = checkpoint.find_latest(self.config.run_dir, self.shards, self._say)
+        if folder is None:
+            return None
+        state = RunState.from_json(checkpoint.load(folder, self.shards).state)
+        self.saved_step = state.step
+        self._say(f"resuming {self.config.run_dir} at step {state.step} of {self.config.max_steps}")
+        if self.ranks.is_main:
+            self._set_aside_newer(state.step)
+        return state
+
+    def _set_aside_newer(self, step: int) -> None:
+        """Newer checkpoints than the one resumed from are damaged: take them out of the way, but do not delete them."""
+        try:
+            for folder in writing.set_aside(self.config.run_dir, newer_than=step):
+                self._say(f"a damaged checkpoint was renamed to {folder}; remove it when you have no use for it")
+        except OSError as error:
+            self._say(f"WARNING: damaged checkpoints after step {step} could not be renamed ({error})")
+
+    def _start(self) -> RunState:
+        config = self.config
+        if config.init_from is None:
+            with torch.device("meta"):
+                blueprint = FlowceptionDiT(config.model)
+            self.shards.initialise(blueprint, lambda _, gather: blueprint.initialise(config.seed, gather))
+        else:
+            source = checkpoint.find_latest(config.init_from, self.shards, self._say)
+            if source is None:
+                text = f"init_from={config.init_from} has no checkpoint; give the run directory of a run that saved one"
+                raise of_all_ranks(CheckpointError(text))
+            run_dir, meta = config.init_from, self.data.reader.meta
+            on_main(self.ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
+            checkpoint.load_initial_weights(source, self.shards)
+            self._say(f"starting from the EMA weights of {source}")
+        return RunState()
+
+    def _prepare_validation(self) -> Validation | None:
+        config = self.config
+        if config.validation.every_steps is None:
+            return None
+        if not len(self.data.heldout_rows):
+            self._say(
+                f"no held-out loss: data.heldout_fraction={config.data.heldout_fraction} holds no clip out; raise it, "
+                "or set validation.every_steps=null"
+            )
+            return None
+        return Validation(config.validation, heldout_plan(config, self.data), self.data.reader, self.ranks)
+
+    def run(self) -> bool:
+        """Train to the end or to a signal, and save. Collective.
+
+        Returns:
+            Whether the run is complete.
+        """
+        config, state = self.config, self.state
+        if state.step > config.max_steps:
+            self._say(f"the run is already at step {state.step}, beyond max_steps={config.max_steps}; nothing to do")
+            return True
+        self._say_start()
+        if config.checkpoint.save_at_start and self.saved_step is None:
+            self._save()
+        metrics = on_main(self.ranks, lambda: MetricsLog(config.run_dir, config.logging, config.max_steps, state.step))
+        try:
+            while state.step < config.max_steps and not self.stopping:
+                self._run_epoch(metrics)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if self.saved_step != state.step:
+            self._save()
+        complete = state.step >= config.max_steps
+        who = self.stop.signal_name or "a signal to another rank"
+        end = "complete" if complete else f"stopped by {who}; run the same command again to resume"
+        self._say(f"step {state.step} of {config.max_steps}: {end}")
+        return complete
+
+    def _run_epoch(self, metrics: MetricsLog | None) -> None:
+        """Steps from the cursor to the end of its epoch, of the run, or to a signal."""
+        config, state = self.config, self.state
+        self.plan = together(lambda: plan_of(state, self.plan))
+        loader = PackLoader(
+            self.plan,
+            self.data.reader,
+            self.ranks.rank,
+            self.ranks.world_size,
+            state.cursor,
+            config.data.num_workers,
+            config.data.prefetch_steps,
+        )
+        speed = Speed()
+        for batch in loader:
+            values = self._step(batch, data_wait_s=speed.lap_s())
+            if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
+                values |= self._validate(self.validation)
+            values |= speed.end_step(values["clips"], values["tokens"], config.max_steps - state.step)
+            if metrics is not None:
+                metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
+            if state.step >= config.max_steps or self.stopping:
+                return
+            if state.step % config.checkpoint.save_every_steps == 0:
+                self._try_to_save()
+
+    def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
+        """One optimizer step, its EMA and its bookkeeping. Returns metrics, the same on all ranks."""
+        config, state, plan = self.config, self.state, batch.step_plan
+        lr = learning_rate(config.optim, state.step, config.max_steps)
+        self.shards.set_learning_rate(lr)
+        result = training_step(
+            self.engine, batch, self.ranks, config.insertion_loss_weight, config.optim.clip_grad_norm
+        )
+        if result.outcome.applied:
+            self.shards.update_ema(decay_at(config.ema, state.step))
+        own = [result.velocity_sum, result.insertion_sum, data_wait_s, self.stop.is_set]
+        own += [len(batch.quarantined), sum(bad.tokens for bad in batch.quarantined)]
+        velocity_sums, insertion_sums, waits, stops, bad, bad_tokens = zip(*gather_rows(own, self.ranks), strict=True)
+        self.stopping = any(stops)
+        clips, tokens = plan.clips - int(sum(bad)), plan.tokens - int(sum(bad_tokens))
+        if clips < plan.clips:
+            self._quarantine(batch)
+        state.advance(batch.next_cursor, clips, tokens, result.outcome.applied)
+        velocity_loss = sum(velocity_sums) / plan.velocity_denominator
+        insertion_loss = sum(insertion_sums) / plan.insertion_denominator
+        return {
+            "loss": velocity_loss + config.insertion_loss_weight * insertion_loss,
+            "loss/velocity": velocity_loss,
+            "loss/insertion": insertion_loss,
+            "lr": lr,
+            "grad_norm": result.outcome.grad_norm,
+            "skipped_steps": state.skipped_steps,
+            "bad_clips": plan.clips - clips,
+            "clips": clips,
+            "tokens": tokens,
+            "fill": plan.fill,
+            "flops_imbalance": plan.flops_imbalance,
+            "attention_ratio": plan.attention_ratio,
+            "data_wait_s": max(waits),
+        }
+
+    def _quarantine(self, batch: StepBatch) -> None:
+        """List all ranks' bad clips of a step; too many are a fault of the storage. Collective.
+
+        Raises:
+            DataError: On all ranks, if no clip of a full step could be read, or more of the epoch's than allowed.
+        """
+        found = [pair for own in gather_values([(bad.key, bad.reason) for bad in batch.quarantined]) for pair in own]
+        for key, reason in found:
+            self.state.quarantine[key] = reason
+            self._say(f"clip {key} is left out from the next epoch on: {reason}")
+        in_epoch, allowed, plan = self.state.bad_clips_of_epoch(), self.config.data.max_bad_clips, batch.step_plan
+        if len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch:  # an epoch's last step may be one clip
+            what = f"none of the {plan.clips} clips of step {plan.step} of epoch {plan.epoch} could be read"
+        elif allowed is not None and in_epoch > allowed:
+            what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"
+        else:
+            return
+        raise of_all_ranks(DataError(f"{what}; check the storage of {self.config.data.path}. The last: {found[-1][1]}"))
+
+    def _validate(self, validation: Validation) -> dict[str, float]:
+        """Held-out loss of the EMA weights."""
+        self.shards.swap_ema()
+        result = validation.run(self.engine)
+        self.shards.swap_ema()
+        return result
+
+    def _try_to_save(self) -> None:
+        """Save between steps; a full disk does not end the run, the last checkpoint stays and the next is tried."""
+        try:
+            self._save()
+        except CheckpointError as error:
+            self._say(f"WARNING: {error}; training goes on, the last checkpoint is of step {self.saved_step}")
+
+    def _save(self) -> None:
+        config, step = self.config.checkpoint, self.state.step
+        checkpoint.save(self.config.run_dir, step, self.shards, self.state.to_json())
+        self.saved_step = step
+        if self.ranks.is_main:
+            try:
+                writing.prune(self.config.run_dir, step, config.keep_last, config.keep_every_steps)
+            except OSError as error:
+                self._say(f"WARNING: old checkpoints could not be removed ({error})")
+
+    def _say_start(self) -> None:
+        config, plan = self.config, self.data.plan
+        frames = plan.index.clips["frames"][plan.rows].astype("int64")
+        ratio = expected_attention_ratio(config, frames, plan.index.tokens_per_frame[plan.rows])
+        parameters = sum(math.prod(shape) for shape in self.shards.parameter_shapes.values())
+        self._say(
+            f"{len(plan.rows):,} clips, {parameters:,} parameters, {self.ranks.world_size} ranks x {self.micro_steps} "
+            f"packs of {config.token_budget} tokens, ZeRO-{config.zero.stage}, {config.precision}, expected attention "
+            f"ratio {ratio:.3f}, effective sample ratio {effective_sample_ratio(config.insertion_share):.2f}"
+        )
+        text_width = self.data.reader.text_width
+        if text_width is not None and not plan.uses_text:
+            self._say(f"the set's text is not used: the model has none; set model.text_dim={text_width} to use it")
+        if config.insertion_share == 1:
+            self._say("insertion_share is 1: no state after the clock's end is trained, which is another objective")
+
+    def _say(self, line: str) -> None:
+        if self.ranks.is_main:
+            print(line, flush=True)

@@ -1,0 +1,137 @@
+"""Held-out loss at fixed times: the same clips, frames and noise each time, so that only the weights change.
+
+Every rank runs the same number of forwards; a rank without a pack runs one of padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowception.data.pack import Pack, build_pack, empty_pack
+from flowception.data.packing import CARRIED, pack_clips
+from flowception.data.plan import Plan
+from flowception.data.reader import ClipReader
+from flowception.data.steps import PackPlan
+from flowception.errors import ConfigError
+from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
+from flowception.training.distributed import Ranks, all_sum
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Held-out loss; the held-out part itself is ``data.heldout_fraction``."""
+
+    every_steps: int | None = 1000
+    """Steps between validations; None is off."""
+    num_clips: int = 64
+    """Held-out clips, the same ones each time."""
+    global_times: list[float] = field(default_factory=lambda: [0.25, 0.75, 1.25, 1.75])
+    """Values of tau_g at which the loss is measured, in [0, 2)."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ConfigError(f"validation.every_steps is {self.every_steps}; give 1 or more, or null for off")
+        if self.num_clips < 1:
+            raise ConfigError(f"validation.num_clips is {self.num_clips}; give 1 or more")
+        if not self.global_times or not all(0 <= time < 2 for time in self.global_times):
+            raise ConfigError(f"validation.global_times is {list(self.global_times)}; give numbers in [0, 2)")
+
+
+def uniform_of(global_time: float, insertion_share: float, inserts: bool) -> float | None:
+    """The uniform that the prior maps to a global time; None for a time that training never shows.
+
+    Args:
+        global_time: tau_g in [0, 2).
+        insertion_share: w, the prior's share below 1.
+        inserts: Whether the delay law has insertions; if not, its clock ends at 1.
+    """
+    if not inserts or insertion_share == 1:
+        return global_time if global_time < 1 else None
+    if global_time < 1:
+        return global_time * insertion_share
+    return insertion_share + (global_time - 1) * (1 - insertion_share)
+
+
+class Validation:
+    """The held-out loss of a run."""
+
+    def __init__(self, config: ValidationConfig, plan: Plan, reader: ClipReader, ranks: Ranks) -> None:
+        """Choose the clips and plan their packs.
+
+        Args:
+            config: Clips and times.
+            plan: A plan over the held-out rows, made with a fixed seed.
+            reader: Where to read them.
+            ranks: This rank.
+        """
+        self._plan, self._reader, self._ranks = plan, reader, ranks
+        by_id = plan.rows[np.argsort(plan.index.clips["clip_id"][plan.rows], kind="stable")]
+        self._rows: NDArray[np.int64] = by_id[: config.num_clips]
+        inserts = plan.process.delay_law != "full_sequence"
+        uniforms = {time: uniform_of(time, plan.process.insertion_share, inserts) for time in config.global_times}
+        self._packs = {time: self._plan_packs(u) for time, u in uniforms.items() if u is not None}
+
+    def _plan_packs(self, uniform: float) -> list[PackPlan]:
+        """Packs of all clips at one time, filled first-come."""
+        left = np.arange(len(self._rows))
+        packs: list[PackPlan] = []
+        u_time = np.full(len(self._rows), uniform)
+        draws = self._plan.draws(0, self._rows, left, u_time)
+        frame_tokens = self._plan.index.tokens_per_frame[self._rows]
+        tokens = draws.visible_frames.numpy() * frame_tokens + self._plan.text_tokens(self._rows)
+        while len(left):
+            taken = pack_clips(tokens[left], tokens[left].astype(float), 1, self._plan.config.token_budget) != CARRIED
+            places = left[taken]
+            packs.append(PackPlan(0, len(packs), self._rows[places], places, u_time[places]))
+            left = left[~taken]
+        return packs
+
+    @torch.no_grad()
+    def run(self, engine: Any) -> dict[str, float]:
+        """Measure the engine's present weights. Collective.
+
+        Args:
+            engine: Put into evaluation mode and back.
+
+        Returns:
+            ``validation/loss``, its two terms, and ``validation/velocity/TIME`` for each time.
+        """
+        engine.eval()
+        result, totals = {}, np.zeros(4)
+        for time, packs in self._packs.items():
+            sums = np.array(all_sum(self._sums(engine, packs), self._ranks.device))
+            totals += sums
+            result[f"validation/velocity/{time:g}"] = float(sums[0] / max(sums[1], 1.0))
+        engine.train()
+        velocity, insertion = totals[0] / max(totals[1], 1.0), totals[2] / max(totals[3], 1.0)
+        weight = self._plan.process.insertion_loss_weight
+        return {
+            "validation/loss": float(velocity + weight * insertion),
+            "validation/loss/velocity": float(velocity),
+            "validation/loss/insertion": float(insertion),
+            **result,
+        }
+
+    def _sums(self, engine: Any, packs: list[PackPlan]) -> list[float]:
+        """Velocity loss, its elements, insertion loss, its sites, over this rank's packs."""
+        sums = [0.0, 0.0, 0.0, 0.0]
+        for first in range(0, len(packs), self._ranks.world_size):
+            number = first + self._ranks.rank
+            pack: Pack = (
+                build_pack(self._plan, packs[number], self._reader) if number < len(packs) else empty_pack(self._plan)
+            )
+            pack = pack.to(self._ranks.device)
+            output = engine(pack)
+            ones_token, ones_frame = torch.ones_like(pack.weight_token), torch.ones_like(pack.weight_frame)
+            velocity = velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, ones_token)
+            insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, ones_frame)
+            channels = pack.velocity_target.shape[1]
+            counts = (int(pack.velocity_mask.sum()) * channels, int(pack.insertion_mask.sum()))
+            for i, value in enumerate((float(velocity), counts[0], float(insertion), counts[1])):
+                sums[i] += value
+        return sums

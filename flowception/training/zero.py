@@ -1,0 +1,173 @@
+"""The only place that knows DeepSpeed: its configuration and how the engine is built.
+
+ZeRO stage 0 replicates everything, 1 shards the optimizer, 2 also the gradients, 3 also the weights. Master weights are
+float32, and gradients accumulate and reduce in float32, always. With ``precision: bf16``
+
+* stages 2 and 3 work on bfloat16 copies of the weights: half the memory and half the gathering;
+* stages 0 and 1 work on float32 weights under ``torch_autocast``: DeepSpeed's own bfloat16 optimizers there keep their
+  state in other forms.
+
+DeepSpeed makes its masters from the weights it is given, which are bfloat16 by then; so initial weights are written to
+the masters afterwards (``ShardedState.initialise``), exactly, at any stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from flowception.errors import ConfigError
+
+Precision = Literal["bf16", "fp32"]
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """How DeepSpeed shards the training state."""
+
+    stage: int = 3
+    """0 none, 1 optimizer, 2 and gradients, 3 and weights."""
+    param_persistence_threshold: int = 10_000
+    """Stage 3: weights with fewer elements stay gathered on every rank. 0 shards everything."""
+    bucket_elements: int = 50_000_000
+    """Elements of one reduction or gathering bucket."""
+    max_live_elements: int = 1_000_000_000
+    """Stage 3: gathered weights that may be live at once."""
+    overlap_communication: bool = True
+    """Reduce gradients while the backward pass goes on (ignored on the CPU)."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ConfigError(f"zero.stage is {self.stage}; choose 0, 1, 2 or 3")
+        if self.param_persistence_threshold < 0:
+            raise ConfigError(f"zero.param_persistence_threshold is {self.param_persistence_threshold}; give 0 or more")
+        for name in ("bucket_elements", "max_live_elements"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"zero.{name} is {getattr(self, name)}; give 1 or more")
+
+
+class StepOutcome(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False where the norm was not finite, and the weights were left alone."""
+
+
+def init_deepspeed(backend: str) -> None:
+    """Start the process group from the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
+    if backend == "gloo":
+        # DeepSpeed would compile a shared-memory all-reduce for a minute, which only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+
+
+def deepspeed_config(
+    zero: ZeroConfig, precision: Precision, accumulation_steps: int, clip_grad_norm: float | None, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration.
+
+    Args:
+        zero: Sharding.
+        precision: Type of the forward and backward pass.
+        accumulation_steps: Micro-steps of an optimizer step.
+        clip_grad_norm: Largest gradient norm; None is off. At stage 0 ``optimizer_step`` clips instead.
+        device: Where the run computes.
+
+    Returns:
+        The configuration as a dictionary.
+    """
+    low_precision = precision == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": (clip_grad_norm or 0.0) if zero.stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": low_precision and zero.stage >= 2, "check_grad_overflow": True},
+        "torch_autocast": {
+            "enabled": low_precision and zero.stage < 2,
+            "dtype": "bfloat16",
+            # a module listed here would have its gradients reduced in bf16
+            "lower_precision_safe_modules": [],
+        },
+        "zero_optimization": {
+            "stage": zero.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": zero.overlap_communication and device.type == "cuda",
+            "reduce_bucket_size": zero.bucket_elements,
+            "allgather_bucket_size": zero.bucket_elements,
+            "stage3_prefetch_bucket_size": zero.bucket_elements,
+            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+            "stage3_max_live_parameters": zero.max_live_elements,
+            "stage3_max_reuse_distance": zero.max_live_elements,
+        },
+    }
+
+
+def build_engine(
+    build_model: Callable[[], nn.Module],
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    config: dict[str, Any],
+) -> Any:
+    """Build the model and hand it to DeepSpeed. Its weights have no meaning before ``ShardedState`` gives them one.
+
+    Args:
+        build_model: Makes the module; under stage 3 its weights are partitioned as they are made.
+        build_optimizer: Makes the optimizer of the model.
+        config: From ``deepspeed_config``.
+
+    Returns:
+        The DeepSpeed engine.
+    """
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=config["zero_optimization"]["stage"] == 3):
+        model = build_model()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
+    return engine
+
+
+def optimizer_step(engine: Any, clip_grad_norm: float | None) -> StepOutcome:
+    """Take the optimizer step after the last micro-step's backward pass.
+
+    Args:
+        engine: From ``build_engine``.
+        clip_grad_norm: Largest gradient norm; None is off.
+
+    Returns:
+        The gradient norm, and whether the weights moved.
+    """
+    if engine.zero_optimization_stage():
+        engine.step()
+        return StepOutcome(float(engine.get_global_grad_norm()), engine.was_step_applied())
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    finite = bool(torch.isfinite(norm))
+    if not finite:
+        for parameter in parameters:
+            parameter.grad = None
+    elif clip_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+    engine.step()
+    return StepOutcome(float(norm), finite)

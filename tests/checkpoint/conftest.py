@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from flowception.checkpoint import writing
+from flowception.checkpoint.format import KINDS
+
+SHAPES = {"a.weight": (3, 4), "b.bias": (5,), "c.scale": ()}
+
+
+def values(kind, name):
+    """Elements that tell kind, parameter and place apart."""
+    base = 1000 * KINDS.index(kind) + 100 * sorted(SHAPES).index(name)
+    return (base + torch.arange(torch.Size(SHAPES[name]).numel(), dtype=torch.float32)).view(SHAPES[name])
+
+
+def split(count, writers):
+    """Cut ``count`` elements among writers, unevenly."""
+    cuts = sorted((count * (i * i) // (writers * writers)) for i in range(writers + 1))
+    return list(zip(cuts[:-1], cuts[1:]))
+
+
+@pytest.fixture
+def save():
+    """save(run_dir, step, writers) writes a checkpoint and gives its folder."""
+
+    def write(run_dir, step, writers=2, state=None):
+        folder = writing.begin(run_dir, step)
+        for writer in range(writers):
+            tensors, ranges = {}, {}
+            for name, shape in SHAPES.items():
+                start, stop = split(torch.Size(shape).numel(), writers)[writer]
+                if stop > start:
+                    ranges[name] = (shape, start, stop)
+                    for kind in KINDS:
+                        tensors[f"{kind}/{name}"] = values(kind, name).view(-1)[start:stop]
+            writing.write_slices(folder, writer, tensors, ranges)
+        return writing.commit(run_dir, step, writers, state or {"optimizer_steps": step})
+
+    return write
+
+
+@pytest.fixture
+def expected():
+    """expected(kind) is what was saved."""
+    return lambda kind: {name: values(kind, name) for name in SHAPES}
+
+
+@pytest.fixture
+def edit_manifest():
+    """edit_manifest(folder, change) alters manifest.json and keeps its checksum right."""
+    from flowception.checkpoint.format import _checksum
+
+    def edit(folder, change):
+        path = folder / "manifest.json"
+        content = json.loads(path.read_text())
+        content.pop("checksum")
+        change(content)
+        path.write_text(json.dumps(content | {"checksum": _checksum(content)}))
+
+    return edit

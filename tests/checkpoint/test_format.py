@@ -1,0 +1,178 @@
+import hashlib
+
+import pytest
+import torch
+
+from flowception.checkpoint import format as format_module
+from flowception.checkpoint.format import (
+    SliceReader,
+    checkpoint_dir,
+    hashes,
+    latest_valid,
+    list_steps,
+    read_full,
+    read_manifest,
+    verify,
+)
+from flowception.errors import CheckpointError, CheckpointUnreadableError
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_what_is_saved_is_read(tmp_path, save, expected, writers):
+    folder = save(tmp_path, 7, writers)
+    assert folder == tmp_path / "checkpoints" / "step_00000007"
+    for kind, title in (("weight", "weights"), ("ema", "ema")):
+        found = read_full(folder, title)
+        assert found.keys() == expected(kind).keys()
+        for name, value in expected(kind).items():
+            assert found[name].shape == value.shape
+            assert found[name].equal(value)
+
+
+def test_a_range_across_files(tmp_path, save, expected):
+    folder = save(tmp_path, 1, writers=3)
+    assert len(read_manifest(folder).parameters["a.weight"].slices) == 3
+    whole = expected("exp_avg")["a.weight"].view(-1)
+    reader = SliceReader(folder)
+    for start in range(12):
+        for stop in range(start, 13):
+            assert reader.read("exp_avg", "a.weight", start, stop).equal(whole[start:stop])
+
+
+def test_hashes_do_not_depend_on_the_files_but_on_everything_else(tmp_path, save):
+    one, three = save(tmp_path / "one", 4, writers=1), save(tmp_path / "three", 4, writers=3)
+    assert hashes(one) == hashes(three)
+    assert list(hashes(one)) == ["weights", "ema", "optimizer"]
+    other_step = hashes(save(tmp_path / "other", 5, writers=1))
+    assert other_step["optimizer"] != hashes(one)["optimizer"]
+    assert other_step["ema"] == hashes(one)["ema"]
+
+
+def test_the_hash_is_the_documented_one(tmp_path, save, expected):
+    digest = hashlib.sha256()
+    for name, shape in (("a.weight", "(3, 4)"), ("b.bias", "(5,)"), ("c.scale", "()")):
+        digest.update(f"ema/{name}{shape}".encode() + expected("ema")[name].numpy().tobytes())
+    assert hashes(save(tmp_path, 1))["ema"] == digest.hexdigest()
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: (f / "rank_00001.safetensors").unlink(), "is missing"),
+        (
+            lambda f: (f / "rank_00001.safetensors").write_bytes((f / "rank_00001.safetensors").read_bytes()[:-4]),
+            "cut short",
+        ),
+        (lambda f: flip(f / "rank_00000.safetensors", -1), "sha256 does not match"),
+        (lambda f: (f / "manifest.json").unlink(), "no complete checkpoint"),
+        (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:-9]), "damaged"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "damaged"),
+        (
+            lambda f: (f / "manifest.json").write_text(
+                (f / "manifest.json").read_text().replace('_steps": 6', '_steps": 7')
+            ),
+            "checksum does not match",
+        ),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, reason):
+    save(tmp_path, 3)
+    newest = save(tmp_path, 6)
+    assert latest_valid(tmp_path) == newest
+    damage(newest)
+    with pytest.raises(CheckpointError, match=reason):
+        verify(newest)
+    said = []
+    assert latest_valid(tmp_path, said.append) == checkpoint_dir(tmp_path, 3)
+    assert len(said) == 1
+    assert "step 6" in said[0]
+
+
+def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
+    save(tmp_path, 3)
+    newest = save(tmp_path, 6)
+    real = format_module.sha256_file
+
+    def sha256_file(path):
+        if path.parent == newest:
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(format_module, "sha256_file", sha256_file)
+    for look in (lambda: verify(newest), lambda: latest_valid(tmp_path)):
+        with pytest.raises(CheckpointUnreadableError, match=r"cannot be read \(Input/output error\)"):
+            look()
+
+
+def test_a_listing_that_fails_is_an_error_of_ours(tmp_path, save, monkeypatch):
+    save(tmp_path, 3)
+
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(format_module.Path, "iterdir", iterdir)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        list_steps(tmp_path)
+
+
+def test_ranks_can_share_verification(tmp_path, save):
+    folder = save(tmp_path, 1, writers=3)
+    flip(folder / "rank_00002.safetensors", -1)
+    verify(folder, part=0, parts=3)
+    verify(folder, part=1, parts=3)
+    with pytest.raises(CheckpointError):
+        verify(folder, part=2, parts=3)
+
+
+def test_no_checkpoint_and_only_damaged_ones(tmp_path, save):
+    assert latest_valid(tmp_path) is None
+    assert list_steps(tmp_path) == []
+    (save(tmp_path, 2) / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+        latest_valid(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../rank_00000.safetensors", "/etc/passwd", "rank_0.pt"])
+def test_a_manifest_cannot_name_other_files(tmp_path, save, edit_manifest, name):
+    folder = save(tmp_path, 1)
+    edit_manifest(folder, lambda content: content["files"][0].__setitem__(0, name))
+    with pytest.raises(CheckpointError, match="only rank_NNNNN.safetensors"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("slices", [[[0, 0, 3]], [[0, 0, 3], [1, 4, 12]], [[0, 0, 9], [1, 3, 12]], [[0, 0, 13]], []])
+def test_slices_must_cover_the_parameter(tmp_path, save, edit_manifest, slices):
+    folder = save(tmp_path, 1)
+    edit_manifest(folder, lambda content: content["parameters"]["a.weight"].__setitem__("slices", slices))
+    with pytest.raises(CheckpointError, match=r"a\.weight"):
+        read_manifest(folder)
+
+
+def test_a_slice_longer_than_its_tensor_is_refused(tmp_path, save, edit_manifest):
+    folder = save(tmp_path, 1, writers=2)
+    edit_manifest(folder, lambda content: content["parameters"]["a.weight"].__setitem__("slices", [[0, 0, 12]]))
+    with pytest.raises(CheckpointError, match="cannot read weight/a.weight"):
+        read_full(folder, "weights")
+
+
+def test_an_unknown_parameter_is_another_model(tmp_path, save):
+    with pytest.raises(CheckpointError, match="another model"):
+        SliceReader(save(tmp_path, 1)).read("weight", "d.weight")
+
+
+def test_a_future_format_is_refused(tmp_path, save, edit_manifest):
+    folder = save(tmp_path, 1)
+    edit_manifest(folder, lambda content: content.__setitem__("format_version", 99))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        verify(folder)
+
+
+def test_reading_needs_no_process_group(tmp_path, save):
+    save(tmp_path, 1)
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,80 @@
+"""Runs a function of a test module in several gloo processes.
+
+``python distributed_worker.py MODULE_FILE FUNCTION ARGUMENTS`` is what each process runs; ``run_distributed`` starts
+them with the launcher's environment variables and hands back what each returned (JSON).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_MARK = "RESULT "
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run_distributed(module_file: str, function: str, world_size: int, *, timeout_s: float = 120, **arguments):
+    """Call ``function(**arguments)`` of ``module_file`` in ``world_size`` processes; one result for each rank."""
+    port = free_port()
+    command = [sys.executable, __file__, module_file, function, json.dumps(arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"rank_{rank}.log") for rank in range(world_size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            with log.open("w") as stream:
+                environment = rank_environment(rank, world_size, port)
+                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(timeout_s) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        texts = [log.read_text() for log in logs]
+    if any(codes):
+        raise AssertionError(
+            "\n".join(f"--- rank {r}, exit {c}\n{t[-4000:]}" for r, (c, t) in enumerate(zip(codes, texts)))
+        )
+    return [json.loads(next(x for x in t.splitlines() if x.startswith(_MARK))[len(_MARK) :]) for t in texts]
+
+
+def main() -> None:
+    module_file, function, arguments = sys.argv[1:4]
+    sys.path.insert(0, str(Path(module_file).parent))
+    spec = importlib.util.spec_from_file_location("worker_module", module_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = getattr(module, function)(**json.loads(arguments))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    print(f"\n{_MARK}{json.dumps(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

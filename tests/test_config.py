@@ -1,0 +1,102 @@
+"""Reading configurations: layers, refusals with a suggestion, and every file of configs/."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.encode_config import EncodeConfig
+from flowception.config import TrainConfig, dump, load, load_config
+from flowception.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NEEDED = ["run_dir=r", "max_steps=10", "token_budget=512", "packs_per_step=2", "data.path=d"]
+
+
+def test_later_layers_win(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("optim: {lr: 0.5, warmup_steps: 7}\nseed: 1\n")
+    second.write_text("optim: {lr: 0.25}\n")
+    config = load_config([first, second], [*NEEDED, "seed=3"])
+    assert (config.optim.lr, config.optim.warmup_steps, config.seed) == (0.25, 7, 3)
+
+
+def test_numbers_on_the_command_line_are_numbers():
+    config = load_config([], [*NEEDED, "optim.lr=1e-4", "model.text_dim=null"])
+    assert config.optim.lr == pytest.approx(0.0001)
+    assert config.model.text_dim is None
+
+
+def test_a_named_mixture_replaces_the_default(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("tasks: {i2v: 1.0}\n")
+    assert load_config([file], NEEDED).tasks == {"i2v": 1.0}
+    overlay = tmp_path / "b.yaml"
+    overlay.write_text("tasks: {t2v: 0.25}\n")
+    assert load_config([file, overlay], NEEDED).tasks == {"t2v": 0.25}
+    assert load_config([], [*NEEDED, "tasks.i2v=0.5"]).tasks == {"t2v": 1.0, "i2v": 0.5}
+    assert load_config([], NEEDED).tasks == {"t2v": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optim.lrr=1"], r"^optim\.lrr=1: unknown key optim\.lrr; nearest: optim\.lr$"),
+        (["token_buget=1"], "unknown key token_buget; nearest: token_budget$"),
+        (["optim.learning_rate=1"], r"nearest: optim\.lr$"),
+        (["learning_rate=1"], r"nearest: optim\.lr$"),
+        (["heldout_fraction=0.1"], r"unknown key heldout_fraction; nearest: data\.heldout_fraction$"),
+        (["data.token_budget=9"], "nearest: token_budget$"),
+        (["optm.lr=1"], "unknown key optm; nearest: optim$"),
+        (["checkpoint.every_steps=1"], r"nearest: checkpoint\.save_every_steps$"),
+        (["zero=3"], "^zero=3: .*ZeroConfig"),
+        (["precision=fp8"], "fp8"),
+        (["max_steps=0"], "max_steps is 0"),
+        (["zero.stage=4"], "zero.stage is 4"),
+        (["insertion_share=0"], "insertion_share is 0"),
+        (["tasks.t3v=1"], "t3v"),
+        (["optim.lr=fast"], r"^optim\.lr=fast: .* \(key optim\.lr\)$"),
+        (["seed=-1"], "seed is -1"),
+        (["optim.lr=nan"], "optim.lr is nan"),
+        (["seed"], "'seed' is no key=value word"),
+    ],
+)
+def test_refusals_name_the_value(words, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_config([], [*NEEDED, *words])
+
+
+def test_an_unknown_key_names_its_file_and_nothing_else(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {weight_deca: 0.5}\n")
+    with pytest.raises(ConfigError) as refusal:
+        load_config([file], NEEDED)
+    assert str(refusal.value) == f"{file}: unknown key optim.weight_deca; nearest: optim.weight_decay"
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ConfigError, match="^max_steps has no value"):
+        load_config([], [word for word in NEEDED if not word.startswith("max_steps")])
+    with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
+        load_config(["nowhere.yaml"])
+
+
+def test_broken_yaml_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    for content in (b"optim: {lr: 0.5\n", b"seed: \xff\n"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"a\.yaml"):
+            load_config([file], NEEDED)
+
+
+def test_a_dumped_config_loads_as_itself(tmp_path):
+    config = load_config([], [*NEEDED, "tasks.i2v=0.5", "tasks.t2v=0.5", "optim.betas=[0.8,0.9]"])
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    assert load_config([file]) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    schema = EncodeConfig if path.name.startswith("encode_") else TrainConfig
+    words = ["source=s", "out=o"] if schema is EncodeConfig else []
+    assert isinstance(load(schema, [path], words), schema)

@@ -1,0 +1,56 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from distributed_worker import run_distributed
+
+from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, read_full
+
+pytestmark = pytest.mark.xdist_group("resumes")
+
+WORKER = str(Path(__file__).parent / "small_engine.py")
+NAMES = ("0-fp32", "1-bf16", "2-bf16", "3-fp32", "3-bf16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_equals_uninterrupted_to_the_bit(resumes, name):
+    folder, results = resumes
+    uninterrupted, resumed = results[name]
+    assert resumed["losses"] == uninterrupted["losses"][3:]
+    assert resumed["end"] == uninterrupted["end"]
+    hash_of = [hashes(checkpoint_dir(folder / f"{name}-{part}", 6)) for part in ("whole", "again")]
+    assert hash_of[0] == hash_of[1]
+    assert len(set(hash_of[0].values())) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_holds_the_weights_and_the_ema(resumes, name):
+    folder, results = resumes
+    saved = checkpoint_dir(folder / f"{name}-whole", 6)
+    for kind, title in (("weight", "weights"), ("ema", "ema")):
+        sums = {key: value.double().sum().item() for key, value in read_full(saved, title).items()}
+        assert sums == pytest.approx(results[name][0]["sums"][kind], abs=1e-12)
+    assert results[name][0]["sums"]["weight"] != results[name][0]["sums"]["ema"]
+
+
+@pytest.mark.parametrize(("world_size", "stages"), [(1, [0, 3]), (3, [3, 1, 2])])
+def test_another_world_size_and_stage_load_the_same_state(resumes, tmp_path, world_size, stages):
+    folder, _ = resumes
+    source = folder / "3-fp32-whole"
+    run_distributed(WORKER, "load_and_save", world_size, source=str(source), folder=str(tmp_path), stages=stages)
+    expected = hashes(checkpoint_dir(source, 3))
+    for stage in stages:
+        saved = checkpoint_dir(tmp_path / f"stage-{stage}", 3)
+        assert len(list(saved.glob("*.safetensors"))) == world_size
+        assert hashes(saved) == expected
+
+
+def test_a_damaged_checkpoint_is_passed_over(resumes, tmp_path):
+    folder, _ = resumes
+    shutil.copytree(folder / "3-fp32-whole", tmp_path / "run")
+    newest = checkpoint_dir(tmp_path / "run", 6) / "rank_00001.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    said = []
+    assert latest_valid(tmp_path / "run", said.append) == checkpoint_dir(tmp_path / "run", 3)
+    assert "cut short" in said[0]
+    assert "step 6" in said[0]

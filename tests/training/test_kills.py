@@ -1,0 +1,113 @@
+"""Signals to real jobs. After SIGKILLs at random steps the run must end as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed_worker import free_port, rank_environment
+from toy_set import write_config, write_set
+
+from flowception.checkpoint.format import checkpoint_dir, hashes, list_steps
+
+MAIN = Path(__file__).parents[2] / "train" / "main.py"
+STEPS, KILLS = 40, 5
+
+
+def start(config: Path, log: Path) -> list[subprocess.Popen]:
+    """Two ranks of ``train/main.py``."""
+    port = free_port()
+    command = [sys.executable, str(MAIN), "--config", str(config)]
+    with log.open("a") as stream:
+        return [
+            subprocess.Popen(command, env=rank_environment(rank, 2, port), stdout=stream, stderr=subprocess.STDOUT)
+            for rank in range(2)
+        ]
+
+
+def kill_all(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+
+def steps_done(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def wait_for_step(processes, run_dir, step, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while steps_done(run_dir) < step:
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        assert all(process.poll() is None for process in processes), "a rank ended early"
+        time.sleep(0.01)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_five_kills_change_nothing(tmp_path):
+    data = write_set(tmp_path / "shards")
+    settings = {"max_steps": STEPS, "checkpoint__save_every_steps": 3, "validation__every_steps": 15}
+    whole = write_config(tmp_path / "whole.yaml", tmp_path / "whole", data, **settings)
+    killed = write_config(tmp_path / "killed.yaml", tmp_path / "killed", data, **settings)
+    processes = start(whole, tmp_path / "whole.log")
+    assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "whole.log").read_text()[-4000:]
+
+    chance = random.Random(int.from_bytes(os.urandom(4), "big"))
+    kill_steps = sorted(chance.sample(range(1, STEPS - 1), KILLS))
+    print("killed at steps", kill_steps)
+    for step in kill_steps:
+        processes = start(killed, tmp_path / "killed.log")
+        try:
+            wait_for_step(processes, tmp_path / "killed", step)
+            time.sleep(0.3 * chance.random())
+            processes[chance.randrange(2)].send_signal(signal.SIGKILL)
+            time.sleep(0.5 * chance.random())
+        finally:
+            kill_all(processes)
+    processes = start(killed, tmp_path / "killed.log")
+    assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "killed.log").read_text()[-4000:]
+
+    command = [sys.executable, "-m", "flowception.cli", "checkpoint", str(tmp_path / "killed"), "--hash"]
+    assert hashes(checkpoint_dir(tmp_path / "killed", STEPS)) == hashes(checkpoint_dir(tmp_path / "whole", STEPS)), (
+        command
+    )
+    assert list_steps(tmp_path / "killed")[-1] == STEPS
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count('"step"') for name in ("whole", "killed")]
+    assert lines == [STEPS, STEPS]
+    assert (tmp_path / "killed.log").read_text().count("resuming") >= 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_85(tmp_path, number):
+    config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
+    processes = start(config, tmp_path / "log")
+    try:
+        wait_for_step(processes, tmp_path / "run", 3)
+        processes[1].send_signal(number)
+        assert [process.wait(60) for process in processes] == [85, 85]
+    finally:
+        kill_all(processes)
+    assert list_steps(tmp_path / "run")[-1] == steps_done(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
+    config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
+    first = start(config, tmp_path / "first.log")
+    second = []
+    try:
+        wait_for_step(first, tmp_path / "run", 1)
+        second = start(config, tmp_path / "second.log")
+        assert [process.wait(60) for process in second] == [2, 2]
+        assert f"process {first[0].pid} on" in (tmp_path / "second.log").read_text()
+        assert all(process.poll() is None for process in first)
+    finally:
+        kill_all(first + second)

@@ -1,0 +1,177 @@
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from flowception.errors import ConfigError, MissingDependencyError, RunDirectoryError
+from flowception.training.metrics import (
+    LoggingConfig,
+    MetricsLog,
+    Speed,
+    _has_api_key,
+    check_packages,
+    console_line,
+    duration,
+)
+
+
+def values(step, loss=1.0):
+    return {
+        "step": step,
+        "loss": loss,
+        "loss/velocity": 0.75,
+        "loss/insertion": 2.5,
+        "clips_per_s": 12.0,
+        "tokens_per_s": 3456.0,
+        "fill": 0.97,
+        "attention_ratio": 0.7,
+        "data_wait_s": 0.25,
+        "step_s": 1.0,
+        "time_left_s": 185.0,
+    }
+
+
+def steps_in(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_object_a_step_and_a_line_now_and_then(tmp_path, capsys):
+    log = MetricsLog(tmp_path, LoggingConfig(every_steps=2), max_steps=5, first_step=0)
+    for step in range(1, 6):
+        log.write(values(step))
+    log.close()
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    for part in (
+        "loss 1.0000",
+        "12 clips/s",
+        "3456 tokens/s",
+        "fill 0.970",
+        "attention ratio 0.700",
+        "wait 25%",
+        "3m05s",
+    ):
+        assert part in lines[0]
+
+
+def test_resuming_cuts_off_later_steps_and_a_torn_line(tmp_path):
+    log = MetricsLog(tmp_path, LoggingConfig(), 9, 0)
+    for step in range(1, 6):
+        log.write(values(step))
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    log = MetricsLog(tmp_path, LoggingConfig(), 9, first_step=3)
+    log.write(values(4))
+    log.close()
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path, capsys):
+    log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
+    log.write(values(1, loss=math.nan))
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+    assert "loss not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (185, "3m05s"), (7620, "2h07m"), (273600, "3d04h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_console_line_shows_the_held_out_loss():
+    assert "held-out 0.5000" in console_line(values(1) | {"validation/loss": 0.5}, 2)
+
+
+def test_speed_predicts_the_time_left(monkeypatch):
+    clock = iter([0.0, 0.5, 2.0, 2.25, 4.0])
+    monkeypatch.setattr("flowception.training.metrics.time.perf_counter", lambda: next(clock))
+    speed = Speed()
+    assert speed.lap_s() == 0.5
+    first = speed.end_step(clips=10, tokens=100, steps_left=3)
+    assert first == {"step_s": 2.0, "clips_per_s": 5.0, "tokens_per_s": 50.0, "time_left_s": 6.0}
+    assert speed.lap_s() == 0.25
+    assert speed.end_step(clips=10, tokens=100, steps_left=2)["step_s"] == 2.0
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """What ``wandb.init`` and ``log`` were called with; set ``key`` for a login that wandb knows of."""
+    seen = {"key": False}
+    run = types.SimpleNamespace(log=lambda values, step: seen.update({step: values}), finish=lambda: None)
+    fake = types.SimpleNamespace(
+        init=lambda **arguments: seen.update(arguments) or run, login=lambda prompt, verify: seen["key"]
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return seen
+
+
+@pytest.mark.parametrize(("key", "mode"), [(False, "offline"), (True, None)])
+def test_wandb_is_offline_without_a_key(tmp_path, fake_wandb, key, mode):
+    fake_wandb["key"] = key
+    log = MetricsLog(tmp_path, LoggingConfig(wandb_project="p"), 9, 0)
+    log.write(values(1))
+    log.close()
+    assert (fake_wandb["project"], fake_wandb["name"], fake_wandb["mode"]) == ("p", tmp_path.name, mode)
+    assert fake_wandb[1]["loss"] == 1.0
+
+
+def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
+    for step in (1, 2, 3):
+        log.write(values(step))
+    log.close()
+    out = capsys.readouterr().out
+    assert out.count("WARNING: metrics.jsonl cannot be written") == 1
+    assert "step 3/9" in out
+
+
+def test_a_log_that_cannot_be_opened_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunDirectoryError, match="metrics.jsonl"):
+        MetricsLog(tmp_path, LoggingConfig(), 9, 0)
+
+
+def test_runs_of_one_name_are_two_in_wandb_and_a_resumed_one_is_one(tmp_path, fake_wandb):
+    ids = []
+    for folder in ("a/run", "b/run", "a/run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        MetricsLog(tmp_path / folder, LoggingConfig(wandb_project="p"), 9, 0).close()
+        ids.append(fake_wandb["id"])
+    assert ids[0] == ids[2] != ids[1]
+    assert fake_wandb["resume"] == "allow"
+
+
+def test_a_missing_wandb_is_refused_before_anything_is_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_packages(LoggingConfig())
+    with pytest.raises(MissingDependencyError, match="wandb"):
+        check_packages(LoggingConfig(wandb_project="p"))
+
+
+def test_wandb_itself_says_whether_there_is_a_key(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    assert not _has_api_key(wandb)
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    wandb.teardown()
+    assert _has_api_key(wandb)
+    wandb.teardown()
+
+
+def test_config_refuses():
+    with pytest.raises(ConfigError, match="logging.every_steps"):
+        LoggingConfig(every_steps=0)

@@ -1,0 +1,255 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_worker import run_distributed
+from toy_set import write_config, write_set
+
+from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps, read_full, read_manifest
+from flowception.config import load_config
+from flowception.data.index import ClipIndex
+from flowception.data.plan import Cursor
+from flowception.errors import RunDirectoryError
+from flowception.nn.dit import FlowceptionDiT
+from flowception.training import run_directory
+from flowception.training.dataset import open_data
+
+pytestmark = pytest.mark.xdist_group("runs")
+
+WORKER = str(Path(__file__).parent / "trainer_worker.py")
+
+
+def damage_all_clips(folder):
+    """Shards of their old sizes that hold nothing but zeros."""
+    for path in folder.glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def damage_last_step(folder):
+    """Make every clip of epoch 0's last step unreadable."""
+    plan = open_data(load_config([write_config(folder / "config.yaml", folder / "no_run", folder)])).plan
+    last = plan.step(Cursor(0, plan.steps_in_epoch(0) - 1))
+    for row in np.concatenate([pack.rows for pack in last.packs]):
+        damage_one_clip(folder, int(row))
+
+
+def damage_one_clip(folder, row=None):
+    """Flip a byte in the latents of a training clip; gives its key."""
+    index = ClipIndex.load(folder)
+    row = int(index.split(0.2)[0][0]) if row is None else row
+    clip = index.clips[row]
+    path = sorted(folder.glob("*.tar"))[int(clip["shard"])]
+    content = bytearray(path.read_bytes())
+    content[int(clip["latents_offset"])] ^= 0x10
+    path.write_bytes(content)
+    return index.key(row)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_set(folder / "shards")
+    write_set(folder / "other_shards", codec_fingerprint="0" * 64)
+    shutil.copytree(folder / "shards", folder / "bad_shards")
+    shutil.copytree(folder / "shards", folder / "dead_shards")
+    damage_all_clips(folder / "dead_shards")
+    shutil.copytree(folder / "shards", folder / "last_shards")
+    damage_last_step(folder / "last_shards")
+    shutil.copytree(folder / "shards", folder / "text_shards")
+    meta = folder / "text_shards" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_width": 9}))
+    (folder / "bad_key").write_text(damage_one_clip(folder / "bad_shards"))
+    with run_directory.lock(folder / "locked"):
+        results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=240)
+    assert results[0] == results[1], "ranks disagree"
+    return folder, results[0]
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+def test_a_run_leaves_what_the_design_says(runs):
+    folder, results = runs
+    run_dir = folder / "whole"
+    assert results["whole"] is True
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    wanted = {
+        "loss",
+        "loss/velocity",
+        "loss/insertion",
+        "clips",
+        "tokens",
+        "fill",
+        "attention_ratio",
+        "lr",
+        "grad_norm",
+    }
+    wanted |= {"step_s", "data_wait_s", "clips_per_s", "tokens_per_s", "time_left_s"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert [line["step"] for line in lines if "validation/loss" in line] == [6, 12]
+    assert list_steps(run_dir) == [0, 4, 8, 12]
+    config = load_config([run_dir / "config.yaml"])
+    assert (config.max_steps, config.zero.stage, config.model.num_classes) == (12, 3, 2)
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["parameters"] == sum(t.numel() for t in read_full(latest_valid(run_dir)).values())
+    assert manifest["shards"]["codec"] == "patchify"
+
+
+def test_the_loss_falls_and_is_the_weighted_sum_of_its_terms(runs):
+    lines = metrics(runs[0] / "whole")
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/velocity"] + 0.1 * line["loss/insertion"], rel=1e-12)
+    held_out = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    assert held_out[1] < held_out[0]
+
+
+def test_learning_rate_rises_over_the_warm_up(runs):
+    assert [line["lr"] for line in metrics(runs[0] / "whole")][:5] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
+
+
+def test_step_0_is_the_untrained_model(runs):
+    run_dir = runs[0] / "whole"
+    model = FlowceptionDiT(load_config([run_dir / "config.yaml"]).model).initialise(0)
+    for kind in ("weights", "ema"):
+        saved = read_full(checkpoint_dir(run_dir, 0), kind)
+        for name, parameter in model.named_parameters():
+            assert saved[name].equal(parameter.detach()), name
+    assert not saved["heads.velocity.weight"].any()
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(runs):
+    folder, results = runs
+    assert (results["stopped"], results["resumed"], results["finished_again"]) == (False, True, True)
+    assert list_steps(folder / "stopped") == [0, 6, 8, 12]
+    assert hashes(checkpoint_dir(folder / "stopped", 12)) == hashes(checkpoint_dir(folder / "whole", 12))
+    assert losses(folder / "stopped") == losses(folder / "whole")
+
+
+def test_what_must_not_change_in_a_run_is_refused_by_name(runs):
+    results = runs[1]
+    assert results["changed_plan"].startswith("PlanError: the plan changed in the middle of epoch")
+    assert results["changed_model"].startswith("RunDirectoryError:")
+    assert "model.hidden_size was 32 and is 48" in results["changed_model"]
+    assert "codec_fingerprint" in results["changed_codec"]
+    assert load_config([runs[0] / "stopped" / "config.yaml"]).token_budget == 96, "a refused start changed the run"
+
+
+def test_reading_ahead_in_workers_changes_nothing(runs):
+    folder, results = runs
+    assert results["workers"] is True
+    assert losses(folder / "workers") == losses(folder / "whole")[:6]
+
+
+def test_a_full_disk_does_not_end_the_run(runs):
+    folder, results = runs
+    assert results["full_disk"] is True
+    assert list_steps(folder / "full_disk") == [0, 8]
+    assert not list((folder / "full_disk" / "checkpoints").glob("*.tmp"))
+    assert losses(folder / "full_disk") == losses(folder / "whole")[:8]
+
+
+def test_a_second_job_is_refused_and_told_who_holds_the_lock(runs, tmp_path):
+    assert "is in use by process" in runs[1]["locked"]
+    with run_directory.lock(tmp_path), pytest.raises(RunDirectoryError, match="process"):
+        run_directory.lock(tmp_path)
+    run_directory.lock(tmp_path).release()
+
+
+def test_init_from_starts_at_the_ema_of_the_other_run(runs):
+    folder, results = runs
+    assert results["init_from"] is True
+    start = read_full(checkpoint_dir(folder / "init_from", 0), "weights")
+    source = read_full(checkpoint_dir(folder / "whole", 12), "ema")
+    assert all(start[name].equal(source[name]) for name in source)
+    assert read_manifest(checkpoint_dir(folder / "init_from", 0)).state["optimizer_steps"] == 0
+    assert "has no checkpoint" in results["init_from_nothing"]
+    assert "whole was trained on shards of codec_fingerprint ffff" in results["init_from_codec"]
+    assert not (folder / "other_codec" / "manifest.json").exists()
+
+
+def test_fewer_packs_than_ranks_are_refused(runs):
+    assert runs[1]["too_few_packs"].startswith("ConfigError: packs_per_step is 1 and there are 2 ranks")
+
+
+def test_activation_checkpointing_and_stage_change_nothing(runs):
+    folder, _ = runs
+    assert losses(folder / "checkpointing") == pytest.approx(losses(folder / "whole")[:3], rel=1e-6)
+    assert losses(folder / "stage_2") == pytest.approx(losses(folder / "whole")[:6], rel=1e-4)
+
+
+def test_bf16_is_close(runs):
+    assert losses(runs[0] / "bf16") == pytest.approx(losses(runs[0] / "whole")[:3], rel=0.05)
+
+
+def test_a_bad_clip_is_listed_and_left_out_from_the_next_epoch_on(runs):
+    folder, results = runs
+    assert results["bad_clip"] is True
+    key = (folder / "bad_key").read_text()
+    lines = metrics(folder / "bad_clip")
+    seen = {epoch: sum(line["clips"] for line in lines if line["epoch"] == epoch) for epoch in (0, 1)}
+    assert seen[0] == seen[1], "the bad clip was counted as seen"
+    assert sum(line["bad_clips"] for line in lines if line["epoch"] == 0) == 1
+    state = read_manifest(checkpoint_dir(folder / "bad_clip", 8)).state
+    assert list(state["quarantine"]) == [key]
+    assert state["plan_quarantine"] == [key]
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+def test_an_epoch_whose_last_step_is_unreadable_goes_on(runs):
+    folder, results = runs
+    assert results["bad_last_step"] is True
+    lines = metrics(folder / "bad_last_step")
+    assert [line["epoch"] for line in lines][-1] == 1
+    assert sum(line["bad_clips"] for line in lines) > 0
+
+
+def test_too_many_bad_clips_stop_every_rank(runs):
+    folder, results = runs
+    assert "1 clips of epoch 0 could not be read, more than data.max_bad_clips=0" in results["one_bad_clip_too_many"]
+    assert results["dead_storage"].startswith("DataError: none of the ")
+    assert "dead_shards" in results["dead_storage"]
+    assert metrics(folder / "dead_storage") == []
+
+
+def test_a_rank_that_cannot_read_stops_every_rank(runs):
+    assert runs[1]["unreadable_on_rank_1"] == "CheckpointError: rank 1: the mount is gone"
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_not_kept_in_place_of_a_whole_one(runs):
+    folder, results = runs
+    assert results["damaged"] is True
+    assert list_steps(folder / "damaged") == [0, 8, 10]
+    assert (folder / "damaged" / "checkpoints" / "step_00000012.damaged").is_dir()
+
+
+def test_max_steps_below_the_saved_step_is_said(runs):
+    folder, results = runs
+    assert results["beyond"] is True
+    assert "the run is already at step 10, beyond max_steps=9; nothing to do" in results["said_beyond"]
+    assert "complete" not in results["said_beyond"]
+    assert [line["step"] for line in metrics(folder / "damaged")] == list(range(1, 11))
+
+
+def test_text_that_the_model_leaves_unused_is_said(runs):
+    assert runs[1]["text"] is True
+    assert "the set's text is not used: the model has none; set model.text_dim=9" in runs[1]["said_text"]
+
+
+def test_another_world_size_sees_the_same_losses(runs, tmp_path):
+    folder, _ = runs
+    run_distributed(WORKER, "one_run", 1, folder=str(folder), name="alone", max_steps=5)
+    assert losses(folder / "alone") == pytest.approx(losses(folder / "whole")[:5], rel=1e-5)
+
+
+def test_config_in_use_is_the_one_of_the_helper(tmp_path):
+    config = load_config([write_config(tmp_path / "c.yaml", tmp_path, tmp_path)])
+    assert config.zero.param_persistence_threshold == 0

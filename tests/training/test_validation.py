@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+from toy_set import write_config, write_set
+
+from flowception.config import load_config
+from flowception.data.pack import build_pack
+from flowception.errors import ConfigError
+from flowception.flow.extended_time import two_part_prior
+from flowception.nn.layout import ModelOutput
+from flowception.training.dataset import heldout_plan, mean_log_rate, open_data
+from flowception.training.distributed import Ranks
+from flowception.training.validation import Validation, ValidationConfig, uniform_of
+
+
+class Oracle:
+    """Stands where the engine stands: the exact velocity plus an error, and a rate of 1."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, pack):
+        self.calls += 1
+        return ModelOutput(pack.velocity_target + self.error, torch.zeros(len(pack.time)))
+
+    def eval(self):
+        pass
+
+    def train(self):
+        pass
+
+
+def ranks(rank=0, world_size=1):
+    return Ranks(rank, rank, world_size, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    config = load_config([write_config(folder / "c.yaml", folder / "run", write_set(folder / "shards"))])
+    opened = open_data(config)
+    return config, opened, heldout_plan(config, opened)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr("flowception.training.validation.all_sum", lambda values, device: values)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("time", [0.0, 0.25, 0.99, 1.0, 1.75])
+def test_the_uniform_leads_to_the_time(share, time):
+    uniform = uniform_of(time, share, inserts=True)
+    found, _ = two_part_prior(torch.tensor([uniform], dtype=torch.float64), share)
+    assert float(found) == pytest.approx(time, abs=1e-12)
+
+
+def test_times_that_training_never_shows_are_left_out():
+    assert uniform_of(1.5, 1.0, inserts=True) is None
+    assert uniform_of(1.5, 0.5, inserts=False) is None
+    assert uniform_of(0.3, 0.5, inserts=False) == 0.3
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5, -2.0])
+def test_the_loss_is_the_mean_square_error(data, alone, error):
+    config, opened, plan = data
+    result = Validation(ValidationConfig(num_clips=6), plan, opened.reader, ranks()).run(Oracle(error))
+    assert result["validation/loss/velocity"] == pytest.approx(error**2, abs=1e-12)
+    assert result["validation/loss/insertion"] == pytest.approx(1.0)  # rate 1: 1 - k log 1
+    expected = error**2 + config.insertion_loss_weight
+    assert result["validation/loss"] == pytest.approx(expected)
+    assert result["validation/velocity/0.25"] == pytest.approx(error**2, abs=1e-12)
+
+
+def test_ranks_share_the_packs_and_run_equally_often(data):
+    _, opened, plan = data
+    config = ValidationConfig(num_clips=9, global_times=[1.5])
+    parts = []
+    for world_size in (1, 2, 4):
+        engines = [Oracle(0.5) for _ in range(world_size)]
+        sums = np.zeros(4)
+        for rank in range(world_size):
+            validation = Validation(config, plan, opened.reader, ranks(rank, world_size))
+            sums += validation._sums(engines[rank], validation._packs[1.5])
+        assert len({engine.calls for engine in engines}) == 1
+        parts.append(sums)
+    assert len(validation._packs[1.5]) > 1
+    assert np.allclose(parts[0], parts[1])
+    assert np.allclose(parts[0], parts[2])
+
+
+def test_the_same_clips_and_noise_each_time_and_only_held_out_ones(data):
+    _, opened, plan = data
+    packs = [
+        [build_pack(plan, pack, opened.reader) for pack in validation._packs[0.5]]
+        for validation in (
+            Validation(ValidationConfig(global_times=[0.5]), plan, opened.reader, ranks()) for _ in range(2)
+        )
+    ]
+    for first, second in zip(*packs, strict=True):
+        assert first.noisy.equal(second.noisy)
+    held_out = {opened.reader.index.key(int(row)) for row in opened.heldout_rows}
+    assert {key for pack in packs[0] for key in pack.keys} == held_out
+    assert not held_out & {opened.reader.index.key(int(row)) for row in opened.plan.rows}
+
+
+def test_mean_log_rate_is_that_of_the_draws(data):
+    _, opened, _ = data
+    plan = opened.plan
+    draws = plan.draws(0, plan.rows, np.arange(len(plan.rows)))
+    missing = draws.missing[draws.insertion_mask].double()
+    assert mean_log_rate(plan) == pytest.approx(float(missing.mean().log()))
+
+
+def test_config_refuses():
+    for wrong in ({"every_steps": 0}, {"num_clips": 0}, {"global_times": []}, {"global_times": [2.0]}):
+        with pytest.raises(ConfigError, match=f"validation.{next(iter(wrong))}"):
+            ValidationConfig(**wrong)

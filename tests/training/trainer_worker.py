@@ -1,0 +1,141 @@
+"""Worker side of the trainer tests: whole runs on a tiny set, many in one process group."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from toy_set import write_config
+
+from flowception.checkpoint import writing
+from flowception.checkpoint.format import SliceReader, checkpoint_dir
+from flowception.config import load_config
+from flowception.errors import CheckpointError, FlowceptionError
+from flowception.training.distributed import broadcast_object, init_distributed, on_main
+from flowception.training.stop import StopFlag
+from flowception.training.trainer import train
+
+_RANKS = []
+
+
+class StopAfter(StopFlag):
+    """As if a signal had come to rank 1 alone in the given step."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps_left = steps
+
+    @property
+    def is_set(self):
+        self.steps_left -= 1
+        return self.steps_left < 0 and os.environ["RANK"] == "1"
+
+
+def ranks():
+    if not _RANKS:
+        torch.set_num_threads(1)
+        _RANKS.append(init_distributed())
+    return _RANKS[0]
+
+
+def run(folder, name, stop_after=None, data="shards", **changes):
+    """One job in ``folder/name``; what it returned, or its error, which must be every rank's."""
+    here = ranks()
+    path = Path(folder, f"{name}.yaml")
+    on_main(here, lambda: write_config(path, Path(folder, name), Path(folder, data), **changes) and None)
+    stop = StopFlag() if stop_after is None else StopAfter(stop_after)
+    try:
+        return train(load_config([path]), here, stop)
+    except FlowceptionError as error:
+        if not error.on_all_ranks:
+            raise
+        return f"{type(error).__name__}: {error}"
+
+
+def scenarios(folder):
+    result = {"whole": run(folder, "whole")}
+    result["stopped"] = run(folder, "stopped", stop_after=5)
+    result["changed_plan"] = run(folder, "stopped", token_budget=120)
+    result["changed_model"] = run(folder, "stopped", model__hidden_size=48)
+    result["changed_codec"] = run(folder, "stopped", data="other_shards")
+    result["resumed"] = run(folder, "stopped")
+    result["finished_again"] = run(folder, "stopped")
+    result["locked"] = run(folder, "locked")
+    result["init_from"] = run(folder, "init_from", init_from=str(Path(folder, "whole")), max_steps=1)
+    result["init_from_nothing"] = run(folder, "nothing", init_from=str(Path(folder, "nowhere")), max_steps=1)
+    result["init_from_codec"] = run(
+        folder, "other_codec", data="other_shards", init_from=str(Path(folder, "whole")), max_steps=1
+    )
+    result["too_few_packs"] = run(folder, "few", packs_per_step=1)
+    result["checkpointing"] = run(folder, "checkpointing", max_steps=3, model__activation_checkpointing=True)
+    result["stage_2"] = run(folder, "stage_2", max_steps=6, zero__stage=2)
+    result["bf16"] = run(folder, "bf16", max_steps=3, precision="bf16")
+    result["workers"] = run(folder, "workers", max_steps=6, data__num_workers=1)
+    result["full_disk"] = run_with_full_disk(folder)
+    result["bad_clip"] = run(folder, "bad_clip", data="bad_shards", max_steps=8)
+    result["bad_last_step"] = run(folder, "bad_last_step", data="last_shards", max_steps=8)
+    result["one_bad_clip_too_many"] = run(folder, "too_many", data="bad_shards", max_steps=8, data__max_bad_clips=0)
+    result["dead_storage"] = run(folder, "dead_storage", data="dead_shards", data__max_bad_clips=None)
+    result["unreadable_on_rank_1"] = run_with_a_bad_mount(folder)
+    on_main(ranks(), lambda: copy_with_newest_damaged(Path(folder, "whole"), Path(folder, "damaged")))
+    result["damaged"] = run(folder, "damaged", max_steps=10, checkpoint__keep_last=2)
+    result["beyond"], result["said_beyond"] = run_and_listen(folder, "damaged", max_steps=9)
+    result["text"], result["said_text"] = run_and_listen(folder, "text", data="text_shards", max_steps=1)
+    return result
+
+
+def run_and_listen(folder, name, **changes):
+    """What a job returned, and what rank 0 said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        returned = run(folder, name, **changes)
+    return returned, broadcast_object(said.getvalue())
+
+
+def copy_with_newest_damaged(source, target):
+    shutil.copytree(source, target)
+    path = checkpoint_dir(target, 12) / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def run_with_a_bad_mount(folder):
+    """Rank 1 finds the run's checkpoint whole, and then cannot read its weights."""
+    real = SliceReader.read
+
+    def read(reader, kind, name, start=0, stop=None):
+        if os.environ["RANK"] == "1":
+            raise CheckpointError("the mount is gone")
+        return real(reader, kind, name, start, stop)
+
+    SliceReader.read = read
+    try:
+        return run(folder, "stopped")
+    finally:
+        SliceReader.read = real
+
+
+def run_with_full_disk(folder):
+    """Rank 1 cannot write its part of the second checkpoint, and none can be removed."""
+    real, real_prune = writing.write_slices, writing.prune
+
+    def prune(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    def write_slices(target, writer, *arguments):
+        if writer == 1 and target.name.startswith("step_00000004"):
+            raise OSError(28, "No space left on device")
+        real(target, writer, *arguments)
+
+    writing.write_slices, writing.prune = write_slices, prune
+    try:
+        return run(folder, "full_disk", max_steps=8)
+    finally:
+        writing.write_slices, writing.prune = real, real_prune
+
+
+def one_run(folder, name, **changes):
+    return run(folder, name, **changes)

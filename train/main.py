@@ -1,0 +1,91 @@
+"""Train a Flowception model: ``deepspeed train/main.py --config C [overlay.yaml ...] [key=value ...] [--dry-run]``.
+
+The same command again resumes. Also runs under torchrun, ``srun python``, or plain ``python`` for one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from flowception.training.stop import EXIT_STOPPED, StopFlag
+
+EXIT_BAD_INPUT = 2
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    ``--local_rank`` comes from the deepspeed launcher and is ignored: the environment says it too.
+    """
+    parser = argparse.ArgumentParser(prog="train/main.py", description="Train a Flowception model.")
+    parser.add_argument("--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; key=value")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="more YAML files and overrides")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
+    parser.add_argument("--world-size", default="", metavar="W,...", help="ranks to print sizes for with --dry-run")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    words = [*arguments.config, *arguments.words]
+    arguments.config = [word for word in words if "=" not in word]
+    arguments.words = [word for word in words if "=" in word]
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job.
+
+    Returns:
+        0 when the run is complete, 85 when it was stopped by a signal and saved, 2 for bad input.
+    """
+    stop = StopFlag().install()
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    from flowception.errors import FlowceptionError
+
+    try:
+        return _run(arguments, stop)
+    except FlowceptionError as error:
+        rank = _place("RANK", "SLURM_PROCID")
+        if rank == 0 or not error.on_all_ranks:
+            who = f"rank {rank}: " if rank else ""
+            print(f"train/main.py: {who}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def _place(name: str, slurm_name: str) -> int:
+    """A rank by the launcher's variable, or Slurm's; 0 for a process alone."""
+    return int(os.environ.get(name) or os.environ.get(slurm_name) or 0)
+
+
+def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
+    from flowception.config import load_config
+    from flowception.errors import FlowceptionError
+
+    try:
+        config = load_config(arguments.config, arguments.words)
+    except FlowceptionError as error:
+        error.on_all_ranks = _place("LOCAL_RANK", "SLURM_LOCALID") > 0  # one line a node, whose ranks share their files
+        raise
+    if arguments.dry_run:
+        from flowception.training.dry_run import report, world_sizes
+
+        if _place("RANK", "SLURM_PROCID") == 0:
+            print(report(config, world_sizes(arguments.world_size)))
+        return 0
+
+    import torch
+
+    from flowception.training.distributed import init_distributed, shut_down
+    from flowception.training.trainer import train
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    ranks = init_distributed()
+    complete = train(config, ranks, stop)
+    shut_down()
+    return 0 if complete else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
