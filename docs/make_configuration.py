@@ -1,0 +1,97 @@
+"""Writes ``docs/configuration.md`` from the configuration's dataclasses: ``python docs/make_configuration.py``.
+
+The text of a key is the docstring that stands below its field. A test holds the page equal to what this makes.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from flowception.config import TrainConfig
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # data_prep is a folder of scripts, not an installed package
+from data_prep.encode_config import EncodeConfig  # noqa: E402
+
+PAGE = Path(__file__).parent / "configuration.md"
+HEAD = """\
+# Configuration
+
+<!-- Written by docs/make_configuration.py from the dataclasses. Change their docstrings, then run it. -->
+
+YAML files hold differences from the defaults below and are merged left to right; `key=value` words of the command line
+come last. An unknown key is refused with the nearest right one. `required` has no default.
+
+    deepspeed train/main.py --config configs/demo.yaml overlay.yaml optim.lr=1e-4
+"""
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, one line each; fields of its bases included."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        body = definition.body if isinstance(definition, ast.ClassDef) else []
+        for node, below in zip(body, body[1:]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
+                docs[node.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return docs
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """A field's default as YAML writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif field.default is dataclasses.MISSING or field.default == "???":
+        return "required"
+    else:
+        value = field.default
+    text = OmegaConf.to_yaml(OmegaConf.create([value]), resolve=True).strip() if value is not None else "- null"
+    if isinstance(value, list | dict):
+        text = f"- {str(value).replace(chr(39), '')}"
+    return f"`{text.removeprefix('- ')}`"
+
+
+def sections(kind: type, prefix: str = "") -> Iterator[tuple[str, type, list[dataclasses.Field]]]:
+    """Every dataclass of a configuration with its own plain fields, outermost first."""
+    types = typing.get_type_hints(kind)
+    nested = [f.name for f in dataclasses.fields(kind) if dataclasses.is_dataclass(types[f.name])]
+    yield prefix, kind, [f for f in dataclasses.fields(kind) if f.name not in nested]
+    for name in nested:
+        yield from sections(types[name], f"{prefix}{name}.")
+
+
+def tables(kind: type) -> Iterator[str]:
+    """A heading, a sentence and a table for each dataclass."""
+    for prefix, section, plain in sections(kind):
+        docs = field_docs(section)
+        title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
+        summary = (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
+        yield f"### {title}\n\n{summary}\n\n| key | default | |\n|---|---|---|"
+        for field in plain:
+            text = docs.get(field.name, "").replace("``", "`").replace("|", "\\|")
+            yield f"| `{prefix}{field.name}` | {default_of(field)} | {text} |"
+        yield ""
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD, "## Training: `train/main.py`, `flowception plan`\n", *tables(TrainConfig)]
+    lines += ["## Encoding: `data_prep/encode_shards.py`\n", *tables(EncodeConfig)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,245 @@
+"""The ``flowception`` command: plan, generate, checkpoint, doctor.
+
+An error raised on purpose becomes one line on stderr and exit code 2. Everything heavy is imported inside the
+subcommand that needs it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flowception import __version__
+from flowception.errors import CheckpointError, ConfigError, FlowceptionError, RunDirectoryError
+
+EXIT_BAD_INPUT = 2
+"""Exit code of every error raised on purpose; argparse uses the same."""
+INSERTION_RULES = ("thinning", "bernoulli", "poisson")
+TASKS = ("t2v", "i2v")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Words after the program's name; None takes them from the process.
+
+    Returns:
+        Exit code: 0 for success, 2 for bad input.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "config" not in arguments):
+        parser.error(f"unknown words: {' '.join(rest)}; see flowception {{plan,generate,checkpoint,doctor}} --help")
+    arguments.overrides = rest
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except FlowceptionError as error:
+        print(f"flowception: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("flowception: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="flowception", description="Plan, look into and use Flowception runs.")
+    parser.add_argument("--version", action="version", version=f"flowception {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="{plan,generate,checkpoint,doctor}")
+    _add_plan(subparsers.add_parser("plan", help="show what each step of a training run will hold"))
+    _add_generate(subparsers.add_parser("generate", help="generate clips from a run"))
+    _add_checkpoint(subparsers.add_parser("checkpoint", help="list, verify or hash a run's checkpoints"))
+    doctor = subparsers.add_parser("doctor", help="say what this machine has: versions, GPUs, attention, codecs, disk")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
+    )
+    parser.add_argument("--world-size", type=_positive, default=1, metavar="R", help="ranks (default: 1)")
+    parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to show (default: 10)")
+    parser.add_argument(
+        "--start", type=_natural, default=0, metavar="K", help="first step, counted from 0 (default: 0)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE, an object per step")
+    parser.set_defaults(command=_plan)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--task", choices=TASKS, default="t2v", help="default: t2v")
+    parser.add_argument("--context", nargs="+", type=Path, default=[], metavar="FILE", help="i2v: images or videos")
+    parser.add_argument("--prompt", metavar="TEXT", help="caption, for a model trained with text")
+    parser.add_argument("--text-encoder", metavar="MODEL", help="T5 encoder for the prompt: a folder or hub id")
+    parser.add_argument(
+        "--class-label",
+        metavar="K|NAME",
+        help="class number or name; null for none (default: t2v cycles over the classes, i2v none)",
+    )
+    parser.add_argument("--num", type=_positive, required=True, metavar="N", help="clips to generate")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="clip i has seed S + i (default: 0)")
+    parser.add_argument("--checkpoint", type=_natural, metavar="STEP", help="default: the newest valid one")
+    parser.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale (default: off)")
+    parser.add_argument(
+        "--rate-guidance", type=float, metavar="G", help="the same for the insertion rate (default: off)"
+    )
+    parser.add_argument("--insertion", choices=INSERTION_RULES, default="thinning", help="default: thinning")
+    parser.add_argument("--num-inference-steps", type=_positive, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames (default: 64)"
+    )
+    parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for full-sequence runs only")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="clips at once (default: 16)")
+    parser.add_argument("--size", metavar="HxW", help="pixels; needed where the run was trained at several sizes")
+    parser.add_argument("--fps", type=float, metavar="FPS", help="of the written files (default: the data's)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    parser.set_defaults(command=_generate)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its sha256")
+    parser.add_argument("--hash", action="store_true", help="print a sha256 each of weights, ema and optimizer")
+    parser.add_argument("--checkpoint", type=_natural, metavar="STEP", help="default: the newest valid one")
+    parser.set_defaults(command=_checkpoint)
+
+
+def _natural(word: str) -> int:
+    return _at_least(word, 0)
+
+
+def _positive(word: str) -> int:
+    return _at_least(word, 1)
+
+
+def _at_least(word: str, least: int) -> int:
+    try:
+        number = int(word)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from {least} up")
+    return number
+
+
+def _size(word: str) -> tuple[int, int]:
+    parts = word.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--size is {word!r}; write height x width in pixels, for example 256x256")
+    return int(parts[0]), int(parts[1])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from flowception.config import load_config
+    from flowception.data.summary import plan_table
+    from flowception.training.dataset import open_data
+
+    files = [word for word in arguments.config if "=" not in word]
+    overrides = [word for word in arguments.config if "=" in word] + arguments.overrides
+    plan = open_data(load_config(files, overrides)).plan
+    table = plan_table(plan, arguments.world_size, arguments.start, arguments.steps)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"plan {plan.fingerprint[:12]}: {len(plan.rows)} clips, {plan.steps_in_epoch(0)} steps in the first epoch")
+    print(f"{'step':>8} {'order':<12} {'clips':>6} {'tokens':>9} {'fill':>6} {'imbalance':>10} {'attention':>10}")
+    for row in table:
+        print(
+            f"{row['step']:>8} {row['order_hash'][:12]} {row['clips']:>6} {row['tokens']:>9} {row['fill']:>6.3f} "
+            f"{row['flops_imbalance']:>10.4f} {row['attention_ratio']:>10.4f}"
+        )
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps
+
+    run_dir: Path = arguments.run
+    if not run_dir.is_dir():
+        raise RunDirectoryError(f"{run_dir} does not exist; give the run_dir of a run")
+    steps = list_steps(run_dir)
+    if not steps:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet")
+    if arguments.checkpoint is not None:
+        if arguments.checkpoint not in steps:
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {arguments.checkpoint}; it has {steps}")
+        steps = [arguments.checkpoint]
+    if arguments.verify or not arguments.hash:
+        _list_checkpoints(run_dir, steps, verified=arguments.verify)
+    if arguments.hash:
+        if arguments.checkpoint is None:
+            folder = latest_valid(run_dir, report=lambda line: print(line, file=sys.stderr))
+        else:
+            folder = checkpoint_dir(run_dir, arguments.checkpoint)
+        for name, digest in hashes(folder or run_dir).items():
+            print(f"{name} {digest}")
+    return 0
+
+
+def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) -> None:
+    """Print a line for each checkpoint; refuse at the end if one is damaged."""
+    from flowception.checkpoint.format import checkpoint_dir, read_manifest, verify
+
+    damaged = []
+    for step in steps:
+        try:
+            manifest = (verify if verified else read_manifest)(checkpoint_dir(run_dir, step))
+        except CheckpointError as error:
+            damaged.append(step)
+            print(f"step {step}: damaged: {error}")
+        else:
+            size = sum(record.size_bytes for record in manifest.files.values())
+            found = "valid" if verified else "not verified"
+            print(f"step {step}: {found}, {len(manifest.files)} files, {size / 1e6:.1f} MB")
+    if damaged:
+        raise CheckpointError(f"{run_dir}: damaged checkpoints of steps {damaged}; a resumed run passes over them")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from flowception.generation.run import GenerateOptions, generate
+
+    options = GenerateOptions(
+        run_dir=arguments.run,
+        out_dir=arguments.out,
+        task=arguments.task,
+        num_clips=arguments.num,
+        context_files=tuple(arguments.context),
+        class_label=arguments.class_label,
+        prompt=arguments.prompt,
+        text_encoder=arguments.text_encoder,
+        seed=arguments.seed,
+        checkpoint_step=arguments.checkpoint,
+        guidance=arguments.guidance,
+        rate_guidance=arguments.rate_guidance,
+        insertion=arguments.insertion,
+        num_inference_steps=arguments.num_inference_steps,
+        max_frames=arguments.max_frames,
+        num_frames=arguments.num_frames,
+        batch_size=arguments.batch_size,
+        size_pixels=_size(arguments.size) if arguments.size else None,
+        fps=arguments.fps,
+        device=arguments.device,
+    )
+    generate(options)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from flowception.doctor import report
+
+    for name, value in report():
+        print(f"{name:<24}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

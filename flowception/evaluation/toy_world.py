@@ -1,0 +1,102 @@
+"""The toy world: one disc that moves at constant speed and bounces off the walls, in one of four colours.
+
+Laws, exact enough that a clip can be scored without a learned metric (``toy_score``):
+
+* **Colour**: the clip's class, constant. The four hues are 90 degrees apart and fully bright.
+* **Shape**: one disc of radius ``RADIUS_PX``, always wholly inside the picture.
+* **Position**: the centre moves ``SPEED_PX`` a frame in a random direction and is reflected at the walls. Along each
+  axis that is a triangle wave: ``x_k = fold(x_0 + v k)`` between ``RADIUS_PX`` and ``size - RADIUS_PX``.
+* **Length**: ``LENGTH_LAW``.
+
+Units: pixels, with the centre of pixel (0, 0) at (0.5, 0.5); one frame is one unit of time.
+Shape legend: ``n`` frames, ``S`` pixels along each side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowception.rng import Stream, uniforms
+
+CLASS_NAMES = ("red", "lime", "cyan", "violet")
+CLASS_COLOURS = ((255, 40, 40), (148, 255, 40), (40, 255, 255), (148, 40, 255))
+"""RGB of each class: hues 0, 90, 180 and 270 degrees."""
+BACKGROUND = (24, 24, 24)
+SIZE_PX = 16
+RADIUS_PX = 4.0
+SPEED_PX = 1.5
+"""Pixels a frame."""
+LENGTH_LAW = {6: 0.30, 7: 0.10, 8: 0.20, 9: 0.10, 10: 0.30}
+"""Probability of each number of frames: two peaks, so that a model that only knows the mean is found out."""
+FPS = 8
+
+Number = TypeVar("Number", float, NDArray[np.float64])
+
+
+@dataclass(frozen=True)
+class ToyClip:
+    """One clip of the world."""
+
+    class_label: int
+    """Index into ``CLASS_NAMES``."""
+    positions: NDArray[np.float64]
+    """float64 [n, 2]: (x, y) of the disc's centre."""
+    video: NDArray[np.uint8]
+    """uint8 [n, S, S, 3]."""
+
+    @property
+    def caption(self) -> str:
+        """What is to be seen."""
+        return f"a {CLASS_NAMES[self.class_label]} disc bouncing off the walls"
+
+
+def fold(position: Number, low: float, high: float) -> Number:
+    """Reflect a free position into [low, high]: a triangle wave of period ``2 (high - low)``."""
+    span = high - low
+    return low + span - abs((position - low) % (2.0 * span) - span)
+
+
+def render_disc(position: NDArray[np.float64], colour: tuple[int, int, int], size: int = SIZE_PX) -> NDArray[np.uint8]:
+    """One anti-aliased disc on the background.
+
+    Args:
+        position: (x, y) of the centre.
+        colour: RGB of the disc.
+        size: S.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    centres = np.arange(size) + 0.5
+    distance = np.hypot(centres[None, :] - position[0], centres[:, None] - position[1])
+    cover = np.clip(RADIUS_PX + 0.5 - distance, 0.0, 1.0)[..., None]
+    background = np.asarray(BACKGROUND, dtype=np.float64)
+    return np.round(background + cover * (np.asarray(colour) - background)).astype(np.uint8)
+
+
+def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
+    """Draw clip ``number`` of the world of ``seed``: the same at any time and in any order.
+
+    Args:
+        seed: Seed of the whole set.
+        number: Which clip.
+        size: S.
+
+    Returns:
+        The clip with its labels.
+    """
+    (u_class, u_length), (u_x, u_y), (u_angle, _) = uniforms(seed, Stream.TOY_WORLD, clip=number, frame=np.arange(3))
+    class_label = int(u_class * len(CLASS_NAMES))
+    cumulative = np.cumsum(list(LENGTH_LAW.values()))
+    frames = list(LENGTH_LAW)[min(int(np.searchsorted(cumulative, u_length, side="right")), len(LENGTH_LAW) - 1)]
+    low, high = RADIUS_PX, size - RADIUS_PX
+    start = low + (high - low) * np.array([u_x, u_y])
+    velocity = SPEED_PX * np.array([math.cos(2 * math.pi * u_angle), math.sin(2 * math.pi * u_angle)])
+    positions = fold(start[None, :] + np.arange(frames)[:, None] * velocity[None, :], low, high)
+    video = np.stack([render_disc(position, CLASS_COLOURS[class_label], size) for position in positions])
+    return ToyClip(class_label=class_label, positions=positions, video=video)

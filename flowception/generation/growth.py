@@ -1,0 +1,125 @@
+"""A picture of how a clip grew: its frames against the clock, noise level by shade, insertions marked.
+
+A frame's whole history follows from the clock at its birth, because every frame ages with the clock: its time is
+``min(1, clock - born_at)`` (DESIGN.md section 2), and its noise level is one minus the shifted time.
+
+Shape legend: ``n`` frames of the finished clip, ``S`` evaluations of the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from flowception.flow import Role, shift_time
+
+CONTEXT_COLOUR = "#56b4e9"
+START_COLOUR = "#009e73"
+INSERTION_COLOUR = "#d55e00"
+"""Three of Okabe and Ito's colours that can be told apart without red or green cones."""
+NOISE_COLOURS = LinearSegmentedColormap.from_list("noise_level", ["#1f2937", "#d5d9df"])
+"""Clean is dark, noise is light; shades of grey, so nothing but brightness has to be read."""
+
+
+def noise_levels(
+    born_at: Sequence[float], is_context: Sequence[bool], *, num_inference_steps: int, time_shift: float = 1.0
+) -> NDArray[np.float64]:
+    """Noise level of every frame at every step.
+
+    Args:
+        born_at: Clock at which each of the n frames appeared (0 for context and start frames).
+        is_context: Whether each frame was given.
+        num_inference_steps: Steps that a frame needs from noise to data, N.
+        time_shift: The sampler's time shift s.
+
+    Returns:
+        Shape ``[n, S]``, column k at clock ``k / N``: 1 is noise, 0 is clean, NaN where the frame does not exist yet.
+        S is the number of columns until every frame is clean, counting that last state.
+    """
+    birth = np.rint(np.asarray(born_at, dtype=np.float64) * num_inference_steps).astype(int)
+    given = np.asarray(is_context, dtype=bool)
+    last = num_inference_steps + int(max(birth[~given], default=0))
+    age = (np.arange(last + 1)[None, :] - birth[:, None]) / num_inference_steps
+    level = 1.0 - shift_time(torch.from_numpy(age.clip(0, 1)), time_shift).numpy()
+    level = np.where(age < 0, np.nan, level)
+    level[given] = 0.0
+    return level
+
+
+def draw_growth(
+    path: Path,
+    born_at: Sequence[float],
+    roles: Sequence[int],
+    *,
+    num_inference_steps: int,
+    time_shift: float = 1.0,
+    title: str = "",
+) -> None:
+    """Draw the picture of one clip's growth.
+
+    Args:
+        path: File to write (png, svg or pdf by its suffix).
+        born_at: Clock at which each frame of the finished clip appeared.
+        roles: A ``flow.Role`` for each frame.
+        num_inference_steps: The sampler's N.
+        time_shift: The sampler's time shift.
+        title: What to write above the picture.
+    """
+    number = len(born_at)
+    context = [Role(role) in (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE) for role in roles]
+    level = noise_levels(born_at, context, num_inference_steps=num_inference_steps, time_shift=time_shift)
+    figure = Figure(figsize=(8, 1.7 + 0.24 * number), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    half = 0.5 / num_inference_steps
+    end = (level.shape[1] - 1) / num_inference_steps
+    image = axes.imshow(
+        level,
+        cmap=NOISE_COLOURS,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-half, end + half, number - 0.5, -0.5),
+    )
+    _mark_births(axes, born_at, roles)
+    for row in range(1, number):
+        axes.axhline(row - 0.5, color="white", linewidth=1.5)
+    axes.axvline(1.0, color="white", linewidth=2)
+    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.text(1.0, -0.6, "insertion ends", ha="center", va="bottom", fontsize=8)
+    axes.set_xlim(-4 * half - 0.02, end + half)
+    axes.set_xlabel("clock: 1 is a frame's way from noise to data; blank means not inserted yet")
+    axes.set_ylabel("frame of the finished clip")
+    axes.set_yticks(range(number))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=axes, label="noise level", fraction=0.05, pad=0.02)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def _mark_births(axes: object, born_at: Sequence[float], roles: Sequence[int]) -> None:
+    """A mark where each frame appears: square for context, circle for start, triangle for inserted frames."""
+    kinds = (
+        ("given (context)", (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE), "s", CONTEXT_COLOUR),
+        ("start frame", (Role.START,), "o", START_COLOUR),
+        ("inserted", (Role.FREE,), ">", INSERTION_COLOUR),
+    )
+    for label, members, marker, colour in kinds:
+        rows = [i for i, role in enumerate(roles) if Role(role) in members]
+        if rows:
+            places = [born_at[i] for i in rows]
+            axes.scatter(  # type: ignore[attr-defined]
+                places, rows, marker=marker, s=42, color=colour, edgecolors="black", linewidths=0.7, zorder=3,
+                label=f"{label}: {len(rows)}", clip_on=False,
+            )  # fmt: skip

@@ -1,0 +1,155 @@
+"""A run directory becomes what generation needs: configuration, network with EMA weights, codec, sizes and classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowception.checkpoint.format import checkpoint_dir, latest_valid, list_steps, read_full, verify
+from flowception.codecs import Codec, CodecConfig, build_codec
+from flowception.config import TrainConfig, load_config
+from flowception.data.reader import ShardReader
+from flowception.data.schema import ShardMeta
+from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
+from flowception.nn.dit import FlowceptionDiT
+
+DEFAULT_FPS = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run, ready to generate from."""
+
+    run_dir: Path
+    step: int
+    """Optimizer steps of the weights."""
+    config: TrainConfig
+    model: nn.Module
+    """In evaluation mode, EMA weights, on the device asked for."""
+    codec: Codec
+    meta: ShardMeta
+    """Description of the shard set that the run was trained on."""
+
+    @property
+    def sizes_pixels(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of the clips of the training set, the most frequent first."""
+        grids = sorted(self.meta.tokens_per_frame, key=lambda grid: -grid.get("clips", 0))
+        stride = self.codec.spatial_stride
+        return [(grid["height"] * stride, grid["width"] * stride) for grid in grids]
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The run's ``manifest.json``.
+
+    Raises:
+        RunDirectoryError: If the folder is no run directory.
+    """
+    path = run_dir / "manifest.json"
+    if not path.is_file() or not (run_dir / "config.yaml").is_file():
+        raise RunDirectoryError(
+            f"{run_dir} is no run directory: it has no config.yaml and manifest.json; "
+            "give the run_dir of a run that train/main.py began"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}); restore it, or start the run again") from error
+    return manifest
+
+
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """Folder of the checkpoint to use, verified.
+
+    Args:
+        run_dir: The run.
+        step: Its step; None for the newest valid one.
+
+    Raises:
+        CheckpointError: If there is none, or the one asked for is missing or damaged.
+    """
+    if step is None:
+        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True))
+        if newest is None:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint yet; wait for the first one or set checkpoint.save_at_start"
+            )
+        return newest
+    folder = checkpoint_dir(run_dir, step)
+    if not folder.is_dir():
+        have = ", ".join(map(str, list_steps(run_dir))) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {have}")
+    verify(folder)
+    return folder
+
+
+def codec_of(meta: ShardMeta, device: torch.device | str = "cpu") -> Codec:
+    """The codec that a shard set was made with, checked by its fingerprint."""
+    known = {field.name for field in fields(CodecConfig)}
+    settings = {name: value for name, value in meta.codec_config.items() if name in known}
+    codec = build_codec(CodecConfig(**{**settings, "name": meta.codec}), device)
+    if codec.fingerprint() != meta.codec_fingerprint:
+        raise DataError(
+            f"the codec {meta.codec} built here has fingerprint {codec.fingerprint()[:12]}, the run was trained on "
+            f"{meta.codec_fingerprint[:12]}: other weights or settings; give the codec that made the shards"
+        )
+    return codec
+
+
+def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> LoadedRun:
+    """Read a run: the EMA weights of a checkpoint in a network on ``device``, and what decodes its latents.
+
+    Args:
+        run_dir: The run.
+        step: Step of the checkpoint; None for the newest valid one.
+        device: Where network and codec compute.
+
+    Returns:
+        The run.
+
+    Raises:
+        FlowceptionError: If anything is missing, damaged, or of another model.
+    """
+    manifest = read_manifest(run_dir)
+    config = load_config([run_dir / "config.yaml"])
+    meta = _shard_meta(manifest, config, run_dir)
+    if config.model.in_channels is None:
+        config.model = replace(config.model, in_channels=meta.latent_channels)
+    folder = find_checkpoint(run_dir, step)
+    weights = read_full(folder, "ema")
+    model = FlowceptionDiT(config.model)
+    wanted = dict(model.named_parameters())
+    if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
+        differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
+        raise CheckpointError(
+            f"{folder} holds another model than {run_dir / 'config.yaml'} describes; first difference: {differing[0]}"
+        )
+    model.load_state_dict(weights, strict=False)
+    return LoadedRun(
+        run_dir=run_dir,
+        step=int(folder.name.removeprefix("step_")),
+        config=config,
+        model=model.to(device).eval().requires_grad_(False),
+        codec=codec_of(meta, device),
+        meta=meta,
+    )
+
+
+def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) -> ShardMeta:
+    copied = manifest.get("shards")
+    if copied:
+        return ShardMeta.from_json(json.dumps(copied), str(run_dir / "manifest.json"))
+    return ShardMeta.load(Path(config.data.path))
+
+
+def data_fps(run: LoadedRun) -> float:
+    """Frames per second of the training clips, from the first of them; 16 where the shards are out of reach."""
+    try:
+        fps = float(ShardReader(run.config.data.path).read_metadata(0).get("fps") or 0)
+    except (FlowceptionError, OSError, IndexError):
+        fps = 0.0
+    return fps or DEFAULT_FPS

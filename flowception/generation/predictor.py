@@ -1,0 +1,134 @@
+"""The network as a sampler's predictor: a state becomes a tight pack, the model's answer becomes velocity and rate.
+
+With classifier-free guidance the conditional and the unconditional form of every clip lie in one pack, so that a
+step is one call of the model.
+
+Shape legend: ``F`` visible frames of all clips, ``B`` clips, ``T`` tokens, ``C, H, W`` of a latent frame, ``L, D``
+text tokens and their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from flowception.data.schema import NO_CLASS
+from flowception.flow import Prediction, SamplerState, guide, model_role
+from flowception.flow.loss import rate_from_log
+from flowception.nn.layout import ClipShape, PackInput, PackLayout, build_layout, latent_tokens
+
+
+class NetworkPredictor:
+    """Answers the states of one batch of clips."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_labels: Sequence[int],
+        *,
+        texts: Sequence[Tensor] | None = None,
+        guidance: float | None = None,
+        rate_guidance: float | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Bind a model to the conditions of a batch.
+
+        Args:
+            model: ``model(pack) -> ModelOutput``, in evaluation mode.
+            class_labels: Class of each of the B clips; -1 for none.
+            texts: [L, D] of each clip, for a model with text; None for one without.
+            guidance: Scale of classifier-free guidance on the velocity; None is off.
+            rate_guidance: Its scale on the insertion rate, in log space; None is off.
+            autocast_dtype: Lower precision to run the model in; None keeps its own.
+        """
+        self.model = model
+        self.class_labels = torch.tensor(list(class_labels), dtype=torch.int64)
+        self.texts = list(texts) if texts is not None else None
+        self.guidance = 1.0 if guidance is None else guidance
+        self.rate_guidance = 1.0 if rate_guidance is None else rate_guidance
+        self.autocast_dtype = autocast_dtype
+        self.device = next(model.parameters()).device
+
+    @property
+    def guided(self) -> bool:
+        """Whether a step evaluates the unconditional clips too."""
+        return (self.guidance, self.rate_guidance) != (1.0, 1.0)
+
+    @torch.no_grad()
+    def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
+        """Evaluate the model once.
+
+        Args:
+            state: The sampler's state of all B clips.
+
+        Returns:
+            Velocity [F, C, H, W] and rate [F], on the state's device.
+        """
+        pack = self.build_pack(state)
+        with self._autocast():
+            output = self.model(pack.to(self.device))
+        prediction = Prediction(_velocity_frames(output.velocity, pack.layout, state.frames), output.log_rate.float())
+        if self.guided:
+            half = len(state.frames)
+            prediction = guide(
+                Prediction(prediction.velocity[:half], prediction.log_rate[:half]),
+                Prediction(prediction.velocity[half:], prediction.log_rate[half:]),
+                self.guidance,
+                self.rate_guidance,
+            )
+        rate = rate_from_log(prediction.log_rate)
+        return prediction.velocity.to(state.frames), rate.to(state.frames.device)
+
+    def build_pack(self, state: SamplerState) -> PackInput:
+        """The state as a tight pack on the CPU: the B clips, then the same again without condition when guided.
+
+        A context frame is clean in both halves of the input; ``state.times`` shows it the clock (DESIGN.md section 3).
+        Without condition means as in training (``data.pack``): the null class, and text tokens that are all zero.
+        """
+        cu_frames = state.cu_frames.cpu()
+        clip_frames = torch.diff(cu_frames)
+        if len(clip_frames) != len(self.class_labels):
+            raise ValueError(f"the state has {len(clip_frames)} clips, the predictor {len(self.class_labels)} labels")
+        frames, condition, roles = state.frames.cpu().float(), state.condition.cpu().float(), state.roles.cpu()
+        time, role = state.times.cpu().float(), model_role(roles)
+        labels, texts = self.class_labels, self.texts
+        grid = (int(frames.shape[-2]), int(frames.shape[-1]))
+        lengths = [len(text) for text in texts] if texts is not None else [0] * len(labels)
+        shapes = [ClipShape(int(n), *grid, length) for n, length in zip(clip_frames, lengths, strict=True)]
+        if self.guided:
+            shapes = shapes * 2
+            frames, condition, time, role = (x.repeat(2, *[1] * (x.ndim - 1)) for x in (frames, condition, time, role))
+            labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
+            texts = None if texts is None else texts + [torch.zeros_like(text) for text in texts]
+        layout = build_layout(shapes)
+        return PackInput(
+            layout=layout,
+            noisy=_frame_tokens(frames, layout),
+            condition=_frame_tokens(condition, layout),
+            time=time,
+            role=role,
+            class_label=labels,
+            text=torch.cat(texts).float() if texts is not None else None,
+        )
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def _frame_tokens(frames: Tensor, layout: PackLayout) -> Tensor:
+    """Latent frames [F, C, H, W] at the latent tokens of a pack, [T, C]; zero elsewhere."""
+    tokens = frames.new_zeros(len(layout.token_kind), frames.shape[1])
+    tokens[layout.latent_mask] = latent_tokens(frames)
+    return tokens
+
+
+def _velocity_frames(velocity: Tensor, layout: PackLayout, like: Tensor) -> Tensor:
+    """The latent tokens of a pack [T, C] as frames [F, C, H, W]."""
+    _, channels, height, width = like.shape
+    tokens = velocity[layout.latent_mask.to(velocity.device)].float()
+    return tokens.view(-1, height * width, channels).transpose(1, 2).reshape(-1, channels, height, width)

@@ -1,0 +1,348 @@
+"""The ``flowception generate`` job: a run directory and a few wishes become clips on disk.
+
+Writes ``clip_0000.mp4``, ``clip_0000.gif`` and ``clip_0000_growth.png`` ... , ``contact.png`` and ``clips.jsonl``.
+Clip i has seed ``seed + i`` and comes out the same whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowception.data.schema import NO_CLASS
+from flowception.errors import ConfigError, DataError
+from flowception.files import write_atomically
+from flowception.flow import Context, SamplerConfig, SampleResult, SamplerState, sample
+from flowception.generation.context import encode_context_file
+from flowception.generation.growth import draw_growth
+from flowception.generation.load import LoadedRun, data_fps, load_run
+from flowception.generation.predictor import NetworkPredictor
+from flowception.generation.video import Video, write_contact_sheet, write_mp4, write_preview
+from flowception.progress import Progress
+
+NULL_TEXT_TOKENS = 32
+"""Text tokens of a clip without a prompt. A clip trained without its caption keeps the caption's tokens, all zero, so
+an unprompted clip gets about as many as a caption has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What to generate."""
+
+    run_dir: Path
+    out_dir: Path
+    num_clips: int
+    task: str = "t2v"
+    context_files: tuple[Path, ...] = ()
+    """i2v: images, or videos of which the first frame is taken; clips cycle over them."""
+    class_label: str | None = None
+    """Number or name of a class, or ``null`` for none; None cycles over the classes for t2v, and is none for i2v, where
+    the context says what is seen."""
+    prompt: str | None = None
+    text_encoder: str | None = None
+    """Folder or hub id of the T5 encoder for the prompt."""
+    seed: int = 0
+    checkpoint_step: int | None = None
+    """None takes the newest valid checkpoint."""
+    guidance: float | None = None
+    rate_guidance: float | None = None
+    insertion: str = "thinning"
+    num_inference_steps: int = 50
+    max_frames: int = 64
+    """Cap on latent frames of a clip."""
+    num_frames: int | None = None
+    """Latent frames, for a run that was trained without insertion; None otherwise."""
+    batch_size: int = 16
+    size_pixels: tuple[int, int] | None = None
+    """Height and width; None takes the training clips'."""
+    fps: float | None = None
+    """None takes the training clips'."""
+    device: str | None = None
+    """None takes CUDA where there is one."""
+
+
+def generate(options: GenerateOptions) -> list[dict[str, Any]]:
+    """Generate clips and write them.
+
+    Args:
+        options: What to generate.
+
+    Returns:
+        The lines of ``clips.jsonl``.
+
+    Raises:
+        FlowceptionError: If the run or the options do not allow it; nothing is written then.
+    """
+    check_options(options)
+    device = choose_device(options.device)
+    run = load_run(options.run_dir, step=options.checkpoint_step, device=device)
+    batches = GenerationBatches(run, options, device)
+    _make_folder(options.out_dir)
+    fps = options.fps or data_fps(run)
+    where = f"{options.run_dir} at step {run.step} on {device}"
+    print(f"generating {options.num_clips} clips ({options.task}) from {where} into {options.out_dir}", flush=True)
+    records: list[dict[str, Any]] = []
+    videos: list[Video] = []
+    evaluations = 2 * options.num_inference_steps * batches.count
+    with Progress(evaluations, "generating") as progress:
+        for first, result in batches.results(progress):
+            for record, video in _write_batch(run, options, batches, first, result, fps):
+                records.append(record)
+                videos.append(video)
+    write_contact_sheet(options.out_dir / "contact.png", videos, [_contact_label(record) for record in records])
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(options.out_dir / "clips.jsonl", lines)
+    print(f"wrote {len(records)} clips; overview: {options.out_dir / 'contact.png'}", flush=True)
+    return records
+
+
+def check_options(options: GenerateOptions) -> None:
+    """Refuse wishes that contradict each other, before anything is loaded."""
+    if options.task == "i2v" and not options.context_files:
+        raise ConfigError("--task i2v needs --context with at least one image or video")
+    if options.task != "i2v" and options.context_files:
+        raise ConfigError(f"--context is for --task i2v; the task is {options.task}")
+    for path in options.context_files:
+        if not path.is_file():
+            raise DataError(f"context file {path} does not exist; give an image or a video")
+    if options.out_dir.exists() and not options.out_dir.is_dir():
+        raise ConfigError(f"--out is {options.out_dir}, which is a file; give a folder")
+
+
+def choose_device(wish: str | None) -> torch.device:
+    """The device that was asked for, or CUDA where there is one.
+
+    Raises:
+        ConfigError: If this machine does not have it.
+    """
+    try:
+        device = torch.device(wish or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {wish}, which torch does not know; give cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device is {wish} and this machine has {count} CUDA devices; give cpu, or leave it out")
+    return device
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+
+
+def parse_class_labels(word: str | None, class_names: Sequence[str], num_classes: int, count: int) -> list[int]:
+    """Class of each clip to generate.
+
+    Args:
+        word: Number or name of a class, ``null`` for none, None to cycle over all.
+        class_names: Names, where the training set has them.
+        num_classes: Classes the model knows.
+        count: Clips.
+
+    Returns:
+        ``count`` class numbers; -1 is none.
+
+    Raises:
+        ConfigError: If the model has no such class.
+    """
+    if word is None:
+        return [i % num_classes if num_classes else NO_CLASS for i in range(count)]
+    if word.lower() in ("null", "none"):
+        return [NO_CLASS] * count
+    if not num_classes:
+        raise ConfigError(f"--class-label is {word!r} and the model was trained without classes; leave it out")
+    number = list(class_names).index(word) if word in class_names else int(word) if word.isdigit() else -1
+    if not 0 <= number < num_classes:
+        named = f" or one of {', '.join(class_names)}" if class_names else ""
+        raise ConfigError(f"--class-label is {word!r}; give a number from 0 to {num_classes - 1}{named}, or null")
+    return [number] * count
+
+
+class GenerationBatches:
+    """Samples the clips of a job batch by batch."""
+
+    def __init__(self, run: LoadedRun, options: GenerateOptions, device: torch.device) -> None:
+        """Prepare conditions and context; every error of the options is raised here."""
+        self.run, self.options, self.device = run, options, device
+        names, classes = run.meta.class_names, run.config.model.num_classes
+        wish = options.class_label or ("null" if options.context_files else None)
+        self.class_labels = parse_class_labels(wish, names, classes, options.num_clips)
+        self.height, self.width = _choose_size(run, options)
+        self.inserts = run.config.delay_law == "uniform"
+        self.config = self._sampler_config()
+        self.contexts = [
+            encode_context_file(path, run.codec, height=self.height, width=self.width) for path in options.context_files
+        ]
+        self.text = _encode_prompt(run, options, device)
+
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+        return -(-self.options.num_clips // self.options.batch_size)
+
+    def class_name(self, label: int) -> str | None:
+        """Name of a class, if it has one."""
+        names = self.run.meta.class_names
+        return names[label] if 0 <= label < len(names) else None
+
+    def _sampler_config(self) -> SamplerConfig:
+        process, options = self.run.config, self.options
+        if not self.inserts and options.num_frames is None:
+            raise ConfigError(
+                f"the run was trained with delay_law {process.delay_law}, which inserts nothing; give --num-frames"
+            )
+        if self.inserts and options.num_frames is not None:
+            raise ConfigError(
+                "--num-frames is for runs trained without insertion; this model chooses the length itself"
+            )
+        given = len(options.context_files) > 0
+        start = process.num_start_frames if options.num_frames is None else options.num_frames - given
+        return SamplerConfig(
+            num_inference_steps=options.num_inference_steps,
+            num_start_frames=start,
+            insertion=options.insertion if self.inserts else None,
+            insertion_schedule=process.insertion_schedule,
+            insertion_exponent=process.insertion_exponent,
+            max_frames=options.max_frames,
+            time_shift=process.time_shift,
+        )
+
+    def results(self, progress: Progress) -> Iterator[tuple[int, SampleResult]]:
+        """Number of a batch's first clip, and the batch's sample."""
+        options, stride = self.options, self.run.codec.spatial_stride
+        frame_shape = (self.run.codec.latent_channels, self.height // stride, self.width // stride)
+        budget = 2 * options.num_inference_steps
+        for first in range(0, options.num_clips, options.batch_size):
+            labels = self.class_labels[first : first + options.batch_size]
+            predictor = self.predictor(labels)
+            begun = progress.done
+
+            def predict(state: SamplerState, predictor: NetworkPredictor = predictor) -> tuple[Tensor, Tensor]:
+                answer = predictor(state)
+                progress.advance(note=f"{len(state.frames)} frames in {len(state.cu_frames) - 1} clips")
+                return answer
+
+            result = sample(
+                predict,
+                frame_shape=frame_shape,
+                batch_size=len(labels),
+                config=self.config,
+                context=self._contexts(first, len(labels)),
+                seed=options.seed + first,
+                device=self.device,
+            )
+            progress.advance(budget - (progress.done - begun))
+            yield first, result
+
+    def predictor(self, class_labels: Sequence[int]) -> NetworkPredictor:
+        """The network for clips of the given classes."""
+        half = self.device.type == "cuda" and self.run.config.precision == "bf16"
+        return NetworkPredictor(
+            self.run.model,
+            class_labels,
+            texts=None if self.text is None else [self.text] * len(class_labels),
+            guidance=self.options.guidance,
+            rate_guidance=self.options.rate_guidance,
+            autocast_dtype=torch.bfloat16 if half else None,
+        )
+
+    def _contexts(self, first: int, count: int) -> list[Context] | None:
+        if not self.contexts:
+            return None
+        latents = [self.contexts[i % len(self.contexts)] for i in range(first, first + count)]
+        return [Context(frames=latent) for latent in latents]
+
+
+def _choose_size(run: LoadedRun, options: GenerateOptions) -> tuple[int, int]:
+    """Height and width in pixels: the one asked for, or the only one of the training set."""
+    stride = run.codec.spatial_stride
+    known = run.sizes_pixels
+    named = ", ".join(f"{height}x{width}" for height, width in known) or "unknown"
+    if options.size_pixels is None:
+        if len(known) != 1:
+            raise ConfigError(f"the run was trained at {len(known)} sizes ({named}); choose one with --size HxW")
+        return known[0]
+    if any(side % stride for side in options.size_pixels):
+        raise ConfigError(
+            f"--size is {options.size_pixels[0]}x{options.size_pixels[1]}; the codec {run.codec.name} needs multiples "
+            f"of {stride} pixels (trained sizes: {named})"
+        )
+    return options.size_pixels
+
+
+def _encode_prompt(run: LoadedRun, options: GenerateOptions, device: torch.device) -> Tensor | None:
+    """The text of every clip, float32 [L, D]: the prompt's, or none of it. None for a model without text."""
+    text_dim = run.config.model.flop_spec().text_dim
+    if text_dim is None:
+        if options.prompt is not None:
+            raise ConfigError("--prompt was given and the model was trained without text; leave it out")
+        return None
+    if options.prompt is None:
+        return torch.zeros(NULL_TEXT_TOKENS, text_dim)
+    if options.text_encoder is None:
+        raise ConfigError("--prompt needs --text-encoder, a folder or hub id of the T5 encoder that made the shards")
+    from flowception.codecs.text import TextEncoder, TextEncoderConfig
+
+    encoder = TextEncoder.from_config(TextEncoderConfig(model=options.text_encoder), device)
+    if encoder.text_dim != text_dim:
+        raise ConfigError(
+            f"--text-encoder gives text of width {encoder.text_dim}, the model was trained with {text_dim}"
+        )
+    return encoder.encode([options.prompt])[0]
+
+
+def _write_batch(
+    run: LoadedRun, options: GenerateOptions, batches: GenerationBatches, first: int, result: SampleResult, fps: float
+) -> Iterator[tuple[dict[str, Any], Video]]:
+    """Decode and write the clips of a batch, giving each one's line of ``clips.jsonl`` and its pixels."""
+    edges = result.cu_frames.tolist()
+    videos = run.codec.decode_many([latents.cpu() for latents in result.clips()])
+    for slot, video_pixels in enumerate(videos):
+        number, here = first + slot, slice(edges[slot], edges[slot + 1])
+        born_at = result.born_at[here].tolist()
+        label = batches.class_labels[number]
+        video = np.asarray(video_pixels)
+        name = f"clip_{number:04d}"
+        record = {
+            "file": f"{name}.mp4",
+            "task": options.task,
+            "class_label": None if label == NO_CLASS else label,
+            "class_name": batches.class_name(label),
+            "frames": len(video),
+            "latent_frames": len(born_at),
+            "seed": options.seed + number,
+            "evaluations": round(options.num_inference_steps * (1 + max(born_at))),
+            "checkpoint_step": run.step,
+            "capped": bool(result.capped[slot]),
+        }
+        write_mp4(options.out_dir / f"{name}.mp4", video, fps=fps)
+        write_preview(options.out_dir / f"{name}.gif", video, fps=fps)
+        draw_growth(
+            options.out_dir / f"{name}_growth.png",
+            born_at,
+            result.roles[here].tolist(),
+            num_inference_steps=options.num_inference_steps,
+            time_shift=run.config.time_shift,
+            title=_growth_title(record),
+        )
+        yield record, video
+
+
+def _growth_title(record: dict[str, Any]) -> str:
+    condition = record["class_name"] or (f"class {record['class_label']}" if record["class_label"] is not None else "")
+    parts = [record["task"], condition, f"seed {record['seed']}", f"{record['latent_frames']} latent frames"]
+    return ", ".join(part for part in parts if part) + f", {record['evaluations']} evaluations"
+
+
+def _contact_label(record: dict[str, Any]) -> str:
+    condition = record["class_name"] or ("" if record["class_label"] is None else f"class {record['class_label']}")
+    return f"{record['file'].removesuffix('.mp4').removeprefix('clip_')} {record['task']} {condition}".rstrip()

@@ -1,0 +1,113 @@
+"""A tiny network whose every part matters, states to show it, and runs that hold it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from flowception.checkpoint import writing
+from flowception.checkpoint.format import KINDS
+from flowception.codecs import CodecConfig, build_codec
+from flowception.data.schema import ShardMeta
+from flowception.flow import Context, SamplerConfig, SamplerState
+from flowception.flow.sampler_state import initial_state
+from flowception.nn import DiTConfig, FlowceptionDiT
+
+CHANNELS, HEIGHT, WIDTH = 12, 3, 2
+FRAME_SHAPE = (CHANNELS, HEIGHT, WIDTH)
+
+
+def tiny_config(**changes):
+    sizes = {"preset": None, "in_channels": CHANNELS, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    return DiTConfig(**{**sizes, "num_classes": 3, **changes})
+
+
+def tiny_model(**changes):
+    """Random values everywhere, so that zero-initialised gates hide nothing; still close to nothing at the rate."""
+    model = FlowceptionDiT(tiny_config(**changes)).initialise(seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def make_state():
+    """A state of clips that begin with the given numbers of context and start frames, ``step`` steps into sampling."""
+
+    def make(starts, contexts=(), *, step=0, seed=0, num_inference_steps=10, time_shift=1.0) -> SamplerState:
+        generator = torch.Generator().manual_seed(100 + seed)
+        given = [
+            Context(frames=torch.randn(k, *FRAME_SHAPE, generator=generator), num_start_frames=n) if k else None
+            for k, n in zip(contexts or [0] * len(starts), starts, strict=True)
+        ]
+        config = SamplerConfig(
+            num_inference_steps=num_inference_steps, num_start_frames=starts[0], time_shift=time_shift
+        )
+        state = initial_state(FRAME_SHAPE, len(starts), config, given, seed)
+        return dataclasses.replace(state, step=step)
+
+    return make
+
+
+def write_run(folder, *, steps=(0, 4), class_names=("red", "green", "blue"), model_changes=(), **config_changes):
+    """A run directory as training leaves it: config, manifest with the shard set's description, checkpoints.
+
+    EMA weights of step s are those of ``tiny_model`` plus s / 1000; the live weights are all zero.
+    """
+    codec = build_codec(CodecConfig(name="patchify", patch_size=2))
+    meta = ShardMeta(
+        codec="patchify", codec_fingerprint=codec.fingerprint(), latent_channels=CHANNELS,
+        class_names=list(class_names), codec_config={"patch_size": 2},
+        tokens_per_frame=[{"height": HEIGHT, "width": WIDTH, "tokens": HEIGHT * WIDTH + 1, "clips": 9}],
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    sizes = {"preset": None, "in_channels": CHANNELS, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    config = {
+        "run_dir": str(folder), "max_steps": 4, "token_budget": 400, "packs_per_step": 1, "num_start_frames": 2,
+        "data": {"path": str(folder / "no-shards-here")},
+        "model": {**sizes, "num_classes": len(class_names), **dict(model_changes)},
+        **config_changes,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "manifest.json").write_text(json.dumps({"shards": dataclasses.asdict(meta)}))
+    model = tiny_model(num_classes=len(class_names), **dict(model_changes))
+    for step in steps:
+        write_checkpoint(folder, step, {name: p.detach() + step / 1000 for name, p in model.named_parameters()})
+    return folder
+
+
+def write_checkpoint(run_dir, step, ema):
+    tensors, ranges = {}, {}
+    for name, value in ema.items():
+        flat = value.flatten().float()
+        ranges[name] = (tuple(value.shape), 0, flat.numel())
+        tensors |= {f"{kind}/{name}": flat.clone() if kind == "ema" else torch.zeros_like(flat) for kind in KINDS}
+    writing.write_slices(writing.begin(run_dir, step), 0, tensors, ranges)
+    writing.commit(run_dir, step, 1, {"optimizer_steps": step})
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory):
+    """Write run directories; one without changes is written once."""
+    made = {}
+
+    def make(**changes):
+        key = repr(changes)
+        if key not in made:
+            made[key] = write_run(tmp_path_factory.mktemp("runs") / "run", **changes)
+        return made[key]
+
+    return make

@@ -1,0 +1,71 @@
+"""The picture of a clip's growth shows the frames, their noise, and where they were inserted."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from flowception.flow import Role
+from flowception.generation.growth import (
+    CONTEXT_COLOUR,
+    INSERTION_COLOUR,
+    START_COLOUR,
+    draw_growth,
+    noise_levels,
+)
+
+
+def test_noise_levels_by_hand():
+    levels = noise_levels([0.0, 0.0, 0.5], [True, False, False], num_inference_steps=4)
+    nothing = np.nan
+    expected = [
+        [0, 0, 0, 0, 0, 0, 0],
+        [1, 0.75, 0.5, 0.25, 0, 0, 0],
+        [nothing, nothing, 1, 0.75, 0.5, 0.25, 0],
+    ]
+    np.testing.assert_allclose(levels, expected)
+
+
+def test_noise_levels_with_a_time_shift():
+    levels = noise_levels([0.0], [False], num_inference_steps=2, time_shift=3.0)
+    np.testing.assert_allclose(levels, [[1, 1 - 0.5 / (0.5 + 3 * 0.5), 0]])
+
+
+def count(picture, colour):
+    return int((np.abs(picture.astype(float) - 255 * np.array(to_rgb(colour))).max(axis=-1) < 12).sum())
+
+
+@pytest.fixture
+def picture(tmp_path):
+    def draw(born_at, roles):
+        draw_growth(tmp_path / "growth.png", born_at, roles, num_inference_steps=20, title="t2v, red, seed 7")
+        return np.asarray(Image.open(tmp_path / "growth.png").convert("RGB"))
+
+    return draw
+
+
+def test_marks_of_each_kind_appear_as_often_as_frames_of_it(picture):
+    start, free, active = Role.START, Role.FREE, Role.CONTEXT_ACTIVE
+    few = picture([0, 0, 0.5, 0], [active, start, free, start])
+    assert min(count(few, colour) for colour in (CONTEXT_COLOUR, START_COLOUR, INSERTION_COLOUR)) > 25
+    none = picture([0, 0, 0, 0], [active, start, start, start])
+    assert count(none, INSERTION_COLOUR) == 0
+    assert count(none, START_COLOUR) > 1.15 * count(few, START_COLOUR)
+    only = picture([0, 0.2, 0.6, 0.9], [start, free, free, free])
+    assert count(only, CONTEXT_COLOUR) == 0
+    assert count(only, INSERTION_COLOUR) > 1.8 * count(few, INSERTION_COLOUR)
+
+
+def test_a_birth_is_marked_where_it_happened(picture):
+    columns = []
+    for born_at in (0.1, 0.9):
+        shown = picture([0, born_at, 1.0], [Role.START, Role.FREE, Role.FREE])
+        orange = np.abs(shown.astype(float) - 255 * np.array(to_rgb(INSERTION_COLOUR))).max(axis=-1) < 12
+        band = orange[: int(0.55 * len(orange))]  # above the last frame's mark and the legend
+        columns.append(np.flatnonzero(band.any(axis=0)).mean() / shown.shape[1])
+    assert columns[1] - columns[0] > 0.2
+
+
+def test_a_long_clip_is_drawn_in_full(picture):
+    shown = picture([0.0, *np.linspace(0, 1, 63)], [Role.START] + [Role.FREE] * 63)
+    assert shown.shape[0] > 1000

@@ -1,0 +1,73 @@
+"""A run directory is read whole: EMA weights of the right step, the codec that made the shards; or refused clearly."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from flowception.errors import CheckpointError, DataError, RunDirectoryError
+from flowception.generation.load import load_run
+
+
+def test_the_newest_ema_weights_are_loaded(make_run, make_model):
+    run = load_run(make_run())
+    expected = dict(make_model().named_parameters())
+    assert run.step == 4
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(value, expected[name] + 4 / 1000)
+    assert not run.model.training
+    assert run.sizes_pixels == [(6, 4)]
+
+
+def test_a_step_can_be_chosen(make_run, make_model):
+    run = load_run(make_run(), step=0)
+    assert run.step == 0
+    expected = dict(make_model().named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in run.model.named_parameters())
+
+
+def test_a_step_that_is_not_there(make_run):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; it has 0, 4"):
+        load_run(make_run(), step=3)
+
+
+@pytest.fixture
+def copied_run(make_run, tmp_path):
+    return shutil.copytree(make_run(), tmp_path / "run")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, capsys):
+    file = next((copied_run / "checkpoints" / "step_00000004").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert load_run(copied_run).step == 0
+    assert "step 4" in capsys.readouterr().out
+    with pytest.raises(CheckpointError):
+        load_run(copied_run, step=4)
+
+
+def test_a_checkpoint_of_another_model(copied_run):
+    config = json.loads((copied_run / "config.yaml").read_text())
+    config["model"]["num_classes"] = 4
+    (copied_run / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"another model.*class_embedding"):
+        load_run(copied_run)
+
+
+def test_another_codec(copied_run):
+    manifest = json.loads((copied_run / "manifest.json").read_text())
+    manifest["shards"]["codec_config"] = {"patch_size": 4}
+    (copied_run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="fingerprint"):
+        load_run(copied_run)
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(RunDirectoryError, match="is no run directory"):
+        load_run(tmp_path)
+
+
+def test_a_run_without_checkpoints(copied_run):
+    shutil.rmtree(copied_run / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        load_run(copied_run)

@@ -1,0 +1,127 @@
+"""The generate job from run directory to files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowception.codecs.video_file import read_video
+from flowception.errors import ConfigError
+from flowception.generation.run import GenerateOptions, generate, parse_class_labels
+
+
+@pytest.fixture
+def job(make_run, tmp_path):
+    def run(run_changes=(), out="out", **options):
+        settings = {
+            "num_clips": 4,
+            "num_inference_steps": 5,
+            "batch_size": 3,
+            "seed": 20,
+            "max_frames": 9,
+            "device": "cpu",
+        }
+        return generate(
+            GenerateOptions(run_dir=make_run(**dict(run_changes)), out_dir=tmp_path / out, **{**settings, **options})
+        )
+
+    return run
+
+
+def test_every_file_is_written_and_listed(job, tmp_path):
+    records = job()
+    out = tmp_path / "out"
+    assert [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()] == records
+    assert [r["class_name"] for r in records] == ["red", "green", "blue", "red"]
+    assert [r["class_label"] for r in records] == [0, 1, 2, 0]
+    assert [r["seed"] for r in records] == [20, 21, 22, 23]
+    for number, record in enumerate(records):
+        assert record["file"] == f"clip_{number:04d}.mp4"
+        assert record["task"] == "t2v"
+        assert 5 <= record["evaluations"] <= 10
+        assert read_video(out / record["file"]).shape == (record["frames"], 6, 4, 3)
+        with Image.open(out / f"clip_{number:04d}.gif") as preview:
+            assert preview.size == (4 * 26, 6 * 26)
+        assert (out / f"clip_{number:04d}_growth.png").stat().st_size > 5000
+    assert (out / "contact.png").is_file()
+
+
+def test_a_clip_is_the_same_whatever_the_batch(job, monkeypatch):
+    """Compared before H.264, where one pixel that rounds the other way would move its whole block."""
+    written = {}
+
+    def write_mp4(path, video, *, fps):
+        written[path.parent.name, path.name] = video.astype(int)
+
+    monkeypatch.setattr("flowception.generation.run.write_mp4", write_mp4)
+    job(out="together", batch_size=4)
+    job(out="alone", batch_size=1)
+    for number in range(4):
+        one, other = (written[out, f"clip_{number:04d}.mp4"] for out in ("together", "alone"))
+        assert one.shape == other.shape
+        assert np.abs(one - other).max() <= 1  # latents agree to 1e-4 (test_predictor), so a level may round either way
+
+
+def test_i2v_begins_with_the_context_image(job, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    for image, file in zip(images, files):
+        Image.fromarray(image).save(file)
+    records = job(task="i2v", context_files=tuple(files))
+    for number, record in enumerate(records):
+        assert record["task"] == "i2v"
+        shown = read_video(tmp_path / "out" / record["file"])[0].astype(int)
+        assert np.abs(shown - images[number % 2]).mean() <= 3
+        assert np.abs(shown - images[1 - number % 2]).mean() > 20
+
+
+def test_a_full_sequence_run_makes_clips_of_the_length_asked_for(job):
+    changes = {"delay_law": "full_sequence"}
+    records = job(changes, num_clips=2, num_frames=7)
+    assert [(r["frames"], r["evaluations"]) for r in records] == [(7, 5), (7, 5)]
+    with pytest.raises(ConfigError, match="--num-frames"):
+        job(changes)
+    with pytest.raises(ConfigError, match="chooses the length itself"):
+        job(num_frames=7)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [(None, [0, 1, 2, 0]), ("green", [1] * 4), ("2", [2] * 4), ("null", [-1] * 4)],
+)
+def test_class_labels(word, expected):
+    assert parse_class_labels(word, ["red", "green", "blue"], 3, 4) == expected
+
+
+def test_class_labels_of_a_model_without_classes():
+    assert parse_class_labels(None, [], 0, 2) == [-1, -1]
+    with pytest.raises(ConfigError, match="without classes"):
+        parse_class_labels("1", [], 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "i2v"}, "needs --context"),
+        ({"prompt": "a red disc"}, "trained without text"),
+        ({"class_label": "purple"}, "purple"),
+        ({"class_label": "3"}, "from 0 to 2"),
+        ({"size_pixels": (7, 4)}, "multiples of 2"),
+        ({"device": "cuda:99"}, "--device is cuda:99 and this machine has"),
+        ({"device": "abacus"}, "--device is abacus"),
+    ],
+)
+def test_wishes_that_cannot_be_met_write_nothing(job, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        job(**options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(job, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match="which is a file"):
+        job(out="file")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        job(out="file/below")
+    assert (tmp_path / "file").read_text() == "kept"

@@ -1,0 +1,98 @@
+"""Sampling shows the network what training showed it: one clip in one moment makes the same pack on both roads."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from flowception import rng
+from flowception.data.index import ClipIndex
+from flowception.data.pack import build_pack
+from flowception.data.plan import Cursor, Plan, PlanConfig
+from flowception.flow import ProcessConfig, Role, SamplerState
+from flowception.generation.predictor import NetworkPredictor
+
+STEPS = 1000
+
+
+@dataclass(kw_only=True)
+class Config(ProcessConfig, PlanConfig):
+    """A process and the sizes of its packs."""
+
+    def __post_init__(self):
+        ProcessConfig.__post_init__(self)
+        PlanConfig.__post_init__(self)
+
+
+class Latents:
+    """A reader of clips that exist nowhere: frame j of clip i is drawn from (i, j)."""
+
+    text_width, latent_channels = None, 12
+
+    def read(self, row, frames):
+        values = [rng.normals(7, rng.Stream.NOISE, (12, 3, 2), clip=row, frame=int(frame)) for frame in frames]
+        return torch.from_numpy(np.stack(values)).bfloat16()
+
+    def read_text(self, row):
+        return None
+
+
+def state_of(plan, pack_plan, draws):
+    """The sampler's state of the same clips, by DESIGN.md section 2: one clip a call, frame by frame."""
+    frames, condition, roles, ages, counts = [], [], [], [], []
+    for slot, row in enumerate(pack_plan.rows.tolist()):
+        visible = torch.nonzero(draws.visible[slot]).flatten().tolist()
+        counts.append(len(visible))
+        for frame in visible:
+            clean = Latents().read(row, [frame])[0].float()
+            clip = int(plan.index.clips["clip_id"][row])
+            noise = torch.from_numpy(
+                rng.normals(plan.seed, rng.Stream.NOISE, (12, 3, 2), epoch=pack_plan.epoch, clip=clip, frame=frame)
+            )
+            role, time = int(draws.roles[slot, frame]), float(draws.frame_time[slot, frame].clamp(0, 1))
+            given = role in (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE)
+            shown = time / (time + 3.0 * (1 - time))
+            frames.append(clean if given else (1 - shown) * noise + shown * clean)
+            condition.append(clean if given else torch.zeros_like(clean))
+            roles.append(role)
+            ages.append(round(float(draws.global_time[slot].clamp(0, 1)) * STEPS) if given else round(time * STEPS))
+    step = STEPS  # a state has one clock for all its clips, drawn clips have one each: the test allows for that
+    return SamplerState(
+        frames=torch.stack(frames),
+        condition=torch.stack(condition),
+        roles=torch.tensor(roles),
+        cu_frames=torch.tensor([0, *np.cumsum(counts)]),
+        born_step=torch.tensor([step - age for age in ages]),
+        seeds=torch.arange(len(counts)),
+        capped=torch.zeros(len(counts), dtype=torch.bool),
+        step=step,
+        num_inference_steps=STEPS,
+        time_shift=3.0,
+    )
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
+    config = Config(
+        tasks={task: 1.0}, token_budget=400, packs_per_step=1, num_start_frames=2, time_shift=3.0, condition_dropout=0.0
+    )
+    labels = np.arange(12) % 3
+    index = ClipIndex.from_arrays(frames=6 + np.arange(12) % 4, height=3, width=2, class_label=labels)
+    plan = Plan(index, None, config, model.spec, seed=5)
+    (pack_plan,) = plan.step(Cursor(0, 0)).packs
+    trained = build_pack(plan, pack_plan, Latents())
+    draws = plan.draws(0, pack_plan.rows, pack_plan.places)
+    sampled = NetworkPredictor(model, labels[pack_plan.rows].tolist()).build_pack(state_of(plan, pack_plan, draws))
+
+    tokens, clips, frames = len(sampled.noisy), len(pack_plan.rows), len(sampled.time)
+    assert clips > 3
+    assert trained.layout.segment_lengths[:clips] == sampled.layout.segment_lengths
+    assert torch.equal(trained.layout.token_position[:tokens], sampled.layout.token_position)
+    assert torch.equal(trained.class_label[:clips], sampled.class_label)
+    assert torch.equal(trained.role[:frames], sampled.role)
+    torch.testing.assert_close(trained.condition[:tokens].float(), sampled.condition, atol=1e-6, rtol=0)
+    torch.testing.assert_close(trained.noisy[:tokens].float(), sampled.noisy, atol=1e-5, rtol=0)
+    clock = draws.global_time.clamp(0, 1)[sampled.layout.frame_clip].float()
+    at_the_clock = torch.where(sampled.role > 0, clock, sampled.time)  # the state's own clock is 1 for every clip
+    torch.testing.assert_close(trained.time[:frames], at_the_clock, atol=2e-3, rtol=0)
