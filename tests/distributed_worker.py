@@ -74,6 +74,7 @@ def main() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     print(f"\n{_MARK}{json.dumps(result)}", flush=True)
+    os._exit(0)  # as train/main.py does: a thread of gloo may not survive the interpreter's own ending
 
 
 if __name__ == "__main__":

@@ -171,6 +171,6 @@ def of_all_ranks(error: FlowceptionError) -> FlowceptionError:
 
 
 def shut_down() -> None:
-    """Leave the process group, so that no thread of it outlives the interpreter."""
+    """Leave the process group when all ranks are done."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 
@@ -10,7 +12,6 @@ from flowception.training.metrics import (
     LoggingConfig,
     MetricsLog,
     Speed,
-    _has_api_key,
     check_packages,
     console_line,
     duration,
@@ -157,19 +158,26 @@ def test_a_missing_wandb_is_refused_before_anything_is_built(monkeypatch):
         check_packages(LoggingConfig(wandb_project="p"))
 
 
-def test_wandb_itself_says_whether_there_is_a_key(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    wandb.teardown()
-    assert not _has_api_key(wandb)
-    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
-    (tmp_path / "netrc").chmod(0o600)
-    wandb.teardown()
-    assert _has_api_key(wandb)
-    wandb.teardown()
+ASK_WANDB = """
+import os, wandb
+from flowception.training.metrics import _has_api_key
+print("KEY", _has_api_key(wandb), flush=True)
+os._exit(0)  # wandb's own service would wait at exit for a server that this machine cannot reach
+"""
+
+
+@pytest.mark.parametrize("has_key", [False, True])
+def test_wandb_itself_says_whether_there_is_a_key(tmp_path, has_key):
+    pytest.importorskip("wandb")
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine wandb.example login user password {'0' * 40}\n" if has_key else "")
+    netrc.chmod(0o600)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"NETRC": str(netrc), "WANDB_CONFIG_DIR": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example"}
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK_WANDB], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert f"KEY {has_key}" in asked.stdout, asked.stderr
 
 
 def test_config_refuses():
