@@ -206,7 +206,9 @@ def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) ->
 
 def _generate(arguments: argparse.Namespace) -> int:
     from flowception.generation.run import GenerateOptions, generate
+    from flowception.progress import show_log
 
+    show_log()
     options = GenerateOptions(
         run_dir=arguments.run,
         out_dir=arguments.out,

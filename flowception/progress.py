@@ -1,7 +1,8 @@
-"""Progress of a job that takes a while: a bar on a terminal, plain lines in a log."""
+"""What a job says while it runs: progress as a bar on a terminal or plain lines in a log, and the package's log."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,16 @@ from typing import Self
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def show_log() -> None:
+    """Print what the package logs, such as which attention backend was chosen and why, from INFO on."""
+    logger = logging.getLogger("flowception")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 class Progress:

@@ -77,12 +77,15 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     import torch
 
+    from flowception.progress import show_log
     from flowception.training.distributed import init_distributed, shut_down
     from flowception.training.trainer import train
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     ranks = init_distributed()
+    if ranks.is_main:
+        show_log()
     complete = train(config, ranks, stop)
     shut_down()
     return 0 if complete else EXIT_STOPPED

@@ -101,7 +101,7 @@ def draw_growth(
     axes.set_yticks(range(number))
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, label="noise level", fraction=0.05, pad=0.02)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -16,7 +16,7 @@ from flowception.config import TrainConfig, load_config
 from flowception.data.reader import ShardReader
 from flowception.data.schema import ShardMeta
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
-from flowception.nn.dit import FlowceptionDiT
+from flowception.nn.backbone import build_backbone
 
 DEFAULT_FPS = 16.0
 
@@ -121,7 +121,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
         config.model = replace(config.model, in_channels=meta.latent_channels)
     folder = find_checkpoint(run_dir, step)
     weights = read_full(folder, "ema")
-    model = FlowceptionDiT(config.model)
+    model = build_backbone(config.model)
     wanted = dict(model.named_parameters())
     if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
         differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]

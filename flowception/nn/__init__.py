@@ -1,7 +1,8 @@
 """The network: how packs lie in memory, attention, rotary positions, the Flowception DiT, and its sizes and FLOPs."""
 
 from flowception.nn.attention import attention, choose_backend
-from flowception.nn.dit import FlowceptionDiT, count_parameters
+from flowception.nn.backbone import BACKBONES, build_backbone, count_parameters
+from flowception.nn.dit import FlowceptionDiT
 from flowception.nn.flops import FlopSpec, attention_flops, clip_flops, training_flops
 from flowception.nn.layout import (
     ClipShape,
@@ -16,6 +17,7 @@ from flowception.nn.layout import (
 from flowception.nn.presets import PRESETS, DiTConfig
 
 __all__ = [
+    "BACKBONES",
     "PRESETS",
     "ClipShape",
     "DiTConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "TokenKind",
     "attention",
     "attention_flops",
+    "build_backbone",
     "build_layout",
     "choose_backend",
     "clip_flops",

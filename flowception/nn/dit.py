@@ -253,9 +253,3 @@ class FlowceptionDiT(nn.Module):
             )
         if pack.text is not None and self.spec.text_dim is None:
             raise DataError("the pack has text and the network was built without; set model.text_dim")
-
-
-def count_parameters(config: DiTConfig) -> int:
-    """Parameters of a network, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in FlowceptionDiT(config).parameters())

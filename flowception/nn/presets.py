@@ -40,6 +40,8 @@ PRESETS: dict[str, Preset] = {
 class DiTConfig:
     """The Flowception DiT. A size that is None comes from the preset."""
 
+    backbone: str = "dit"
+    """Name in ``nn.backbone.BACKBONES``."""
     preset: str | None = "toy"
     """Name in ``PRESETS``; None if every size is given."""
     in_channels: int | None = None

@@ -6,7 +6,7 @@ import os
 
 from flowception.config import TrainConfig, dump
 from flowception.errors import ConfigError, DataError
-from flowception.nn.dit import count_parameters
+from flowception.nn.backbone import count_parameters
 from flowception.training.dataset import open_data
 from flowception.training.memory import MemoryPerRank, memory_per_rank
 

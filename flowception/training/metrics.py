@@ -168,6 +168,10 @@ class Speed:
         """Seconds since the step before ended."""
         return time.perf_counter() - self._began
 
+    def restart(self) -> None:
+        """Begin the next step now: what came since the last one, validation or saving, was no step."""
+        self._began = time.perf_counter()
+
     def end_step(self, clips: int, tokens: int, steps_left: int) -> dict[str, float]:
         """End a step and begin the next.
 

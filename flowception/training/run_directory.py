@@ -16,7 +16,8 @@ from typing import Any
 from flowception.data.schema import ShardMeta
 from flowception.errors import RunDirectoryError
 from flowception.files import FileLock, write_atomically
-from flowception.nn.dit import DiTConfig, count_parameters
+from flowception.nn.backbone import count_parameters
+from flowception.nn.presets import DiTConfig
 
 _MAY_CHANGE = {"attention_backend", "activation_checkpointing", "initial_log_rate"}
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")

@@ -16,7 +16,8 @@ from flowception.data.loader import PackLoader, StepBatch
 from flowception.data.plan import check_world_size
 from flowception.errors import CheckpointError, DataError
 from flowception.flow.extended_time import effective_sample_ratio, expected_attention_ratio
-from flowception.nn.dit import FlowceptionDiT
+from flowception.nn.backbone import build_backbone
+from flowception.nn.initialise import initialise
 from flowception.training import checkpoint, run_directory
 from flowception.training.dataset import TrainingData, heldout_plan, mean_log_rate, open_data
 from flowception.training.distributed import Ranks, gather_rows, gather_values, of_all_ranks, on_main, together
@@ -73,7 +74,7 @@ class Trainer:
         self.config, self.ranks, self.data, self.stop = config, ranks, data, stop
         self.micro_steps = -(-config.packs_per_step // ranks.world_size)
         self.engine = build_engine(
-            lambda: FlowceptionDiT(config.model),
+            lambda: build_backbone(config.model),
             lambda model: build_optimizer(model, config.optim),
             deepspeed_config(
                 config.zero, config.precision, self.micro_steps, config.optim.clip_grad_norm, ranks.device
@@ -109,8 +110,8 @@ class Trainer:
         config = self.config
         if config.init_from is None:
             with torch.device("meta"):
-                blueprint = FlowceptionDiT(config.model)
-            self.shards.initialise(blueprint, lambda _, gather: blueprint.initialise(config.seed, gather))
+                blueprint = build_backbone(config.model)
+            self.shards.initialise(blueprint, lambda model, gather: initialise(model, config.seed, gather))
         else:
             source = checkpoint.find_latest(config.init_from, self.shards, self._say)
             if source is None:
@@ -178,15 +179,16 @@ class Trainer:
         speed = Speed()
         for batch in loader:
             values = self._step(batch, data_wait_s=speed.lap_s())
+            values |= speed.end_step(values["clips"], values["tokens"], config.max_steps - state.step)
             if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
                 values |= self._validate(self.validation)
-            values |= speed.end_step(values["clips"], values["tokens"], config.max_steps - state.step)
             if metrics is not None:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
             if state.step >= config.max_steps or self.stopping:
                 return
             if state.step % config.checkpoint.save_every_steps == 0:
                 self._try_to_save()
+            speed.restart()
 
     def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
         """One optimizer step, its EMA and its bookkeeping. Returns metrics, the same on all ranks."""

@@ -69,3 +69,8 @@ def test_a_birth_is_marked_where_it_happened(picture):
 def test_a_long_clip_is_drawn_in_full(picture):
     shown = picture([0.0, *np.linspace(0, 1, 63)], [Role.START] + [Role.FREE] * 63)
     assert shown.shape[0] > 1000
+
+
+def test_a_title_is_not_mathematics(tmp_path):
+    draw_growth(tmp_path / "growth.png", [0.0], [Role.START], num_inference_steps=2, title="class a$\\foo$")
+    assert (tmp_path / "growth.png").is_file()

@@ -5,7 +5,7 @@ from toy_set import write_config, write_set
 
 from flowception.config import load_config
 from flowception.errors import ConfigError
-from flowception.nn.dit import FlowceptionDiT, count_parameters
+from flowception.nn import FlowceptionDiT, count_parameters
 from flowception.nn.layout import ClipShape, PackInput, build_layout
 from flowception.nn.presets import DiTConfig
 from flowception.training.dry_run import report, world_sizes

@@ -91,7 +91,7 @@ def test_console_line_shows_the_held_out_loss():
 
 
 def test_speed_predicts_the_time_left(monkeypatch):
-    clock = iter([0.0, 0.5, 2.0, 2.25, 4.0])
+    clock = iter([0.0, 0.5, 2.0, 2.25, 4.0, 9.0, 9.5, 10.0])
     monkeypatch.setattr("flowception.training.metrics.time.perf_counter", lambda: next(clock))
     speed = Speed()
     assert speed.lap_s() == 0.5
@@ -99,6 +99,9 @@ def test_speed_predicts_the_time_left(monkeypatch):
     assert first == {"step_s": 2.0, "clips_per_s": 5.0, "tokens_per_s": 50.0, "time_left_s": 6.0}
     assert speed.lap_s() == 0.25
     assert speed.end_step(clips=10, tokens=100, steps_left=2)["step_s"] == 2.0
+    speed.restart()  # five seconds of saving are nobody's data wait
+    assert speed.lap_s() == 0.5
+    assert speed.end_step(clips=10, tokens=100, steps_left=1)["step_s"] == 1.0
 
 
 @pytest.fixture
