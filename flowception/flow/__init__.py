@@ -4,6 +4,7 @@
 DESIGN.md section 2; nothing here knows of files, networks or processes.
 """
 
+from flowception.flow.context_law import context_probability, length_law, present_law
 from flowception.flow.extended_time import (
     ClipDraws,
     ProcessConfig,
@@ -28,6 +29,7 @@ from flowception.flow.task import (
     TASK_NUMBERS,
     TASKS,
     Role,
+    RoleConfig,
     draw_roles,
     is_context,
     is_generated,
@@ -47,11 +49,13 @@ __all__ = [
     "Predictor",
     "ProcessConfig",
     "Role",
+    "RoleConfig",
     "SampleResult",
     "SamplerConfig",
     "SamplerState",
     "StepRecord",
     "build_schedule",
+    "context_probability",
     "denominators",
     "draw_clips",
     "draw_roles",
@@ -63,8 +67,10 @@ __all__ = [
     "interpolate",
     "is_context",
     "is_generated",
+    "length_law",
     "may_insert",
     "model_role",
+    "present_law",
     "rate_from_log",
     "sample",
     "sample_states",

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowception.errors import ConfigError
+from flowception.flow.context_law import PresentLaw, present_law
 from flowception.flow.delays import build_delay_law
 from flowception.flow.path import shift_time
 from flowception.flow.schedule import InsertionSchedule, build_schedule
 from flowception.flow.task import (
     TASKS,
-    Role,
+    RoleConfig,
     draw_roles,
     is_context,
     is_generated,
@@ -37,13 +38,11 @@ from flowception.flow.task import (
 
 
 @dataclass(kw_only=True)
-class ProcessConfig:
+class ProcessConfig(RoleConfig):
     """The process that a model learns."""
 
     tasks: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0})
-    """Probability of each task (``t2v``, ``i2v``); need not sum to 1."""
-    num_start_frames: int = 3
-    """Generated frames that are there from the beginning."""
+    """Probability of each task (``t2v``, ``i2v``, ``v2v``, ``interpolation``, ``completion``); need not sum to 1."""
     insertion_schedule: str = "linear"
     """kappa: ``linear``, ``power`` or ``cosine``."""
     insertion_exponent: float = 2.0
@@ -64,11 +63,11 @@ class ProcessConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
+        RoleConfig.__post_init__(self)
         self.task_probabilities()
         build_schedule(self.insertion_schedule, self.insertion_exponent)
         build_delay_law(self.delay_law)
         rules = {
-            "num_start_frames": (self.num_start_frames >= 0, "an integer of at least 0"),
             "insertion_share": (0 < self.insertion_share <= 1, "a number above 0 and at most 1"),
             "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
             "insertion_loss_weight": (0 <= self.insertion_loss_weight < float("inf"), "a number of at least 0"),
@@ -221,8 +220,7 @@ def draw_clips(
         )
     law = build_delay_law(config.delay_law)
     task = _draw_tasks(config, which)
-    drawn = draw_roles(task, frames, per_frame[..., 1], config.num_start_frames)
-    roles = law.adapt_roles(drawn)
+    roles = law.adapt_roles(draw_roles(task, frames, per_frame[..., 1], config))
     if law.inserts:
         global_time, weight = two_part_prior(time, config.insertion_share)
     else:
@@ -231,7 +229,7 @@ def draw_clips(
         num_frames=frames,
         global_time=global_time,
         weight=weight,
-        task=played_task(task, drawn),
+        task=played_task(task, frames),
         roles=roles,
         delay=law.delays(roles, per_frame[..., 0], config.schedule()),
         time_shift=config.time_shift,
@@ -246,10 +244,13 @@ def effective_sample_ratio(insertion_share: float) -> float:
     return 1 / (0.25 / insertion_share + 0.25 / (1 - insertion_share))
 
 
-def _visible_square(present: Tensor, free: Tensor, schedule: InsertionSchedule) -> Tensor:
-    """E[(present + Binomial(free, kappa(tau_g)))^2] over tau_g ~ U(0, 1)."""
-    mean, square = schedule.mean(), schedule.mean_square()
-    return present**2 + 2 * present * free * mean + free * (mean - square) + free**2 * square
+def _early_square(present: PresentLaw, num_frames: int, schedule: InsertionSchedule) -> float:
+    """E[(there + Binomial(num_frames - there, kappa(tau_g)))^2] over tau_g ~ U(0, 1) and the law given."""
+    mean, square, total = schedule.mean(), schedule.mean_square(), 0.0
+    for there, probability in present.items():
+        free = num_frames - there
+        total += probability * (there**2 + 2 * there * free * mean + free * (mean - square) + free**2 * square)
+    return total
 
 
 def expected_attention_ratio(
@@ -265,8 +266,8 @@ def expected_attention_ratio(
         tokens_per_frame: [B], tokens of a frame of each clip; None if all clips have frames of one size.
 
     Returns:
-        ``E[sum (visible p)^2] / sum (n p)^2``, p tokens of a frame, under the prior in use. Exact: every task so far
-        has a number of present frames that depends on the clip's length alone.
+        ``E[sum (visible p)^2] / sum (n p)^2``, p tokens of a frame, under the prior in use. Exact: summed over the law
+        of the number of frames present when the clock begins (``context_law.present_law``).
     """
     if isinstance(num_frames, Mapping):
         if tokens_per_frame is not None:
@@ -281,14 +282,11 @@ def expected_attention_ratio(
         raise ValueError("the attention ratio of no clips is not defined; give at least one length")
     law, schedule, share = build_delay_law(config.delay_law), config.schedule(), config.insertion_share
     full = lengths.double() ** 2
-    u_role = torch.rand(
-        len(lengths), int(lengths.max()), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
     expected = torch.zeros_like(full)
-    for number, probability in enumerate(config.task_probabilities()):
-        task = torch.full_like(lengths, number)
-        roles = law.adapt_roles(draw_roles(task, lengths, u_role, config.num_start_frames))
-        free = (roles == Role.FREE).sum(dim=1).double()
-        early = _visible_square(lengths - free, free, schedule)
-        expected += probability * (share * early + (1 - share) * full if law.inserts else full)
+    for task, probability in zip(TASKS, config.task_probabilities().tolist()):
+        if not law.inserts or not probability:
+            expected += probability * full
+            continue
+        early = [_early_square(present_law(task.name, n, config), n, schedule) for n in lengths.tolist()]
+        expected += probability * (share * torch.tensor(early, dtype=torch.float64) + (1 - share) * full)
     return float((expected * pairs_weight).sum() / (full * pairs_weight).sum())

@@ -79,6 +79,8 @@ class Context:
     image-to-video where K is 1."""
     num_start_frames: int | None = None
     """Start frames right of the context; None takes the sampler's."""
+    begins_with_start: bool = False
+    """Whether one more start frame stands left of the context: scene completion of which frame 0 is not given."""
 
     def roles(self) -> Tensor:
         """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K]."""
@@ -207,7 +209,7 @@ def _starts_of(context: Context | None, config: SamplerConfig) -> int:
         return max(1, config.num_start_frames)
     starts = config.num_start_frames if context.num_start_frames is None else context.num_start_frames
     can_grow = config.insertion is not None and bool((context.roles() == Role.CONTEXT_ACTIVE).any())
-    if starts == 0 and not can_grow:
+    if starts == 0 and not can_grow and not context.begins_with_start:
         raise ConfigError("this context leaves nothing to generate: no active frame to insert by and 0 start frames")
     return starts
 
@@ -230,7 +232,7 @@ def initial_state(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> SamplerState:
-    """The state at clock 0: each clip's context frames, then its start frames as noise.
+    """The state at clock 0: each clip's context frames, then its start frames as noise; one of them may come first.
 
     Arguments as in ``flowception.flow.sampler.sample``.
 
@@ -242,12 +244,14 @@ def initial_state(
         raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}, and seed {seed}, at least 0")
     given = [item for item in contexts if item is not None]
     context_frames = torch.tensor([0 if item is None else len(item.frames) for item in contexts], dtype=torch.int64)
-    sizes = context_frames + torch.tensor([_starts_of(item, config) for item in contexts], dtype=torch.int64)
+    leading = torch.tensor([item is not None and item.begins_with_start for item in contexts], dtype=torch.int64)
+    starts = torch.tensor([_starts_of(item, config) for item in contexts], dtype=torch.int64)
+    sizes = leading + context_frames + starts
     _check(contexts, frame_shape, sizes, config.max_frames)
     cu_frames = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     clip = torch.repeat_interleave(sizes)
     rank = torch.arange(len(clip)) - cu_frames[clip]
-    is_given = rank < context_frames[clip]
+    is_given = (rank >= leading[clip]) & (rank < (leading + context_frames)[clip])
     roles = torch.full((len(clip),), int(Role.START))
     seeds = seed + torch.arange(batch_size)
     frames = torch.empty(len(clip), *frame_shape)

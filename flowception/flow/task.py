@@ -1,10 +1,12 @@
 """Tasks: which frames of a clip are given, which are there from the beginning, which are inserted later.
 
-A task is one small function that gives every frame of a clip a ``Role`` (table in DESIGN.md section 2). To add
-one, write the function, append it to ``TASKS`` and test the law of its roles; a task's number is its index there,
-so never reorder the table.
+A task is one small function that gives every frame of a clip a ``Role`` (table in DESIGN.md section 2), from one
+uniform a frame: frame 0's decides how many frames are context, the others' decide which, and which start. The law
+of what is given is stated in each function, and in closed form in ``context_law``. To add a task, write the function
+and its law, append them to ``TASKS`` and ``context_law.CONTEXT_LAWS`` and test both; a task's number is its index, so
+never reorder the table.
 
-Shape legend: ``B`` clips, ``N`` frames of the longest of them.
+Shape legend: ``B`` clips (``K`` of one task), ``N`` frames of the longest of them, ``n`` frames of a clip.
 """
 
 from __future__ import annotations
@@ -64,8 +66,30 @@ def model_role(roles: Tensor) -> Tensor:
     return torch.where(roles == Role.CONTEXT_PASSIVE, int(ModelRole.PASSIVE), active)
 
 
-RoleLaw = Callable[[Tensor, Tensor, int], Tensor]
-"""``(num_frames [K], u_role [K, N], num_start_frames) -> roles [K, N]`` for K clips of one task."""
+@dataclass(kw_only=True)
+class RoleConfig:
+    """How many frames of a clip start and how many are given."""
+
+    num_start_frames: int = 3
+    """Generated frames that are there from the beginning."""
+    max_context_frames: int = 8
+    """``v2v``: most context frames. Their number is uniform from 1 to this, or to one less than the clip has."""
+    max_keyframes: int = 3
+    """``interpolation``: most keyframes between the first frame and the last. Their number is uniform from 0 to this,
+    or to three less than the clip has."""
+    max_cuts: int = 4
+    """``completion``: most changes from given to generated or back. Their number is uniform from 1 to this, or to one
+    less than the clip has."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        for name, least in (("num_start_frames", 0), ("max_context_frames", 1), ("max_keyframes", 0), ("max_cuts", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give an integer of at least {least}")
+
+
+RoleLaw = Callable[[Tensor, Tensor, RoleConfig], Tensor]
+"""``(num_frames [K], u_role [K, N], config) -> roles [K, N]`` for K clips of one task, none too short for it."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +98,8 @@ class Task:
 
     name: str
     draw: RoleLaw
-    needs_context: bool
-    """Whether its sampler must be given context frames."""
+    min_frames: int
+    """A shorter clip would have nothing to generate and falls back to text-to-video."""
 
 
 def _blank_roles(num_frames: Tensor, u_role: Tensor) -> Tensor:
@@ -84,31 +108,92 @@ def _blank_roles(num_frames: Tensor, u_role: Tensor) -> Tensor:
     return torch.where(inside, int(Role.FREE), int(Role.ABSENT))
 
 
-def _start_random(roles: Tensor, u_role: Tensor, count: int) -> Tensor:
-    """Make ``count`` of each clip's FREE frames START (or all there are): those of least ``u_role``."""
-    free = roles == Role.FREE
-    order = torch.argsort(torch.where(free, u_role, torch.inf), dim=1, stable=True)
+def _uniform_count(u: Tensor, least: int, most: Tensor) -> Tensor:
+    """Integers uniform from ``least`` to ``most`` [K], int64 [K], from uniforms [K]."""
+    return least + (u * (most - least + 1)).long()
+
+
+def _set_least(roles: Tensor, among: Tensor, u_role: Tensor, count: Tensor | int, role: Role) -> Tensor:
+    """Give ``role`` to ``count`` of each clip's frames in ``among`` (or all there are): those of least ``u_role``.
+
+    Any subset of that size is as likely as any other. ``among`` is bool [K, N], ``count`` an int or int64 [K, 1].
+    """
+    order = torch.argsort(torch.where(among, u_role, torch.inf), dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-    return torch.where(free & (rank < count), int(Role.START), roles)
+    return torch.where(among & (rank < count), int(role), roles)
 
 
-def _text_to_video(num_frames: Tensor, u_role: Tensor, num_start_frames: int) -> Tensor:
+def _start_random(roles: Tensor, u_role: Tensor, count: int) -> Tensor:
+    """Make ``count`` random ones of each clip's FREE frames START (or all there are)."""
+    return _set_least(roles, roles == Role.FREE, u_role, count, Role.START)
+
+
+def _text_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
     """No context; frame 0 and ``num_start_frames - 1`` random others start."""
     roles = _blank_roles(num_frames, u_role)
     roles[:, 0] = int(Role.START)
-    return _start_random(roles, u_role, num_start_frames - 1)
+    return _start_random(roles, u_role, config.num_start_frames - 1)
 
 
-def _image_to_video(num_frames: Tensor, u_role: Tensor, num_start_frames: int) -> Tensor:
+def _image_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
     """Frame 0 is active context; ``num_start_frames`` random others start."""
     roles = _blank_roles(num_frames, u_role)
     roles[:, 0] = int(Role.CONTEXT_ACTIVE)
-    return _start_random(roles, u_role, num_start_frames)
+    return _start_random(roles, u_role, config.num_start_frames)
+
+
+def _video_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
+    """Continuation: the first c frames are context, passive except the last; ``num_start_frames`` random others start.
+
+    c is uniform from 1 to ``min(max_context_frames, n - 1)``.
+    """
+    roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
+    given = _uniform_count(u_role[:, 0], 1, (num_frames - 1).clamp(max=config.max_context_frames))[:, None]
+    roles = torch.where(place < given, int(Role.CONTEXT_PASSIVE), roles)
+    roles = torch.where(place == given - 1, int(Role.CONTEXT_ACTIVE), roles)
+    return _start_random(roles, u_role, config.num_start_frames)
+
+
+def _interpolation(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
+    """The first frame, the last and m random keyframes between them are context, active except the last; none starts.
+
+    m is uniform from 0 to ``min(max_keyframes, n - 3)``, any m places between the ends are as likely as any others.
+    """
+    roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
+    last = num_frames[:, None] - 1
+    keyframes = _uniform_count(u_role[:, 0], 0, (num_frames - 3).clamp(max=config.max_keyframes))
+    between = (place > 0) & (place < last)
+    roles = _set_least(roles, between, u_role, keyframes[:, None], Role.CONTEXT_ACTIVE)
+    roles[:, 0] = int(Role.CONTEXT_ACTIVE)
+    return torch.where(place == last, int(Role.CONTEXT_PASSIVE), roles)
+
+
+def _completion(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
+    """Scene completion: random runs are context, inside a run passive, its last frame active, or passive at the end.
+
+    The clip is cut at k places into pieces that are given and generated in turn. k is uniform from 1 to
+    ``min(max_cuts, n - 1)``, any k places are as likely as any others, and the first piece is given with probability
+    1/2. Frame 0 starts when it is not context, and nothing else does.
+    """
+    roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
+    most = (num_frames - 1).clamp(max=config.max_cuts)
+    choice = _uniform_count(u_role[:, 0], 0, 2 * most - 1)  # twice the number of cuts, and which piece is first
+    cuts, first_is_given = 1 + choice // 2, choice % 2
+    inside = place < num_frames[:, None]
+    is_cut = _set_least(torch.zeros_like(roles), inside & (place > 0), u_role, cuts[:, None], Role.FREE) == Role.FREE
+    given = ((is_cut.cumsum(dim=1) + first_is_given[:, None]) % 2 == 1) & inside
+    generated_follows = torch.cat([~given[:, 1:] & inside[:, 1:], torch.zeros_like(given[:, :1])], dim=1)
+    context = torch.where(generated_follows, int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE))
+    roles[:, 0] = int(Role.START)
+    return torch.where(given, context, roles)
 
 
 TASKS: tuple[Task, ...] = (
-    Task("t2v", _text_to_video, needs_context=False),
-    Task("i2v", _image_to_video, needs_context=True),
+    Task("t2v", _text_to_video, min_frames=1),
+    Task("i2v", _image_to_video, min_frames=2),
+    Task("v2v", _video_to_video, min_frames=2),
+    Task("interpolation", _interpolation, min_frames=3),
+    Task("completion", _completion, min_frames=2),
 )
 """Every task; the index is the task's number."""
 
@@ -123,7 +208,21 @@ def task_number(name: str) -> int:
     return TASK_NUMBERS[name]
 
 
-def draw_roles(task: Tensor, num_frames: Tensor, u_role: Tensor, num_start_frames: int) -> Tensor:
+def played_task(task: Tensor, num_frames: Tensor) -> Tensor:
+    """The task that each clip plays: ``task``, or text-to-video where a clip is too short for it.
+
+    Args:
+        task: int64 [B], the tasks asked for.
+        num_frames: int64 [B].
+
+    Returns:
+        int64 [B].
+    """
+    least = torch.tensor([law.min_frames for law in TASKS])
+    return torch.where(num_frames < least[task], _FALLBACK, task)
+
+
+def draw_roles(task: Tensor, num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
     """Give every frame of a batch of clips its role.
 
     A clip that its task would leave with nothing to generate gets the roles of text-to-video
@@ -133,32 +232,15 @@ def draw_roles(task: Tensor, num_frames: Tensor, u_role: Tensor, num_start_frame
         task: int64 [B], task numbers.
         num_frames: int64 [B], each at least 1.
         u_role: [B, N], independent uniforms in [0, 1).
-        num_start_frames: Start frames asked for; text-to-video has at least one, frame 0.
+        config: Numbers of start and context frames; text-to-video has at least one start frame, frame 0.
 
     Returns:
         int64 [B, N], a ``Role`` for each frame.
     """
     roles = torch.full(u_role.shape, int(Role.ABSENT), dtype=torch.int64)
+    played = played_task(task, num_frames)
     for number, law in enumerate(TASKS):
-        rows = torch.nonzero(task == number).flatten()
+        rows = torch.nonzero(played == number).flatten()
         if len(rows):
-            roles[rows] = law.draw(num_frames[rows], u_role[rows], num_start_frames)
-    idle = torch.nonzero(~is_generated(roles).any(dim=1)).flatten()
-    if len(idle):
-        roles[idle] = TASKS[_FALLBACK].draw(num_frames[idle], u_role[idle], num_start_frames)
+            roles[rows] = law.draw(num_frames[rows], u_role[rows], config)
     return roles
-
-
-def played_task(task: Tensor, roles: Tensor) -> Tensor:
-    """The task whose roles each clip really has: ``task``, or text-to-video where it fell back.
-
-    Args:
-        task: int64 [B], the tasks asked for.
-        roles: int64 [B, N], as ``draw_roles`` gave them.
-
-    Returns:
-        int64 [B].
-    """
-    needs_context = torch.tensor([law.needs_context for law in TASKS])
-    fallen_back = needs_context[task] & ~is_context(roles).any(dim=1)
-    return torch.where(fallen_back, _FALLBACK, task)

@@ -151,7 +151,8 @@ def test_tasks_are_drawn_with_their_probabilities():
 
 @pytest.mark.parametrize("name", ["linear", "power", "cosine"])
 def test_a_clip_is_drawn_the_same_whatever_else_is_drawn(name):
-    config = ProcessConfig(tasks={"t2v": 1, "i2v": 1}, insertion_schedule=name, insertion_exponent=1.7)
+    tasks = {"t2v": 1, "i2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}
+    config = ProcessConfig(tasks=tasks, insertion_schedule=name, insertion_exponent=1.7)
     clips = 501
     num_frames = 1 + np.arange(clips) % 13
     u_time, u_task = rng.uniforms(1, rng.Stream.TASK, clip=np.arange(clips)).T
@@ -182,6 +183,10 @@ RATIO_CASES = [
     {"insertion_share": 0.8, "insertion_schedule": "cosine", "tasks": {"t2v": 1, "i2v": 2}},
     {"insertion_schedule": "power", "insertion_exponent": 3.0, "num_start_frames": 1},
     {"delay_law": "full_sequence"},
+    {"tasks": {"v2v": 1}, "num_start_frames": 2, "max_context_frames": 5, "insertion_share": 1.0},
+    {"tasks": {"interpolation": 1}, "insertion_share": 1.0, "insertion_schedule": "cosine"},
+    {"tasks": {"completion": 1}, "insertion_share": 1.0},
+    {"tasks": {"t2v": 1, "i2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}, "insertion_share": 0.8},
 ]
 
 
@@ -227,6 +232,7 @@ def test_attention_ratios_of_the_design():
         ({"insertion_share": 1.5}, "insertion_share is 1.5"),
         ({"time_shift": 0.5}, "time_shift is 0.5"),
         ({"num_start_frames": -1}, "num_start_frames is -1"),
+        ({"max_cuts": 0}, "max_cuts is 0"),
         ({"condition_dropout": 2.0}, "condition_dropout is 2.0"),
         ({"delay_law": "late"}, "delay_law is 'late'"),
         ({"insertion_schedule": "late"}, "insertion_schedule is 'late'"),

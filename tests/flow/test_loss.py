@@ -72,7 +72,10 @@ CASES = [
     {"tasks": {"t2v": 1.0, "i2v": 3.0}, "insertion_share": 0.8},
     {"insertion_schedule": "power", "insertion_share": 0.3},
     {"insertion_schedule": "cosine", "num_start_frames": 1},
-    {"delay_law": "full_sequence", "tasks": {"t2v": 1.0, "i2v": 1.0}},
+    {"delay_law": "full_sequence", "tasks": {"t2v": 1.0, "i2v": 1.0, "completion": 1.0}},
+    {"tasks": {"v2v": 1.0}, "insertion_share": 0.7},
+    {"tasks": {"interpolation": 1.0}, "insertion_schedule": "cosine"},
+    {"tasks": {"completion": 1.0}, "num_start_frames": 0},
 ]
 
 

@@ -72,7 +72,7 @@ def state_of(plan, pack_plan, draws):
     )
 
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "interpolation", "completion"])
 def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
     config = Config(
         tasks={task: 1.0}, token_budget=400, packs_per_step=1, num_start_frames=2, time_shift=3.0, condition_dropout=0.0

@@ -1,0 +1,168 @@
+"""The law of what a task gives: ``p(context | n)``, and how many frames are there when the clock begins.
+
+The sampler is shown the given frames in their order and not their places. So what it knows of the length is
+``p(n) p(context | n)``, normalised, and that is the length law it should show (DESIGN.md section 2). Closed forms of
+the laws that ``task.draw_roles`` draws from:
+
+* ``v2v``, c context frames: ``1 / M``, M = ``min(max_context_frames, n - 1)``, for c = 1 to M.
+* ``interpolation``, m keyframes between the ends: ``1 / (1 + M)``, M = ``min(max_keyframes, n - 3)``, for m = 0 to M.
+* ``completion``, k cuts, G generated pieces of g frames together, and runs of given lengths:
+  ``C(g - 1, G - 1) / (2 M C(n - 1, k))``, M = ``min(max_cuts, n - 1)``: of the ``C(n - 1, k)`` ways to cut, those that
+  leave the runs as they are only share the g frames out over the G pieces.
+
+A start frame's presence is certain and its place is hidden, so with ``num_start_frames = s`` a length of fewer than s
+frames right of the context is not what such a sampler was asked for.
+
+Shape legend: ``n`` frames of a clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import comb
+
+from flowception.flow.task import TASKS, Role, RoleConfig, task_number
+
+Given = Sequence[Role]
+"""What a sampler begins with and knows the order of: the role of every context frame, and before them START where the
+clip begins with its only start frame (``completion``). Random start frames are left out."""
+
+PresentLaw = Mapping[int, float]
+"""Number of frames present when the clock begins, context and start, and its probability."""
+
+ACTIVE, PASSIVE = Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE
+
+
+def _text_to_video(given: Given, n: int, config: RoleConfig) -> float:
+    return float(not given)
+
+
+def _image_to_video(given: Given, n: int, config: RoleConfig) -> float:
+    return float(list(given) == [ACTIVE])
+
+
+def _video_to_video(given: Given, n: int, config: RoleConfig) -> float:
+    most = min(config.max_context_frames, n - 1)
+    is_continuation = 1 <= len(given) <= most and list(given) == [PASSIVE] * (len(given) - 1) + [ACTIVE]
+    return is_continuation / most
+
+
+def _interpolation(given: Given, n: int, config: RoleConfig) -> float:
+    most = min(config.max_keyframes, n - 3)
+    is_interpolation = 2 <= len(given) <= 2 + most and list(given) == [ACTIVE] * (len(given) - 1) + [PASSIVE]
+    return is_interpolation / (1 + most)
+
+
+def _pieces(given: Given) -> tuple[int, int] | None:
+    """Number of runs and of generated pieces of a completion; None if it is none."""
+    starts_first = bool(given) and given[0] == Role.START
+    context = list(given)[starts_first:]
+    if not context or any(role not in (ACTIVE, PASSIVE) for role in context):
+        return None
+    active = sum(role == ACTIVE for role in context)
+    return active + (context[-1] == PASSIVE), active + starts_first
+
+
+def _completion(given: Given, n: int, config: RoleConfig) -> float:
+    pieces = _pieces(given)
+    generated = n - sum(role != Role.START for role in given)
+    if pieces is None or generated < 1:
+        return 0.0
+    runs, generated_pieces = pieces
+    most, cuts = min(config.max_cuts, n - 1), runs + generated_pieces - 1
+    if generated_pieces < 1 or cuts > most:
+        return 0.0
+    return comb(generated - 1, generated_pieces - 1) / (2 * most * comb(n - 1, cuts))
+
+
+CONTEXT_LAWS: dict[str, Callable[[Given, int, RoleConfig], float]] = {
+    "t2v": _text_to_video,
+    "i2v": _image_to_video,
+    "v2v": _video_to_video,
+    "interpolation": _interpolation,
+    "completion": _completion,
+}
+"""``(given, n, config) -> p(context | n)`` of each task, for a clip that is long enough for it."""
+
+
+def _played(task: str, n: int) -> str:
+    """The task that a clip of n frames plays."""
+    return task if n >= TASKS[task_number(task)].min_frames else "t2v"
+
+
+def context_probability(task: str, given: Given, num_frames: int, config: RoleConfig) -> float:
+    """Probability that a task gives a clip just these context frames, wherever they lie.
+
+    Args:
+        task: Name of the task.
+        given: Roles of the context frames in their order, after START where frame 0 is completion's start frame.
+        num_frames: n, latent frames of the clip, at least 1.
+        config: Numbers of start and context frames.
+
+    Returns:
+        ``p(context | n)``. A clip too short for its task has the context of text-to-video, none.
+    """
+    return CONTEXT_LAWS[_played(task, num_frames)](given, num_frames, config)
+
+
+def length_law(task: str, given: Given, lengths: Mapping[int, float], config: RoleConfig) -> dict[int, float]:
+    """The length law that a task's sampler should show: ``p(n) p(context | n)``, normalised.
+
+    Args:
+        task: Name of the task.
+        given: As in ``context_probability``.
+        lengths: ``p(n)`` of the training clips.
+        config: Numbers of start and context frames.
+
+    Returns:
+        Probability of each length that is possible.
+
+    Raises:
+        ValueError: If no length goes with this context.
+    """
+    joint = {n: share * context_probability(task, given, n, config) for n, share in lengths.items()}
+    total = sum(joint.values())
+    if not total > 0:
+        raise ValueError(f"task {task} gives no clip of {sorted(lengths)} frames the context {list(given)}")
+    return {n: share / total for n, share in joint.items() if share > 0}
+
+
+def present_law(task: str, num_frames: int, config: RoleConfig) -> PresentLaw:
+    """How many frames of a clip are present when the clock begins.
+
+    Args:
+        task: Name of the task.
+        num_frames: n, at least 1.
+        config: Numbers of start and context frames.
+
+    Returns:
+        Probability of each number of context and start frames together.
+    """
+    n, played = num_frames, _played(task, num_frames)
+    if played == "t2v":
+        return {min(n, max(1, config.num_start_frames)): 1.0}
+    law: dict[int, float] = {}
+    for context, probability in _context_counts(played, n, config):
+        law[context] = law.get(context, 0.0) + probability
+    return law
+
+
+def _context_counts(task: str, n: int, config: RoleConfig) -> list[tuple[int, float]]:
+    """Present frames and probability of every case of a task with context."""
+    if task == "i2v":
+        return [(min(n, 1 + config.num_start_frames), 1.0)]
+    if task == "v2v":
+        most = min(config.max_context_frames, n - 1)
+        return [(min(n, c + config.num_start_frames), 1 / most) for c in range(1, most + 1)]
+    if task == "interpolation":
+        most = min(config.max_keyframes, n - 3)
+        return [(2 + m, 1 / (1 + most)) for m in range(most + 1)]
+    most = min(config.max_cuts, n - 1)
+    cases = []
+    for cuts in range(1, most + 1):
+        for starts in (0, 1):
+            runs = (cuts + 2 - starts) // 2
+            ways = 2 * most * comb(n - 1, cuts)
+            for c in range(runs, n - (cuts + 1 - runs) + 1):
+                cases.append((c + starts, comb(c - 1, runs - 1) * comb(n - c - 1, cuts - runs) / ways))
+    return cases
