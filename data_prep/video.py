@@ -1,23 +1,19 @@
 """Cuts a video file into clips: frame rate, size, length.
 
-Frames are counted as they decode; what a file says of its own length is never used. A frame is on screen from its
-time until the next one's, so resampling to another rate takes, at every tick, the frame that is shown then.
+Frames are counted as they decode; what a file says of its own length is never used.
 
 Shape legend: frames are uint8 ``[H, W, 3]``, a clip ``[n, H, W, 3]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flowception.codecs.video_file import Frame, TimedFrame, cover_and_crop, decode_frames
+from flowception.codecs.video_file import Frame, cover_and_crop, decode_frames, resample
 from flowception.errors import DataError
-
-_TICK_TOLERANCE_S = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +82,6 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
     if not clips:
         raise DataError(f"{path} has {count} frames at the clips' rate, fewer than min_frames = {settings.min_frames}")
     return clips
-
-
-def resample(frames: Iterable[TimedFrame], fps: float | None) -> Iterator[TimedFrame]:
-    """Frames at the ticks ``0, 1 / fps, 2 / fps, ...``: at each the frame that is on screen.
-
-    Args:
-        frames: Decoded frames, in order of time.
-        fps: Ticks per second; None passes every frame on.
-
-    Yields:
-        A frame for each tick until the last frame leaves the screen.
-    """
-    if fps is None:
-        yield from frames
-        return
-    tick, shown = 0, None
-
-    def until(end_s: float) -> Iterator[TimedFrame]:
-        nonlocal tick
-        while shown is not None and tick / fps < end_s - _TICK_TOLERANCE_S:
-            yield TimedFrame(tick / fps, 1.0 / fps, shown.image)
-            tick += 1
-
-    for frame in frames:
-        yield from until(frame.time_s)
-        shown = frame
-    if shown is not None:
-        yield from until(shown.time_s + shown.duration_s)
 
 
 def _fit(image: Frame, settings: CutSettings) -> Frame:

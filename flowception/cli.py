@@ -17,7 +17,7 @@ from flowception.errors import CheckpointError, ConfigError, FlowceptionError, R
 EXIT_BAD_INPUT = 2
 """Exit code of every error raised on purpose; argparse uses the same."""
 INSERTION_RULES = ("thinning", "bernoulli", "poisson")
-TASKS = ("t2v", "i2v")
+TASKS = ("t2v", "i2v", "v2v", "interpolation", "completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +74,26 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--task", choices=TASKS, default="t2v", help="default: t2v")
-    parser.add_argument("--context", nargs="+", type=Path, default=[], metavar="FILE", help="i2v: images or videos")
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="i2v: images or videos; v2v, completion: videos; interpolation: two or more images in order, or videos",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="FRAMES",
+        help="latent frames of a video that are given, counted from 0, such as 0-3,8-11 (default: v2v the end, "
+        "interpolation the first and the last, completion the first and the last quarter)",
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="caption, for a model trained with text")
     parser.add_argument("--text-encoder", metavar="MODEL", help="T5 encoder for the prompt: a folder or hub id")
     parser.add_argument(
         "--class-label",
         metavar="K|NAME",
-        help="class number or name; null for none (default: t2v cycles over the classes, i2v none)",
+        help="class number or name; null for none (default: t2v cycles over the classes, other tasks none)",
     )
     parser.add_argument("--num", type=_positive, required=True, metavar="N", help="clips to generate")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
@@ -93,7 +106,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insertion", choices=INSERTION_RULES, default="thinning", help="default: thinning")
     parser.add_argument("--num-inference-steps", type=_positive, default=50, metavar="N", help="default: 50")
     parser.add_argument(
-        "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames (default: 64)"
+        "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames, with context (default: 64)"
     )
     parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for full-sequence runs only")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="clips at once (default: 16)")
@@ -205,6 +218,7 @@ def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) ->
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from flowception.generation.context import parse_keep
     from flowception.generation.run import GenerateOptions, generate
     from flowception.progress import show_log
 
@@ -215,6 +229,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         num_clips=arguments.num,
         context_files=tuple(arguments.context),
+        keep=parse_keep(arguments.keep) if arguments.keep else None,
         class_label=arguments.class_label,
         prompt=arguments.prompt,
         text_encoder=arguments.text_encoder,

@@ -9,7 +9,7 @@ import torch
 
 from flowception.checkpoint import writing
 from flowception.checkpoint.format import KINDS
-from flowception.cli import main
+from flowception.cli import TASKS, main
 
 
 @pytest.fixture
@@ -76,6 +76,17 @@ def test_i2v_without_context(tmp_path, capsys):
     words = ("generate", tmp_path, "--task", "i2v", "--num", 1, "--out", tmp_path / "out")
     assert "--context" in fails_in_one_line(capsys, *words)
     assert "does not exist" in fails_in_one_line(capsys, *words, "--context", tmp_path / "missing.png")
+
+
+def test_every_task_of_the_process_can_be_generated():
+    from flowception.flow import TASK_NUMBERS
+
+    assert list(TASKS) == list(TASK_NUMBERS)
+
+
+def test_frames_to_keep_that_are_none(tmp_path, capsys):
+    words = ("generate", tmp_path, "--task", "completion", "--num", 1, "--out", tmp_path / "out", "--keep", "3-1")
+    assert "such as 0-3,8-11" in fails_in_one_line(capsys, *words)
 
 
 def test_a_size_that_is_none(tmp_path, capsys):

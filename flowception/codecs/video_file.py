@@ -1,13 +1,14 @@
 """Reading and writing video files with PyAV (its wheel brings FFmpeg).
 
-A file's own claims about its length are never believed: frames are counted by decoding them.
+A file's own claims about its length are never believed: frames are counted by decoding them. A frame is on screen
+from its time until the next one's, so resampling to another rate takes, at every tick, the frame that is shown then.
 
 Shape legend: frames are uint8 ``[H, W, 3]`` RGB arrays, a video ``[n, H, W, 3]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 from flowception.errors import DataError
 
 Frame = NDArray[np.uint8]
+_TICK_TOLERANCE_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,34 @@ def _upright(frame: Any) -> Frame:
     image: Frame = frame.to_ndarray(format="rgb24")
     quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+def resample(frames: Iterable[TimedFrame], fps: float | None) -> Iterator[TimedFrame]:
+    """Frames at the ticks ``0, 1 / fps, 2 / fps, ...``: at each the frame that is on screen.
+
+    Args:
+        frames: Decoded frames, in order of time.
+        fps: Ticks per second; None passes every frame on.
+
+    Yields:
+        A frame for each tick until the last frame leaves the screen.
+    """
+    if fps is None:
+        yield from frames
+        return
+    tick, shown = 0, None
+
+    def until(end_s: float) -> Iterator[TimedFrame]:
+        nonlocal tick
+        while shown is not None and tick / fps < end_s - _TICK_TOLERANCE_S:
+            yield TimedFrame(tick / fps, 1.0 / fps, shown.image)
+            tick += 1
+
+    for frame in frames:
+        yield from until(frame.time_s)
+        shown = frame
+    if shown is not None:
+        yield from until(shown.time_s + shown.duration_s)
 
 
 def read_video(path: str | Path) -> Frame:

@@ -1,38 +1,227 @@
-"""Context from files: an image or a video's first frame becomes the clean first latent of an image-to-video clip.
+"""Context from files: images and videos become the clean latents that a clip is generated from.
 
-Shape legend: ``H`` and ``W`` pixels, ``C, h, w`` of a latent frame.
+| task | files | ``--keep``: latent frames of a video, counted from 0 |
+|---|---|---|
+| ``i2v`` | images, or videos of which the first frame is taken | |
+| ``v2v`` | videos | the run that is continued; without it the end, as much as training gave at most |
+| ``interpolation`` | images, keyframes in order; or videos | the keyframes; without it the first and the last |
+| ``completion`` | videos | what is kept; without it the first and the last quarter |
+
+Images of ``interpolation`` together are one context; otherwise each file is one, and clips cycle over them. Videos are
+brought to the frame rate of training. An image in the middle of a clip fills one latent by being repeated to that
+latent's pixel frames (the first latent is one pixel frame).
+
+Shape legend: ``n`` pixel frames, ``H`` and ``W`` pixels, ``L`` latent frames of a video, ``C, h, w`` of one.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, cat
 
 from flowception.codecs import Codec
-from flowception.codecs.video_file import cover_and_crop
-from flowception.errors import DataError
-from flowception.generation.video import read_first_frame
+from flowception.codecs.video_file import cover_and_crop, decode_frames, resample
+from flowception.errors import ConfigError, DataError
+from flowception.flow import TASKS, Context, ProcessConfig, Role, context_probability, task_number
+from flowception.generation.video import Video, read_first_frame
+
+VIDEO_TASKS = ("v2v", "interpolation", "completion")
+"""Tasks whose context can be a video of which frames are kept."""
 
 
-def encode_context_file(path: Path, codec: Codec, *, height: int, width: int) -> Tensor:
-    """The latent of a context file's (first) frame.
+def parse_keep(word: str) -> tuple[int, ...]:
+    """The frames that ``--keep`` names.
 
     Args:
-        path: An image, or a video of which the first frame is taken.
-        codec: The run's codec.
-        height: Pixel height of the clips the run was trained on.
-        width: Pixel width of them.
+        word: Numbers and ranges with both ends included, such as ``0-3,8-11``.
 
     Returns:
-        Normalised latent, float32 ``[1, C, h, w]``.
+        Frame numbers in order, each once.
 
     Raises:
-        DataError: If the file cannot be read, or its frame does not become one latent.
+        ConfigError: If the word is anything else.
     """
-    image = cover_and_crop(read_first_frame(path), height, width)
-    latents = codec.encode(np.ascontiguousarray(image)[None])
-    if latents.shape[0] != 1:
-        raise DataError(f"context file {path}: codec {codec.name} made {latents.shape[0]} latents of one frame, want 1")
-    return latents.float()
+    kept: set[int] = set()
+    for part in word.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ConfigError(f"--keep is {word!r}; write latent frames and ranges, counted from 0, such as 0-3,8-11")
+        kept.update(range(first, last + 1))
+    return tuple(sorted(kept))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is a still image."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except OSError:  # not an image: PIL's UnidentifiedImageError is one of these
+        return False
+
+
+def check_files(task: str, files: Sequence[Path], keep: tuple[int, ...] | None) -> None:
+    """Refuse files and frames that cannot be a task's context, before anything is loaded.
+
+    Raises:
+        ConfigError: If files are missing or too many, or ``keep`` does not fit the task.
+        DataError: If a file is not there or holds no picture.
+    """
+    if task == "t2v" and files:
+        raise ConfigError(
+            "--context was given and the task is t2v; choose --task i2v, v2v, interpolation or completion"
+        )
+    if task != "t2v" and not files:
+        raise ConfigError(f"--task {task} needs --context with at least one {'video' if task != 'i2v' else 'image'}")
+    for path in files:
+        read_first_frame(path)
+    images = sum(is_image(path) for path in files) if task in VIDEO_TASKS else 0
+    if task == "interpolation" and 0 < images < max(2, len(files)):
+        raise ConfigError(
+            f"--task interpolation got {images} images and {len(files) - images} videos; give at least two images, the "
+            "keyframes in order, or videos alone"
+        )
+    if task == "completion" and images:
+        raise ConfigError("--task completion needs videos; --context has an image")
+    if keep is None:
+        return
+    if task not in VIDEO_TASKS or (task == "interpolation" and images):
+        raise ConfigError("--keep chooses frames of a video for --task v2v, interpolation or completion; leave it out")
+    if task == "v2v" and len(keep) != keep[-1] - keep[0] + 1:
+        raise ConfigError(f"--keep has a hole after frame {_hole(keep)}; --task v2v continues one run, such as 0-3")
+    if task == "interpolation" and len(keep) < 2:
+        raise ConfigError(f"--keep names frame {keep[0]} alone; --task interpolation needs two keyframes at least")
+
+
+def _hole(keep: tuple[int, ...]) -> int:
+    return next(a for a, b in zip(keep, keep[1:]) if b != a + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextReader:
+    """Reads a task's context files for one run."""
+
+    task: str
+    codec: Codec
+    height: int
+    """Pixel height of the clips to generate."""
+    width: int
+    """Pixel width of them."""
+    fps: float | None
+    """Frame rate of training; None takes a video's frames as they are."""
+    max_context_frames: int
+    """Most latent frames that training continued."""
+    keep: tuple[int, ...] | None = None
+    """Latent frames of a video; None takes the task's default."""
+
+    def read(self, files: Sequence[Path]) -> list[Context]:
+        """The contexts that clips cycle over.
+
+        Args:
+            files: As ``check_files`` accepts them.
+
+        Returns:
+            A context for each file, or one of all images for interpolation.
+
+        Raises:
+            DataError: If a file cannot be read, is too short, or leaves nothing to generate.
+        """
+        if self.task == "i2v":
+            return [Context(frames=self._image(path, first=True)) for path in files]
+        if self.task == "interpolation" and is_image(files[0]):
+            latents = [self._image(path, first=number == 0) for number, path in enumerate(files)]
+            return [_keyframes(cat(latents))]
+        read = {"v2v": self._continuation, "interpolation": self._interpolation, "completion": self._completion}
+        return [read[self.task](path, self._video(path)) for path in files]
+
+    def _image(self, path: Path, *, first: bool) -> Tensor:
+        """[1, C, h, w]: an image as a clip's first latent, or as one of its others."""
+        image = cover_and_crop(read_first_frame(path), self.height, self.width)
+        repeats = 1 if first else self.codec.pixel_frames(2)
+        return self.codec.encode(np.repeat(image[None], repeats, axis=0))[-1:].float()
+
+    def _video(self, path: Path) -> Video:
+        """uint8 [n, H, W, 3] at the frame rate and size of training."""
+        frames = resample(decode_frames(path), self.fps)
+        return np.stack([cover_and_crop(frame.image, self.height, self.width) for frame in frames])
+
+    def _latent_frames(self, path: Path, video: Video) -> int:
+        """L, checked against ``keep``."""
+        usable = self.codec.usable_frames(len(video))
+        count = self.codec.latent_frames(usable) if usable else 0
+        if count == 0 or (self.keep is not None and self.keep[-1] >= count):
+            wish = "" if self.keep is None else f" and --keep asks for frame {self.keep[-1]}"
+            raise DataError(
+                f"context file {path} has {len(video)} frames, which make latent frames 0 to {count - 1}{wish}; give a "
+                "longer video or other frames"
+            )
+        return count
+
+    def _run(self, video: Video, first: int, last: int) -> Tensor:
+        """Latents ``first`` to ``last`` of a video, encoded as a clip of their own: its first is one pixel frame."""
+        end = self.codec.pixel_frames(last + 1)
+        return self.codec.encode(video[end - self.codec.pixel_frames(last - first + 1) : end]).float()
+
+    def _continuation(self, path: Path, video: Video) -> Context:
+        count = self._latent_frames(path, video)
+        if self.keep is not None:
+            return Context(frames=self._run(video, self.keep[0], self.keep[-1]))
+        given = min(count, self.max_context_frames)
+        return Context(frames=self.codec.encode(video[len(video) - self.codec.pixel_frames(given) :]).float())
+
+    def _interpolation(self, path: Path, video: Video) -> Context:
+        count = self._latent_frames(path, video)
+        keep = self.keep or (0, count - 1)
+        if count < 2:
+            raise DataError(f"context file {path} has one latent frame; --task interpolation needs two at least")
+        return _keyframes(self._run(video, keep[0], keep[-1])[[k - keep[0] for k in keep]])
+
+    def _completion(self, path: Path, video: Video) -> Context:
+        count = self._latent_frames(path, video)
+        quarter = max(1, count // 4)
+        keep = self.keep or (*range(quarter), *range(count - quarter, count))
+        if len(set(keep)) >= count:
+            raise DataError(
+                f"context file {path} has {count} latent frames and all would be kept; leave some out of --keep"
+            )
+        latents = self._run(video, 0, count - 1)
+        return Context(
+            frames=latents[list(keep)],
+            active=[k + 1 not in keep and k + 1 < count for k in keep],
+            num_start_frames=0,
+            begins_with_start=keep[0] > 0,
+        )
+
+
+def _keyframes(latents: Tensor) -> Context:
+    """Interpolation: active except the last, no start frames."""
+    return Context(frames=latents, active=[True] * (len(latents) - 1) + [False], num_start_frames=0)
+
+
+def untrained(task: str, contexts: Sequence[Context], process: ProcessConfig, max_frames: int) -> str | None:
+    """What training never showed a network of that which it is asked for; None where it did.
+
+    Args:
+        task: Name of the task.
+        contexts: What the clips are given.
+        process: The process of the run.
+        max_frames: Longest clip to think of.
+    """
+    shares = process.task_probabilities()
+    if not shares[task_number(task)]:
+        trained = ", ".join(law.name for law, share in zip(TASKS, shares) if share)
+        return f"the run was not trained on {task}, only on {trained}; expect little"
+    for context in contexts:
+        given = [Role.START] * context.begins_with_start + [Role(role) for role in context.roles().tolist()]
+        if not any(context_probability(task, given, n, process) for n in range(1, max_frames + 1)):
+            return (
+                f"training never showed {task} such a context of {len(context.frames)} frames (max_context_frames, "
+                "max_keyframes and max_cuts in the run's config.yaml say what it showed)"
+            )
+    return None

@@ -18,8 +18,6 @@ from flowception.data.schema import ShardMeta
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
 from flowception.nn.backbone import build_backbone
 
-DEFAULT_FPS = 16.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
@@ -146,10 +144,9 @@ def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) ->
     return ShardMeta.load(Path(config.data.path))
 
 
-def data_fps(run: LoadedRun) -> float:
-    """Frames per second of the training clips, from the first of them; 16 where the shards are out of reach."""
+def data_fps(run: LoadedRun) -> float | None:
+    """Frames per second of the training clips, from the first of them; None where the shards are out of reach."""
     try:
-        fps = float(ShardReader(run.config.data.path).read_metadata(0).get("fps") or 0)
+        return float(ShardReader(run.config.data.path).read_metadata(0).get("fps") or 0) or None
     except (FlowceptionError, OSError, IndexError):
-        fps = 0.0
-    return fps or DEFAULT_FPS
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 
 from flowception.data.schema import NO_CLASS
-from flowception.errors import ConfigError, DataError
+from flowception.errors import ConfigError
 from flowception.files import write_atomically
-from flowception.flow import Context, SamplerConfig, SampleResult, SamplerState, sample
-from flowception.generation.context import encode_context_file
+from flowception.flow import (
+    Context,
+    SamplerConfig,
+    SampleResult,
+    SamplerState,
+    is_context,
+    sample,
+    task_number,
+)
+from flowception.generation.context import ContextReader, check_files, untrained
 from flowception.generation.growth import draw_growth
 from flowception.generation.load import LoadedRun, data_fps, load_run
 from flowception.generation.predictor import NetworkPredictor
@@ -30,6 +38,8 @@ from flowception.progress import Progress
 NULL_TEXT_TOKENS = 32
 """Text tokens of a clip without a prompt. A clip trained without its caption keeps the caption's tokens, all zero, so
 an unprompted clip gets about as many as a caption has."""
+DEFAULT_FPS = 16.0
+"""Of the written files, where neither the options nor the training clips say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +51,12 @@ class GenerateOptions:
     num_clips: int
     task: str = "t2v"
     context_files: tuple[Path, ...] = ()
-    """i2v: images, or videos of which the first frame is taken; clips cycle over them."""
+    """Images or videos, as the task takes them (``context``); clips cycle over them."""
+    keep: tuple[int, ...] | None = None
+    """Latent frames of a context video that are given; None takes the task's default."""
     class_label: str | None = None
-    """Number or name of a class, or ``null`` for none; None cycles over the classes for t2v, and is none for i2v, where
-    the context says what is seen."""
+    """Number or name of a class, or ``null`` for none; None cycles over the classes for t2v, and is none for the other
+    tasks, where the context says what is seen."""
     prompt: str | None = None
     text_encoder: str | None = None
     """Folder or hub id of the T5 encoder for the prompt."""
@@ -56,7 +68,7 @@ class GenerateOptions:
     insertion: str = "thinning"
     num_inference_steps: int = 50
     max_frames: int = 64
-    """Cap on latent frames of a clip."""
+    """Cap on latent frames of a clip, those of its context included."""
     num_frames: int | None = None
     """Latent frames, for a run that was trained without insertion; None otherwise."""
     batch_size: int = 16
@@ -85,7 +97,7 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
     run = load_run(options.run_dir, step=options.checkpoint_step, device=device)
     batches = GenerationBatches(run, options, device)
     _make_folder(options.out_dir)
-    fps = options.fps or data_fps(run)
+    fps = options.fps or batches.data_fps or DEFAULT_FPS
     where = f"{options.run_dir} at step {run.step} on {device}"
     print(f"generating {options.num_clips} clips ({options.task}) from {where} into {options.out_dir}", flush=True)
     records: list[dict[str, Any]] = []
@@ -105,13 +117,8 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
 
 def check_options(options: GenerateOptions) -> None:
     """Refuse wishes that contradict each other, before anything is loaded."""
-    if options.task == "i2v" and not options.context_files:
-        raise ConfigError("--task i2v needs --context with at least one image or video")
-    if options.task != "i2v" and options.context_files:
-        raise ConfigError(f"--context is for --task i2v; the task is {options.task}")
-    for path in options.context_files:
-        if not path.is_file():
-            raise DataError(f"context file {path} does not exist; give an image or a video")
+    task_number(options.task)
+    check_files(options.task, options.context_files, options.keep)
     if options.out_dir.exists() and not options.out_dir.is_dir():
         raise ConfigError(f"--out is {options.out_dir}, which is a file; give a folder")
 
@@ -178,10 +185,11 @@ class GenerationBatches:
         self.class_labels = parse_class_labels(wish, names, classes, options.num_clips)
         self.height, self.width = _choose_size(run, options)
         self.inserts = run.config.delay_law == "uniform"
+        self.data_fps = data_fps(run)
         self.config = self._sampler_config()
-        self.contexts = [
-            encode_context_file(path, run.codec, height=self.height, width=self.width) for path in options.context_files
-        ]
+        self.contexts = self._read_contexts() if options.context_files else []
+        if warning := untrained(options.task, self.contexts, run.config, options.max_frames):
+            print(f"WARNING: {warning}", flush=True)
         self.text = _encode_prompt(run, options, device)
 
     @property
@@ -204,17 +212,39 @@ class GenerationBatches:
             raise ConfigError(
                 "--num-frames is for runs trained without insertion; this model chooses the length itself"
             )
-        given = len(options.context_files) > 0
-        start = process.num_start_frames if options.num_frames is None else options.num_frames - given
+        if not self.inserts and options.task in ("interpolation", "completion"):
+            raise ConfigError(
+                f"--task {options.task} inserts frames and the run was trained with delay_law {process.delay_law}; "
+                "use a run with insertion"
+            )
         return SamplerConfig(
             num_inference_steps=options.num_inference_steps,
-            num_start_frames=start,
+            num_start_frames=process.num_start_frames if options.num_frames is None else options.num_frames,
             insertion=options.insertion if self.inserts else None,
             insertion_schedule=process.insertion_schedule,
             insertion_exponent=process.insertion_exponent,
             max_frames=options.max_frames,
             time_shift=process.time_shift,
         )
+
+    def _read_contexts(self) -> list[Context]:
+        run, options = self.run, self.options
+        reader = ContextReader(
+            task=options.task,
+            codec=run.codec,
+            height=self.height,
+            width=self.width,
+            fps=self.data_fps,
+            max_context_frames=run.config.max_context_frames,
+            keep=options.keep,
+        )
+        contexts = reader.read(options.context_files)
+        if options.num_frames is None:
+            return contexts
+        given = max(len(context.frames) for context in contexts)
+        if given >= options.num_frames:
+            raise ConfigError(f"--num-frames is {options.num_frames} and the context has {given}; give more")
+        return [replace(item, num_start_frames=options.num_frames - len(item.frames)) for item in contexts]
 
     def results(self, progress: Progress) -> Iterator[tuple[int, SampleResult]]:
         """Number of a batch's first clip, and the batch's sample."""
@@ -258,8 +288,7 @@ class GenerationBatches:
     def _contexts(self, first: int, count: int) -> list[Context] | None:
         if not self.contexts:
             return None
-        latents = [self.contexts[i % len(self.contexts)] for i in range(first, first + count)]
-        return [Context(frames=latent) for latent in latents]
+        return [self.contexts[i % len(self.contexts)] for i in range(first, first + count)]
 
 
 def _choose_size(run: LoadedRun, options: GenerateOptions) -> tuple[int, int]:
@@ -319,6 +348,7 @@ def _write_batch(
             "class_name": batches.class_name(label),
             "frames": len(video),
             "latent_frames": len(born_at),
+            "given_latent_frames": torch.nonzero(is_context(result.roles[here])).flatten().tolist(),
             "seed": options.seed + number,
             "evaluations": round(options.num_inference_steps * (1 + max(born_at))),
             "checkpoint_step": run.step,

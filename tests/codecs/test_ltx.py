@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.ltx import LTXCodec
 from flowception.errors import CodecError, ConfigError
+from flowception.generation.context import ContextReader
 
 
 def clip(frames: int, seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -104,3 +107,16 @@ def test_bad_input_is_refused(codec, tmp_path):
         build_codec(CodecConfig(name="ltx"))
     with pytest.raises(CodecError, match="no LTX autoencoder"):
         build_codec(CodecConfig(name="ltx", model=str(tmp_path)))
+
+
+def test_a_keyframe_is_a_still_as_long_as_a_latent(codec, tmp_path):
+    """DESIGN.md section 2, "Keyframes": the first latent is one pixel frame, every other one is eight."""
+    values, files = (30, 220), []
+    for value in values:
+        files.append(tmp_path / f"{value}.png")
+        Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)).save(files[-1])
+    made = ContextReader(task="interpolation", codec=codec, height=32, width=32, fps=None, max_context_frames=8)
+    (context,) = made.read(files)
+    first, still = (np.full((n, 32, 32, 3), v, dtype=np.uint8) for n, v in zip((1, 9), values))
+    assert torch.equal(context.frames, torch.stack([codec.encode(first)[0], codec.encode(still)[1]]))
+    assert (context.active, context.num_start_frames) == ([True, False], 0)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flowception.codecs.video_file import cover_and_crop, decode_frames, read_video, write_video
+from flowception.codecs.video_file import TimedFrame, cover_and_crop, decode_frames, read_video, resample, write_video
 from flowception.errors import DataError
 
 
@@ -48,3 +48,11 @@ def test_cover_and_crop_keeps_the_middle():
     assert cover_and_crop(image, 20, 20).shape == (20, 20, 3)
     assert cover_and_crop(image.transpose(1, 0, 2), 10, 10).min() == 200
     assert cover_and_crop(image, 10, 40) is image
+
+
+def test_resampling_of_uneven_times():
+    image = np.zeros((1, 1, 3), np.uint8)
+    times = [0.0, 0.1, 0.9, 1.0]
+    frames = [TimedFrame(t, 0.1, image + k) for k, t in enumerate(times)]
+    assert [int(f.image[0, 0, 0]) for f in resample(frames, 5.0)] == [0, 1, 1, 1, 1, 3]
+    assert list(resample([], 5.0)) == []

@@ -1,8 +1,6 @@
-import numpy as np
 import pytest
 
-from data_prep.video import CutSettings, cut_video, resample
-from flowception.codecs.video_file import TimedFrame
+from data_prep.video import CutSettings, cut_video
 from flowception.errors import DataError
 
 
@@ -35,14 +33,6 @@ def test_resampling_shows_what_is_on_screen(tmp_path, write_counting_video, fram
     (clip,) = cut_video(path, CutSettings(fps=fps))
     assert frame_numbers(clip.frames) == expected
     assert clip.fps == fps
-
-
-def test_resampling_of_uneven_times():
-    image = np.zeros((1, 1, 3), np.uint8)
-    times = [0.0, 0.1, 0.9, 1.0]
-    frames = [TimedFrame(t, 0.1, image + k) for k, t in enumerate(times)]
-    assert [int(f.image[0, 0, 0]) for f in resample(frames, 5.0)] == [0, 1, 1, 1, 1, 3]
-    assert list(resample([], 5.0)) == []
 
 
 def test_sizes(tmp_path, write_counting_video):

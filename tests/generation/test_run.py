@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowception.codecs.video_file import read_video
+from flowception.codecs.video_file import read_video, write_video
 from flowception.errors import ConfigError
 from flowception.generation.run import GenerateOptions, generate, parse_class_labels
 
@@ -76,6 +76,67 @@ def test_i2v_begins_with_the_context_image(job, tmp_path):
         assert np.abs(shown - images[1 - number % 2]).mean() > 20
 
 
+@pytest.fixture
+def video(tmp_path):
+    """A file of 7 different noisy frames, and what it decodes to."""
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 6, 4, 3), dtype=np.uint8)
+    write_video(tmp_path / "context.mp4", pixels, fps=8)
+    return tmp_path / "context.mp4", read_video(tmp_path / "context.mp4")
+
+
+@pytest.mark.parametrize(
+    ("task", "keep", "given"),
+    [
+        ("v2v", (1, 2, 3), [1, 2, 3]),
+        ("v2v", None, [3, 4, 5, 6]),
+        ("interpolation", None, [0, 6]),
+        ("interpolation", (0, 2, 3), [0, 2, 3]),
+        ("completion", None, [0, 6]),
+        ("completion", (0, 1, 3), [0, 1, 3]),
+        ("completion", (2, 3, 6), [2, 3, 6]),
+    ],
+)
+def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task, keep, given):
+    """Pixels before H.264: the codec is lossless, so they are the file's own; and nothing lies right of a passive."""
+    path, pixels = video
+    written = []
+    monkeypatch.setattr("flowception.generation.run.write_mp4", lambda path, video, *, fps: written.append(video))
+    mixture = {"t2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}
+    changes = {"tasks": mixture, "max_context_frames": 4}
+    records = job(changes, task=task, context_files=(path,), keep=keep, max_frames=12, num_inference_steps=8)
+    begun_with = len(given) + (2 if task == "v2v" else 0) + (task == "completion" and given[0] > 0)
+    for record, shown in zip(records, written, strict=True):
+        at = record["given_latent_frames"]
+        assert np.array_equal(shown[at], pixels[given])
+        if task == "v2v":
+            assert at == [0, 1, 2, 3][: len(given)]
+        if task == "interpolation":
+            assert (at[0], at[-1]) == (0, record["latent_frames"] - 1)
+        if task == "completion":
+            assert (at[0] == 0) == (given[0] == 0)
+            assert (at[-1] == record["latent_frames"] - 1) or given[-1] != 6
+            for k, following in enumerate(given[1:]):
+                if following == given[k] + 1:
+                    assert at[k + 1] == at[k] + 1
+    assert max(record["latent_frames"] for record in records) > begun_with, "something must have been inserted"
+
+
+def test_what_the_run_was_not_trained_on_is_said(job, video, capsys):
+    job(task="completion", context_files=(video[0],), num_clips=1)
+    assert "WARNING: the run was not trained on completion, only on t2v" in capsys.readouterr().out
+
+
+def test_a_full_sequence_run_continues_and_does_not_interpolate(job, video):
+    changes = {"delay_law": "full_sequence", "tasks": {"v2v": 1}}
+    options = {"context_files": (video[0],), "num_clips": 1}
+    (record,) = job(changes, task="v2v", keep=(0, 1, 2), num_frames=5, **options)
+    assert (record["latent_frames"], record["given_latent_frames"]) == (5, [0, 1, 2])
+    with pytest.raises(ConfigError, match="--num-frames is 3 and the context has 3"):
+        job(changes, task="v2v", keep=(0, 1, 2), num_frames=3, **options)
+    with pytest.raises(ConfigError, match="inserts frames"):
+        job(changes, task="interpolation", num_frames=9, **options)
+
+
 def test_a_full_sequence_run_makes_clips_of_the_length_asked_for(job):
     changes = {"delay_law": "full_sequence"}
     records = job(changes, num_clips=2, num_frames=7)
@@ -104,6 +165,8 @@ def test_class_labels_of_a_model_without_classes():
     ("options", "message"),
     [
         ({"task": "i2v"}, "needs --context"),
+        ({"task": "completion"}, "needs --context"),
+        ({"task": "v2t"}, "no task 'v2t'"),
         ({"prompt": "a red disc"}, "trained without text"),
         ({"class_label": "purple"}, "purple"),
         ({"class_label": "3"}, "from 0 to 2"),
