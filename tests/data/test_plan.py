@@ -161,6 +161,7 @@ def test_the_fingerprint_covers_what_moves_the_plan_and_nothing_else(index, plan
     changed = [
         {"token_budget": 201}, {"packs_per_step": 9}, {"headroom": 0.02}, {"insertion_share": 0.6},
         {"tasks": {"t2v": 1.0}}, {"num_start_frames": 2}, {"delay_law": "full_sequence"}, {"time_block_clips": 16},
+        {"tasks": {"t2v": 0.5, "completion": 0.5}}, {"max_context_frames": 3}, {"max_keyframes": 1}, {"max_cuts": 2},
     ]  # fmt: skip
     prints = {Plan(index, None, make_config(**(base | c)), make_spec(), seed=3).fingerprint for c in changed}
     prints |= {
