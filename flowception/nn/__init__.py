@@ -14,11 +14,13 @@ from flowception.nn.layout import (
     TokenKind,
     build_layout,
 )
+from flowception.nn.pattern import AttentionPattern
 from flowception.nn.presets import PRESETS, DiTConfig
 
 __all__ = [
     "BACKBONES",
     "PRESETS",
+    "AttentionPattern",
     "ClipShape",
     "DiTConfig",
     "FlopSpec",

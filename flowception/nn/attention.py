@@ -1,11 +1,17 @@
-"""The one door to attention: every clip of a pack attends to itself, in full, and to nothing else.
+"""The one door to attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
 
 Backends, all equal up to rounding:
 
-* ``sdpa``: ``scaled_dot_product_attention`` segment by segment, without a mask. The reference, and the way on a CPU;
-  neighbouring segments of equal length go through one call.
-* ``varlen``: ``torch.nn.attention.varlen`` (FlashAttention-2 built into torch), CUDA in half precision.
-* ``flash``: ``flash_attn_varlen_func`` of the flash-attn package, CUDA in half precision.
+* ``sdpa``: ``scaled_dot_product_attention`` segment by segment, every pattern. The reference, and the way on a CPU;
+  neighbouring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
+  segment, which saves nothing.
+* ``flex``: FlexAttention, every pattern, CUDA (on a CPU it has no backward). Blocks of pairs that the pattern leaves
+  out are skipped.
+* ``varlen``: ``torch.nn.attention.varlen`` (FlashAttention-2 built into torch), ``full`` only, CUDA in half precision.
+* ``flash``: ``flash_attn_varlen_func`` of the flash-attn package, ``full`` only, CUDA in half precision. Its own window
+  is of tokens, not of frames.
+
+Masks are made once for each pack and kept in its layout.
 
 Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` width of a head, ``S`` segments.
 """
@@ -13,20 +19,23 @@ Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` width of a head, ``S`
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flowception.errors import ConfigError, require
 from flowception.nn.layout import PackLayout
+from flowception.nn.pattern import FULL, AttentionPattern, token_ranks, token_segments
 
-AttentionBackend = Literal["auto", "sdpa", "varlen", "flash"]
-BACKENDS = ("auto", "sdpa", "varlen", "flash")
-PATTERNS = ("full",)
+AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
+BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
+_FULL_ONLY = ("varlen", "flash")
 _HALF = (torch.bfloat16, torch.float16)
 logger = logging.getLogger(__name__)
 
@@ -38,33 +47,59 @@ class Attend(Protocol):
         """Attend within each segment."""
 
 
+def check_backend(requested: str, pattern: AttentionPattern) -> None:
+    """Refuse a backend that does not exist or lacks the pattern.
+
+    Raises:
+        ConfigError: Saying which backends can.
+    """
+    if requested not in BACKENDS:
+        raise ConfigError(f"attention_backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
+    if requested in _FULL_ONLY and pattern != FULL:
+        raise ConfigError(
+            f"attention_backend={requested} has no attention_pattern={pattern.name}, only full; sdpa and flex (CUDA) "
+            "have every pattern, or use attention_backend=auto"
+        )
+
+
 @lru_cache(maxsize=32)
-def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
-    """Choose the backend for a device and dtype; the choice and its reason are logged once.
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, requested: str = "auto", pattern: AttentionPattern = FULL
+) -> str:
+    """Choose the backend for a device, dtype and pattern; the choice and its reason are logged once.
 
     Args:
         device: Where the tensors are.
         dtype: Their dtype.
         requested: ``auto``, or a backend that must be used.
+        pattern: Which tokens see each other.
 
     Returns:
-        ``sdpa``, ``varlen`` or ``flash``.
+        ``sdpa``, ``flex``, ``varlen`` or ``flash``.
 
     Raises:
-        ConfigError: If the requested backend is unknown or cannot run there.
+        ConfigError: If the requested backend is unknown, cannot run there or lacks the pattern.
     """
-    if requested not in BACKENDS:
-        raise ConfigError(f"attention_backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
+    check_backend(requested, pattern)
     half_on_cuda = device.type == "cuda" and dtype in _HALF
-    if requested in ("varlen", "flash") and not half_on_cuda:
+    if requested in _FULL_ONLY and not half_on_cuda:
         raise ConfigError(
             f"attention_backend={requested} needs CUDA in bfloat16 or float16, this is {device.type} in {dtype}; "
             "use attention_backend=auto"
         )
+    if requested == "flex" and device.type != "cuda":
+        raise ConfigError(
+            f"attention_backend=flex needs CUDA, this is {device.type}, where FlexAttention has no backward; "
+            "use attention_backend=auto"
+        )
     if requested != "auto":
         choice, reason = requested, "it was asked for"
+    elif pattern != FULL and device.type == "cuda":
+        choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
     elif half_on_cuda:
         choice, reason = "varlen", "CUDA in half precision, built into torch"
+    elif pattern != FULL:
+        choice, reason = "sdpa", f"the only backend for attention_pattern={pattern.name} on {device.type}"
     else:
         choice, reason = "sdpa", f"variable-length kernels do not run on {device.type} in {dtype}"
     logger.info("attention backend: %s (%s)", choice, reason)
@@ -76,7 +111,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     layout: PackLayout,
-    pattern: str = "full",
+    pattern: AttentionPattern = FULL,
     backend: str = "auto",
 ) -> Tensor:
     """Attention inside each segment of a pack.
@@ -86,35 +121,79 @@ def attention(
         key: ``[T, H, d]``.
         value: ``[T, H, d]``.
         layout: Where the segments are.
-        pattern: Which tokens of a clip see each other; only ``full`` for now.
+        pattern: Which tokens of a clip see each other.
         backend: ``auto`` or the backend to use.
 
     Returns:
         ``[T, H, d]``.
 
     Raises:
-        ConfigError: If the pattern or backend is unknown, or the backend cannot run here.
+        ConfigError: If the backend is unknown, cannot run here or lacks the pattern.
     """
-    if pattern not in PATTERNS:
-        raise ConfigError(f"attention pattern is {pattern!r}; only {', '.join(PATTERNS)} works so far")
-    choice = choose_backend(query.device, query.dtype, backend)
+    choice = choose_backend(query.device, query.dtype, backend, pattern)
     if choice == "varlen":
         return _varlen(query, key, value, layout)
     if choice == "flash":
         return _flash(query, key, value, layout)
-    return _sdpa(query, key, value, layout)
+    if choice == "flex":
+        return _flex(query, key, value, layout, pattern)
+    return _sdpa(query, key, value, layout, pattern)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+def _runs(layout: PackLayout) -> list[tuple[int, int]]:
+    """Length and number of neighbouring segments of equal length."""
+    return [(length, len(list(run))) for length, run in groupby(layout.segment_lengths)]
+
+
+def _once(layout: PackLayout, key: tuple[str, AttentionPattern], make: Callable[[], Any]) -> Any:
+    if key not in layout.derived:
+        layout.derived[key] = make()
+    return layout.derived[key]
+
+
+def _run_masks(layout: PackLayout, pattern: AttentionPattern) -> list[Tensor | None]:
+    """Mask of each run, bool [count, 1, length, length]; None where all is seen."""
+    runs = _runs(layout)
+    if pattern == FULL:
+        return [None] * len(runs)
+    parts = token_ranks(layout).split([length * count for length, count in runs])
+    ranks = [part.unflatten(0, (count, length)) for part, (length, count) in zip(parts, runs)]
+    return [pattern.sees(rank[:, None, :, None], rank[:, None, None, :]) for rank in ranks]
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern: AttentionPattern) -> Tensor:
     """Runs of equally long segments become a batch: a view, nothing is copied."""
-    runs = [(length, len(list(run))) for length, run in groupby(layout.segment_lengths)]
+    runs, masks = _runs(layout), _once(layout, ("sdpa", pattern), lambda: _run_masks(layout, pattern))
     sizes = [length * count for length, count in runs]
     outputs = []
-    parts = zip(runs, query.split(sizes), key.split(sizes), value.split(sizes))
-    for (length, count), *tensors in parts:
+    parts = zip(runs, masks, query.split(sizes), key.split(sizes), value.split(sizes))
+    for (length, count), mask, *tensors in parts:
         q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in tensors)
-        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _block_mask(layout: PackLayout, pattern: AttentionPattern) -> Any:
+    """Which blocks of token pairs FlexAttention must compute, and which pairs of those count."""
+    segment, rank = token_segments(layout), token_ranks(layout)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (segment[query] == segment[key]) & pattern.sees(rank[query], rank[key])
+
+    tokens = len(rank)
+    return create_block_mask(seen, B=None, H=None, Q_LEN=tokens, KV_LEN=tokens, device=str(rank.device))
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern: AttentionPattern) -> Tensor:
+    block_mask = _once(layout, ("flex", pattern), lambda: _block_mask(layout, pattern))
+    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    return _compiled_flex()(q, k, v, block_mask=block_mask).squeeze(0).transpose(0, 1)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:

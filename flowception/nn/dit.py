@@ -193,7 +193,7 @@ class FlowceptionDiT(nn.Module):
         self.spec = spec = config.flop_spec()
         size = spec.hidden_size
         self.rope = VideoRoPE(size // spec.num_heads, config.frame_spacing, config.rope_base)
-        self.attend: Attend = partial(attention, backend=config.attention_backend)
+        self.attend: Attend = partial(attention, pattern=config.pattern(), backend=config.attention_backend)
         self.embedding = TokenEmbedding(spec)
         self.time_embedding = TimeEmbedding(size)
         self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)

@@ -1,7 +1,8 @@
 """Exact forward FLOPs of the Flowception DiT, clip by clip, without building or running it.
 
 The plan balances packs on these numbers and benchmarks report them, so they count what is really multiplied:
-linear layers per token, attention per clip (every pair of its tokens), and per-frame modulation per frame. One
+linear layers per token, attention per clip (every pair of tokens that its pattern has), and per-frame modulation per
+frame. Masked SDPA multiplies the other pairs too and throws them away: that is the backend's, not the pattern's. One
 multiply-add is two FLOPs; norms, rotations, gates and look-ups are left out, as in ``torch.utils.flop_counter``,
 against which the total is tested.
 
@@ -39,6 +40,9 @@ class FlopSpec:
     num_classes: int = 0
     count_embedding: bool = True
     grid_embedding: bool = True
+    attention_pattern: str = "full"
+    """``full``, ``causal`` or ``window`` (``nn.pattern``)."""
+    attention_window_frames: int | None = None
 
     @property
     def latent_inputs(self) -> int:
@@ -61,10 +65,42 @@ def clip_tokens(frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tok
     return text + f * (h * w + 1)
 
 
+def _frame_pairs(spec: FlopSpec, frames: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pairs (looking, looked at) of a clip's frames that see each other, each frame with itself counted once."""
+    if spec.attention_pattern == "causal":
+        return frames * (frames + 1) / 2
+    if spec.attention_pattern == "window":
+        reach = np.minimum(spec.attention_window_frames or 0, np.maximum(frames - 1, 0))
+        return frames * (1 + 2 * reach) - reach * (reach + 1)
+    return frames**2
+
+
+def attention_pairs(
+    spec: FlopSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
+) -> NDArray[np.float64]:
+    """Pairs of tokens that attention computes in one layer: ``n^2`` for the full pattern.
+
+    Args:
+        spec: The pattern.
+        frames: Visible frames of each clip.
+        height: Rows of each clip's latent grid.
+        width: Columns of each clip's latent grid.
+        text_tokens: Text tokens of each clip.
+
+    Returns:
+        Pairs, float64, of the broadcast shape.
+    """
+    f, h, w, text = _float64(frames, height, width, text_tokens)
+    per_frame = h * w + 1
+    if spec.attention_pattern == "full":
+        return (text + f * per_frame) ** 2
+    return text**2 + f * per_frame * text + _frame_pairs(spec, f) * per_frame**2
+
+
 def attention_flops(
     spec: FlopSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
 ) -> NDArray[np.float64]:
-    """Forward FLOPs of attention proper, ``4 n^2 d`` a layer: scores and their product with the values.
+    """Forward FLOPs of attention proper, ``4 d`` a pair and layer: scores and their product with the values.
 
     Args:
         spec: Sizes of the network.
@@ -76,7 +112,7 @@ def attention_flops(
     Returns:
         FLOPs, float64, of the broadcast shape.
     """
-    return 4.0 * spec.num_layers * spec.hidden_size * clip_tokens(frames, height, width, text_tokens) ** 2
+    return 4.0 * spec.num_layers * spec.hidden_size * attention_pairs(spec, frames, height, width, text_tokens)
 
 
 def _linear_per_token(spec: FlopSpec) -> float:

@@ -13,8 +13,8 @@ Shape legend: ``T`` tokens of a pack, ``F`` frame slots, ``B`` clip slots, ``S``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -117,6 +117,9 @@ class PackLayout:
     """bool [F]: whether the slot is used."""
     clip_frames: Tensor
     """int64 [B]: visible frames of each clip; 0 where unused."""
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What readers make of the layout once for all layers, such as attention masks; a moved or changed layout begins
+    without."""
 
     @property
     def max_seqlen(self) -> int:
@@ -167,10 +170,10 @@ class ModelOutput(NamedTuple):
 
 def _move(item: _Movable, device: torch.device | str, non_blocking: bool) -> _Movable:
     moved: dict[str, Any] = {}
-    for field in fields(item):
-        value = getattr(item, field.name)
+    for known in fields(item):
+        value = getattr(item, known.name)
         if isinstance(value, Tensor | PackLayout):
-            moved[field.name] = value.to(device, non_blocking=non_blocking)
+            moved[known.name] = value.to(device, non_blocking=non_blocking)
     return replace(item, **moved)
 
 

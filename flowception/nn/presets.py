@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flowception.errors import ConfigError
-from flowception.nn.attention import BACKENDS
+from flowception.nn.attention import check_backend
 from flowception.nn.flops import FlopSpec
+from flowception.nn.pattern import AttentionPattern
 
 MLP_MULTIPLE = 32
 """The SwiGLU hidden size is a multiple of this."""
@@ -68,8 +69,13 @@ class DiTConfig:
     initial_log_rate: float | None = None
     """Bias the rate head starts with, the log of the data's mean missing count per site; None lets the trainer compute
     it from the plan."""
+    attention_pattern: str = "full"
+    """Which tokens of a clip see each other: full, causal (own and earlier frames) or window (near frames). Text is
+    seen by all; unless the pattern is full, it sees text alone."""
+    attention_window_frames: int | None = None
+    """K: a token of the window pattern sees frames at most K away; None for the other patterns."""
     attention_backend: str = "auto"
-    """auto, sdpa, varlen or flash."""
+    """auto, sdpa, flex, varlen or flash. varlen and flash have the full pattern only, flex needs CUDA."""
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass instead of kept."""
 
@@ -84,14 +90,15 @@ class DiTConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"model.{name} is {value}; give 0 for none, or the number")
-        if self.attention_backend not in BACKENDS:
-            raise ConfigError(
-                f"model.attention_backend is {self.attention_backend!r}; choose one of {', '.join(BACKENDS)}"
-            )
+        check_backend(self.attention_backend, self.pattern())
         if self.frame_spacing <= 0:
             raise ConfigError(f"model.frame_spacing is {self.frame_spacing}; give a positive number")
         if self.rope_base <= 1:
             raise ConfigError(f"model.rope_base is {self.rope_base}; give a number above 1")
+
+    def pattern(self) -> AttentionPattern:
+        """Which tokens see each other."""
+        return AttentionPattern(self.attention_pattern, self.attention_window_frames)
 
     def resolved(self) -> DiTConfig:
         """The same network with every size written out and no preset."""
@@ -128,6 +135,8 @@ class DiTConfig:
             num_classes=self.num_classes,
             count_embedding=self.count_embedding,
             grid_embedding=self.grid_embedding,
+            attention_pattern=self.attention_pattern,
+            attention_window_frames=self.attention_window_frames,
         )
 
     def _size(self, name: str) -> int:

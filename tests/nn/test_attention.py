@@ -2,12 +2,30 @@ from __future__ import annotations
 
 import logging
 import random
+from importlib import import_module
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from flowception.errors import ConfigError, MissingDependencyError
-from flowception.nn import ClipShape, PackShape, attention, build_layout, choose_backend
+from flowception.nn import (
+    AttentionPattern,
+    ClipShape,
+    DiTConfig,
+    PackShape,
+    TokenKind,
+    attention,
+    build_layout,
+    choose_backend,
+)
+
+EVERY_PATTERN = [
+    AttentionPattern(),
+    AttentionPattern("causal"),
+    AttentionPattern("window", 1),
+    AttentionPattern("window", 2),
+]
 
 
 def layout_of(seed: int):
@@ -19,47 +37,116 @@ def layout_of(seed: int):
     return build_layout(clips, PackShape(**{**tight, "token_budget": tight["token_budget"] + draw.choice([0, 37])}))
 
 
-def dense_reference(query, key, value, layout):
-    """One dense softmax over the whole pack, block-diagonal mask, float64."""
-    lengths = torch.tensor(layout.segment_lengths)
-    segment = torch.arange(len(lengths)).repeat_interleave(lengths)
+def allowed(layout, pattern):
+    """Who sees whom, pair by pair in plain words, bool [T, T]."""
+    segment = [number for number, length in enumerate(layout.segment_lengths) for _ in range(length)]
+    kind, slot = layout.token_kind.tolist(), layout.token_frame.tolist()
+    rank = [layout.frame_rank[slot[t]].item() for t in range(len(kind))]
+    seen = torch.zeros(len(kind), len(kind), dtype=torch.bool)
+    for q in range(len(kind)):
+        for k in range(len(kind)):
+            if segment[q] != segment[k]:
+                continue
+            if pattern.name == "full" or kind[q] == TokenKind.PADDING or kind[k] == TokenKind.TEXT:
+                seen[q, k] = True
+            elif kind[q] == TokenKind.TEXT:
+                seen[q, k] = False
+            elif pattern.name == "causal":
+                seen[q, k] = rank[k] <= rank[q]
+            else:
+                seen[q, k] = abs(rank[k] - rank[q]) <= pattern.window_frames
+    return seen
+
+
+def dense_reference(query, key, value, layout, pattern):
+    """One dense softmax over the whole pack behind a mask, float64."""
     scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(segment[:, None] != segment[None, :], float("-inf"))
+    scores = scores.masked_fill(~allowed(layout, pattern), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_attention_per_segment_is_dense_attention_behind_a_block_diagonal_mask(seed):
+@pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_attention_per_segment_is_dense_attention_behind_a_mask(seed, pattern):
     layout = layout_of(seed)
     generator = torch.Generator().manual_seed(seed)
     shape = (layout.shape.token_budget, 2, 8)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    ours, reference = attention(*inputs, layout), dense_reference(*inputs, layout)
+    ours, reference = attention(*inputs, layout, pattern), dense_reference(*inputs, layout, pattern)
     torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
     gradients = torch.autograd.grad((ours * weight).sum(), inputs)
     expected = torch.autograd.grad((reference * weight).sum(), inputs)
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_pattern_that_does_not_exist_is_refused():
-    layout = build_layout([ClipShape(1, 1, 1)])
-    x = torch.randn(2, 1, 8)
-    with pytest.raises(ConfigError, match="pattern is 'causal'; only full"):
-        attention(x, x, x, layout, pattern="causal")
+@pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
+def test_flex_sees_what_the_pattern_says(pattern, monkeypatch):
+    """Its mask and its forward, uncompiled; the kernel itself needs CUDA."""
+    module = import_module("flowception.nn.attention")  # the package's own name for it is the function
+    monkeypatch.setattr(module, "_compiled_flex", lambda: flex_attention)
+    for seed in (0, 3):
+        layout = layout_of(seed)
+        inputs = torch.randn(3, layout.shape.token_budget, 2, 16, generator=torch.Generator().manual_seed(seed))
+        expected = dense_reference(*inputs, layout, pattern)
+        torch.testing.assert_close(module._flex(*inputs, layout, pattern), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", EVERY_PATTERN[1:], ids=str)
+def test_a_mask_is_made_once_for_a_pack_and_not_carried_to_another(pattern, monkeypatch):
+    made, sees = [], AttentionPattern.sees
+    monkeypatch.setattr(AttentionPattern, "sees", lambda *arguments: made.append(1) or sees(*arguments))
+    layout = build_layout([ClipShape(3, 1, 2), ClipShape(2, 1, 2)])
+    x = torch.randn(layout.shape.token_budget, 1, 8)
+    for _ in range(3):
+        attention(x, x, x, layout, pattern)
+    assert len(made) == 2  # one for each run of equally long segments
+    assert not layout.to("cpu").derived
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "message"),
+    [
+        ("diagonal", None, "attention_pattern is 'diagonal'; give one of full, causal, window"),
+        ("window", None, "attention_window_frames is None; attention_pattern=window needs 1 or more"),
+        ("window", 0, "attention_window_frames is 0"),
+        ("causal", 2, "attention_window_frames is 2 and attention_pattern is causal"),
+    ],
+)
+def test_a_pattern_that_does_not_exist_is_refused(name, window, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionPattern(name, window)
 
 
 def test_choice_of_backend():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu, cuda, causal = torch.device("cpu"), torch.device("cuda"), AttentionPattern("causal")
     assert choose_backend(cpu, torch.bfloat16) == "sdpa"
     assert choose_backend(cuda, torch.float32) == "sdpa"
     assert choose_backend(cuda, torch.bfloat16) == "varlen"
     assert choose_backend(cuda, torch.bfloat16, "flash") == "flash"
     assert choose_backend(cuda, torch.bfloat16, "sdpa") == "sdpa"
+    assert choose_backend(cuda, torch.bfloat16, "flex") == "flex"
+    assert choose_backend(cuda, torch.bfloat16, "auto", causal) == "flex"
+    assert choose_backend(cuda, torch.float32, "auto", AttentionPattern("window", 2)) == "flex"
+    assert choose_backend(cpu, torch.float32, "auto", causal) == "sdpa"
+    assert choose_backend(cuda, torch.bfloat16, "sdpa", causal) == "sdpa"
     with pytest.raises(ConfigError, match="needs CUDA in bfloat16 or float16, this is cpu"):
         choose_backend(cpu, torch.bfloat16, "varlen")
-    with pytest.raises(ConfigError, match="choose one of auto, sdpa, varlen, flash"):
+    with pytest.raises(ConfigError, match="flex needs CUDA, this is cpu, where FlexAttention has no backward"):
+        choose_backend(cpu, torch.float32, "flex", causal)
+    with pytest.raises(ConfigError, match="choose one of auto, sdpa, flex, varlen, flash"):
         choose_backend(cpu, torch.float32, "xformers")
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize("pattern", [("causal", None), ("window", 3)])
+def test_a_backend_without_the_pattern_says_which_have_it(backend, pattern):
+    message = f"{backend} has no attention_pattern={pattern[0]}, only full; sdpa and flex .CUDA. have every pattern"
+    with pytest.raises(ConfigError, match=message):
+        choose_backend(torch.device("cuda"), torch.bfloat16, backend, AttentionPattern(*pattern))
+    keys = {"attention_pattern": pattern[0], "attention_window_frames": pattern[1]}
+    with pytest.raises(ConfigError, match=message):
+        DiTConfig(attention_backend=backend, **keys)
 
 
 def test_the_choice_and_its_reason_are_logged_once(caplog):
@@ -67,9 +154,29 @@ def test_the_choice_and_its_reason_are_logged_once(caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             choose_backend(torch.device("cpu"), torch.float32)
+            choose_backend(torch.device("cuda"), torch.bfloat16, "auto", AttentionPattern("causal"))
     assert [record.getMessage() for record in caplog.records] == [
-        "attention backend: sdpa (variable-length kernels do not run on cpu in torch.float32)"
+        "attention backend: sdpa (variable-length kernels do not run on cpu in torch.float32)",
+        "attention backend: flex (the kernel for attention_pattern=causal on CUDA)",
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_flex_equals_sdpa_per_segment_on_cuda(dtype, pattern, seed):
+    layout = layout_of(seed).to("cuda")
+    shape = (layout.shape.token_budget, 2, 64)
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(shape, device="cuda", dtype=dtype)
+    ours = attention(*inputs, layout, pattern, backend="flex")
+    reference = attention(*inputs, layout, pattern, backend="sdpa")
+    torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)
+    gradients = torch.autograd.grad((ours * weight).sum(), inputs)
+    expected = torch.autograd.grad((reference * weight).sum(), inputs)
+    torch.testing.assert_close(gradients, expected, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowception.nn import FlopSpec, FlowceptionDiT, attention_flops, clip_flops, training_flops
+from flowception.nn.flops import attention_pairs
 
 
 def traced(model, pack, *, backward=False):
@@ -52,6 +53,24 @@ SPEC = FlopSpec(hidden_size=8, num_layers=3, num_heads=2, in_channels=4, mlp_hid
 
 def test_attention_is_four_n_squared_d_a_layer():
     assert attention_flops(SPEC, 5, 2, 3, 1) == 3 * 4 * 36**2 * 8
+
+
+@pytest.mark.parametrize(
+    "pattern", [("full", None), ("causal", None), ("window", 1), ("window", 3), ("window", 40)], ids=str
+)
+def test_attention_counts_the_pairs_of_a_dense_mask(pattern):
+    """Pair by pair: text sees text (and all see text), frames see frames by the pattern."""
+    name, window = pattern
+    spec = replace(SPEC, attention_pattern=name, attention_window_frames=window)
+    for frames, height, width, text in [(1, 2, 3, 0), (2, 1, 1, 4), (5, 2, 2, 1), (9, 1, 2, 3), (0, 1, 1, 2)]:
+        ranks = [-1] * text + [frame for frame in range(frames) for _ in range(height * width + 1)]
+        pairs = 0
+        for q in ranks:
+            for k in ranks:
+                seen = name == "full" or k < 0 or (q >= 0 and (k <= q if name == "causal" else abs(q - k) <= window))
+                pairs += seen
+        assert attention_pairs(spec, frames, height, width, text) == pairs
+        assert attention_flops(spec, frames, height, width, text) == 4 * pairs * spec.hidden_size * spec.num_layers
 
 
 def test_a_whole_index_is_counted_in_one_call():
