@@ -9,7 +9,6 @@ from flowception.flow.extended_time import (
     ClipDraws,
     ProcessConfig,
     draw_clips,
-    effective_sample_ratio,
     expected_attention_ratio,
 )
 from flowception.flow.guidance import Prediction, guide
@@ -22,6 +21,7 @@ from flowception.flow.loss import (
     velocity_loss_sum,
 )
 from flowception.flow.path import interpolate, shift_time, velocity_target
+from flowception.flow.prior import effective_sample_ratio
 from flowception.flow.sampler import Predictor, sample, sample_states
 from flowception.flow.sampler_state import Context, SamplerConfig, SampleResult, SamplerState, StepRecord
 from flowception.flow.schedule import InsertionSchedule, build_schedule

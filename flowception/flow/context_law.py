@@ -27,8 +27,8 @@ Given = Sequence[Role]
 """What a sampler begins with and knows the order of: the role of every context frame, and before them START where the
 clip begins with its only start frame (``completion``). Random start frames are left out."""
 
-PresentLaw = Mapping[int, float]
-"""Number of frames present when the clock begins, context and start, and its probability."""
+PresentLaw = Mapping[tuple[int, int], float]
+"""Numbers of context and of start frames, which are present when the clock begins, and their probability."""
 
 ACTIVE, PASSIVE = Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE
 
@@ -136,27 +136,27 @@ def present_law(task: str, num_frames: int, config: RoleConfig) -> PresentLaw:
         config: Numbers of start and context frames.
 
     Returns:
-        Probability of each number of context and start frames together.
+        Probability of each pair of numbers, context frames and start frames.
     """
     n, played = num_frames, _played(task, num_frames)
     if played == "t2v":
-        return {min(n, max(1, config.num_start_frames)): 1.0}
-    law: dict[int, float] = {}
-    for context, probability in _context_counts(played, n, config):
-        law[context] = law.get(context, 0.0) + probability
+        return {(0, min(n, max(1, config.num_start_frames))): 1.0}
+    law: dict[tuple[int, int], float] = {}
+    for context, starts, probability in _context_counts(played, n, config):
+        law[context, starts] = law.get((context, starts), 0.0) + probability
     return law
 
 
-def _context_counts(task: str, n: int, config: RoleConfig) -> list[tuple[int, float]]:
-    """Present frames and probability of every case of a task with context."""
+def _context_counts(task: str, n: int, config: RoleConfig) -> list[tuple[int, int, float]]:
+    """Context frames, start frames and probability of every case of a task with context."""
     if task == "i2v":
-        return [(min(n, 1 + config.num_start_frames), 1.0)]
+        return [(1, min(n - 1, config.num_start_frames), 1.0)]
     if task == "v2v":
         most = min(config.max_context_frames, n - 1)
-        return [(min(n, c + config.num_start_frames), 1 / most) for c in range(1, most + 1)]
+        return [(c, min(n - c, config.num_start_frames), 1 / most) for c in range(1, most + 1)]
     if task == "interpolation":
         most = min(config.max_keyframes, n - 3)
-        return [(2 + m, 1 / (1 + most)) for m in range(most + 1)]
+        return [(2 + m, 0, 1 / (1 + most)) for m in range(most + 1)]
     most = min(config.max_cuts, n - 1)
     cases = []
     for cuts in range(1, most + 1):
@@ -164,5 +164,5 @@ def _context_counts(task: str, n: int, config: RoleConfig) -> list[tuple[int, fl
             runs = (cuts + 2 - starts) // 2
             ways = 2 * most * comb(n - 1, cuts)
             for c in range(runs, n - (cuts + 1 - runs) + 1):
-                cases.append((c + starts, comb(c - 1, runs - 1) * comb(n - c - 1, cuts - runs) / ways))
+                cases.append((c, starts, comb(c - 1, runs - 1) * comb(n - c - 1, cuts - runs) / ways))
     return cases

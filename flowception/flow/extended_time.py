@@ -1,8 +1,7 @@
 """Extended time: one global time and a delay for each frame say which frames are visible, and how noisy each is.
 
 ``tau_i = tau_g - u_i``. ``tau_i < 0``: deleted, not in the input. ``0 <= tau_i < 1``: flow. ``tau_i >= 1``: terminal.
-``tau_g`` has a two-part prior, ``insertion_share`` of it on (0, 1), where frames are inserted, and the rest on (1, 2);
-importance weights bring it back to U(0, 2), the sampler's own law (DESIGN.md section 2).
+The delay law says how long the clock runs and how ``tau_g`` is drawn on it (``delays``, ``prior``).
 
 Everything here is a deterministic function of uniforms that the caller draws, vectorised over clips.
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowception.errors import ConfigError
-from flowception.flow.context_law import PresentLaw, present_law
+from flowception.flow.context_law import present_law
 from flowception.flow.delays import build_delay_law
 from flowception.flow.path import shift_time
 from flowception.flow.schedule import InsertionSchedule, build_schedule
@@ -49,11 +48,14 @@ class ProcessConfig(RoleConfig):
     """Exponent of the ``power`` schedule."""
     insertion_share: float = 0.5
     """Share of global times below 1, in (0, 1]. 0.5 is the sampler's own law; more saves FLOPs and costs variance;
-    1 trains no state after the clock's end and is another objective."""
+    1 trains no state after the clock's end and is another objective. ``full_sequence`` and ``autoregressive`` have
+    another clock and ignore it."""
     time_shift: float = 1.0
     """s of the time shift, at least 1 (3 for LTX latents)."""
     delay_law: str = "uniform"
-    """``uniform`` (Flowception) or ``full_sequence`` (the baseline: every frame starts, nothing is inserted)."""
+    """``uniform`` is Flowception. Baselines, given the length: ``full_sequence`` (all frames at once),
+    ``autoregressive`` (one after the other), and insertion in a prescribed order: ``left_to_right``, ``hierarchical``
+    or ``random``."""
     insertion_loss_weight: float = 0.1
     """Weight of the insertion loss. The velocity loss is a mean per element, about 1; the insertion loss is a sum over
     a count, with a gradient of ``lambda - k``, several frames wide: 0.1 brings both to one scale. It does not move the
@@ -158,26 +160,6 @@ class ClipDraws:
         return torch.where(is_context(self.roles), self.global_time.clamp(0, 1)[:, None], own)
 
 
-def two_part_prior(u_time: Tensor, insertion_share: float) -> tuple[Tensor, Tensor]:
-    """Global times and importance weights from uniforms.
-
-    Args:
-        u_time: [B], uniforms in [0, 1).
-        insertion_share: w, share of times below 1.
-
-    Returns:
-        ``tau_g`` [B] in [0, 2) and weights [B], ``0.5 / w`` below 1 and ``0.5 / (1 - w)`` above; 1 where w is 1.
-    """
-    if insertion_share == 1:
-        return u_time, torch.ones_like(u_time)
-    below = u_time < insertion_share
-    largest_below = float(np.nextafter(1.0, 0.0))
-    early = (u_time / insertion_share).clamp(max=largest_below)
-    late = 1 + ((u_time - insertion_share) / (1 - insertion_share)).clamp(0, largest_below)
-    weight = torch.where(below, 0.5 / insertion_share, 0.5 / (1 - insertion_share)).to(u_time.dtype)
-    return torch.where(below, early, late), weight
-
-
 def _draw_tasks(config: ProcessConfig, u_task: Tensor) -> Tensor:
     edges = torch.from_numpy(np.cumsum(config.task_probabilities())[:-1])
     return torch.searchsorted(edges, u_task.contiguous(), right=True)
@@ -221,10 +203,7 @@ def draw_clips(
     law = build_delay_law(config.delay_law)
     task = _draw_tasks(config, which)
     roles = law.adapt_roles(draw_roles(task, frames, per_frame[..., 1], config))
-    if law.inserts:
-        global_time, weight = two_part_prior(time, config.insertion_share)
-    else:
-        global_time, weight = time * law.clock_end(frames), torch.ones_like(time)
+    global_time, weight = law.global_time(time, roles, config.insertion_share)
     return ClipDraws(
         num_frames=frames,
         global_time=global_time,
@@ -235,22 +214,6 @@ def draw_clips(
         time_shift=config.time_shift,
         inserts=law.inserts,
     )
-
-
-def effective_sample_ratio(insertion_share: float) -> float:
-    """Effective over real sample size under the importance weights: ``1 / (0.25 / w + 0.25 / (1 - w))``; 1 at w = 1."""
-    if insertion_share == 1:
-        return 1.0
-    return 1 / (0.25 / insertion_share + 0.25 / (1 - insertion_share))
-
-
-def _early_square(present: PresentLaw, num_frames: int, schedule: InsertionSchedule) -> float:
-    """E[(there + Binomial(num_frames - there, kappa(tau_g)))^2] over tau_g ~ U(0, 1) and the law given."""
-    mean, square, total = schedule.mean(), schedule.mean_square(), 0.0
-    for there, probability in present.items():
-        free = num_frames - there
-        total += probability * (there**2 + 2 * there * free * mean + free * (mean - square) + free**2 * square)
-    return total
 
 
 def expected_attention_ratio(
@@ -284,9 +247,10 @@ def expected_attention_ratio(
     full = lengths.double() ** 2
     expected = torch.zeros_like(full)
     for task, probability in zip(TASKS, config.task_probabilities().tolist()):
-        if not law.inserts or not probability:
-            expected += probability * full
-            continue
-        early = [_early_square(present_law(task.name, n, config), n, schedule) for n in lengths.tolist()]
-        expected += probability * (share * torch.tensor(early, dtype=torch.float64) + (1 - share) * full)
+        for place, n in enumerate(lengths.tolist() if probability else []):
+            present = present_law(task.name, n, config)
+            counts, chances = torch.tensor(list(present)), torch.tensor(list(present.values()), dtype=torch.float64)
+            length = torch.full_like(chances, n)
+            square = law.mean_square_visible(length, counts[:, 0], counts[:, 1], schedule, share)
+            expected[place] += probability * (chances * square).sum()
     return float((expected * pairs_weight).sum() / (full * pairs_weight).sum())

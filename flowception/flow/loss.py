@@ -91,12 +91,12 @@ def expected_counts(
 ) -> tuple[Tensor, Tensor]:
     """Expected loss terms of each clip under global times uniform over the whole clock.
 
-    Each generated frame is in flow state for one unit of the clock, so under the uniform law, whose clock ends
-    at 2, half of them are; under full-sequence (clock ends at 1) all are. Sites: active context and start frames are
-    there whenever ``tau_g < 1``, a free frame with probability kappa.
+    Each generated frame is in flow state for one unit of the clock: half of them where it ends at 2, all under
+    full-sequence, one under autoregression. Sites: active context and start frames are there whenever ``tau_g < 1``,
+    a free frame with probability kappa; a prescribed law has none.
 
     Args:
-        roles: int64 [B, N], a ``Role`` for each frame.
+        roles: int64 [B, N], a ``Role`` for each frame, as the law adapted them.
         elements_per_frame: [B], latent elements (channels x height x width) of a frame.
         schedule: The insertion schedule.
         delay_law: The delay law or its name.
@@ -105,8 +105,7 @@ def expected_counts(
         Velocity elements and insertion sites, float64 [B] each.
     """
     law = build_delay_law(delay_law) if isinstance(delay_law, str) else delay_law
-    num_frames = (roles != Role.ABSENT).sum(dim=1)
-    clock_end = law.clock_end(num_frames)
+    clock_end = law.clock_end(roles)
     velocity = is_generated(roles).sum(dim=1) / clock_end * torch.as_tensor(elements_per_frame, dtype=torch.float64)
     if not law.inserts:
         return velocity, torch.zeros_like(velocity)

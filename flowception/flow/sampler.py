@@ -3,7 +3,8 @@
 Clocks are whole steps since birth: after k steps a frame's unshifted time is ``min(1, k / N)``, so the last step lands
 on 1 exactly at any N. Each step evaluates the predictor once, moves every generated frame by
 ``(shift(s + h) - shift(s)) velocity``, and while the clock is below 1 inserts frames right of those that may. It ends
-when the clock and all frames are at 1, after N to 2 N evaluations::
+when the clock and all frames are at 1, after N to 2 N evaluations. A prescribed order (``prescribed``) replaces the
+rates by delays drawn beforehand::
 
     result = sample(predict, frame_shape=(C, H, W), batch_size=B, config=SamplerConfig(), seed=0)
     # predict(state) -> (velocity [F, C, H, W], rate [F])
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from flowception.flow.insertion import INSERTION_RULES, Counts
 from flowception.flow.noise import fresh_noise
+from flowception.flow.prescribed import due_counts
 from flowception.flow.sampler_state import (
     Context,
     SamplerConfig,
@@ -137,7 +139,10 @@ def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: Sampler
             f"{tuple(state.frames.shape)}; it must give [F, C, H, W] and [F]"
         )
     moved = replace(state, frames=_move(state, velocity))
-    if config.insertion is not None and state.step < state.num_inference_steps:
+    if state.births is not None:
+        counts = due_counts(state.births, state.step)
+        moved = _insert(moved, counts) if counts.any() else moved
+    elif config.insertion is not None and state.step < state.num_inference_steps:
         counts, capped = _cap(state, _insertion_counts(state, rate, config), config.max_frames)
         moved = replace(moved, capped=capped)
         if counts.any():
@@ -154,6 +159,7 @@ def sample_states(
     context: Sequence[Context | None] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    num_frames: Sequence[int] | None = None,
 ) -> Iterator[SamplerState]:
     """Sample step by step.
 
@@ -165,11 +171,12 @@ def sample_states(
         context: One entry for each clip; None where, or if, nothing is given.
         seed: Clip i has seed ``seed + i``.
         device: Where frames live and ``predict`` works.
+        num_frames: Length of each clip under a prescribed order; None takes the config's.
 
     Yields:
         Every state, from clock 0 to the finished one; its ``step`` is the number of evaluations so far.
     """
-    state = initial_state(tuple(frame_shape), batch_size, config, context, seed, device)
+    state = initial_state(tuple(frame_shape), batch_size, config, context, seed, device, num_frames)
     yield state
     while not state.finished:
         with torch.no_grad():
@@ -187,6 +194,7 @@ def sample(
     context: Sequence[Context | None] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    num_frames: Sequence[int] | None = None,
 ) -> SampleResult:
     """Sample clips.
 
@@ -198,6 +206,7 @@ def sample(
         context: One entry for each clip; None where, or if, nothing is given.
         seed: Clip i has seed ``seed + i``.
         device: Where frames live and ``predict`` works.
+        num_frames: Length of each clip under a prescribed order; None takes the config's.
 
     Returns:
         The finished clips.
@@ -211,10 +220,11 @@ def sample(
         context=context,
         seed=seed,
         device=device,
+        num_frames=num_frames,
     )
     for state in states:
         if config.record_history:
-            clock = min(1.0, state.step / config.num_inference_steps)
+            clock = min(state.step, state.last_birth_step) / config.num_inference_steps
             history.append(StepRecord(clock=clock, times=state.times, cu_frames=state.cu_frames))
     return SampleResult(
         frames=state.frames,

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from flowception.errors import ConfigError
+from flowception.flow.delays import PRESCRIBED_LAWS, build_delay_law
 from flowception.flow.insertion import INSERTION_RULES
 from flowception.flow.noise import MAX_SLOTS, fresh_noise
 from flowception.flow.path import shift_time
+from flowception.flow.prescribed import ClipPlan, plan_clip
 from flowception.flow.schedule import InsertionSchedule, build_schedule
 from flowception.flow.task import Role, is_context, is_generated
+
+ORDERS = ("learned", *PRESCRIBED_LAWS)
 
 
 @dataclass(kw_only=True)
@@ -32,7 +36,10 @@ class SamplerConfig:
     """``thinning``, ``bernoulli`` (the paper's) or ``poisson``. None inserts nothing: full-sequence sampling of
     ``num_start_frames`` frames."""
     order: str = "learned"
-    """Order of insertion; ``learned`` is the only one so far."""
+    """``learned``: the predictor's rates insert frames. Or a prescribed delay law, whose delays are replayed:
+    ``random``, ``hierarchical``, ``left_to_right``, ``full_sequence``, ``autoregressive`` (N evaluations a frame)."""
+    num_frames: int | None = None
+    """Length of every clip, given frames included, for a prescribed order; None for the learned one, which chooses."""
     insertion_schedule: str = "linear"
     """kappa: ``linear``, ``power`` or ``cosine``; that of training."""
     insertion_exponent: float = 2.0
@@ -51,7 +58,8 @@ class SamplerConfig:
             "num_inference_steps": (self.num_inference_steps >= 1, "an integer of at least 1"),
             "num_start_frames": (self.num_start_frames >= 0, "an integer of at least 0"),
             "insertion": (self.insertion is None or self.insertion in INSERTION_RULES, _one_of(INSERTION_RULES)),
-            "order": (self.order == "learned", "learned; other orders are not there yet"),
+            "order": (self.order in ORDERS, _one_of(ORDERS)),
+            "num_frames": (self.num_frames is None or self.num_frames >= 1, "an integer of at least 1, or None"),
             "max_frames": (1 <= self.max_frames <= MAX_SLOTS, f"1 to {MAX_SLOTS}"),
             "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
         }
@@ -81,6 +89,9 @@ class Context:
     """Start frames right of the context; None takes the sampler's."""
     begins_with_start: bool = False
     """Whether one more start frame stands left of the context: scene completion of which frame 0 is not given."""
+    places: Sequence[int] | None = None
+    """[K], place of each frame in the finished clip, for prescribed orders; None: the first K. The learned order does
+    not read it: there the model chooses how many frames come between."""
 
     def roles(self) -> Tensor:
         """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K]."""
@@ -119,6 +130,8 @@ class SamplerState:
     """N."""
     time_shift: float
     """s of the time shift."""
+    births: Tensor | None = None
+    """int64 [P], ``born_step`` of every frame of the finished clips, for a prescribed order; None for the learned."""
 
     @property
     def clock(self) -> Tensor:
@@ -146,8 +159,14 @@ class SamplerState:
 
     @property
     def finished(self) -> bool:
-        """Whether the clock shows 1 and all frames are at 1."""
-        return self.step >= self.num_inference_steps and not bool(self.moving.any())
+        """Whether the clock shows 1, no birth is to come and all frames are at 1."""
+        return self.step >= self.last_birth_step and not bool(self.moving.any())
+
+    @property
+    def last_birth_step(self) -> int:
+        """Step after whose end no frame is born: N, or later under a prescribed order."""
+        latest = 0 if self.births is None else int(self.births.max())
+        return max(self.num_inference_steps, latest)
 
     @property
     def clip_frames(self) -> Tensor:
@@ -173,7 +192,7 @@ class StepRecord:
     """
 
     clock: float
-    """Insertion clock; stays at 1 while the last frames finish."""
+    """Insertion clock; stays at 1 while the last frames finish (``autoregressive``: at its last birth)."""
     times: Tensor
     """float64 [F], as shown to the predictor."""
     cu_frames: Tensor
@@ -204,14 +223,48 @@ class SampleResult:
         return list(torch.split(self.frames, self.cu_frames.diff().tolist()))
 
 
-def _starts_of(context: Context | None, config: SamplerConfig) -> int:
+def _opening_roles(context: Context | None, config: SamplerConfig) -> Tensor:
+    """Roles of the frames that a clip begins with under the learned order: context, then starts; one may come first."""
     if context is None:
-        return max(1, config.num_start_frames)
+        return torch.full((max(1, config.num_start_frames),), int(Role.START))
     starts = config.num_start_frames if context.num_start_frames is None else context.num_start_frames
-    can_grow = config.insertion is not None and bool((context.roles() == Role.CONTEXT_ACTIVE).any())
+    given = context.roles()
+    can_grow = config.insertion is not None and bool((given == Role.CONTEXT_ACTIVE).any())
     if starts == 0 and not can_grow and not context.begins_with_start:
         raise ConfigError("this context leaves nothing to generate: no active frame to insert by and 0 start frames")
-    return starts
+    leading, behind = (torch.full((count,), int(Role.START)) for count in (int(context.begins_with_start), starts))
+    return torch.cat([leading, given, behind])
+
+
+def _plans(
+    contexts: Sequence[Context | None], config: SamplerConfig, num_frames: Sequence[int] | None, seeds: Tensor
+) -> list[ClipPlan] | None:
+    """Every clip of a prescribed order; None for the learned one."""
+    if config.order == "learned":
+        if num_frames is not None or config.num_frames is not None:
+            raise ConfigError("num_frames is for prescribed orders; the learned order chooses the length itself")
+        return None
+    lengths = [config.num_frames] * len(contexts) if num_frames is None else list(num_frames)
+    if len(lengths) != len(contexts) or None in lengths:
+        raise ConfigError(f"order is {config.order}, which is given the lengths; set num_frames, one for each clip")
+    longest = max((int(length or 0) for length in lengths), default=0)
+    if longest > config.max_frames:
+        raise ConfigError(f"num_frames is {longest}, more than max_frames, now {config.max_frames}; raise max_frames")
+    plans = []
+    for context, length, seed in zip(contexts, lengths, seeds.tolist()):
+        own = None if context is None else context.num_start_frames
+        plan = plan_clip(
+            build_delay_law(config.order),
+            int(length or 0),
+            num_inference_steps=config.num_inference_steps,
+            num_start_frames=config.num_start_frames if own is None else own,
+            schedule=config.schedule(),
+            seed=seed,
+            context_roles=torch.empty(0, dtype=torch.int64) if context is None else context.roles(),
+            places=None if context is None else context.places,
+        )
+        plans.append(plan)
+    return plans
 
 
 def _check(contexts: Sequence[Context | None], frame_shape: tuple[int, ...], sizes: Tensor, max_frames: int) -> None:
@@ -231,8 +284,9 @@ def initial_state(
     context: Sequence[Context | None] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    num_frames: Sequence[int] | None = None,
 ) -> SamplerState:
-    """The state at clock 0: each clip's context frames, then its start frames as noise; one of them may come first.
+    """The state at clock 0: each clip's context frames and its start frames as noise.
 
     Arguments as in ``flowception.flow.sampler.sample``.
 
@@ -242,27 +296,27 @@ def initial_state(
     contexts = list(context) if context is not None else [None] * batch_size
     if len(contexts) != batch_size or seed < 0:
         raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}, and seed {seed}, at least 0")
-    given = [item for item in contexts if item is not None]
-    context_frames = torch.tensor([0 if item is None else len(item.frames) for item in contexts], dtype=torch.int64)
-    leading = torch.tensor([item is not None and item.begins_with_start for item in contexts], dtype=torch.int64)
-    starts = torch.tensor([_starts_of(item, config) for item in contexts], dtype=torch.int64)
-    sizes = leading + context_frames + starts
+    seeds = seed + torch.arange(batch_size)
+    plans = _plans(contexts, config, num_frames, seeds)
+    if plans is None:
+        opening = [_opening_roles(item, config) for item in contexts]
+    else:
+        opening = [plan.roles[plan.born_step == 0] for plan in plans]
+    sizes = torch.tensor([len(roles) for roles in opening], dtype=torch.int64)
     _check(contexts, frame_shape, sizes, config.max_frames)
+    roles = torch.cat([torch.empty(0, dtype=torch.int64), *opening])
     cu_frames = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     clip = torch.repeat_interleave(sizes)
     rank = torch.arange(len(clip)) - cu_frames[clip]
-    is_given = (rank >= leading[clip]) & (rank < (leading + context_frames)[clip])
-    roles = torch.full((len(clip),), int(Role.START))
-    seeds = seed + torch.arange(batch_size)
+    given, started = is_context(roles), is_generated(roles)
     frames = torch.empty(len(clip), *frame_shape)
     condition = torch.zeros(len(clip), *frame_shape)
-    started = ~is_given
     noise = fresh_noise(seeds[clip[started]].numpy(), 0, rank[started].numpy(), frame_shape)
     frames[started] = torch.from_numpy(noise)
-    if given:
-        roles[is_given] = torch.cat([item.roles() for item in given])
-        condition[is_given] = torch.cat([item.frames.detach().to("cpu", torch.float32) for item in given])
-        frames[is_given] = condition[is_given]
+    if given.any():
+        clean = [item.frames.detach().to("cpu", torch.float32) for item in contexts if item is not None]
+        condition[given] = torch.cat(clean)
+        frames[given] = condition[given]
     return SamplerState(
         frames=frames.to(device),
         condition=condition.to(device),
@@ -274,6 +328,7 @@ def initial_state(
         step=0,
         num_inference_steps=config.num_inference_steps,
         time_shift=config.time_shift,
+        births=None if plans is None else torch.cat([plan.born_step for plan in plans]),
     )
 
 

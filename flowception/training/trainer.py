@@ -15,7 +15,9 @@ from flowception.config import TrainConfig, dump
 from flowception.data.loader import PackLoader, StepBatch
 from flowception.data.plan import check_world_size
 from flowception.errors import CheckpointError, DataError
-from flowception.flow.extended_time import effective_sample_ratio, expected_attention_ratio
+from flowception.flow.delays import build_delay_law
+from flowception.flow.extended_time import expected_attention_ratio
+from flowception.flow.prior import effective_sample_ratio
 from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
 from flowception.training import checkpoint, run_directory
@@ -273,16 +275,18 @@ class Trainer:
         config, plan = self.config, self.data.plan
         frames = plan.index.clips["frames"][plan.rows].astype("int64")
         ratio = expected_attention_ratio(config, frames, plan.index.tokens_per_frame[plan.rows])
+        two_part = build_delay_law(config.delay_law).two_part
+        effective = effective_sample_ratio(config.insertion_share) if two_part else 1.0
         parameters = sum(math.prod(shape) for shape in self.shards.parameter_shapes.values())
         self._say(
             f"{len(plan.rows):,} clips, {parameters:,} parameters, {self.ranks.world_size} ranks x {self.micro_steps} "
             f"packs of {config.token_budget} tokens, ZeRO-{config.zero.stage}, {config.precision}, expected attention "
-            f"ratio {ratio:.3f}, effective sample ratio {effective_sample_ratio(config.insertion_share):.2f}"
+            f"ratio {ratio:.3f}, effective sample ratio {effective:.2f}"
         )
         text_width = self.data.reader.text_width
         if text_width is not None and not plan.uses_text:
             self._say(f"the set's text is not used: the model has none; set model.text_dim={text_width} to use it")
-        if config.insertion_share == 1:
+        if two_part and config.insertion_share == 1:
             self._say("insertion_share is 1: no state after the clock's end is trained, which is another objective")
 
     def _say(self, line: str) -> None:

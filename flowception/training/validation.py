@@ -18,6 +18,7 @@ from flowception.data.plan import Plan
 from flowception.data.reader import ClipReader
 from flowception.data.steps import PackPlan
 from flowception.errors import ConfigError
+from flowception.flow.delays import build_delay_law
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
 from flowception.training.distributed import Ranks, all_sum
 
@@ -31,30 +32,16 @@ class ValidationConfig:
     num_clips: int = 64
     """Held-out clips, the same ones each time."""
     global_times: list[float] = field(default_factory=lambda: [0.25, 0.75, 1.25, 1.75])
-    """Values of tau_g at which the loss is measured, in [0, 2)."""
+    """Values of tau_g at which the loss is measured, at least 0. A clip whose clock never shows a time is left out of
+    it: clocks end at 2, under ``full_sequence`` at 1, under ``autoregressive`` at the number of generated frames."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise ConfigError(f"validation.every_steps is {self.every_steps}; give 1 or more, or null for off")
         if self.num_clips < 1:
             raise ConfigError(f"validation.num_clips is {self.num_clips}; give 1 or more")
-        if not self.global_times or not all(0 <= time < 2 for time in self.global_times):
-            raise ConfigError(f"validation.global_times is {list(self.global_times)}; give numbers in [0, 2)")
-
-
-def uniform_of(global_time: float, insertion_share: float, inserts: bool) -> float | None:
-    """The uniform that the prior maps to a global time; None for a time that training never shows.
-
-    Args:
-        global_time: tau_g in [0, 2).
-        insertion_share: w, the prior's share below 1.
-        inserts: Whether the delay law has insertions; if not, its clock ends at 1.
-    """
-    if not inserts or insertion_share == 1:
-        return global_time if global_time < 1 else None
-    if global_time < 1:
-        return global_time * insertion_share
-    return insertion_share + (global_time - 1) * (1 - insertion_share)
+        if not self.global_times or not all(0 <= time < float("inf") for time in self.global_times):
+            raise ConfigError(f"validation.global_times is {list(self.global_times)}; give numbers of at least 0")
 
 
 class Validation:
@@ -72,22 +59,29 @@ class Validation:
         self._plan, self._reader, self._ranks = plan, reader, ranks
         by_id = plan.rows[np.argsort(plan.index.clips["clip_id"][plan.rows], kind="stable")]
         self._rows: NDArray[np.int64] = by_id[: config.num_clips]
-        inserts = plan.process.delay_law != "full_sequence"
-        uniforms = {time: uniform_of(time, plan.process.insertion_share, inserts) for time in config.global_times}
-        self._packs = {time: self._plan_packs(u) for time, u in uniforms.items() if u is not None}
+        self._packs = {time: packs for time in config.global_times if (packs := self._plan_packs(time))}
 
-    def _plan_packs(self, uniform: float) -> list[PackPlan]:
+    def _uniforms(self, global_time: float) -> NDArray[np.float64]:
+        """The uniform that leads each clip to the time, at least 1 for a clip that training never shows at it."""
+        process, places = self._plan.process, np.arange(len(self._rows))
+        roles = self._plan.draws(0, self._rows, places).roles
+        times = torch.full((len(places),), global_time, dtype=torch.float64)
+        return build_delay_law(process.delay_law).uniform_of(times, roles, process.insertion_share).numpy()
+
+    def _plan_packs(self, global_time: float) -> list[PackPlan]:
         """Packs of all clips at one time, filled first-come."""
-        left = np.arange(len(self._rows))
-        packs: list[PackPlan] = []
-        u_time = np.full(len(self._rows), uniform)
-        draws = self._plan.draws(0, self._rows, left, u_time)
-        frame_tokens = self._plan.index.tokens_per_frame[self._rows]
-        tokens = draws.visible_frames.numpy() * frame_tokens + self._plan.text_tokens(self._rows)
+        u_time = self._uniforms(global_time)
+        places = np.flatnonzero(u_time < 1)
+        if not len(places):
+            return []
+        rows, u_time = self._rows[places], u_time[places]
+        draws = self._plan.draws(0, rows, places, u_time)
+        tokens = draws.visible_frames.numpy() * self._plan.index.tokens_per_frame[rows] + self._plan.text_tokens(rows)
+        left, packs = np.arange(len(rows)), list[PackPlan]()
         while len(left):
             taken = pack_clips(tokens[left], tokens[left].astype(float), 1, self._plan.config.token_budget) != CARRIED
-            places = left[taken]
-            packs.append(PackPlan(0, len(packs), self._rows[places], places, u_time[places]))
+            chosen = left[taken]
+            packs.append(PackPlan(0, len(packs), rows[chosen], places[chosen], u_time[chosen]))
             left = left[~taken]
         return packs
 

@@ -8,8 +8,9 @@ import torch
 
 from flowception import rng
 from flowception.errors import ConfigError
-from flowception.flow import ProcessConfig, Role, draw_clips, effective_sample_ratio, expected_attention_ratio
-from flowception.flow.extended_time import ClipDraws, two_part_prior
+from flowception.flow import ProcessConfig, Role, draw_clips, expected_attention_ratio
+from flowception.flow.delays import DELAY_LAWS
+from flowception.flow.extended_time import ClipDraws
 
 A, S, F = Role.ABSENT, Role.START, Role.FREE
 ACTIVE, PASSIVE = Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE
@@ -89,46 +90,6 @@ def test_missing_counts_are_those_of_a_plain_loop():
         assert draws.missing[b].sum() + draws.visible_frames[b] == n
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
-def test_marginals_of_the_two_part_prior(share):
-    u = (torch.arange(100_000).double() + 0.5) / 100_000
-    time, weight = two_part_prior(u, share)
-    assert time.min() >= 0
-    assert time.max() < 2
-    below = time < 1
-    assert below.double().mean().item() == pytest.approx(share, abs=1e-5)
-    for part, start in ((time[below], 0.0), (time[~below], 1.0)):
-        if len(part):
-            assert torch.quantile(part - start, torch.linspace(0, 1, 11).double()).tolist() == pytest.approx(
-                [k / 10 for k in range(11)], abs=1e-3
-            )
-    assert (weight == (1.0 if share == 1 else torch.where(below, 0.5 / share, 0.5 / (1 - share)))).all()
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
-def test_importance_weights_keep_the_expectation(share):
-    u = (torch.arange(200_000).double() + 0.5) / 200_000
-    time, weight = two_part_prior(u, share)
-    truth = (torch.arange(200_000).double() + 0.5) / 100_000
-    for function in (torch.ones_like, lambda t: t, torch.square, torch.cos):
-        assert (weight * function(time)).mean().item() == pytest.approx(function(truth).mean().item(), abs=1e-4)
-    ratio = (weight.sum() ** 2 / weight.square().sum() / len(u)).item()
-    assert effective_sample_ratio(share) == pytest.approx(ratio, rel=1e-3)
-
-
-def test_effective_sample_ratio_of_the_design():
-    shares = (0.5, 0.8, 0.95, 1.0)
-    assert [round(effective_sample_ratio(w), 2) for w in shares] == [1.0, 0.64, 0.19, 1.0]
-
-
-def test_the_edge_between_the_parts_never_rounds_across():
-    edge = torch.tensor([np.nextafter(0.3, 0), 0.3, np.nextafter(1.0, 0)])
-    time, _ = two_part_prior(edge, 0.3)
-    assert time[0] < 1
-    assert time[1] == 1
-    assert 1 < time[2] < 2 + 1e-15
-
-
 @pytest.mark.parametrize("name", ["linear", "power", "cosine"])
 def test_a_free_frame_is_visible_with_probability_kappa(name):
     config = ProcessConfig(insertion_schedule=name, insertion_share=1.0, num_start_frames=1)
@@ -149,10 +110,11 @@ def test_tasks_are_drawn_with_their_probabilities():
     assert lone.task.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("law", DELAY_LAWS)
 @pytest.mark.parametrize("name", ["linear", "power", "cosine"])
-def test_a_clip_is_drawn_the_same_whatever_else_is_drawn(name):
+def test_a_clip_is_drawn_the_same_whatever_else_is_drawn(name, law):
     tasks = {"t2v": 1, "i2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}
-    config = ProcessConfig(tasks=tasks, insertion_schedule=name, insertion_exponent=1.7)
+    config = ProcessConfig(tasks=tasks, insertion_schedule=name, insertion_exponent=1.7, delay_law=law)
     clips = 501
     num_frames = 1 + np.arange(clips) % 13
     u_time, u_task = rng.uniforms(1, rng.Stream.TASK, clip=np.arange(clips)).T
@@ -187,6 +149,14 @@ RATIO_CASES = [
     {"tasks": {"interpolation": 1}, "insertion_share": 1.0, "insertion_schedule": "cosine"},
     {"tasks": {"completion": 1}, "insertion_share": 1.0},
     {"tasks": {"t2v": 1, "i2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}, "insertion_share": 0.8},
+    {
+        "delay_law": "autoregressive",
+        "tasks": {"t2v": 1, "i2v": 2, "v2v": 1, "interpolation": 1, "completion": 2},
+        "insertion_share": 0.8,
+    },
+    {"delay_law": "left_to_right", "insertion_schedule": "power", "tasks": {"t2v": 1, "i2v": 2}},
+    {"delay_law": "hierarchical", "insertion_share": 0.8, "tasks": {"v2v": 1, "completion": 1}},
+    {"delay_law": "random", "insertion_schedule": "cosine", "insertion_share": 1.0},
 ]
 
 

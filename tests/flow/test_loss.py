@@ -76,6 +76,10 @@ CASES = [
     {"tasks": {"v2v": 1.0}, "insertion_share": 0.7},
     {"tasks": {"interpolation": 1.0}, "insertion_schedule": "cosine"},
     {"tasks": {"completion": 1.0}, "num_start_frames": 0},
+    {"delay_law": "autoregressive", "tasks": {"t2v": 1.0, "v2v": 1.0, "completion": 1.0}},
+    {"delay_law": "left_to_right", "tasks": {"t2v": 1.0, "i2v": 1.0}, "insertion_share": 0.8},
+    {"delay_law": "hierarchical", "insertion_schedule": "cosine"},
+    {"delay_law": "random", "insertion_share": 0.3},
 ]
 
 

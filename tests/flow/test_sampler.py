@@ -219,7 +219,8 @@ def test_noise_is_keyed_by_birth_and_slot(constant_predictor):
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"insertion": "exact"}, "insertion is 'exact'; give one of thinning"),
-        ({"order": "random"}, "order is 'random'"),
+        ({"order": "uniform"}, "order is 'uniform'; give one of learned, full_sequence, autoregressive"),
+        ({"num_frames": 0}, "num_frames is 0"),
         ({"insertion_schedule": "late"}, "insertion_schedule is 'late'"),
         ({"max_frames": 0}, "max_frames is 0"),
         ({"time_shift": 0.0}, "time_shift is 0.0"),

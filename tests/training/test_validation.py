@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,11 +8,10 @@ from toy_set import write_config, write_set
 from flowception.config import load_config
 from flowception.data.pack import build_pack
 from flowception.errors import ConfigError
-from flowception.flow.extended_time import two_part_prior
 from flowception.nn.layout import ModelOutput
 from flowception.training.dataset import heldout_plan, mean_log_rate, open_data
 from flowception.training.distributed import Ranks
-from flowception.training.validation import Validation, ValidationConfig, uniform_of
+from flowception.training.validation import Validation, ValidationConfig
 
 
 class Oracle:
@@ -47,18 +48,24 @@ def alone(monkeypatch):
     monkeypatch.setattr("flowception.training.validation.all_sum", lambda values, device: values)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("time", [0.0, 0.25, 0.99, 1.0, 1.75])
-def test_the_uniform_leads_to_the_time(share, time):
-    uniform = uniform_of(time, share, inserts=True)
-    found, _ = two_part_prior(torch.tensor([uniform], dtype=torch.float64), share)
-    assert float(found) == pytest.approx(time, abs=1e-12)
+LAWS = {"uniform": 0.8, "random": 1.0, "left_to_right": 0.5, "full_sequence": 0.5, "autoregressive": 0.5}
 
 
-def test_times_that_training_never_shows_are_left_out():
-    assert uniform_of(1.5, 1.0, inserts=True) is None
-    assert uniform_of(1.5, 0.5, inserts=False) is None
-    assert uniform_of(0.3, 0.5, inserts=False) == 0.3
+@pytest.mark.parametrize("time", [0.25, 1.5, 4.5])
+@pytest.mark.parametrize("law", LAWS)
+def test_every_clip_that_training_shows_at_a_time_is_measured_at_it(data, law, time):
+    config, opened, _ = data
+    plan = heldout_plan(replace(config, delay_law=law, insertion_share=LAWS[law]), opened)
+    frames = {int(row): int(plan.index.clips["frames"][row]) for row in plan.rows}
+    end = {"full_sequence": 1, "random": 1}.get(law, 2)  # random: with share 1 nothing above 1 is trained
+    context = plan.draws(0, plan.rows, np.arange(len(plan.rows))).task.tolist()
+    generated = {row: n - (task == 1) for (row, n), task in zip(frames.items(), context)}
+    expected = {row for row in frames if time < (generated[row] if law == "autoregressive" else end)}
+    packs = Validation(ValidationConfig(global_times=[time]), plan, opened.reader, ranks())._packs.get(time, [])
+    assert {int(row) for pack in packs for row in pack.rows} == expected
+    for pack in packs:
+        draws = plan.draws(0, pack.rows, pack.places, pack.u_time)
+        assert draws.global_time.tolist() == pytest.approx([time] * len(pack.rows))
 
 
 @pytest.mark.parametrize("error", [0.0, 0.5, -2.0])
@@ -113,6 +120,6 @@ def test_mean_log_rate_is_that_of_the_draws(data):
 
 
 def test_config_refuses():
-    for wrong in ({"every_steps": 0}, {"num_clips": 0}, {"global_times": []}, {"global_times": [2.0]}):
+    for wrong in ({"every_steps": 0}, {"num_clips": 0}, {"global_times": []}, {"global_times": [-1.0]}):
         with pytest.raises(ConfigError, match=f"validation.{next(iter(wrong))}"):
             ValidationConfig(**wrong)

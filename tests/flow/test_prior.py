@@ -1,0 +1,60 @@
+"""The prior of the global time: marginals, weights, and the way back."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowception.flow import effective_sample_ratio
+from flowception.flow.prior import two_part_prior, two_part_uniform
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
+def test_marginals_of_the_two_part_prior(share):
+    u = (torch.arange(100_000).double() + 0.5) / 100_000
+    time, weight = two_part_prior(u, share)
+    assert time.min() >= 0
+    assert time.max() < 2
+    below = time < 1
+    assert below.double().mean().item() == pytest.approx(share, abs=1e-5)
+    for part, start in ((time[below], 0.0), (time[~below], 1.0)):
+        if len(part):
+            assert torch.quantile(part - start, torch.linspace(0, 1, 11).double()).tolist() == pytest.approx(
+                [k / 10 for k in range(11)], abs=1e-3
+            )
+    assert (weight == (1.0 if share == 1 else torch.where(below, 0.5 / share, 0.5 / (1 - share)))).all()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
+def test_importance_weights_keep_the_expectation(share):
+    u = (torch.arange(200_000).double() + 0.5) / 200_000
+    time, weight = two_part_prior(u, share)
+    truth = (torch.arange(200_000).double() + 0.5) / 100_000
+    for function in (torch.ones_like, lambda t: t, torch.square, torch.cos):
+        assert (weight * function(time)).mean().item() == pytest.approx(function(truth).mean().item(), abs=1e-4)
+    ratio = (weight.sum() ** 2 / weight.square().sum() / len(u)).item()
+    assert effective_sample_ratio(share) == pytest.approx(ratio, rel=1e-3)
+
+
+def test_effective_sample_ratio_of_the_design():
+    shares = (0.5, 0.8, 0.95, 1.0)
+    assert [round(effective_sample_ratio(w), 2) for w in shares] == [1.0, 0.64, 0.19, 1.0]
+
+
+def test_the_edge_between_the_parts_never_rounds_across():
+    edge = torch.tensor([np.nextafter(0.3, 0), 0.3, np.nextafter(1.0, 0)])
+    time, _ = two_part_prior(edge, 0.3)
+    assert time[0] < 1
+    assert time[1] == 1
+    assert 1 < time[2] < 2 + 1e-15
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("time", [0.0, 0.25, 0.99, 1.0, 1.75])
+def test_the_uniform_leads_to_the_time(share, time):
+    uniform = two_part_uniform(torch.tensor([time], dtype=torch.float64), share)
+    assert two_part_prior(uniform, share)[0].item() == pytest.approx(time, abs=1e-12)
+
+
+def test_a_time_that_the_prior_never_gives_has_no_uniform_below_one():
+    assert two_part_uniform(torch.tensor([0.3, 1.0, 1.5]), 1.0).tolist() == pytest.approx([0.3, 1.0, 1.5])
+    assert (two_part_uniform(torch.tensor([2.0, 3.0]).double(), 0.8) >= 1).all()
