@@ -108,7 +108,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames, with context (default: 64)"
     )
-    parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for full-sequence runs only")
+    parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for a prescribed delay law")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="clips at once (default: 16)")
     parser.add_argument("--size", metavar="HxW", help="pixels; needed where the run was trained at several sizes")
     parser.add_argument("--fps", type=float, metavar="FPS", help="of the written files (default: the data's)")

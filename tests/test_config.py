@@ -99,5 +99,6 @@ def test_a_dumped_config_loads_as_itself(tmp_path):
 def test_every_shipped_config_loads(path):
     schema = EncodeConfig if path.name.startswith("encode_") else TrainConfig
     words = ["source=s", "out=o"] if schema is EncodeConfig else []
-    below = [CONFIGS / "demo.yaml"] if path.name.startswith("demo_") else []  # demo_*.yaml are differences from it
+    is_overlay = path.name.startswith(("demo_", "baseline_"))  # differences from demo.yaml
+    below = [CONFIGS / "demo.yaml"] if is_overlay else []
     assert isinstance(load(schema, [*below, path], words), schema)

@@ -221,7 +221,9 @@ def expected_attention_ratio(
     num_frames: Tensor | NDArray[np.int64] | Mapping[int, int],
     tokens_per_frame: Tensor | NDArray[np.int64] | None = None,
 ) -> float:
-    """Expected attention pairs between visible frames, relative to full-sequence training of the same clips.
+    """Expected pairs of visible frames, relative to full-sequence training of the same clips.
+
+    That is what attention of the full pattern costs; other patterns have fewer pairs on both sides.
 
     Args:
         config: The process.

@@ -92,9 +92,10 @@ def draw_growth(
     _mark_births(axes, born_at, roles)
     for row in range(1, number):
         axes.axhline(row - 0.5, color="white", linewidth=1.5)
-    axes.axvline(1.0, color="white", linewidth=2)
-    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
-    axes.text(1.0, -0.6, "insertion ends", ha="center", va="bottom", fontsize=8)
+    last = max(1.0, *born_at)
+    axes.axvline(last, color="white", linewidth=2)
+    axes.axvline(last, color="black", linewidth=1, linestyle="--")
+    axes.text(last, -0.6, "insertion ends", ha="center", va="bottom", fontsize=8)
     axes.set_xlim(-4 * half - 0.02, end + half)
     axes.set_xlabel("clock: 1 is a frame's way from noise to data; blank means not inserted yet")
     axes.set_ylabel("frame of the finished clip")

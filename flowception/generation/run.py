@@ -21,6 +21,7 @@ from flowception.errors import ConfigError
 from flowception.files import write_atomically
 from flowception.flow import (
     Context,
+    Role,
     SamplerConfig,
     SampleResult,
     SamplerState,
@@ -28,6 +29,7 @@ from flowception.flow import (
     sample,
     task_number,
 )
+from flowception.flow.delays import build_delay_law
 from flowception.generation.context import ContextReader, check_files, untrained
 from flowception.generation.growth import draw_growth
 from flowception.generation.load import LoadedRun, data_fps, load_run
@@ -70,7 +72,7 @@ class GenerateOptions:
     max_frames: int = 64
     """Cap on latent frames of a clip, those of its context included."""
     num_frames: int | None = None
-    """Latent frames, for a run that was trained without insertion; None otherwise."""
+    """Latent frames of a clip, given ones included, for a run whose delay law is prescribed; None otherwise."""
     batch_size: int = 16
     size_pixels: tuple[int, int] | None = None
     """Height and width; None takes the training clips'."""
@@ -102,7 +104,7 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
     print(f"generating {options.num_clips} clips ({options.task}) from {where} into {options.out_dir}", flush=True)
     records: list[dict[str, Any]] = []
     videos: list[Video] = []
-    evaluations = 2 * options.num_inference_steps * batches.count
+    evaluations = batches.most_evaluations * batches.count
     with Progress(evaluations, "generating") as progress:
         for first, result in batches.results(progress):
             for record, video in _write_batch(run, options, batches, first, result, fps):
@@ -184,7 +186,7 @@ class GenerationBatches:
         wish = options.class_label or ("null" if options.context_files else None)
         self.class_labels = parse_class_labels(wish, names, classes, options.num_clips)
         self.height, self.width = _choose_size(run, options)
-        self.inserts = run.config.delay_law == "uniform"
+        self.law = build_delay_law(run.config.delay_law)
         self.data_fps = data_fps(run)
         self.config = self._sampler_config()
         self.contexts = self._read_contexts() if options.context_files else []
@@ -197,6 +199,12 @@ class GenerationBatches:
         """Number of batches."""
         return -(-self.options.num_clips // self.options.batch_size)
 
+    @property
+    def most_evaluations(self) -> int:
+        """Evaluations that a batch can take: N for each unit of its clock."""
+        generated = torch.full((1, self.options.num_frames or 1), int(Role.FREE))
+        return round(float(self.law.clock_end(generated))) * self.options.num_inference_steps
+
     def class_name(self, label: int) -> str | None:
         """Name of a class, if it has one."""
         names = self.run.meta.class_names
@@ -204,23 +212,25 @@ class GenerationBatches:
 
     def _sampler_config(self) -> SamplerConfig:
         process, options = self.run.config, self.options
-        if not self.inserts and options.num_frames is None:
+        if not self.law.inserts and options.num_frames is None:
             raise ConfigError(
-                f"the run was trained with delay_law {process.delay_law}, which inserts nothing; give --num-frames"
+                f"the run was trained with delay_law {process.delay_law}, which is given the length; give --num-frames"
             )
-        if self.inserts and options.num_frames is not None:
+        if self.law.inserts and options.num_frames is not None:
             raise ConfigError(
-                "--num-frames is for runs trained without insertion; this model chooses the length itself"
+                "--num-frames is for runs of a prescribed delay law; this model chooses the length itself"
             )
-        if not self.inserts and options.task in ("interpolation", "completion"):
+        if not self.law.inserts and options.task == "completion":
             raise ConfigError(
-                f"--task {options.task} inserts frames and the run was trained with delay_law {process.delay_law}; "
-                "use a run with insertion"
+                f"--task completion leaves open how many frames fill a gap and the run was trained with delay_law "
+                f"{process.delay_law}, which is given where frames lie; use a run of delay_law uniform"
             )
         return SamplerConfig(
             num_inference_steps=options.num_inference_steps,
-            num_start_frames=process.num_start_frames if options.num_frames is None else options.num_frames,
-            insertion=options.insertion if self.inserts else None,
+            num_start_frames=process.num_start_frames,
+            insertion=options.insertion,
+            order="learned" if self.law.inserts else process.delay_law,
+            num_frames=options.num_frames,
             insertion_schedule=process.insertion_schedule,
             insertion_exponent=process.insertion_exponent,
             max_frames=options.max_frames,
@@ -244,13 +254,16 @@ class GenerationBatches:
         given = max(len(context.frames) for context in contexts)
         if given >= options.num_frames:
             raise ConfigError(f"--num-frames is {options.num_frames} and the context has {given}; give more")
-        return [replace(item, num_start_frames=options.num_frames - len(item.frames)) for item in contexts]
+        if options.task != "interpolation":
+            return contexts
+        last = options.num_frames - 1
+        return [replace(item, places=_spread(len(item.frames), last)) for item in contexts]
 
     def results(self, progress: Progress) -> Iterator[tuple[int, SampleResult]]:
         """Number of a batch's first clip, and the batch's sample."""
         options, stride = self.options, self.run.codec.spatial_stride
         frame_shape = (self.run.codec.latent_channels, self.height // stride, self.width // stride)
-        budget = 2 * options.num_inference_steps
+        budget = self.most_evaluations
         for first in range(0, options.num_clips, options.batch_size):
             labels = self.class_labels[first : first + options.batch_size]
             predictor = self.predictor(labels)
@@ -289,6 +302,11 @@ class GenerationBatches:
         if not self.contexts:
             return None
         return [self.contexts[i % len(self.contexts)] for i in range(first, first + count)]
+
+
+def _spread(count: int, last: int) -> list[int]:
+    """Places of keyframes from 0 to ``last``, evenly apart: they name no places, and a prescribed law needs some."""
+    return [round(k * last / (count - 1)) for k in range(count)]
 
 
 def _choose_size(run: LoadedRun, options: GenerateOptions) -> tuple[int, int]:

@@ -94,13 +94,13 @@ def test_states_follow_the_plan(constant_predictor, order):
 @pytest.mark.parametrize("order", ["random", "left_to_right", "hierarchical"])
 def test_as_many_frames_are_visible_as_in_training(order):
     """On the step grid a free frame is visible with probability kappa: binomial counts, in closed form."""
-    n, steps, clips = 9, 10, 4000
+    n, steps, clips = 9, 10, 1500
     births = torch.stack([plan(order, n, seed, num_start_frames=1, steps=steps).born_step for seed in range(clips)])
     for step in (2, 5, 8):
         kappa = build_schedule("cosine").kappa(torch.tensor(step / steps).double()).item()
         visible = (births <= step).sum(dim=1).double()
-        assert visible.mean().item() == pytest.approx(1 + 8 * kappa, abs=0.1)
-        assert visible.var().item() == pytest.approx(8 * kappa * (1 - kappa), rel=0.12)
+        assert visible.mean().item() == pytest.approx(1 + 8 * kappa, abs=0.15)
+        assert visible.var().item() == pytest.approx(8 * kappa * (1 - kappa), rel=0.15)
 
 
 @pytest.mark.parametrize("order", PRESCRIBED_LAWS)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from flowception.codecs.video_file import read_video, write_video
 from flowception.errors import ConfigError
+from flowception.flow.delays import PRESCRIBED_LAWS
 from flowception.generation.run import GenerateOptions, generate, parse_class_labels
 
 
@@ -126,21 +127,27 @@ def test_what_the_run_was_not_trained_on_is_said(job, video, capsys):
     assert "WARNING: the run was not trained on completion, only on t2v" in capsys.readouterr().out
 
 
-def test_a_full_sequence_run_continues_and_does_not_interpolate(job, video):
-    changes = {"delay_law": "full_sequence", "tasks": {"v2v": 1}}
+@pytest.mark.parametrize("law", PRESCRIBED_LAWS)
+def test_a_run_of_a_prescribed_law_continues_and_interpolates(job, video, law):
+    changes = {"delay_law": law, "tasks": {"v2v": 1, "interpolation": 1}}
     options = {"context_files": (video[0],), "num_clips": 1}
     (record,) = job(changes, task="v2v", keep=(0, 1, 2), num_frames=5, **options)
     assert (record["latent_frames"], record["given_latent_frames"]) == (5, [0, 1, 2])
+    (record,) = job(changes, task="interpolation", keep=(0, 3, 6), num_frames=9, **options)
+    assert (record["latent_frames"], record["given_latent_frames"]) == (9, [0, 4, 8])
     with pytest.raises(ConfigError, match="--num-frames is 3 and the context has 3"):
         job(changes, task="v2v", keep=(0, 1, 2), num_frames=3, **options)
-    with pytest.raises(ConfigError, match="inserts frames"):
-        job(changes, task="interpolation", num_frames=9, **options)
+    with pytest.raises(ConfigError, match="completion leaves open how many frames fill a gap"):
+        job(changes, task="completion", num_frames=9, **options)
 
 
-def test_a_full_sequence_run_makes_clips_of_the_length_asked_for(job):
-    changes = {"delay_law": "full_sequence"}
+@pytest.mark.parametrize("law", PRESCRIBED_LAWS)
+def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law):
+    changes = {"delay_law": law}
     records = job(changes, num_clips=2, num_frames=7)
-    assert [(r["frames"], r["evaluations"]) for r in records] == [(7, 5), (7, 5)]
+    assert [r["latent_frames"] for r in records] == [7, 7]
+    evaluations = {r["evaluations"] for r in records}
+    assert evaluations <= {"full_sequence": {5}, "autoregressive": {35}}.get(law, set(range(6, 11)))
     with pytest.raises(ConfigError, match="--num-frames"):
         job(changes)
     with pytest.raises(ConfigError, match="chooses the length itself"):

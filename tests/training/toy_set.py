@@ -15,26 +15,31 @@ from flowception.data.shards import ShardSetWriter
 CHANNELS, GRID = 4, 2
 
 
-def write_set(folder: Path, clips: int = 48, codec_fingerprint: str = "f" * 64, seed: int = 0) -> Path:
-    """Smooth drifting latents of 4 to 9 frames, 2 x 2 cells, 2 classes."""
+def write_set(
+    folder: Path, clips: int = 48, codec_fingerprint: str = "f" * 64, seed: int = 0, channels: int = CHANNELS
+) -> Path:
+    """Smooth drifting latents of 4 to 9 frames, 2 x 2 cells, 2 classes; of no real codec unless its figures are given.
+
+    12 channels and the fingerprint of patches of 2 make a set that can be decoded.
+    """
     meta = ShardMeta(
         codec="patchify",
         codec_fingerprint=codec_fingerprint,
-        latent_channels=CHANNELS,
+        latent_channels=channels,
         class_names=["a", "b"],
-        codec_config={"name": "patchify", "patch_size": 4},
+        codec_config={"name": "patchify", "patch_size": 4 if channels == CHANNELS else 2},
     )
     writer = ShardSetWriter(folder, meta)
     generator = torch.Generator().manual_seed(seed)
     for shard in range(2):
-        writer.write_shard(shard, (record(shard * clips + i, generator) for i in range(clips // 2)))
+        writer.write_shard(shard, (record(shard * clips + i, generator, channels) for i in range(clips // 2)))
     writer.finish()
     return folder
 
 
-def record(number: int, generator: torch.Generator) -> ClipRecord:
+def record(number: int, generator: torch.Generator, channels: int = CHANNELS) -> ClipRecord:
     frames, label = 4 + number % 6, number % 2
-    phase = 2 * math.pi * torch.rand(CHANNELS, GRID, GRID, generator=generator)
+    phase = 2 * math.pi * torch.rand(channels, GRID, GRID, generator=generator)
     time = torch.arange(frames).view(-1, 1, 1, 1)
     latents = torch.sin(phase + 0.3 * (1 + label) * time)
     return ClipRecord(key=f"clip-{number:05d}", latents=latents, class_label=label, fps=8.0)
