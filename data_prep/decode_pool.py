@@ -27,37 +27,36 @@ CRASHED = "the decoder crashed on it"
 
 
 def decode_videos(
-    paths: Sequence[Path], settings: CutSettings, num_workers: int, decoder: Decoder = cut_video
+    videos: Sequence[tuple[Path, CutSettings]], num_workers: int, decoder: Decoder = cut_video
 ) -> Generator[Decoded, None, None]:
     """Decode videos.
 
     Args:
-        paths: Video files.
-        settings: How to cut them.
+        videos: Video files, and how to cut each.
         num_workers: Processes; 0 decodes in this one, where a crash of the decoder is a crash of the job.
         decoder: What cuts one video; a function that can be pickled.
 
     Yields:
-        For each path, in order, its clips or the reason why there are none.
+        For each video, in order, its clips or the reason why there are none.
     """
     if num_workers == 0:
-        yield from (_decode(decoder, path, settings) for path in paths)
+        yield from (_decode(decoder, path, settings) for path, settings in videos)
         return
-    pool, waiting, at = _new_pool(num_workers), deque[tuple[Path, Future[Decoded]]](), 0
+    pool, waiting, at = _new_pool(num_workers), deque[tuple[tuple[Path, CutSettings], Future[Decoded]]](), 0
     try:
-        while waiting or at < len(paths):
-            while at < len(paths) and len(waiting) < _AHEAD * num_workers:
-                waiting.append((paths[at], _submit(pool, decoder, paths[at], settings)))
+        while waiting or at < len(videos):
+            while at < len(videos) and len(waiting) < _AHEAD * num_workers:
+                waiting.append((videos[at], _submit(pool, decoder, *videos[at])))
                 at += 1
-            path, future = waiting.popleft()
+            video, future = waiting.popleft()
             try:
                 yield future.result()
             except BrokenProcessPool:
                 # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
                 pool.shutdown(wait=False, cancel_futures=True)
-                yield _decode_alone(decoder, path, settings)
+                yield _decode_alone(decoder, *video)
                 pool = _new_pool(num_workers)
-                waiting = deque((p, f if _succeeded(f) else _submit(pool, decoder, p, settings)) for p, f in waiting)
+                waiting = deque((v, f if _succeeded(f) else _submit(pool, decoder, *v)) for v, f in waiting)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from data_prep.filters import FilterRange
+from data_prep.source_format import SourceFormat
 from flowception.codecs.base import Codec, CodecConfig
 from flowception.codecs.text import TextEncoderConfig
 from flowception.errors import ConfigError
@@ -16,7 +18,14 @@ class EncodeConfig:
     """One encoding job."""
 
     source: str = MISSING
-    """Folder of videos, or a ``.csv`` or ``.jsonl`` manifest (see ``manifest.py`` for the columns)."""
+    """Folder of videos, a ``.csv`` or ``.jsonl`` manifest, or the folder of a data set."""
+    source_format: SourceFormat = "auto"
+    """How the source is laid out, as ``data_prep/manifests/`` describes; ``auto`` tells a folder, a CSV and a JSONL."""
+    split: str | None = None
+    """Which part of a data set to encode; None is its training part."""
+    filters: dict[str, FilterRange] = field(default_factory=dict)
+    """Range by column of the manifest, or by ``duration_s, height, width, fps`` of the files' headers; for example
+    ``{motion score: {min: 2}}``."""
     out: str = MISSING
     """Folder of the shard set."""
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -29,12 +38,18 @@ class EncodeConfig:
     """Pixels; videos are resized to cover height x width and cropped in the middle. None keeps the video's size."""
     width: int | None = None
     """Likewise."""
+    max_pixels: int | None = None
+    """Height x width at most: each video keeps its own shape and is resized, not cropped, to the nearest multiples of
+    the codec's stride. Instead of ``height`` and ``width``."""
     min_frames: int = 1
     """Pixel frames; a video's last piece is dropped if it is shorter."""
     max_frames: int | None = None
     """Pixel frames; videos are cut into pieces of this length. None keeps a video whole."""
     videos_per_shard: int = 256
     """A shard is a fixed range of the manifest; also what is lost at most when the job is killed."""
+    clips_per_batch: int = 1
+    """Clips that go through the codec and the text encoder together, those of equal shape in one batch; more is faster
+    on a GPU and takes its memory."""
     num_workers: int = 0
     """Processes that decode; 0 decodes in the main process."""
     device: str | None = None
@@ -45,13 +60,17 @@ class EncodeConfig:
     """Jobs that share one set, on machines that share its folder."""
 
     def __post_init__(self) -> None:
-        for name in ("min_frames", "videos_per_shard", "num_parts"):
+        for name in ("min_frames", "videos_per_shard", "num_parts", "clips_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.fps is not None and self.fps <= 0:
             raise ConfigError(f"fps is {self.fps}; give a positive number, or null to keep every frame")
         if (self.height is None) != (self.width is None):
             raise ConfigError(f"height is {self.height} and width is {self.width}; give both or neither")
+        if self.max_pixels is not None and (self.height is not None or self.max_pixels < 1):
+            raise ConfigError(
+                f"max_pixels is {self.max_pixels} and height {self.height}; give a number of pixels, or both sides"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"num_workers is {self.num_workers}; give 0 or more")
         if not 0 <= self.part < self.num_parts:

@@ -1,9 +1,10 @@
 """Encode videos into shards of latents.
 
-    python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...]
+    python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...] [--status]
 
 Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
-with the reason, in ``unreadable.jsonl`` of the set. The keys are in ``data_prep/encode_config.py``.
+with the reason, in ``unreadable.jsonl`` of the set. The keys are in ``data_prep/encode_config.py``. ``--status`` says
+how far all jobs of the set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
     )
+    parser.add_argument("--status", action="store_true", help="say how far the set is; encode nothing")
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown words: {' '.join(rest)}")
     # Here and not at the top: processes that decode import this file again and need none of it.
     from data_prep.encode_config import EncodeConfig
     from data_prep.encoding import UNREADABLE_NAME, ShardEncoder
+    from data_prep.status import read_status
     from flowception.config import load
     from flowception.errors import FlowceptionError
 
@@ -42,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [word for word in words if "=" not in word]
     try:
         config = load(EncodeConfig, files, [word for word in words if "=" in word])
+        if arguments.status:
+            print(read_status(Path(config.out)).describe())
+            return 0
         summary = ShardEncoder(config).run()
     except FlowceptionError as error:
         print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 Shard k holds the clips of entries ``k V .. (k + 1) V - 1`` of the manifest, V = ``videos_per_shard``. A shard is
 written complete or not at all, and beside it a list of the entries that gave no clip with the reason. So a job that
-was killed and run again ends with the same bytes as one that was not.
+was killed and run again ends with the same bytes as one that was not. While a shard is written its lock is held, so two
+jobs never write one, however the parts were numbered.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,30 @@ import torch
 from data_prep.decode_pool import Decoded, decode_videos
 from data_prep.encode_config import EncodeConfig
 from data_prep.manifest import Manifest, VideoEntry, read_manifest
-from data_prep.video import CutSettings
+from data_prep.video import CutClip, CutSettings
 from flowception.codecs.base import Codec, build_codec
 from flowception.codecs.text import TextEncoder
-from flowception.data.schema import ClipRecord, ShardMeta
+from flowception.data.schema import ClipRecord, NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
-from flowception.errors import CodecError, ConfigError, DataError
+from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock, write_atomically
 from flowception.progress import Progress
 
 UNREADABLE_NAME = "unreadable.jsonl"
-_SETTINGS_NAME = "encode_settings.json"
+SETTINGS_NAME = "encode_settings.json"
+MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
 _FREE_TO_CHANGE = ("source", "out", "num_workers", "device", "part", "num_parts")
 """Settings that do not show in the bytes of the set."""
+
+
+class ShardInUse(ConfigError):
+    """Another job is writing the shard."""
+
+
+def shard_lock(folder: Path, shard: int) -> Path:
+    """The file whose lock is held while a shard is written."""
+    return folder / f".shard-{shard:06d}.lock"
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,8 @@ class ShardEncoder:
     def __init__(self, config: EncodeConfig) -> None:
         """Read the manifest, load the codec and check that the folder belongs to this job."""
         self.config = config
-        self.manifest: Manifest = read_manifest(config.source)
+        self.manifest: Manifest = read_manifest(config.source, config.source_format, config.split, config.filters)
+        print("\n".join(self.manifest.report.lines()), flush=True)
         self.folder = Path(config.out)
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.codec: Codec = build_codec(config.codec, device)
@@ -69,11 +81,16 @@ class ShardEncoder:
             size_multiple=self.codec.spatial_stride,
             min_frames=config.min_frames,
             max_frames=config.max_frames,
+            max_pixels=config.max_pixels,
         )
         self.num_shards = -(-len(self.manifest.entries) // config.videos_per_shard)
         with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may begin at the same time
-            _check_settings(self.folder / _SETTINGS_NAME, config, self.manifest)
+            _check_settings(self.folder / SETTINGS_NAME, config, self.manifest)
+            write_atomically(self.folder / MANIFEST_REPORT_NAME, self.manifest.report.to_json())
+            missing = "".join(f"{name}\n" for name in self.manifest.report.missing)
+            write_atomically(self.folder / MISSING_NAME, missing)
             self.writer = ShardSetWriter(self.folder, self._meta())
+        self.null_text = self.writer.meta.null_embedding()
 
     def _meta(self) -> ShardMeta:
         return ShardMeta(
@@ -83,6 +100,8 @@ class ShardEncoder:
             latent_mean=list(self.codec.latent_mean),
             latent_std=list(self.codec.latent_std),
             text_width=None if self.text is None else self.text.text_dim,
+            null_text=None if self.text is None else NullText.of(self.text.encode([""])[0]),
+            text_config={} if self.text is None else asdict(self.config.text),
             class_names=list(self.manifest.class_names),
             codec_config=asdict(self.config.codec),
         )
@@ -108,13 +127,33 @@ class ShardEncoder:
         todo = [k for k in mine if not self.writer.is_finished(k)]
         if len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} shards are finished already", flush=True)
-        paths = [entry.path for k in todo for entry in self._entries(k)]
+        videos = [
+            (entry.path, replace(self.cut, start_s=entry.start_s, end_s=entry.end_s))
+            for k in todo
+            for entry in self._entries(k)
+        ]
         with (
-            Progress(len(paths), "encoding videos") as progress,
-            closing(decode_videos(paths, self.cut, self.config.num_workers)) as decoded,
+            Progress(len(videos), "encoding videos") as progress,
+            closing(decode_videos(videos, self.config.num_workers)) as decoded,
         ):
             for shard in todo:
-                self.writer.write_shard(shard, self._records(shard, decoded, progress.advance))
+                self._encode_shard(shard, decoded, progress.advance)
+
+    def _encode_shard(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> None:
+        """Write a shard, or pass over its videos where another job has done or is doing it."""
+        try:
+            lock = FileLock(shard_lock(self.folder, shard), ShardInUse)
+        except ShardInUse:
+            lock = None
+        try:
+            if lock is None or self.writer.is_finished(shard):
+                for _ in islice(decoded, len(self._entries(shard))):
+                    advance()
+            else:
+                self.writer.write_shard(shard, self._records(shard, decoded, advance))
+        finally:
+            if lock is not None:
+                lock.release()
 
     def _entries(self, shard: int) -> tuple[VideoEntry, ...]:
         size = self.config.videos_per_shard
@@ -129,46 +168,74 @@ class ShardEncoder:
         The list of skipped entries is on disk when the last clip was taken, so before the shard counts as finished.
         """
         entries, skipped = self._entries(shard), list[str]()
+        waiting, waiting_clips = list[tuple[VideoEntry, Decoded]](), 0
         for entry, found in zip(entries, islice(decoded, len(entries)), strict=True):
-            try:
-                yield from self._encode(entry, found)
-            except (DataError, CodecError) as error:
-                reason = str(error).replace(str(entry.path), entry.source)
-                skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
+            waiting.append((entry, found))
+            waiting_clips += 0 if isinstance(found, str) else len(found)
+            if waiting_clips >= self.config.clips_per_batch:
+                yield from self._encode(waiting, skipped)
+                waiting, waiting_clips = [], 0
             advance()
+        yield from self._encode(waiting, skipped)
         write_atomically(self._skipped_path(shard), "".join(skipped))
 
-    def _encode(self, entry: VideoEntry, found: Decoded) -> list[ClipRecord]:
-        """The clips of one video, all or an error with the reason."""
+    def _encode(self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str]) -> Iterator[ClipRecord]:
+        """The clips of some videos in their order; of each video all, or a line in ``skipped`` with the reason."""
+        clips = [self._usable_clips(entry, found) for entry, found in videos]
+        latents = iter(self.codec.encode_many([clip.frames for found in clips if found for clip in found]))
+        texts = self._encode_captions([entry.caption for entry, _ in videos])
+        for (entry, found), usable, text in zip(videos, clips, texts, strict=True):
+            try:
+                if usable is None:
+                    raise DataError(self._reason(entry, found))
+                encoded = list(islice(latents, len(usable)))
+                yield from [
+                    self._record(entry, number, clip, latent, text)
+                    for number, (clip, latent) in enumerate(zip(usable, encoded, strict=True))
+                ]
+            except DataError as error:
+                reason = str(error).replace(str(entry.path), entry.source)
+                skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
+
+    def _usable_clips(self, entry: VideoEntry, found: Decoded) -> list[CutClip] | None:
+        """Clips trimmed to what the codec accepts; None if there are none."""
         if isinstance(found, str):
-            raise DataError(found)
-        text = None if self.text is None else self.text.encode([entry.caption])[0]
-        records = []
-        for number, clip in enumerate(found):
-            usable = self.codec.usable_frames(len(clip.frames))
-            if usable < max(1, self.config.min_frames):
-                continue
-            frames = clip.frames[:usable]
-            records.append(
-                ClipRecord(
-                    key=f"{entry.key}-{number:04d}",
-                    latents=self.codec.encode(frames),
-                    text=text,
-                    source=f"{entry.source}@{clip.start_s:.3f}s",
-                    caption=entry.caption,
-                    fps=clip.fps,
-                    pixel_height=frames.shape[1],
-                    pixel_width=frames.shape[2],
-                    pixel_frames=usable,
-                    class_label=entry.class_label,
-                )
-            )
-        if not records:
-            raise DataError(
-                f"{entry.path} has {len(found[0].frames)} frames, of which the {self.codec.name} codec can use "
-                f"{self.codec.usable_frames(len(found[0].frames))}; min_frames is {self.config.min_frames}"
-            )
-        return records
+            return None
+        trimmed = [replace(clip, frames=clip.frames[: self.codec.usable_frames(len(clip.frames))]) for clip in found]
+        return [clip for clip in trimmed if len(clip.frames) >= max(1, self.config.min_frames)] or None
+
+    def _reason(self, entry: VideoEntry, found: Decoded) -> str:
+        """Why a video gave no clip."""
+        if isinstance(found, str):
+            return found
+        frames = len(found[0].frames)
+        return (
+            f"{entry.path} has {frames} frames, of which the {self.codec.name} codec can use "
+            f"{self.codec.usable_frames(frames)}; min_frames is {self.config.min_frames}"
+        )
+
+    def _encode_captions(self, captions: list[str]) -> list[torch.Tensor | None]:
+        """Text of each caption; that of an empty one is the set's null text."""
+        if self.text is None:
+            return [None] * len(captions)
+        embedded = iter(self.text.encode([caption for caption in captions if caption]))
+        return [next(embedded) if caption else self.null_text for caption in captions]
+
+    def _record(
+        self, entry: VideoEntry, number: int, clip: CutClip, latents: torch.Tensor, text: torch.Tensor | None
+    ) -> ClipRecord:
+        return ClipRecord(
+            key=f"{entry.key}-{number:04d}",
+            latents=latents,
+            text=text,
+            source=f"{entry.source}@{clip.start_s:.3f}s",
+            caption=entry.caption,
+            fps=clip.fps,
+            pixel_height=clip.frames.shape[1],
+            pixel_width=clip.frames.shape[2],
+            pixel_frames=len(clip.frames),
+            class_label=entry.class_label,
+        )
 
     def _finish(self) -> EncodeSummary:
         finished = [k for k in range(self.num_shards) if self.writer.is_finished(k)]
@@ -183,6 +250,8 @@ class ShardEncoder:
                     f"the reasons are in {self.folder / UNREADABLE_NAME}"
                 )
             self.writer.finish()
+            for shard in finished:
+                shard_lock(self.folder, shard).unlink(missing_ok=True)
         videos = sum(len(self._entries(k)) for k in finished) - unreadable
         return EncodeSummary(videos, unreadable, clips, self.num_shards - len(finished))
 

@@ -1,27 +1,40 @@
-"""Which videos to encode: a folder, a CSV file or a JSONL file becomes a list of entries.
+"""Which videos to encode: a source becomes a list of entries, in a fixed order, less what filters leave out.
 
-A manifest has one video a row. Columns (CSV) or fields (JSONL): ``path`` (relative to the manifest, or absolute), and
-optionally ``caption``, ``class_label`` (a number from 0), ``class_name`` and ``key``; others are ignored. Class names
-without numbers are numbered in alphabetical order.
+``source_format`` says how a source is laid out; each format is described where it is read (``manifests/``). What a data
+set lists and this copy lacks is counted and named, never silently passed over. Class names without numbers are
+numbered in alphabetical order, before filters.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from data_prep.filters import FilterCount, FilterRange, apply_filters
+from data_prep.manifests import kinetics600, openvid, realestate10k, taichi
+from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows
+from data_prep.manifests.table import read_csv_file, read_folder, read_jsonl_file
+from data_prep.source_format import SourceFormat
 from flowception.data.schema import check_key
-from flowception.errors import DataError
+from flowception.errors import ConfigError, DataError
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
+_DATA_SETS: dict[str, Callable[[Path, str | None], SourceRows]] = {
+    module.FORMAT: module.read for module in (taichi, realestate10k, kinetics600, openvid)
+}
+_TABLES: dict[str, Callable[[Path], SourceRows]] = {
+    "folder": read_folder,
+    "csv": read_csv_file,
+    "jsonl": read_jsonl_file,
+}
+_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _MAX_STEM = 48
 _CLIP_SUFFIX = "-0000"
+_NAMED_MISSING = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,35 @@ class VideoEntry:
     caption: str = ""
     class_label: int | None = None
     class_name: str | None = None
+    start_s: float = 0.0
+    """Seconds from the video's first frame; what lies before is left out."""
+    end_s: float | None = None
+    """Likewise, what lies at or after it; None is the video's end."""
+
+
+@dataclass(frozen=True)
+class ManifestReport:
+    """What became of a source."""
+
+    source_format: str
+    listed: int
+    """Videos that the source lists."""
+    missing: tuple[str, ...]
+    """Those that it lists and that are not there."""
+    filters: tuple[FilterCount, ...]
+    kept: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        said = [f"{self.source_format}: {self.listed} videos listed, {self.kept} to encode"]
+        if self.missing:
+            named = ", ".join(self.missing[:_NAMED_MISSING])
+            said.append(f"missing: {len(self.missing)}, such as {named}")
+        return said + [f"filter {count.describe()}" for count in self.filters]
+
+    def to_json(self) -> str:
+        """For machines; the missing are only counted."""
+        return json.dumps({**asdict(self), "missing": len(self.missing)}, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -46,66 +88,77 @@ class Manifest:
     entries: tuple[VideoEntry, ...]
     class_names: tuple[str, ...]
     """Name of each class number; empty if no class has a name."""
+    report: ManifestReport = field(compare=False)
 
     def sha256(self) -> str:
         """Hash of everything that goes from the manifest into the shards."""
-        rows = [[e.key, e.source, e.caption, e.class_label] for e in self.entries]
+        rows = [[e.key, e.source, e.caption, e.class_label, e.start_s, e.end_s] for e in self.entries]
         return hashlib.sha256(json.dumps([rows, list(self.class_names)]).encode()).hexdigest()
 
 
-def read_manifest(source: str | Path) -> Manifest:
-    """Read a folder (all videos below it, by name), a ``.csv`` or a ``.jsonl``.
+def read_manifest(
+    source: str | Path,
+    source_format: SourceFormat = "auto",
+    split: str | None = None,
+    filters: Mapping[str, FilterRange] | None = None,
+) -> Manifest:
+    """Read a source.
 
     Args:
         source: Folder or file.
+        source_format: How it is laid out; ``auto`` takes a folder, a ``.csv`` or a ``.jsonl`` for what it is.
+        split: Which part of a data set; None is its training part.
+        filters: Ranges by column.
 
     Returns:
-        The entries, in the folder's sorted order or the file's own.
+        The entries, in the source's own order (a folder's is sorted).
 
     Raises:
-        DataError: If the source does not exist, is malformed, or names no video or one video twice.
+        DataError: If the source does not exist, is malformed, names no video, or one video twice.
+        ConfigError: If there is no such format, or no such column.
     """
     source = Path(source)
-    if source.is_dir():
-        found = (path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-        rows = [{"path": path.relative_to(source).as_posix()} for path in sorted(found)]
-        root = source
-    elif not source.is_file():
-        raise DataError(f"source {source} does not exist; give a folder of videos, a .csv or a .jsonl file")
-    elif source.suffix.lower() == ".csv":
-        rows, root = _read_csv(source), source.parent
-    elif source.suffix.lower() in (".jsonl", ".ndjson"):
-        rows, root = _read_jsonl(source), source.parent
-    else:
-        raise DataError(f"source {source} is a {source.suffix or 'nameless'} file; give a folder, a .csv or a .jsonl")
-    entries = [_entry(row, root, f"{source}, video {number}") for number, row in enumerate(rows, start=1)]
+    chosen = _guess_format(source) if source_format == "auto" else source_format
+    found = _read_rows(source, chosen, split)
+    entries = [_entry(row, found.root, f"{source}, video {number}") for number, row in enumerate(found.rows, start=1)]
     if not entries:
-        raise DataError(f"source {source} names no video; files must end in one of {' '.join(VIDEO_SUFFIXES)}")
+        reason = f"all {len(found.missing)} that it lists are missing" if found.missing else "it names no video"
+        raise DataError(
+            f"source {source}, read as {chosen}: {reason}; files must end in one of {' '.join(VIDEO_SUFFIXES)}"
+        )
     _refuse_doubles(entries)
-    return _number_classes(entries)
+    entries, class_names = _number_classes(entries)
+    kept, counts = apply_filters(found.rows, [e.path for e in entries], dict(filters or {}))
+    if not kept:
+        raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
+    listed = len(entries) + len(found.missing)
+    report = ManifestReport(chosen, listed, tuple(found.missing), tuple(counts), len(kept))
+    return Manifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if "path" not in (reader.fieldnames or ()):
-            raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called path")
-        return [{name: value for name, value in row.items() if value not in (None, "")} for row in reader]
+def _guess_format(source: Path) -> str:
+    if source.is_dir():
+        return "folder"
+    if not source.is_file():
+        raise DataError(f"source {source} does not exist; give a folder of videos, a .csv or a .jsonl file")
+    if source.suffix.lower() in _SUFFIXES:
+        return _SUFFIXES[source.suffix.lower()]
+    raise DataError(f"source {source} is a {source.suffix or 'nameless'} file; give a folder, a .csv or a .jsonl")
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error}); write one object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is a {type(row).__name__}; write one object a line")
-        rows.append({name: value for name, value in row.items() if value is not None})
-    return rows
+def _read_rows(source: Path, source_format: str, split: str | None) -> SourceRows:
+    if not source.exists():
+        raise DataError(f"source {source} does not exist; give what source_format {source_format} describes")
+    if source_format in _DATA_SETS:
+        return _DATA_SETS[source_format](source, split)
+    if source_format not in _TABLES:
+        raise ConfigError(f"source_format is {source_format!r}; give one of {', '.join(get_args(SourceFormat))}")
+    if split is not None:
+        raise ConfigError(f"split is {split!r} and source_format {source_format} has no splits; leave it out")
+    if source.is_dir() != (source_format == "folder"):
+        kind = "folder" if source.is_dir() else "file"
+        raise DataError(f"source {source} is a {kind}, and source_format is {source_format}; give the other")
+    return _TABLES[source_format](source)
 
 
 def _entry(row: dict[str, Any], root: Path, where: str) -> VideoEntry:
@@ -118,7 +171,11 @@ def _entry(row: dict[str, Any], root: Path, where: str) -> VideoEntry:
         label = -1
     if label is not None and label < 0:
         raise DataError(f"{where} has class_label {row['class_label']!r}; give a whole number from 0, or class_name")
-    key = str(row.get("key") or make_key(row["path"]))
+    start_s, end_s = _seconds(row, "start_s", where) or 0.0, _seconds(row, "end_s", where)
+    if start_s < 0 or (end_s is not None and end_s <= start_s):
+        raise DataError(f"{where} goes from start_s {start_s} to end_s {end_s}; give 0 <= start_s < end_s")
+    named = row["path"] if "start_s" not in row else f"{row['path']}@{start_s}"
+    key = str(row.get("key") or make_key(row["path"], named))
     check_key(key + _CLIP_SUFFIX)
     name = row.get("class_name")
     return VideoEntry(
@@ -128,13 +185,22 @@ def _entry(row: dict[str, Any], root: Path, where: str) -> VideoEntry:
         caption=str(row.get("caption", "")),
         class_label=label,
         class_name=None if name is None else str(name),
+        start_s=start_s,
+        end_s=end_s,
     )
 
 
-def make_key(source: str) -> str:
-    """A legal key made of a path: what is readable of its name, and a hash that keeps paths apart."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", source.rsplit(".", 1)[0])[-_MAX_STEM:]
-    return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=5).hexdigest()}"
+def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
+    try:
+        return None if row.get(name) is None else float(row[name])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} has {name} {row[name]!r}; give seconds") from error
+
+
+def make_key(path: str, named: str | None = None) -> str:
+    """A legal key: what is readable of a path, and a hash of it (or of ``named``, where it says more) to keep apart."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.rsplit(".", 1)[0])[-_MAX_STEM:]
+    return f"{stem}-{hashlib.blake2b((named or path).encode(), digest_size=5).hexdigest()}"
 
 
 def _refuse_doubles(entries: Iterable[VideoEntry]) -> None:
@@ -145,7 +211,7 @@ def _refuse_doubles(entries: Iterable[VideoEntry]) -> None:
             raise DataError(f"videos {other.source} and {entry.source} have the key {entry.key}; name each video once")
 
 
-def _number_classes(entries: list[VideoEntry]) -> Manifest:
+def _number_classes(entries: list[VideoEntry]) -> tuple[list[VideoEntry], tuple[str, ...]]:
     """Give numbers to names where they are missing, and make the table of names."""
     if any(e.class_label is None and e.class_name is not None for e in entries):
         both = next((e for e in entries if e.class_label is not None), None)
@@ -162,4 +228,4 @@ def _number_classes(entries: list[VideoEntry]) -> Manifest:
                 raise DataError(f"class_label {entry.class_label} is called both {known} and {entry.class_name}")
     highest = max((e.class_label for e in entries if e.class_label is not None), default=-1)
     table = tuple(name_of.get(label, f"class_{label}") for label in range(highest + 1)) if name_of else ()
-    return Manifest(tuple(entries), table)
+    return entries, table

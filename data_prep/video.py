@@ -7,13 +7,17 @@ Shape legend: frames are uint8 ``[H, W, 3]``, a clip ``[n, H, W, 3]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flowception.codecs.video_file import Frame, cover_and_crop, decode_frames, resample
+from data_prep.sizes import fitted_size
+from flowception.codecs.video_file import Frame, TimedFrame, cover_and_crop, decode_frames, resample, stretch
 from flowception.errors import DataError
+
+_TIME_TOLERANCE_S = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,12 @@ class CutSettings:
     """A video's last piece is dropped below this."""
     max_frames: int | None = None
     """Videos are cut into pieces of this length; None keeps a video whole."""
+    max_pixels: int | None = None
+    """Height x width at most; videos are resized to the nearest shape that fits, without cropping. None is off."""
+    start_s: float = 0.0
+    """Seconds from the video's first frame; the clip begins with the frame that is on screen then."""
+    end_s: float | None = None
+    """Frames at or after this time are left out; None is the video's end."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,11 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
             clips.append(CutClip(np.stack(piece), float(rate or 0.0), start_s))
         piece.clear()
 
-    for frame in resample(decode_frames(path), settings.fps):
+    part = select_part(decode_frames(path, settings.start_s), settings.start_s, settings.end_s)
+    for frame in resample(part, settings.fps):
         rate = rate or 1.0 / frame.duration_s
         if not piece:
-            start_s = frame.time_s
+            start_s = settings.start_s + frame.time_s
         piece.append(_fit(frame.image, settings))
         if piece[-1].shape != piece[0].shape:
             raise DataError(f"{path} changes its size from {piece[0].shape[:2]} to {piece[-1].shape[:2]} in mid-video")
@@ -84,9 +95,37 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
     return clips
 
 
+def select_part(frames: Iterable[TimedFrame], start_s: float, end_s: float | None) -> Iterator[TimedFrame]:
+    """The frames on screen between two times, timed from the first of these.
+
+    Args:
+        frames: Decoded frames, in order of time.
+        start_s: Seconds from the video's first frame.
+        end_s: Likewise; None is the end.
+
+    Yields:
+        The frame on screen at ``start_s`` and those that come before ``end_s``.
+    """
+    earlier: TimedFrame | None = None
+    for frame in frames:
+        time_s = frame.time_s - start_s
+        left_s = None if end_s is None else end_s - frame.time_s
+        if left_s is not None and left_s < _TIME_TOLERANCE_S:
+            break
+        if time_s < -_TIME_TOLERANCE_S:
+            earlier = frame
+            continue
+        if earlier is not None and time_s > _TIME_TOLERANCE_S:
+            yield TimedFrame(0.0, earlier.duration_s, earlier.image)
+        earlier = None
+        yield TimedFrame(max(0.0, time_s), min(frame.duration_s, left_s or frame.duration_s), frame.image)
+
+
 def _fit(image: Frame, settings: CutSettings) -> Frame:
     """Resize and crop to the settings' size, or crop to the multiple."""
     multiple = settings.size_multiple
+    if settings.max_pixels is not None:
+        return stretch(image, *fitted_size(image.shape[0], image.shape[1], multiple, settings.max_pixels))
     height = settings.height or image.shape[0] // multiple * multiple
     width = settings.width or image.shape[1] // multiple * multiple
     if height == 0 or width == 0:

@@ -91,6 +91,17 @@ class Codec(ABC):
             Normalised latents, float32 [n, C, h, w] on the CPU.
         """
 
+    def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
+        """Encode several clips; a codec that gains by it computes clips of equal shape together.
+
+        Args:
+            videos: uint8 [n_px_i, H_i, W_i, 3] each.
+
+        Returns:
+            Latents of each clip, as ``encode`` gives them, up to the rounding of batched arithmetic.
+        """
+        return [self.encode(video) for video in videos]
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Decode one clip.

@@ -14,6 +14,7 @@ Shape legend: as in ``base``; diffusers has a batch in front and channels before
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,27 @@ class LTXCodec(Codec):
             return 0
         return 1 + (pixel_frames - 1) // self.temporal_stride * self.temporal_stride
 
-    @torch.no_grad()
     def encode(self, video: Tensor | NDArray[np.uint8]) -> Tensor:
         """Pixels uint8 [1 + 8 k, H, W, 3] to the mean of the latents, normalised, float32 [1 + k, C, h, w]."""
-        video = self._check_video(video)
-        pixels = pixels_to_unit(video.to(self.device)).permute(3, 0, 1, 2)[None].to(self.dtype)
-        raw = self._autoencoder.encode(pixels).latent_dist.mode()[0].float().permute(1, 0, 2, 3)
+        return self._encode_batch([self._check_video(video)])[0]
+
+    def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
+        """The same for many clips, those of equal shape in one batch: its memory grows with their number."""
+        checked = [self._check_video(video) for video in videos]
+        latents: list[Tensor] = list(checked)
+        for shape in dict.fromkeys(video.shape for video in checked):
+            alike = [place for place, video in enumerate(checked) if video.shape == shape]
+            for place, encoded in zip(alike, self._encode_batch([checked[k] for k in alike]), strict=True):
+                latents[place] = encoded
+        return latents
+
+    @torch.no_grad()
+    def _encode_batch(self, videos: list[Tensor]) -> list[Tensor]:
+        """Clips of one shape."""
+        pixels = pixels_to_unit(torch.stack(videos).to(self.device)).permute(0, 4, 1, 2, 3).to(self.dtype)
+        raw = self._autoencoder.encode(pixels).latent_dist.mode().float().transpose(1, 2)
         mean, std = self._statistics(raw)
-        return ((raw - mean) / std).cpu().contiguous()
+        return list(((raw - mean) / std).cpu().contiguous().unbind(0))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -37,14 +37,46 @@ class TimedFrame:
     """uint8 [H, W, 3], turned upright."""
 
 
-def decode_frames(path: str | Path) -> Iterator[TimedFrame]:
+@dataclass(frozen=True)
+class VideoHeader:
+    """What a file says of itself: good enough to choose files by, never believed in decoding."""
+
+    height: int
+    width: int
+    fps: float
+    duration_s: float
+    """0 if the file does not say."""
+
+
+def read_header(path: str | Path) -> VideoHeader:
+    """Read a video's header without decoding a frame.
+
+    Raises:
+        DataError: If the file cannot be opened or has no video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path} has no video stream; give a video file")
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            duration_s = float(stream.duration * stream.time_base) if stream.duration else 0.0
+            duration_s = duration_s or float(container.duration or 0) / av.time_base
+            return VideoHeader(stream.height, stream.width, fps, duration_s)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def decode_frames(path: str | Path, start_s: float = 0.0) -> Iterator[TimedFrame]:
     """Decode a video's frames in the order in which they are shown.
 
     Args:
         path: Video file.
+        start_s: Seconds from the first frame; decoding may begin at any frame up to this time, which saves decoding
+            what nobody wants.
 
     Yields:
-        Every frame that decodes.
+        Every frame that decodes, from the beginning or a key frame at or before ``start_s``.
 
     Raises:
         DataError: If the file cannot be opened, has no video, or stops decoding; the reason is in the message.
@@ -56,13 +88,21 @@ def decode_frames(path: str | Path) -> Iterator[TimedFrame]:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            first: float | None = None
+            first = _seek(container, stream, start_s)
             for number, frame in enumerate(container.decode(stream)):
                 shown = frame.time if frame.time is not None else number / float(rate)
                 first = shown if first is None else first
                 yield TimedFrame(shown - first, 1.0 / float(rate), _upright(frame))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _seek(container: Any, stream: Any, start_s: float) -> float | None:
+    """Go to the last key frame up to a time; time of the video's first frame, None if that is still to be seen."""
+    if start_s <= 0 or stream.start_time is None:
+        return None
+    container.seek(stream.start_time + int(start_s / stream.time_base), stream=stream, backward=True)
+    return float(stream.start_time * stream.time_base)
 
 
 def _upright(frame: Any) -> Frame:
@@ -135,6 +175,13 @@ def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, los
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
+
+
+def stretch(image: Frame, height: int, width: int) -> Frame:
+    """Resize an image [H, W, 3] to exactly ``height x width``; nothing is cropped."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def cover_and_crop(image: Frame, height: int, width: int) -> Frame:

@@ -4,6 +4,9 @@ The same pack is built on any rank, in any worker and after any resume: it is a 
 A clip whose bytes are bad becomes padding in its place: it keeps its tokens, which then are zero and have no loss, so
 that no other clip moves; it is listed with the reason, and the next epoch's plan leaves it out.
 
+A clip without a caption, or drawn to be trained without its condition, has the null class and the set's null text, at
+that text's own length: to the last token what the sampler shows for an unconditional clip (``generation.predictor``).
+
 Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C h w`` a latent frame, ``D`` text
 width, ``k`` visible frames of a clip, ``N`` frames of the longest clip.
 """
@@ -74,7 +77,7 @@ class _ClipContent:
 
 def _clip_shapes(plan: Plan, pack_plan: PackPlan, draws: ClipDraws) -> list[ClipShape]:
     clips = plan.index.clips[pack_plan.rows]
-    text = plan.text_tokens(pack_plan.rows).tolist()
+    text = plan.text_tokens(pack_plan.epoch, pack_plan.rows).tolist()
     return [
         ClipShape(frames, height, width, tokens)
         for frames, height, width, tokens in zip(
@@ -182,12 +185,15 @@ def build_pack(plan: Plan, pack_plan: PackPlan, reader: ClipReader) -> Pack:
         ConfigError: If the set has other channels or another text width than the network.
     """
     check_widths(plan.flop_spec, reader)
+    if plan.uses_text and (reader.null_text is None or len(reader.null_text) != plan.null_text_tokens):
+        raise ConfigError(f"the plan counts {plan.null_text_tokens} tokens of null text, the set has another number")
     draws = plan.draws(pack_plan.epoch, pack_plan.rows, pack_plan.places, pack_plan.u_time)
     rows = pack_plan.rows.tolist()
     shapes = _clip_shapes(plan, pack_plan, draws)
     pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.flop_spec.text_dim)
     _fill_frames(pack, draws)
     keeps_condition = plan.keeps_condition(pack_plan.epoch, pack_plan.rows)
+    shows_caption = plan.shows_caption(pack_plan.epoch, pack_plan.rows)
     bad, at, at_text = [], 0, 0
     for slot, row in enumerate(rows):
         shape, keep_condition = shapes[slot], keeps_condition[slot]
@@ -202,8 +208,9 @@ def build_pack(plan: Plan, pack_plan: PackPlan, reader: ClipReader) -> Pack:
             pack.velocity_target[latent] = clip.target
             if keep_condition and plan.flop_spec.num_classes:
                 pack.class_label[slot] = int(plan.index.clips["class_label"][row])
-            if keep_condition and pack.text is not None and clip.text is not None:
-                pack.text[at_text : at_text + shape.text_tokens] = clip.text.float()
+            text = clip.text if shows_caption[slot] else reader.null_text
+            if pack.text is not None and text is not None:
+                pack.text[at_text : at_text + shape.text_tokens] = text.float()
         at, at_text = at + shape.tokens, at_text + shape.text_tokens
     pack.bad_clips = tuple(bad)
     return pack

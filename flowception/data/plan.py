@@ -61,6 +61,8 @@ class Plan:
         flop_spec: FlopSpec,
         seed: int,
         quarantine: Iterable[str] = (),
+        *,
+        null_text_tokens: int = 0,
     ) -> None:
         """Make a plan.
 
@@ -71,6 +73,7 @@ class Plan:
             flop_spec: Sizes of the network, for balancing and to know whether text is used.
             seed: The run's seed.
             quarantine: Keys of clips left out, found bad in earlier epochs.
+            null_text_tokens: Length of the set's null text, which a clip without a caption or condition brings.
 
         Raises:
             DataError: If there is no clip.
@@ -81,6 +84,7 @@ class Plan:
         PlanConfig.__post_init__(config)  # a subclass of several configs may have skipped it
         self.index, self.config, self.flop_spec, self.seed = index, config, flop_spec, seed
         self.process: ProcessConfig = config
+        self.null_text_tokens = null_text_tokens
         self.quarantine = tuple(sorted(set(quarantine)))
         self._all_rows = np.arange(len(index)) if rows is None else np.asarray(rows, dtype=np.int64)
         left_out = index.rows_of(self.quarantine)
@@ -91,21 +95,37 @@ class Plan:
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan without the given clips as well; for the next epoch."""
         left_out = {*self.quarantine, *keys}
-        return Plan(self.index, self._all_rows, self.config, self.flop_spec, self.seed, left_out)
+        null = self.null_text_tokens
+        return Plan(self.index, self._all_rows, self.config, self.flop_spec, self.seed, left_out, null_text_tokens=null)
 
     @property
     def uses_text(self) -> bool:
         """Whether text tokens are part of packs."""
         return self.flop_spec.text_dim is not None
 
-    def text_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Text tokens that clips bring into a pack, int64 [B] for rows [B]; 0 where the network takes no text."""
-        text = self.index.clips["text_tokens"][rows].astype(np.int64)
-        return text if self.uses_text else np.zeros_like(text)
+    def shows_caption(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which clips of an epoch are trained with their own text, bool [B] for rows [B]; others with the null text."""
+        return self.keeps_condition(epoch, rows) & (self.index.clips["text_tokens"][rows] > 0)
+
+    def text_tokens(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Text tokens that clips bring into a pack of an epoch, int64 [B] for rows [B]; 0 for a network without text.
+
+        A clip without a caption, or trained without its condition, brings the null text, so that it looks exactly like
+        an unconditional clip of the sampler. Which clips these are is drawn ahead, so the count is exact.
+        """
+        if not self.uses_text:
+            return np.zeros(len(rows), np.int64)
+        own = self.index.clips["text_tokens"][rows].astype(np.int64)
+        return np.where(self.shows_caption(epoch, rows), own, self.null_text_tokens)
+
+    def _most_text_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same at most, in any epoch."""
+        own = self.index.clips["text_tokens"][rows].astype(np.int64)
+        return np.maximum(own, self.null_text_tokens) if self.uses_text else np.zeros_like(own)
 
     def _full_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         frames = self.index.clips["frames"][rows].astype(np.int64)
-        return self.text_tokens(rows) + frames * self.index.tokens_per_frame[rows]
+        return self._most_text_tokens(rows) + frames * self.index.tokens_per_frame[rows]
 
     def _check(self) -> None:
         if not len(self.rows):
@@ -116,7 +136,7 @@ class Plan:
         full, budget = self._full_tokens(np.arange(len(self.index))), self.config.token_budget
         worst = int(np.argmax(full))
         if full[worst] > budget:
-            tokens, text = int(self.index.tokens_per_frame[worst]), int(self.text_tokens(np.array([worst]))[0])
+            tokens, text = int(self.index.tokens_per_frame[worst]), int(self._most_text_tokens(np.array([worst]))[0])
             raise PlanError(
                 f"clip {self.index.key(worst)} has {full[worst]} tokens ({self.index.clips['frames'][worst]} frames of "
                 f"{tokens}, {text} of text) and token_budget is {budget}; set token_budget={full[worst]} or more, "
@@ -130,7 +150,7 @@ class Plan:
     def pack_shape(self) -> PackShape:
         """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
         every = np.arange(len(self.index))
-        tokens, text, budget = self.index.tokens_per_frame, self.text_tokens(every), self.config.token_budget
+        tokens, text, budget = self.index.tokens_per_frame, self._most_text_tokens(every), self.config.token_budget
         frames = budget // int(tokens.min())
         text_share = text / (text + tokens)
         return PackShape(
@@ -148,7 +168,7 @@ class Plan:
         process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
         process["tasks"] = self.process.task_probabilities().tolist()
         content = {
-            "version": 2,
+            "version": 3,
             "seed": self.seed,
             "index": self.index.fingerprint(),
             "rows": hashlib.sha256(self._all_rows.astype("<i8").tobytes()).hexdigest(),
@@ -156,6 +176,7 @@ class Plan:
             "plan": config,
             "process": process,
             "network": asdict(self.flop_spec),
+            "null_text_tokens": self.null_text_tokens,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -198,7 +219,7 @@ class Plan:
     def _costs(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> ClipCosts:
         draws, clips = self.draws(epoch, rows, places), self.index.clips
         height, width = clips["height"][rows].astype(np.int64), clips["width"][rows].astype(np.int64)
-        visible, text = draws.visible_frames.numpy(), self.text_tokens(rows)
+        visible, text = draws.visible_frames.numpy(), self.text_tokens(epoch, rows)
         per_frame = self.index.tokens_per_frame[rows]
         latent_and_insertion: NDArray[np.int64] = visible * per_frame
         velocity, insertion = expected_counts(

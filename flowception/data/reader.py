@@ -44,6 +44,10 @@ class ClipReader(Protocol):
     def read(self, row: int, frames: ArrayLike) -> Tensor:
         """Some latent frames of a clip, bfloat16 [k, C, h, w]."""
 
+    @property
+    def null_text(self) -> Tensor | None:
+        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
+
     def read_text(self, row: int) -> Tensor | None:
         """The text embedding of a clip, bfloat16 [L, D]; None if it has none."""
 
@@ -65,6 +69,7 @@ class ShardReader:
         self.folder = Path(folder)
         self.meta = ShardMeta.load(self.folder)
         self._check_codec(codec, codec_fingerprint)
+        self._null_text = self.meta.null_embedding()
         self.index = ClipIndex.load(self.folder)
         if self.index.fingerprint() != self.meta.index_sha256:
             raise DataError(f"the index in {self.folder} is not the one meta.json was written with; encode it again")
@@ -82,6 +87,11 @@ class ShardReader:
     def latent_channels(self) -> int:
         """C."""
         return self.meta.latent_channels
+
+    @property
+    def null_text(self) -> Tensor | None:
+        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
+        return self._null_text
 
     def _check_codec(self, codec: str | None, codec_fingerprint: str | None) -> None:
         for name, wanted, found in (

@@ -9,14 +9,20 @@ In a tar each clip has up to three members, in this order, so that all but the l
 
 Members are raw bytes or JSON and are never decoded by type: nothing here can unpickle.
 
+The text of a clip without a caption, and of a clip trained or sampled without its condition, is the set's *null text*:
+the embedding of the empty caption. It is stored once, in ``meta.json``, so that it travels with a run's manifest.
+
 Shape legend: ``n`` latent frames, ``C`` latent channels, ``h w`` latent grid, ``L`` text tokens, ``D`` text width.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,6 +40,8 @@ META_NAME = "meta.json"
 MAX_KEY_LENGTH = 80
 JSON_SUFFIX, TEXT_SUFFIX, LATENTS_SUFFIX = "json", "text.bf16", "latents.bf16"
 NO_CLASS = -1
+_TEXT_TOLERANCE = 0.1
+"""Relative distance of two embeddings of one text; bfloat16 encoders differ by about 0.01, other weights by about 1."""
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
 
@@ -107,6 +115,49 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 @dataclass(kw_only=True)
+class NullText:
+    """The embedding of the empty caption."""
+
+    bf16_base64: str
+    """[L, D] bfloat16 little-endian, in base64."""
+    crc: int
+    """CRC-32 of the bytes."""
+
+    @classmethod
+    def of(cls, embedding: Tensor) -> Self:
+        """Pack an embedding [L, D]."""
+        if embedding.ndim != 2 or 0 in embedding.shape or not bool(torch.isfinite(embedding).all()):
+            raise DataError(f"the null text is {tuple(embedding.shape)}, expected finite numbers [L, D] with L >= 1")
+        content = embedding.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        return cls(bf16_base64=base64.b64encode(content).decode(), crc=zlib.crc32(content))
+
+    def embedding(self, width: int) -> Tensor:
+        """The embedding, bfloat16 [L, width].
+
+        Raises:
+            DataError: If the bytes are not those that were written.
+        """
+        try:
+            content = base64.b64decode(self.bf16_base64, validate=True)
+        except binascii.Error as error:
+            raise DataError(f"the set's null text is not base64 ({error}); encode the set again") from error
+        if zlib.crc32(content) != self.crc or not content or len(content) % (2 * width):
+            raise DataError(
+                f"the set's null text ({len(content)} bytes, width {width}) does not match its checksum or width; "
+                "restore meta.json or encode the set again"
+            )
+        return torch.frombuffer(bytearray(content), dtype=torch.bfloat16).view(-1, width)
+
+
+def same_text(one: Tensor, other: Tensor) -> bool:
+    """Whether two embeddings are of one text by one encoder, up to the rounding of devices and precisions."""
+    if one.shape != other.shape:
+        return False
+    difference = (one.float() - other.float()).norm()
+    return bool(difference <= _TEXT_TOLERANCE * one.float().norm())
+
+
+@dataclass(kw_only=True)
 class ShardFile:
     """One finished tar of a set."""
 
@@ -129,6 +180,10 @@ class ShardMeta:
     latent_std: list[float] = field(default_factory=list)
     text_width: int | None = None
     """D of the text embeddings; None if clips have no text."""
+    null_text: NullText | None = None
+    """The embedding of the empty caption, in a set with text."""
+    text_config: dict[str, Any] = field(default_factory=dict)
+    """What the text encoder was built from, for encoding prompts later."""
     class_names: list[str] = field(default_factory=list)
     codec_config: dict[str, Any] = field(default_factory=dict)
     """What the codec was built from, for decoding later."""
@@ -140,6 +195,21 @@ class ShardMeta:
     """One ``{height, width, tokens, clips}`` for each latent grid; tokens are latent tokens and the insertion token."""
     shards: list[ShardFile] = field(default_factory=list)
     index_sha256: str = ""
+
+    def null_embedding(self) -> Tensor | None:
+        """The null text, bfloat16 [L, D]; None if clips have no text.
+
+        Raises:
+            DataError: If the set has text and no null text, or a damaged one.
+        """
+        if self.text_width is None:
+            return None
+        if self.null_text is None:
+            raise DataError(
+                f"the set has text of width {self.text_width} and no null text (the embedding of the empty caption); "
+                "encode it again"
+            )
+        return self.null_text.embedding(self.text_width)
 
     def identity(self) -> dict[str, Any]:
         """The part that every shard of a set must share."""
@@ -173,10 +243,12 @@ class ShardMeta:
             raise DataError(f"{origin} has schema_version {version}, this version reads {SCHEMA_VERSION}")
         try:
             found["shards"] = [ShardFile(**shard) for shard in found.get("shards", [])]
+            found["null_text"] = NullText(**found["null_text"]) if found.get("null_text") is not None else None
             meta = cls(**found)
         except TypeError as error:
             raise DataError(f"{origin} does not describe a shard set ({error}); encode the set again") from error
-        for part, where in ((meta, origin), *((shard, f"{origin}, shards") for shard in meta.shards)):
+        parts: list[tuple[Any, str]] = [(meta, origin), *((shard, f"{origin}, shards") for shard in meta.shards)]
+        for part, where in [*parts, *([(meta.null_text, f"{origin}, null_text")] if meta.null_text else [])]:
             for name, kind in get_type_hints(type(part)).items():
                 if not _has_type(getattr(part, name), kind):
                     raise DataError(

@@ -14,8 +14,9 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +31,11 @@ from flowception.data.schema import (
     NO_CLASS,
     TEXT_SUFFIX,
     ClipRecord,
+    NullText,
     ShardFile,
     ShardMeta,
     clip_id,
+    same_text,
 )
 from flowception.errors import DataError
 from flowception.files import write_atomically
@@ -120,9 +123,10 @@ class ShardSetWriter:
             meta: What makes the set. Counts and files are filled in by ``finish``.
 
         Raises:
-            DataError: If the folder holds shards made by something else.
+            DataError: If the folder holds shards made by something else, or a set with text has no null text.
         """
-        self.folder, self.meta = Path(folder), meta
+        self.folder, self.meta = Path(folder), replace(meta)
+        null_text = meta.null_embedding()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _IDENTITY_NAME
         if path.exists():
@@ -133,7 +137,21 @@ class ShardSetWriter:
                         f"{self.folder} was begun with other settings: {name} was {str(found.get(name))[:16]}, "
                         f"is {str(wanted[name])[:16]}; choose another folder or delete this one"
                     )
-        write_atomically(path, json.dumps(meta.identity(), sort_keys=True).encode())
+            self._keep_null_text(found, null_text)
+        begun = {**meta.identity(), "null_text": asdict(self.meta.null_text) if self.meta.null_text else None}
+        write_atomically(path, json.dumps(begun, sort_keys=True).encode())
+
+    def _keep_null_text(self, found: dict[str, Any], null_text: Tensor | None) -> None:
+        """Take the null text of the job that began the set: another device may round it otherwise."""
+        if null_text is None or found.get("null_text") is None:
+            return
+        first = NullText(**found["null_text"])
+        if not same_text(first.embedding(null_text.shape[1]), null_text):
+            raise DataError(
+                f"{self.folder} was begun with another text encoder: its embedding of the empty caption differs; "
+                "choose another folder or give the encoder that began this one"
+            )
+        self.meta.null_text = first
 
     def _part_path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.index.npz"

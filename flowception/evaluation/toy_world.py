@@ -7,6 +7,7 @@ Laws, exact enough that a clip can be scored without a learned metric (``toy_sco
 * **Position**: the centre moves ``SPEED_PX`` a frame in a random direction and is reflected at the walls. Along each
   axis that is a triangle wave: ``x_k = fold(x_0 + v k)`` between ``RADIUS_PX`` and ``size - RADIUS_PX``.
 * **Length**: ``LENGTH_LAW``.
+* **Caption**: names the colour and the direction in which the disc sets out, ``a red disc moving left and up``.
 
 Units: pixels, with the centre of pixel (0, 0) at (0.5, 0.5); one frame is one unit of time.
 Shape legend: ``n`` frames, ``S`` pixels along each side.
@@ -48,11 +49,19 @@ class ToyClip:
     """float64 [n, 2]: (x, y) of the disc's centre."""
     video: NDArray[np.uint8]
     """uint8 [n, S, S, 3]."""
+    velocity: NDArray[np.float64]
+    """float64 [2]: pixels a frame along (x, y) at the first frame."""
 
     @property
     def caption(self) -> str:
-        """What is to be seen."""
-        return f"a {CLASS_NAMES[self.class_label]} disc bouncing off the walls"
+        """What is to be seen: colour, and direction before the first wall."""
+        return caption_of(self.class_label, bool(self.velocity[0] < 0), bool(self.velocity[1] < 0))
+
+
+def caption_of(class_label: int, left: bool, up: bool) -> str:
+    """The caption of a disc of a class that sets out in a direction."""
+    across, along = "left" if left else "right", "up" if up else "down"
+    return f"a {CLASS_NAMES[class_label]} disc moving {across} and {along}"
 
 
 def fold(position: Number, low: float, high: float) -> Number:
@@ -99,4 +108,4 @@ def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
     velocity = SPEED_PX * np.array([math.cos(2 * math.pi * u_angle), math.sin(2 * math.pi * u_angle)])
     positions = fold(start[None, :] + np.arange(frames)[:, None] * velocity[None, :], low, high)
     video = np.stack([render_disc(position, CLASS_COLOURS[class_label], size) for position in positions])
-    return ToyClip(class_label=class_label, positions=positions, video=video)
+    return ToyClip(class_label=class_label, positions=positions, video=video, velocity=velocity)

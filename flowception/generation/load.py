@@ -32,6 +32,8 @@ class LoadedRun:
     codec: Codec
     meta: ShardMeta
     """Description of the shard set that the run was trained on."""
+    null_text: torch.Tensor | None
+    """float32 [L, D]: the text of a clip without a prompt; None for a model without text."""
 
     @property
     def sizes_pixels(self) -> list[tuple[int, int]]:
@@ -134,7 +136,17 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
         model=model.to(device).eval().requires_grad_(False),
         codec=codec_of(meta, device),
         meta=meta,
+        null_text=_null_text(meta, config, run_dir),
     )
+
+
+def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Tensor | None:
+    if config.model.flop_spec().text_dim is None:
+        return None
+    null_text = meta.null_embedding()
+    if null_text is None:
+        raise DataError(f"the model of {run_dir} takes text and its shard set has none; the run directory was changed")
+    return null_text.float()
 
 
 def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) -> ShardMeta:

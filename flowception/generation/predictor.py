@@ -30,6 +30,7 @@ class NetworkPredictor:
         class_labels: Sequence[int],
         *,
         texts: Sequence[Tensor] | None = None,
+        null_text: Tensor | None = None,
         guidance: float | None = None,
         rate_guidance: float | None = None,
         autocast_dtype: torch.dtype | None = None,
@@ -40,6 +41,7 @@ class NetworkPredictor:
             model: ``model(pack) -> ModelOutput``, in evaluation mode.
             class_labels: Class of each of the B clips; -1 for none.
             texts: [L, D] of each clip, for a model with text; None for one without.
+            null_text: [L, D] of a clip without its condition, for guidance of a model with text.
             guidance: Scale of classifier-free guidance on the velocity; None is off.
             rate_guidance: Its scale on the insertion rate, in log space; None is off.
             autocast_dtype: Lower precision to run the model in; None keeps its own.
@@ -47,10 +49,13 @@ class NetworkPredictor:
         self.model = model
         self.class_labels = torch.tensor(list(class_labels), dtype=torch.int64)
         self.texts = list(texts) if texts is not None else None
+        self.null_text = null_text
         self.guidance = 1.0 if guidance is None else guidance
         self.rate_guidance = 1.0 if rate_guidance is None else rate_guidance
         self.autocast_dtype = autocast_dtype
         self.device = next(model.parameters()).device
+        if self.guided and texts is not None and null_text is None:
+            raise ValueError("guidance of a model with text needs null_text, the text of a clip without its condition")
 
     @property
     def guided(self) -> bool:
@@ -86,7 +91,7 @@ class NetworkPredictor:
         """The state as a tight pack on the CPU: the B clips, then the same again without condition when guided.
 
         A context frame is clean in both halves of the input; ``state.times`` shows it the clock (DESIGN.md section 3).
-        Without condition means as in training (``data.pack``): the null class, and text tokens that are all zero.
+        Without condition means as in training (``data.pack``): the null class, and the null text at its own length.
         """
         cu_frames = state.cu_frames.cpu()
         clip_frames = torch.diff(cu_frames)
@@ -96,13 +101,13 @@ class NetworkPredictor:
         time, role = state.times.cpu().float(), model_role(roles)
         labels, texts = self.class_labels, self.texts
         grid = (int(frames.shape[-2]), int(frames.shape[-1]))
-        lengths = [len(text) for text in texts] if texts is not None else [0] * len(labels)
-        shapes = [ClipShape(int(n), *grid, length) for n, length in zip(clip_frames, lengths, strict=True)]
         if self.guided:
-            shapes = shapes * 2
+            clip_frames = clip_frames.repeat(2)
             frames, condition, time, role = (x.repeat(2, *[1] * (x.ndim - 1)) for x in (frames, condition, time, role))
             labels = torch.cat([labels, torch.full_like(labels, NO_CLASS)])
-            texts = None if texts is None else texts + [torch.zeros_like(text) for text in texts]
+            texts = texts + [self.null_text] * len(texts) if texts is not None and self.null_text is not None else None
+        lengths = [len(text) for text in texts] if texts is not None else [0] * len(labels)
+        shapes = [ClipShape(int(n), *grid, length) for n, length in zip(clip_frames, lengths, strict=True)]
         layout = build_layout(shapes)
         return PackInput(
             layout=layout,

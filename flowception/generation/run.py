@@ -34,12 +34,10 @@ from flowception.generation.context import ContextReader, check_files, untrained
 from flowception.generation.growth import draw_growth
 from flowception.generation.load import LoadedRun, data_fps, load_run
 from flowception.generation.predictor import NetworkPredictor
+from flowception.generation.prompt import encode_prompt
 from flowception.generation.video import Video, write_contact_sheet, write_mp4, write_preview
 from flowception.progress import Progress
 
-NULL_TEXT_TOKENS = 32
-"""Text tokens of a clip without a prompt. A clip trained without its caption keeps the caption's tokens, all zero, so
-an unprompted clip gets about as many as a caption has."""
 DEFAULT_FPS = 16.0
 """Of the written files, where neither the options nor the training clips say."""
 
@@ -61,7 +59,7 @@ class GenerateOptions:
     tasks, where the context says what is seen."""
     prompt: str | None = None
     text_encoder: str | None = None
-    """Folder or hub id of the T5 encoder for the prompt."""
+    """Folder or hub id of the T5 encoder for the prompt; None takes the one that made the shards."""
     seed: int = 0
     checkpoint_step: int | None = None
     """None takes the newest valid checkpoint."""
@@ -192,7 +190,10 @@ class GenerationBatches:
         self.contexts = self._read_contexts() if options.context_files else []
         if warning := untrained(options.task, self.contexts, run.config, options.max_frames):
             print(f"WARNING: {warning}", flush=True)
-        self.text = _encode_prompt(run, options, device)
+        self.null_text = run.null_text
+        self.text = run.null_text
+        if options.prompt is not None:
+            self.text = encode_prompt(run, options.prompt, options.text_encoder, device)
 
     @property
     def count(self) -> int:
@@ -293,6 +294,7 @@ class GenerationBatches:
             self.run.model,
             class_labels,
             texts=None if self.text is None else [self.text] * len(class_labels),
+            null_text=self.null_text,
             guidance=self.options.guidance,
             rate_guidance=self.options.rate_guidance,
             autocast_dtype=torch.bfloat16 if half else None,
@@ -324,27 +326,6 @@ def _choose_size(run: LoadedRun, options: GenerateOptions) -> tuple[int, int]:
             f"of {stride} pixels (trained sizes: {named})"
         )
     return options.size_pixels
-
-
-def _encode_prompt(run: LoadedRun, options: GenerateOptions, device: torch.device) -> Tensor | None:
-    """The text of every clip, float32 [L, D]: the prompt's, or none of it. None for a model without text."""
-    text_dim = run.config.model.flop_spec().text_dim
-    if text_dim is None:
-        if options.prompt is not None:
-            raise ConfigError("--prompt was given and the model was trained without text; leave it out")
-        return None
-    if options.prompt is None:
-        return torch.zeros(NULL_TEXT_TOKENS, text_dim)
-    if options.text_encoder is None:
-        raise ConfigError("--prompt needs --text-encoder, a folder or hub id of the T5 encoder that made the shards")
-    from flowception.codecs.text import TextEncoder, TextEncoderConfig
-
-    encoder = TextEncoder.from_config(TextEncoderConfig(model=options.text_encoder), device)
-    if encoder.text_dim != text_dim:
-        raise ConfigError(
-            f"--text-encoder gives text of width {encoder.text_dim}, the model was trained with {text_dim}"
-        )
-    return encoder.encode([options.prompt])[0]
 
 
 def _write_batch(

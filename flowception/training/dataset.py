@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flowception.config import TrainConfig
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
-from flowception.data.reader import ShardReader
+from flowception.data.reader import ClipReader, ShardReader
 from flowception.training import run_directory
 
 VALIDATION_SEED = 0
@@ -50,13 +50,19 @@ def open_data(config: TrainConfig) -> TrainingData:
         config.model = replace(config.model, in_channels=reader.latent_channels)
     check_widths(config.model.flop_spec(), reader)
     train_rows, heldout_rows = reader.index.split(config.data.heldout_fraction)
-    plan = Plan(reader.index, train_rows, config, config.model.flop_spec(), config.seed)
+    null = _null_text_tokens(reader)
+    plan = Plan(reader.index, train_rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
     return TrainingData(reader, plan, heldout_rows)
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
     """The plan that validation draws from; its seed is fixed, so runs of different seeds can be compared."""
-    return Plan(data.reader.index, data.heldout_rows, config, config.model.flop_spec(), VALIDATION_SEED)
+    null, spec = _null_text_tokens(data.reader), config.model.flop_spec()
+    return Plan(data.reader.index, data.heldout_rows, config, spec, VALIDATION_SEED, null_text_tokens=null)
+
+
+def _null_text_tokens(reader: ClipReader) -> int:
+    return 0 if reader.null_text is None else len(reader.null_text)
 
 
 def mean_log_rate(plan: Plan) -> float:

@@ -76,7 +76,8 @@ class Validation:
             return []
         rows, u_time = self._rows[places], u_time[places]
         draws = self._plan.draws(0, rows, places, u_time)
-        tokens = draws.visible_frames.numpy() * self._plan.index.tokens_per_frame[rows] + self._plan.text_tokens(rows)
+        latent = draws.visible_frames.numpy() * self._plan.index.tokens_per_frame[rows]
+        tokens = latent + self._plan.text_tokens(0, rows)
         left, packs = np.arange(len(rows)), list[PackPlan]()
         while len(left):
             taken = pack_clips(tokens[left], tokens[left].astype(float), 1, self._plan.config.token_budget) != CARRIED

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowception.data.schema import ClipRecord, ShardMeta
+from flowception.data.schema import ClipRecord, NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.data.steps import PlanConfig
 from flowception.flow.extended_time import ProcessConfig
@@ -18,7 +18,7 @@ class RunConfig(ProcessConfig, PlanConfig):
     """Process and sizes in one object, as the training config is."""
 
 
-CHANNELS, TEXT_WIDTH = 4, 6
+CHANNELS, TEXT_WIDTH, NULL_TEXT_TOKENS = 4, 6, 2
 
 
 def record(number: int, *, frames: int, height: int = 2, width: int = 3, text: int = 0) -> ClipRecord:
@@ -78,6 +78,7 @@ def make_set(tmp_path):
             codec_fingerprint="abc",
             latent_channels=CHANNELS,
             text_width=TEXT_WIDTH if text else None,
+            null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
             class_names=["red", "green", "blue"],
         )
         writer = ShardSetWriter(tmp_path / name, meta)

@@ -22,7 +22,7 @@ def world(make_set, make_config, make_spec):
     folder, records = make_set(text=True)
     reader = ShardReader(folder)
     config = make_config(tasks={"t2v": 0.5, "i2v": 0.5}, time_shift=3.0, condition_dropout=0.3, insertion_share=0.7)
-    return Plan(reader.index, None, config, make_spec(text_dim=6), SEED), reader, records
+    return Plan(reader.index, None, config, make_spec(text_dim=6), SEED, null_text_tokens=2), reader, records
 
 
 def packs_of_epoch(plan, epoch=0):
@@ -44,8 +44,9 @@ def test_contents_of_a_pack_frame_by_frame(world):
             assert weight == pytest.approx(0.5 / 0.7 if clock < 1 else 0.5 / 0.3)
             label = record.class_label if record.class_label is not None and not dropped else -1
             assert pack.class_label[slot] == label
-            for line in record.text if record.text is not None else []:
-                assert torch.equal(pack.text[text_row], line.float() * (not dropped))
+            shown = record.text if record.text is not None and not dropped else torch.full((2, 6), 0.25)
+            for line in shown:
+                assert torch.equal(pack.text[text_row], line.float())
                 assert pack.layout.text_token[text_row] == token
                 assert not pack.velocity_mask[token]
                 text_row, token = text_row + 1, token + 1
@@ -172,9 +173,16 @@ def test_a_network_of_other_widths_is_refused(world, make_config, make_spec):
     plan, reader, _ = world
     pack_plan = packs_of_epoch(plan)[0]
     for keys, wanted in (({"in_channels": 8}, "in_channels=4"), ({"text_dim": 9}, "text_dim=6")):
-        other = Plan(reader.index, None, make_config(), make_spec(**keys), SEED)
+        other = Plan(reader.index, None, make_config(), make_spec(**keys), SEED, null_text_tokens=2)
         with pytest.raises(ConfigError, match=wanted):
             build_pack(other, pack_plan, reader)
+
+
+def test_a_plan_of_another_null_text_is_refused(world, make_config, make_spec):
+    _, reader, _ = world
+    other = Plan(reader.index, None, make_config(), make_spec(text_dim=6), SEED, null_text_tokens=1)
+    with pytest.raises(ConfigError, match="counts 1 tokens of null text"):
+        build_pack(other, packs_of_epoch(other)[0], reader)
 
 
 def test_a_network_without_text_or_classes_gets_neither(world, make_config, make_spec):

@@ -252,6 +252,25 @@ def test_text_counts_only_for_a_network_that_reads_it(make_config, make_spec):
     assert reading.pack_shape.max_frames == 200 // 7
 
 
+def test_a_dropped_caption_counts_as_the_null_text(make_config, make_spec):
+    """A step's tokens with text less those without: each clip's own caption, or the null text."""
+    text = np.arange(40) % 5
+    index = ClipIndex.from_arrays(frames=[2] * 40, height=2, width=3, text_tokens=text)
+    config = make_config(condition_dropout=0.5, packs_per_step=1, token_budget=2000)
+    silent = Plan(index, None, config, make_spec(), seed=0)
+    reading = Plan(index, None, config, make_spec(text_dim=6), seed=0, null_text_tokens=7)
+    for epoch in (0, 1):
+        kept = reading.keeps_condition(epoch, np.arange(40))
+        assert 5 < kept.sum() < 35
+        expected = sum(int(n) if keep and n else 7 for n, keep in zip(text, kept, strict=True))
+        first = Cursor(epoch, 0)
+        assert reading.steps_in_epoch(epoch) == 1
+        assert reading.step(first).tokens == silent.step(first).tokens + expected
+    assert reading.pack_shape.max_seqlen == 2 * 7 + 7
+    assert reading.with_quarantine(["clip-000000003"]).null_text_tokens == 7
+    assert reading.fingerprint != Plan(index, None, config, make_spec(text_dim=6), seed=0).fingerprint
+
+
 def test_bad_input_is_refused_with_what_to_do(index, make_config, make_spec):
     long = ClipIndex.from_arrays(frames=[3, 40], height=2, width=3)
     with pytest.raises(PlanError, match=r"280 tokens.*token_budget=280 or more.*at most 28 latent frames"):

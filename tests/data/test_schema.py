@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flowception.data.schema import ClipRecord, ShardFile, ShardMeta
+from flowception.data.schema import ClipRecord, NullText, ShardFile, ShardMeta, same_text
 from flowception.data.shards import shard_name
 from flowception.errors import DataError
 
@@ -63,3 +63,36 @@ def test_shards_have_their_own_names_each_once(described, name):
     described["shards"][1]["name"] = name
     with pytest.raises(DataError, match="names are like shard-000000.tar, each once"):
         ShardMeta.from_json(json.dumps(described), "meta.json")
+
+
+def test_the_null_text_travels_in_the_description(described):
+    embedding = torch.linspace(-3, 3, 12).view(2, 6).bfloat16()
+    null_text = {"bf16_base64": NullText.of(embedding).bf16_base64, "crc": NullText.of(embedding).crc}
+    meta = ShardMeta.from_json(json.dumps(described | {"text_width": 6, "null_text": null_text}), "meta.json")
+    assert torch.equal(meta.null_embedding(), embedding)
+    assert ShardMeta.from_json(json.dumps(described), "meta.json").null_embedding() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "has text of width 6 and no null text"),
+        ({"crc": 1}, "does not match its checksum or width"),
+        ({"bf16_base64": "AA=A"}, "is not base64"),
+        ({"bf16_base64": 3}, "null_text: bf16_base64 is 3"),
+    ],
+)
+def test_a_missing_or_damaged_null_text_is_refused(described, changes, message):
+    good = NullText.of(torch.ones(1, 6))
+    null_text = None if changes is None else {"bf16_base64": good.bf16_base64, "crc": good.crc} | changes
+    with pytest.raises(DataError, match=message):
+        ShardMeta.from_json(
+            json.dumps(described | {"text_width": 6, "null_text": null_text}), "meta.json"
+        ).null_embedding()
+
+
+def test_same_text_allows_rounding_and_nothing_else():
+    embedding = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert same_text(embedding, embedding.bfloat16())
+    assert not same_text(embedding, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    assert not same_text(embedding, embedding[:2])

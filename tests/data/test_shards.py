@@ -8,7 +8,7 @@ import webdataset
 
 from flowception.data.index import ClipIndex
 from flowception.data.reader import ShardReader
-from flowception.data.schema import ClipRecord, ShardMeta, check_key
+from flowception.data.schema import ClipRecord, NullText, ShardMeta, check_key
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import DataError
 
@@ -130,3 +130,17 @@ def test_the_split_is_by_key_and_of_the_asked_size():
     assert abs(len(held) / 20000 - 0.1) < 4 * (0.09 / 20000) ** 0.5
     larger = ClipIndex.from_arrays(frames=np.full(30000, 3), height=2, width=2)
     assert np.array_equal(larger.split(0.1)[1][: len(held)], held)
+
+
+def test_jobs_of_one_set_share_the_null_text_of_the_first(make_set):
+    folder, _ = make_set(text=True)
+    meta = ShardMeta.load(folder)
+    first = meta.null_embedding()
+    meta.null_text = NullText.of(first.float() * 1.01)
+    assert torch.equal(ShardSetWriter(folder, meta).finish().null_embedding(), first)
+    meta.null_text = NullText.of(-first)
+    with pytest.raises(DataError, match="begun with another text encoder"):
+        ShardSetWriter(folder, meta)
+    meta.null_text = None
+    with pytest.raises(DataError, match="no null text"):
+        ShardSetWriter(folder, meta)

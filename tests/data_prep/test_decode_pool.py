@@ -21,7 +21,7 @@ def decode(path, settings):
 
 def test_without_workers(tmp_path, write_counting_video):
     good, bad = write_counting_video(tmp_path / "a.mp4", 2), tmp_path / "missing.mp4"
-    found = list(decode_videos([bad, good, bad], CutSettings(), 0))
+    found = list(decode_videos([(path, CutSettings()) for path in (bad, good, bad)], 0))
     assert "missing.mp4" in found[0]
     assert len(found[1][0].frames) == 2
     assert isinstance(found[2], str)
@@ -33,7 +33,7 @@ def test_a_video_that_kills_its_decoder_costs_only_itself(tmp_path, monkeypatch)
     from crashing_decoder import decode
 
     names = ["a", "killer", "broken", "b", "c"]
-    found = list(decode_videos([Path(name) for name in names], CutSettings(), 2, decode))
+    found = list(decode_videos([(Path(name), CutSettings()) for name in names], 2, decode))
     assert found == [["a"], f"killer: {CRASHED}", "cannot read it", ["b"], ["c"]]
 
 
@@ -42,6 +42,6 @@ def test_other_errors_are_not_swallowed():
         raise RuntimeError("a bug, not a bad video")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        list(decode_videos([Path(os.devnull)], CutSettings(), 0, bug))
+        list(decode_videos([(Path(os.devnull), CutSettings())], 0, bug))
     with pytest.raises(DataError):
         cut_video(Path(os.devnull), CutSettings())

@@ -215,7 +215,10 @@ def test_captions_become_text(toy_folder, tmp_path, monkeypatch):
         text_dim = 3
 
         def encode(self, captions):
-            return [torch.full((len(caption.split()), 3), 0.5) for caption in captions]
+            return [
+                torch.full((len(caption.split()), 3), 0.5) if caption else torch.full((1, 3), -0.5)
+                for caption in captions
+            ]
 
     monkeypatch.setattr(TextEncoder, "from_config", classmethod(lambda cls, config, device: FakeText()))
     config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set", text=TextEncoderConfig(model="fake"))
@@ -223,6 +226,8 @@ def test_captions_become_text(toy_folder, tmp_path, monkeypatch):
     reader = ShardReader(tmp_path / "set")
     assert reader.text_width == 3
     assert torch.equal(reader.read_text(0), torch.full((7, 3), 0.5, dtype=torch.bfloat16))
+    assert torch.equal(reader.null_text, torch.full((1, 3), -0.5, dtype=torch.bfloat16))
+    assert reader.meta.text_config["model"] == "fake"
 
 
 def test_command_line(toy_folder, tmp_path, capsys):

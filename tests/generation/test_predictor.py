@@ -97,22 +97,24 @@ def test_guidance_is_one_call_of_the_model(model, make_state):
     assert calls == [1]
 
 
-def test_text_stands_before_its_clip_and_is_zero_in_the_null_half(make_model, make_state):
+def test_text_stands_before_its_clip_and_is_the_null_text_in_the_null_half(make_model, make_state):
     model = make_model(text_dim=16)
-    texts = [torch.randn(5, 16), torch.randn(0, 16)]
-    predictor = NetworkPredictor(model, [0, 1], texts=texts, guidance=2.0)
+    texts, null = [torch.randn(5, 16), torch.randn(0, 16)], torch.randn(2, 16)
+    predictor = NetworkPredictor(model, [0, 1], texts=texts, null_text=null, guidance=2.0)
     state = make_state([2, 2], contexts=[0, 1])
     pack = predictor.build_pack(state)
     frame = FRAME_SHAPE[1] * FRAME_SHAPE[2] + 1
-    assert pack.layout.segment_lengths == (5 + 2 * frame, 3 * frame) * 2
-    assert torch.equal(pack.text, torch.cat([texts[0], torch.zeros(5, 16)]))
+    assert pack.layout.segment_lengths == (5 + 2 * frame, 3 * frame, 2 + 2 * frame, 2 + 3 * frame)
+    assert torch.equal(pack.text, torch.cat([texts[0], null, null]))
     guided = predictor(state)[0]
     with_text = NetworkPredictor(model, [0, 1], texts=texts)(state)[0]
-    without = NetworkPredictor(model, [-1, -1], texts=[torch.zeros(5, 16), texts[1]])(state)[0]
+    without = NetworkPredictor(model, [-1, -1], texts=[null] * 2)(state)[0]
     torch.testing.assert_close(guided, 2 * with_text - without, atol=2e-5, rtol=1e-4)
     no_text = NetworkPredictor(model, [0, 1], texts=[texts[1]] * 2)(state)[0]
     assert not torch.allclose(no_text[:2], with_text[:2], atol=1e-4)
     torch.testing.assert_close(no_text[2:], with_text[2:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="null_text"):
+        NetworkPredictor(model, [0, 1], texts=texts, guidance=2.0)
 
 
 def test_labels_must_match_the_clips(model, make_state):

@@ -28,7 +28,7 @@ class Config(ProcessConfig, PlanConfig):
 class Latents:
     """A reader of clips that exist nowhere: frame j of clip i is drawn from (i, j)."""
 
-    text_width, latent_channels = None, 12
+    text_width, latent_channels, null_text = None, 12, None
 
     def read(self, row, frames):
         values = [rng.normals(7, rng.Stream.NOISE, (12, 3, 2), clip=row, frame=int(frame)) for frame in frames]
@@ -96,3 +96,55 @@ def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
     clock = draws.global_time.clamp(0, 1)[sampled.layout.frame_clip].float()
     at_the_clock = torch.where(sampled.role > 0, clock, sampled.time)  # the state's own clock is 1 for every clip
     torch.testing.assert_close(trained.time[:frames], at_the_clock, atol=2e-3, rtol=0)
+
+
+NULL_TEXT = torch.linspace(-1, 1, 2 * 16).view(2, 16)
+
+
+class Captioned(Latents):
+    """The same clips with a caption each, of row % 4 tokens (so some have none)."""
+
+    text_width, null_text = 16, NULL_TEXT
+
+    def read_text(self, row):
+        return torch.full((row % 4, 16), float(row)) if row % 4 else None
+
+
+def test_a_clip_trained_without_its_condition_looks_like_an_unprompted_one(make_model):
+    """Length and rows of the text, the class, and every position: what the sampler shows without a prompt."""
+    model = make_model(text_dim=16)
+    config = Config(
+        tasks={"t2v": 1.0}, token_budget=600, packs_per_step=1, num_start_frames=2, time_shift=3.0,
+        condition_dropout=0.5,
+    )  # fmt: skip
+    index = ClipIndex.from_arrays(
+        frames=6 + np.arange(12) % 4, height=3, width=2, class_label=np.arange(12) % 3, text_tokens=np.arange(12) % 4
+    )
+    plan = Plan(index, None, config, model.spec, seed=5, null_text_tokens=len(NULL_TEXT))
+    (pack_plan,) = plan.step(Cursor(0, 0)).packs
+    trained = build_pack(plan, pack_plan, Captioned())
+    assert plan.step(Cursor(0, 0)).tokens == sum(trained.layout.segment_lengths[: len(pack_plan.rows)])
+    draws = plan.draws(0, pack_plan.rows, pack_plan.places)
+    kept = plan.keeps_condition(0, pack_plan.rows).tolist()
+    assert len(set(kept)) == 2
+    rows = pack_plan.rows.tolist()
+    labels = [row % 3 if keep else -1 for row, keep in zip(rows, kept, strict=True)]
+    texts = [
+        Captioned().read_text(row) if keep and row % 4 else NULL_TEXT for row, keep in zip(rows, kept, strict=True)
+    ]
+    state = state_of(plan, pack_plan, draws)
+    sampled = NetworkPredictor(model, labels, texts=texts, null_text=NULL_TEXT).build_pack(state)
+    tokens, text_rows = len(sampled.noisy), len(sampled.text)
+    assert trained.layout.segment_lengths[: len(rows)] == sampled.layout.segment_lengths
+    assert torch.equal(trained.layout.token_position[:tokens], sampled.layout.token_position)
+    assert torch.equal(trained.layout.text_token[:text_rows], sampled.layout.text_token)
+    assert torch.equal(trained.text[:text_rows], sampled.text)
+    assert torch.equal(trained.class_label[: len(rows)], sampled.class_label)
+
+    guided = NetworkPredictor(model, [0] * len(rows), texts=[torch.ones(3, 16)] * len(rows), null_text=NULL_TEXT,
+                              guidance=2.0).build_pack(state)  # fmt: skip
+    half = len(guided.noisy) - sum(guided.layout.segment_lengths[len(rows) :])
+    unprompted = NetworkPredictor(model, [-1] * len(rows), texts=[NULL_TEXT] * len(rows)).build_pack(state)
+    assert torch.equal(guided.text[3 * len(rows) :], unprompted.text)
+    assert torch.equal(guided.layout.token_position[half:], unprompted.layout.token_position)
+    assert torch.equal(guided.noisy[half:], unprompted.noisy)

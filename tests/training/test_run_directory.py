@@ -1,12 +1,13 @@
 import errno
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 from toy_set import CHANNELS, write_config, write_set
 
 from flowception.config import load_config
-from flowception.data.schema import ShardMeta
+from flowception.data.schema import NullText, ShardMeta
 from flowception.errors import ConfigError, RunDirectoryError
 from flowception.training import run_directory
 from flowception.training.dataset import open_data
@@ -48,7 +49,7 @@ def test_a_model_that_does_not_fit_the_set_is_refused_by_whoever_opens_it(config
 
 
 def test_another_text_width_is_refused(config, tmp_path):
-    alter_meta(tmp_path / "shards", text_width=9)
+    alter_meta(tmp_path / "shards", text_width=9, null_text=asdict(NullText.of(torch.zeros(1, 9))))
     open_data(config)
     config.model = replace(config.model, text_dim=6)
     with pytest.raises(ConfigError, match="set model.text_dim=9"):

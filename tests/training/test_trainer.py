@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, 
 from flowception.config import load_config
 from flowception.data.index import ClipIndex
 from flowception.data.plan import Cursor
+from flowception.data.schema import NullText
 from flowception.errors import RunDirectoryError
 from flowception.nn.dit import FlowceptionDiT
 from flowception.training import run_directory
@@ -60,7 +62,8 @@ def runs(tmp_path_factory):
     damage_last_step(folder / "last_shards")
     shutil.copytree(folder / "shards", folder / "text_shards")
     meta = folder / "text_shards" / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_width": 9}))
+    null_text = dataclasses.asdict(NullText.of(torch.zeros(1, 9)))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_width": 9, "null_text": null_text}))
     (folder / "bad_key").write_text(damage_one_clip(folder / "bad_shards"))
     with run_directory.lock(folder / "locked"):
         results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=240)

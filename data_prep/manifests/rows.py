@@ -1,0 +1,66 @@
+"""What a reader of a data set gives: rows of one video each, and what it expected and did not find."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowception.errors import DataError
+
+VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
+
+
+@dataclass
+class SourceRows:
+    """The videos of a source."""
+
+    rows: list[dict[str, Any]]
+    """``path`` and optionally ``caption, class_label, class_name, key, start_s, end_s``, and any other column."""
+    root: Path
+    """What relative paths are relative to."""
+    missing: list[str] = field(default_factory=list)
+    """What the data set lists and this copy of it lacks."""
+    class_names: tuple[str, ...] = ()
+    """All classes of the data set, in order of their numbers, where it says so itself."""
+
+
+def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV file with a header; empty cells are left out.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have.
+
+    Yields:
+        One dictionary a row.
+
+    Raises:
+        DataError: If a column is missing.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        for column in columns:
+            if column not in (reader.fieldnames or ()):
+                raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called {column}")
+        for row in reader:
+            yield {name: value for name, value in row.items() if name is not None and value not in (None, "")}
+
+
+def require_path(path: Path, source_format: str, wanted: str) -> Path:
+    """The path itself, or an error that says what the format expects there."""
+    if not path.exists():
+        raise DataError(f"source_format {source_format}: {path} is missing; expected {wanted}")
+    return path
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    """Every file below a folder: name to path relative to it. One listing, so that a million look-ups are cheap."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            found[name] = os.path.relpath(os.path.join(parent, name), folder)
+    return found
