@@ -51,9 +51,8 @@ class FilterCount:
 
     def describe(self) -> str:
         """One line for people."""
-        bounds = [f"at least {self.min:g}"] * (self.min is not None) + [f"at most {self.max:g}"] * (
-            self.max is not None
-        )
+        named = (("at least", self.min), ("at most", self.max))
+        bounds = [f"{word} {bound:g}" for word, bound in named if bound is not None]
         unknown = f" ({self.without_number} without a number)" if self.without_number else ""
         return f"{self.column} {' and '.join(bounds) or 'known'}: removed {self.removed}{unknown}"
 

@@ -74,6 +74,18 @@ def test_encoding_is_causal_and_repeats(codec):
     assert torch.equal(codec.encode(video), latents)
 
 
+def test_clips_of_equal_shape_are_encoded_together(codec, monkeypatch):
+    clips = [clip(9, seed=1), clip(1, seed=2), clip(9, seed=3), clip(9, seed=4, size=64)]
+    alone = [codec.encode(one) for one in clips]
+    batches, encode = [], codec._autoencoder.encode
+    monkeypatch.setattr(codec._autoencoder, "encode", lambda x: batches.append(tuple(x.shape)) or encode(x))
+    together = codec.encode_many(clips)
+    assert batches == [(2, 3, 9, 32, 32), (1, 3, 1, 32, 32), (1, 3, 9, 64, 64)]
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    assert codec.encode_many([]) == []
+
+
 def test_fingerprint_follows_weights_statistics_and_nothing_else(autoencoder_folder, autoencoder):
     def build(**changes):
         return build_codec(CodecConfig(name="ltx", model=str(autoencoder_folder), **changes))

@@ -14,7 +14,9 @@ import torch
 from data_prep.encode_config import EncodeConfig
 from data_prep.encode_shards import main
 from data_prep.encoding import ShardEncoder
+from data_prep.filters import FilterRange
 from data_prep.make_toy import make_toy
+from data_prep.status import read_status
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.patchify import PatchifyCodec
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
@@ -247,3 +249,84 @@ def test_configs_in_the_repository_are_valid():
     load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"])
     ltx = load(EncodeConfig, [ROOT / "configs/encode_ltx.yaml"], ["source=a", "out=b"])
     assert (ltx.codec.name, ltx.max_frames) == ("ltx", 145)
+
+
+def test_a_shard_that_another_job_writes_is_left_to_it(toy_folder, tmp_path):
+    """Parts numbered otherwise by mistake: 0 of 1 meets a shard of another job, does the rest, and closes nothing."""
+    encoder = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set"))
+    with FileLock(tmp_path / "set" / ".shard-000001.lock", ConfigError):
+        assert encoder.run().open_shards == 1
+        assert read_status(tmp_path / "set").running == (1,)
+        assert not encoder.writer.is_finished(1)
+    assert encoder.run().open_shards == 0
+    ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "whole")).run()
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "whole")
+
+
+def test_a_shard_finished_meanwhile_is_not_written_again(toy_folder, tmp_path):
+    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set", num_parts=2)
+    late = ShardEncoder(config)
+    write_shard = late.writer.write_shard
+
+    def other_first(shard, clips):
+        late.writer.write_shard = write_shard
+        count = write_shard(shard, clips)
+        ShardEncoder(replace(config, part=0, num_parts=3))._encode_shards()  # shard 0 is done, 1 and 2 are its turn's
+        ShardEncoder(replace(config, part=2, num_parts=3))._encode_shards()
+        return count
+
+    late.writer.write_shard = other_first
+    late._encode_shards()
+    times = {k: (tmp_path / "set" / f"shard-{k:06d}.tar").stat().st_mtime_ns for k in (0, 2)}
+    late._encode_shards()
+    assert {k: (tmp_path / "set" / f"shard-{k:06d}.tar").stat().st_mtime_ns for k in (0, 2)} == times
+    assert ShardEncoder(replace(config, part=1)).run().open_shards == 0
+
+
+def test_batches_do_not_show(tmp_path, write_counting_video):
+    """Clips of different lengths and shapes and videos that fail, in batches of any size."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number, frames in enumerate([9, 4, 1, 7, 3]):
+        write_counting_video(videos / f"v{number}.mp4", frames, height=16 + 8 * (number % 2))
+    (videos / "v2_broken.mp4").write_text("no")
+    sets = []
+    for batch in (1, 2, 100):
+        out = tmp_path / f"set{batch}"
+        config = EncodeConfig(
+            source=str(videos), out=str(out), max_pixels=256, min_frames=2, max_frames=4, clips_per_batch=batch
+        )
+        summary = ShardEncoder(config).run()
+        assert (summary.videos, summary.unreadable, summary.clips) == (4, 2, 6)
+        settings = json.loads((out / "encode_settings.json").read_text())
+        assert settings.pop("clips_per_batch") == batch
+        sets.append({**bytes_of(out), "encode_settings.json": json.dumps(settings)})
+    assert sets[0] == sets[1] == sets[2]
+    assert [(grid["height"], grid["width"]) for grid in ShardReader(out).meta.tokens_per_frame] == [(4, 4), (5, 3)]
+
+
+def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):
+    (tmp_path / "video").mkdir()
+    write_counting_video(tmp_path / "video" / "a.mp4", 4)
+    (tmp_path / "OpenVid-1M.csv").write_text("video,caption,motion score\na.mp4,x,3\nb.mp4,y,3\n")
+    config = toy_config(
+        tmp_path, tmp_path / "set", source_format="openvid", filters={"motion score": FilterRange(min=2)}
+    )
+    assert ShardEncoder(config).run().clips == 1
+    report = json.loads((tmp_path / "set" / "manifest_report.json").read_text())
+    assert (report["listed"], report["missing"], report["kept"]) == (2, 1, 1)
+    assert report["filters"] == [{"column": "motion score", "min": 2, "max": None, "removed": 0, "without_number": 0}]
+    assert (tmp_path / "set" / "missing.txt").read_text() == "b.mp4\n"
+    assert "missing: 1, such as b.mp4" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="filters.motion score.min was 2, is 1"):
+        ShardEncoder(replace(config, filters={"motion score": FilterRange(min=1)}))
+
+
+def test_filters_are_read_from_words(tmp_path):
+    from flowception.config import load
+
+    words = ["source=a", "out=b", "filters.seconds.min=1", "filters.seconds.max=9", "source_format=openvid"]
+    config = load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"], words)
+    assert config.filters == {"seconds": FilterRange(min=1, max=9)}
+    with pytest.raises(ConfigError, match="source_format"):
+        load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"], ["source=a", "out=b", "source_format=webvid"])

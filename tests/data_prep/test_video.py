@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
-from data_prep.video import CutSettings, cut_video
+from data_prep.video import CutSettings, cut_video, select_part
+from flowception.codecs.video_file import decode_frames, write_video
 from flowception.errors import DataError
 
 
@@ -48,3 +50,60 @@ def test_too_short_is_said(tmp_path, write_counting_video):
     path = write_counting_video(tmp_path / "a.mp4", 3)
     with pytest.raises(DataError, match="has 3 frames at the clips' rate, fewer than min_frames = 5"):
         cut_video(path, CutSettings(min_frames=5))
+
+
+def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
+    """Ten frames a second: frame k is on screen from k / 10 s on."""
+    path = write_counting_video(tmp_path / "a.mp4", 25)
+
+    def shown(**settings):
+        (clip,) = cut_video(path, CutSettings(**settings))
+        return frame_numbers(clip.frames)
+
+    assert shown(start_s=1.0, end_s=1.5) == [10, 11, 12, 13, 14]
+    assert shown(start_s=1.04, end_s=1.31) == [10, 11, 12, 13]
+    assert shown(start_s=2.2) == [22, 23, 24]
+    assert shown(start_s=1.0, end_s=2.0, fps=5.0) == [10, 12, 14, 16, 18]
+    assert shown(start_s=1.05, end_s=1.45, fps=20.0) == [10, 11, 11, 12, 12, 13, 13, 14]
+    first, second = cut_video(path, CutSettings(start_s=0.5, end_s=1.1, max_frames=3))
+    assert (first.start_s, second.start_s) == (pytest.approx(0.5), pytest.approx(0.8))
+    with pytest.raises(DataError, match="has 0 frames"):
+        cut_video(path, CutSettings(start_s=9.0))
+
+
+def test_seeking_gives_the_frames_that_decoding_everything_gives(tmp_path):
+    """A file with a key frame every 12 frames, B-frames between: what is sought must not shift by a frame."""
+    import av
+
+    path = tmp_path / "long.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height = stream.width = 16
+        stream.pix_fmt, stream.options = "yuv444p", {"crf": "4", "g": "12", "bf": "3"}
+        for k in range(60):
+            image = np.full((16, 16, 3), 16 + 3 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    everything = list(decode_frames(path))
+    for start_s in (0.05, 0.7, 1.2, 1.25, 3.99, 5.85):
+        sought = list(decode_frames(path, start_s))
+        assert sought[0].time_s <= start_s + 1e-6
+        wanted = list(select_part(everything, start_s, None))
+        found = list(select_part(sought, start_s, None))
+        assert [f.time_s for f in found] == pytest.approx([f.time_s for f in wanted])
+        assert all(np.array_equal(f.image, w.image) for f, w in zip(found, wanted, strict=True))
+    assert len(list(decode_frames(path, 3.0))) < 60 - 12
+
+
+def test_a_video_of_any_shape_is_kept_whole(tmp_path):
+    """A picture with a bright left and top edge keeps both."""
+    image = np.zeros((50, 90, 3), np.uint8)
+    image[:, :8], image[:8, :] = 255, 255
+    write_video(tmp_path / "wide.mp4", np.stack([image] * 2), fps=8)
+    write_video(tmp_path / "tall.mp4", np.stack([image.transpose(1, 0, 2)] * 2), fps=8)
+    for name, shape in (("wide", (24, 40)), ("tall", (40, 24))):
+        (clip,) = cut_video(tmp_path / f"{name}.mp4", CutSettings(max_pixels=1024, size_multiple=8))
+        assert clip.frames.shape == (2, *shape, 3)
+        assert clip.frames[:, :, 0].mean() > 200
+        assert clip.frames[:, 0, :].mean() > 200
+        assert clip.frames[:, -8:, -8:].mean() < 50

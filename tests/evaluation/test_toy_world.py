@@ -7,6 +7,7 @@ from flowception.evaluation.lengths import length_histogram, sampling_total_vari
 from flowception.evaluation.toy_world import (
     BACKGROUND,
     CLASS_COLOURS,
+    CLASS_NAMES,
     LENGTH_LAW,
     RADIUS_PX,
     SIZE_PX,
@@ -69,3 +70,19 @@ def test_draws_repeat_and_differ():
     assert (draw_clip(4, 9).video == draw_clip(4, 9).video).all()
     assert not np.array_equal(draw_clip(4, 9).positions, draw_clip(5, 9).positions)
     assert not np.array_equal(draw_clip(4, 9).positions, draw_clip(4, 10).positions)
+
+
+def test_the_caption_names_colour_and_first_direction():
+    seen = set()
+    for number in range(200):
+        clip = draw_clip(2, number)
+        _, colour, _, _, across, _, along = clip.caption.split()
+        assert colour == CLASS_NAMES[clip.class_label]
+        first = clip.positions[1] - clip.positions[0]
+        inside = (clip.positions[0] > RADIUS_PX + SPEED_PX) & (clip.positions[0] < SIZE_PX - RADIUS_PX - SPEED_PX)
+        if inside[0]:
+            assert (across == "left") == (first[0] < 0)
+        if inside[1]:
+            assert (along == "up") == (first[1] < 0)
+        seen.add((colour, across, along))
+    assert len(seen) == 16

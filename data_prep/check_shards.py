@@ -1,0 +1,189 @@
+"""Check a shard set: read every clip, verify every checksum, and say what the set holds.
+
+    python data_prep/check_shards.py SET [--num-workers N] [--clips-per-pack K]
+
+Opening the set already checks its description, the index's hash, its keys and the size of every shard. Then each
+clip's headers, metadata, text and latent frames are read and compared to their checksums, to the index, and to what
+numbers can be. Exit code 1 if the set cannot be opened or a clip is bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowception.data.reader import ShardReader
+from flowception.data.schema import NO_CLASS
+from flowception.errors import DataError, FlowceptionError
+from flowception.generation.load import codec_of
+from flowception.progress import Progress
+
+_CHUNK_CLIPS = 64
+_BUDGET_STEP = 256
+_VISIBLE_SHARE = 0.75
+"""Mean share of a clip's frames that are visible when the clock is uniform on [0, 2] under the linear schedule."""
+_SHOWN = 20
+
+
+def check_clip(reader: ShardReader, row: int) -> str | None:
+    """Why a clip is bad; None if it is good."""
+    clip = reader.index.clips[row]
+    try:
+        about, text = reader.read_metadata(row), reader.read_text(row)
+        latents = reader.read(row, np.arange(int(clip["frames"])))
+    except DataError as error:
+        return str(error)
+    label = NO_CLASS if about.get("class_label") is None else about["class_label"]
+    tokens = 0 if text is None else len(text)
+    facts = {
+        "key": (about.get("key"), reader.index.key(row)),
+        "latents_shape": (about.get("latents_shape"), list(latents.shape)),
+        "text tokens": ((about.get("text_shape") or [0])[0], tokens),
+        "class_label": (label, int(clip["class_label"])),
+    }
+    for name, (said, found) in facts.items():
+        if said != found:
+            return f"clip {reader.index.key(row)}: its metadata has {name} {said}, the index and the data {found}"
+    for name, values in (("latents", latents), ("text", text)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            return f"clip {reader.index.key(row)}: {name} hold a number that is not finite"
+    return None
+
+
+def _check_rows(folder: Path, rows: NDArray[np.int64]) -> list[tuple[int, str]]:
+    reader = _reader(folder)
+    found = ((int(row), check_clip(reader, int(row))) for row in rows)
+    return [(row, reason) for row, reason in found if reason is not None]
+
+
+_READERS: dict[Path, ShardReader] = {}
+
+
+def _reader(folder: Path) -> ShardReader:
+    """One reader a process: opening a set of millions takes seconds."""
+    if folder not in _READERS:
+        _READERS[folder] = ShardReader(folder)
+    return _READERS[folder]
+
+
+def find_bad_clips(folder: Path, clips: int, num_workers: int) -> Iterator[tuple[int, str]]:
+    """Read every clip.
+
+    Args:
+        folder: The set.
+        clips: How many it has.
+        num_workers: Processes; 0 reads in this one.
+
+    Yields:
+        Row and reason of each bad clip.
+    """
+    chunks = [np.arange(first, min(first + _CHUNK_CLIPS, clips)) for first in range(0, clips, _CHUNK_CLIPS)]
+    check = partial(_check_rows, folder)
+    with Progress(clips, "reading clips") as progress:
+        if num_workers == 0:
+            for chunk in chunks:
+                yield from check(chunk)
+                progress.advance(len(chunk))
+        else:
+            with ProcessPoolExecutor(num_workers) as pool:
+                for chunk, bad in zip(chunks, pool.map(check, chunks)):
+                    yield from bad
+                    progress.advance(len(chunk))
+
+
+def suggested_token_budget(reader: ShardReader, clips_per_pack: int) -> tuple[int, int]:
+    """Tokens of a pack that holds so many clips, on average, and the least that holds the longest clip.
+
+    A clip brings its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
+    """
+    clips, null_text = reader.index.clips, reader.null_text
+    text = np.maximum(clips["text_tokens"].astype(np.int64), 0 if null_text is None else len(null_text))
+    frames = clips["frames"].astype(np.int64) * reader.index.tokens_per_frame
+    mean = float((text + _VISIBLE_SHARE * frames).mean())
+    least = int((text + frames).max())
+    wanted = max(clips_per_pack * mean, least)
+    return int(np.ceil(wanted / _BUDGET_STEP)) * _BUDGET_STEP, least
+
+
+def describe(reader: ShardReader, clips_per_pack: int) -> str:
+    """What a set holds, for people."""
+    meta, clips = reader.meta, reader.index.clips
+    size = sum(shard.size_bytes for shard in meta.shards)
+    lines = [
+        f"{reader.folder}: {len(clips)} clips, {meta.latent_frames} latent frames, {len(meta.shards)} shards, "
+        f"{size / 1e9:.3f} GB",
+        f"codec {meta.codec}, {meta.latent_channels} channels, fingerprint {meta.codec_fingerprint[:16]}: "
+        + _codec_state(reader),
+    ]
+    if meta.text_width is None:
+        lines.append("text: none")
+    else:
+        null_text = reader.null_text
+        lines.append(
+            f"text: width {meta.text_width}, {_spread(clips['text_tokens'])} tokens a clip, "
+            f"null text of {0 if null_text is None else len(null_text)}"
+        )
+    labels = Counter(clips["class_label"].tolist())
+    unlabelled = labels.pop(NO_CLASS, 0)
+    lines.append(f"classes: {len(labels)}; {unlabelled} clips without one")
+    lines.append("latent grid (rows x columns), tokens a frame, clips:")
+    lines += [f"  {g['height']} x {g['width']}  {g['tokens']}  {g['clips']}" for g in meta.tokens_per_frame]
+    lines.append("latent frames, clips:")
+    lengths = sorted(Counter(clips["frames"].tolist()).items())
+    most = max(count for _, count in lengths)
+    lines += [f"  {frames:>4} {count:>8} {'#' * max(1, round(40 * count / most))}" for frames, count in lengths]
+    budget, least = suggested_token_budget(reader, clips_per_pack)
+    lines.append(f"token_budget: {budget} for about {clips_per_pack} clips a pack; at least {least} for the longest")
+    return "\n".join(lines)
+
+
+def _codec_state(reader: ShardReader) -> str:
+    """Whether the codec that made the set can be had here."""
+    try:
+        codec_of(reader.meta)
+    except FlowceptionError as error:
+        return f"not rebuilt here ({error})"
+    return "the same when rebuilt here"
+
+
+def _spread(values: NDArray[np.uint32]) -> str:
+    return f"{int(values.min())} to {int(values.max())} (mean {float(values.mean()):.1f})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and check."""
+    parser = argparse.ArgumentParser(description="Verify every clip of a shard set and say what it holds.")
+    parser.add_argument("set", type=Path, metavar="SET", help="folder of the set")
+    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: none)")
+    parser.add_argument(
+        "--clips-per-pack", type=int, default=16, metavar="K", help="for the token budget (default: 16)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.num_workers < 0 or arguments.clips_per_pack < 1:
+        parser.error("--num-workers must be at least 0 and --clips-per-pack at least 1")
+    try:
+        reader = ShardReader(arguments.set)
+    except DataError as error:
+        print(f"BAD SET: {error}", file=sys.stderr)
+        return 1
+    print(describe(reader, arguments.clips_per_pack), flush=True)
+    bad = list(find_bad_clips(arguments.set, len(reader.index), arguments.num_workers))
+    for row, reason in bad[:_SHOWN]:
+        print(f"BAD {reader.index.key(row)}: {reason}")
+    if len(bad) > _SHOWN:
+        print(f"and {len(bad) - _SHOWN} more")
+    print(f"{len(reader.index) - len(bad)} of {len(reader.index)} clips are good, {len(bad)} bad")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

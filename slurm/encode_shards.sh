@@ -1,0 +1,36 @@
+#!/bin/bash
+# Encode videos to shards of latents with a job array, one GPU a task. Submit from the repository's folder:
+#
+#   sbatch slurm/encode_shards.sh --config configs/encode_ltx.yaml source=/shared/videos out=/shared/shards fps=16
+#   sbatch --array=0-63 --partition=gpu slurm/encode_shards.sh ...       # more tasks
+#   python data_prep/encode_shards.py --config ... out=/shared/shards --status
+#
+# Every word after the script's name goes to data_prep/encode_shards.py. Task k of n encodes shards k, k + n, k + 2 n ...;
+# the last one to end closes the set. Whatever was killed, submit the same command again: it does what is left. So does
+# --array=3,7 with NUM_PARTS=16 for tasks 3 and 7 of 16.
+#SBATCH --job-name=flowception-encode
+#SBATCH --array=0-7
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+set -euo pipefail
+
+export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
+cd "$FLOWCEPTION_HOME"
+source "$FLOWCEPTION_SITE"
+
+if [ -z "${NUM_PARTS:-}" ]; then
+  NUM_PARTS=$SLURM_ARRAY_TASK_COUNT
+  if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((NUM_PARTS - 1)) ]; then
+    echo "the array is not 0-$((NUM_PARTS - 1)): set NUM_PARTS to the number of tasks of the whole array" >&2
+    exit 2
+  fi
+fi
+echo "job $SLURM_ARRAY_JOB_ID, task $SLURM_ARRAY_TASK_ID of $NUM_PARTS, start ${SLURM_RESTART_COUNT:-0}, on $(hostname)"
+export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
+exec srun python -u data_prep/encode_shards.py "$@" part="$SLURM_ARRAY_TASK_ID" num_parts="$NUM_PARTS"
