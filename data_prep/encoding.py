@@ -218,8 +218,8 @@ class ShardEncoder:
         """Text of each caption; that of an empty one is the set's null text."""
         if self.text is None:
             return [None] * len(captions)
-        embedded = iter(self.text.encode([caption for caption in captions if caption]))
-        return [next(embedded) if caption else self.null_text for caption in captions]
+        embedded = iter(self.text.encode([caption for caption in captions if caption.strip()]))
+        return [next(embedded) if caption.strip() else self.null_text for caption in captions]
 
     def _record(
         self, entry: VideoEntry, number: int, clip: CutClip, latents: torch.Tensor, text: torch.Tensor | None

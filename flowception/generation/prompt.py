@@ -21,7 +21,7 @@ def encode_prompt(run: LoadedRun, prompt: str, text_encoder: str | None, device:
 
     Args:
         run: A run that was trained with text.
-        prompt: The caption.
+        prompt: The caption; an empty one is the null text, as in training.
         text_encoder: Folder or hub id of the T5 encoder; None takes the one that the shard set names.
         device: Where the encoder computes.
 
@@ -33,6 +33,8 @@ def encode_prompt(run: LoadedRun, prompt: str, text_encoder: str | None, device:
     """
     if run.null_text is None:
         raise ConfigError("--prompt was given and the model was trained without text; leave it out")
+    if not prompt.strip():
+        return run.null_text
     known = {field.name for field in fields(TextEncoderConfig)}
     config = TextEncoderConfig(**{name: value for name, value in run.meta.text_config.items() if name in known})
     if text_encoder is not None:

@@ -345,6 +345,7 @@ def _write_batch(
             "task": options.task,
             "class_label": None if label == NO_CLASS else label,
             "class_name": batches.class_name(label),
+            "prompt": options.prompt,
             "frames": len(video),
             "latent_frames": len(born_at),
             "given_latent_frames": torch.nonzero(is_context(result.roles[here])).flatten().tolist(),
@@ -366,12 +367,18 @@ def _write_batch(
         yield record, video
 
 
+def _condition(record: dict[str, Any]) -> str:
+    """What a clip was asked to show."""
+    numbered = "" if record["class_label"] is None else f"class {record['class_label']}"
+    return " ".join((record["prompt"] or record["class_name"] or numbered).split())
+
+
 def _growth_title(record: dict[str, Any]) -> str:
-    condition = record["class_name"] or (f"class {record['class_label']}" if record["class_label"] is not None else "")
+    condition = _condition(record)
     parts = [record["task"], condition, f"seed {record['seed']}", f"{record['latent_frames']} latent frames"]
     return ", ".join(part for part in parts if part) + f", {record['evaluations']} evaluations"
 
 
 def _contact_label(record: dict[str, Any]) -> str:
-    condition = record["class_name"] or ("" if record["class_label"] is None else f"class {record['class_label']}")
+    condition = _condition(record)
     return f"{record['file'].removesuffix('.mp4').removeprefix('clip_')} {record['task']} {condition}".rstrip()

@@ -62,7 +62,9 @@ def make_state():
     return make
 
 
-def write_run(folder, *, steps=(0, 4), class_names=("red", "green", "blue"), model_changes=(), **config_changes):
+def write_run(
+    folder, *, steps=(0, 4), class_names=("red", "green", "blue"), model_changes=(), meta_changes=(), **config_changes
+):
     """A run directory as training leaves it: config, manifest with the shard set's description, checkpoints.
 
     EMA weights of step s are those of ``tiny_model`` plus s / 1000; the live weights are all zero.
@@ -73,6 +75,7 @@ def write_run(folder, *, steps=(0, 4), class_names=("red", "green", "blue"), mod
         class_names=list(class_names), codec_config={"patch_size": 2},
         tokens_per_frame=[{"height": HEIGHT, "width": WIDTH, "tokens": HEIGHT * WIDTH + 1, "clips": 9}],
     )  # fmt: skip
+    meta = dataclasses.replace(meta, **dict(meta_changes))
     folder.mkdir(parents=True)
     sizes = {"preset": None, "in_channels": CHANNELS, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
     config = {

@@ -1,0 +1,70 @@
+"""Captions reach the model: toy videos, a tiny T5, shards with text, training, clips by prompt; by the commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowception.codecs.video_file import read_video
+from flowception.data.reader import ShardReader
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def command(tmp_path):
+    def run(*words):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        words = [sys.executable, *map(str, words)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_train_and_generate_by_prompt(command, tmp_path):
+    clips, encoder, shards, run = (tmp_path / name for name in ("clips", "encoder", "shards", "run"))
+    command("data_prep/make_toy.py", "--out", clips, "--clips", 80)
+    command("data_prep/make_toy_text_encoder.py", "--out", encoder)
+    command(
+        "data_prep/encode_shards.py", "--config", "configs/encode_toy.yaml", "configs/encode_toy_text.yaml",
+        f"source={clips / 'manifest.jsonl'}", f"out={shards}", f"text.model={encoder}", "clips_per_batch=16",
+    )  # fmt: skip
+    reader = ShardReader(shards)
+    assert (reader.text_width, len(reader.null_text)) == (32, 1)
+    assert reader.index.clips["text_tokens"].tolist() == [8] * 80
+    command(
+        "train/main.py", "--config", "configs/demo.yaml", "configs/demo_text.yaml", f"run_dir={run}",
+        f"data.path={shards}", "max_steps=60", "optim.warmup_steps=5", "ema.decay=0.8",
+        "checkpoint.save_every_steps=60", "validation.every_steps=null", "zero.stage=0",
+    )  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    videos = {}
+    for name, words in {
+        "red": ["--prompt", "a red disc moving left and up"],
+        "cyan": ["--prompt", "a cyan disc moving right and down"],
+        "guided": ["--prompt", "a cyan disc moving right and down", "--guidance", "3"],
+        "none": [],
+    }.items():
+        out = tmp_path / name
+        more = ["--num", 4, "--num-inference-steps", 20, "--max-frames", 12, "--out", out, *words]
+        command("-m", "flowception.cli", "generate", run, *more)
+        videos[name] = [read_video(path) for path in sorted(out.glob("clip_*.mp4"))]
+        assert len(videos[name]) == 4
+    first = {name: [video[0].astype(float) for video in found] for name, found in videos.items()}
+
+    def redness(name):  # red minus blue, over all first frames
+        return float(np.mean([frame[..., 0].mean() - frame[..., 2].mean() for frame in first[name]]))
+
+    assert redness("red") > redness("none") > redness("cyan")
+    assert not np.array_equal(first["cyan"], first["guided"])
