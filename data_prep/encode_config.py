@@ -45,6 +45,9 @@ class EncodeConfig:
     """Pixel frames; a video's last piece is dropped if it is shorter."""
     max_frames: int | None = None
     """Pixel frames; videos are cut into pieces of this length. None keeps a video whole."""
+    max_video_gib: float = 4.0
+    """A video that takes more memory than this when it is decoded and cut is not read, with that reason. Each worker
+    holds up to three."""
     videos_per_shard: int = 256
     """A shard is a fixed range of the manifest; also what is lost at most when the job is killed."""
     clips_per_batch: int = 1
@@ -71,6 +74,8 @@ class EncodeConfig:
             raise ConfigError(
                 f"max_pixels is {self.max_pixels} and height {self.height}; give a number of pixels, or both sides"
             )
+        if not self.max_video_gib > 0:
+            raise ConfigError(f"max_video_gib is {self.max_video_gib}; give a number above 0")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers is {self.num_workers}; give 0 or more")
         if not 0 <= self.part < self.num_parts:

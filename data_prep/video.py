@@ -7,6 +7,7 @@ Shape legend: frames are uint8 ``[H, W, 3]``, a clip ``[n, H, W, 3]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class CutSettings:
     """Videos are cut into pieces of this length; None keeps a video whole."""
     max_pixels: int | None = None
     """Height x width at most; videos are resized to the nearest shape that fits, without cropping. None is off."""
+    max_video_bytes: float = math.inf
+    """A video whose clips take more memory than this, decoded, is refused."""
     start_s: float = 0.0
     """Seconds from the video's first frame; the clip begins with the frame that is on screen then."""
     end_s: float | None = None
@@ -70,7 +73,7 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
     """
     clips: list[CutClip] = []
     piece: list[Frame] = []
-    start_s, rate, count = 0.0, settings.fps, 0
+    start_s, rate, count, held_bytes = 0.0, settings.fps, 0, 0
 
     def close() -> None:
         if len(piece) >= settings.min_frames:
@@ -86,6 +89,12 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
         if piece[-1].shape != piece[0].shape:
             raise DataError(f"{path} changes its size from {piece[0].shape[:2]} to {piece[-1].shape[:2]} in mid-video")
         count += 1
+        held_bytes += piece[-1].nbytes
+        if held_bytes > settings.max_video_bytes:
+            raise DataError(
+                f"{path} takes more than {settings.max_video_bytes / 2**30:g} GiB decoded (max_video_gib), at "
+                f"{start_s:.0f} s; list it in parts (columns start_s and end_s), or raise max_video_gib"
+            )
         if len(piece) == settings.max_frames:
             close()
     if piece:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows, files_below, require_path
+from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows, files_below, read_text, require_path
 from flowception.errors import DataError
 
 FORMAT = "realestate10k"
@@ -51,7 +51,7 @@ def read(source: Path, split: str | None) -> SourceRows:
 
 def _read_trajectory(path: Path) -> tuple[str, list[int]]:
     """YouTube id and the frames' times in microseconds."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     url = urlparse(lines[0].strip()) if lines else urlparse("")
     video = parse_qs(url.query).get("v", [url.path.rsplit("/", 1)[-1]])[0]
     times = []

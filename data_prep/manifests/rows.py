@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,18 @@ class SourceRows:
     """All classes of the data set, in order of their numbers, where it says so itself."""
 
 
+def read_text(path: Path) -> str:
+    """A text file whole.
+
+    Raises:
+        DataError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv -t UTF-8") from error
+
+
 def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Rows of a CSV file with a header; empty cells are left out.
 
@@ -39,15 +52,14 @@ def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
         One dictionary a row.
 
     Raises:
-        DataError: If a column is missing.
+        DataError: If a column is missing, or the file is not UTF-8.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for column in columns:
-            if column not in (reader.fieldnames or ()):
-                raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called {column}")
-        for row in reader:
-            yield {name: value for name, value in row.items() if name is not None and value not in (None, "")}
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    for column in columns:
+        if column not in (reader.fieldnames or ()):
+            raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called {column}")
+    for row in reader:
+        yield {name: value for name, value in row.items() if name is not None and value not in (None, "")}
 
 
 def require_path(path: Path, source_format: str, wanted: str) -> Path:

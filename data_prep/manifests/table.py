@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows, read_csv
+from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows, read_csv, read_text
 from flowception.errors import DataError
 
 
@@ -29,7 +29,8 @@ def read_csv_file(source: Path) -> SourceRows:
 def read_jsonl_file(source: Path) -> SourceRows:
     """A file with one JSON object a line."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines, which also ends a line at U+2028, a character that captions hold.
+    for number, line in enumerate(read_text(source).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -73,6 +73,20 @@ def test_malformed_manifests_are_refused(tmp_path, name, text, message):
         read_manifest(tmp_path / name)
 
 
+def test_a_caption_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+    row = json.dumps({"path": "a.mp4", "caption": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "m.jsonl").write_bytes((row + "\r\n" + '{"path": "b.mp4"}\r\n').encode())
+    manifest = read_manifest(tmp_path / "m.jsonl")
+    assert [e.caption for e in manifest.entries] == ["one\u2028two", ""]
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_manifest_that_is_not_utf_8_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes("path,caption\na.mp4,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_manifest(tmp_path / name)
+
+
 def test_missing_and_empty_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")

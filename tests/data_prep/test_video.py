@@ -107,3 +107,11 @@ def test_a_video_of_any_shape_is_kept_whole(tmp_path):
         assert clip.frames[:, :, 0].mean() > 200
         assert clip.frames[:, 0, :].mean() > 200
         assert clip.frames[:, -8:, -8:].mean() < 50
+
+
+def test_a_video_too_large_for_the_memory_is_refused_with_advice(tmp_path, write_counting_video):
+    path = write_counting_video(tmp_path / "a.mp4", 6)
+    frame_bytes = cut_video(path, CutSettings())[0].frames[0].nbytes
+    assert len(cut_video(path, CutSettings(max_video_bytes=6 * frame_bytes))[0].frames) == 6
+    with pytest.raises(DataError, match="list it in parts"):
+        cut_video(path, CutSettings(max_video_bytes=5 * frame_bytes))
