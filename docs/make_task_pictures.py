@@ -32,7 +32,7 @@ def strip(record: dict[str, Any], video: np.ndarray) -> Image.Image:
     pen = ImageDraw.Draw(row)
     for k, frame in enumerate(video):
         left = k * cell
-        if k in record["given_latent_frames"]:
+        if record["roles"][k].startswith("context"):
             edge = (left, 0, left + side + 2 * BORDER - 1, side + 2 * BORDER - 1)
             pen.rectangle(edge, fill=ImageColor.getrgb(CONTEXT_COLOUR))
         picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)

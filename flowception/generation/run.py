@@ -25,7 +25,6 @@ from flowception.flow import (
     SamplerConfig,
     SampleResult,
     SamplerState,
-    is_context,
     sample,
     task_number,
 )
@@ -348,7 +347,7 @@ def _write_batch(
             "prompt": options.prompt,
             "frames": len(video),
             "latent_frames": len(born_at),
-            "given_latent_frames": torch.nonzero(is_context(result.roles[here])).flatten().tolist(),
+            "roles": [Role(role).name.lower() for role in result.roles[here].tolist()],
             "seed": options.seed + number,
             "evaluations": round(options.num_inference_steps * (1 + max(born_at))),
             "checkpoint_step": run.step,

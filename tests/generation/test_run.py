@@ -85,6 +85,10 @@ def video(tmp_path):
     return tmp_path / "context.mp4", read_video(tmp_path / "context.mp4")
 
 
+def given_frames(record):
+    return [k for k, role in enumerate(record["roles"]) if role.startswith("context")]
+
+
 @pytest.mark.parametrize(
     ("task", "keep", "given"),
     [
@@ -107,7 +111,7 @@ def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task,
     records = job(changes, task=task, context_files=(path,), keep=keep, max_frames=12, num_inference_steps=8)
     begun_with = len(given) + (2 if task == "v2v" else 0) + (task == "completion" and given[0] > 0)
     for record, shown in zip(records, written, strict=True):
-        at = record["given_latent_frames"]
+        at = given_frames(record)
         assert np.array_equal(shown[at], pixels[given])
         if task == "v2v":
             assert at == [0, 1, 2, 3][: len(given)]
@@ -132,9 +136,9 @@ def test_a_run_of_a_prescribed_law_continues_and_interpolates(job, video, law):
     changes = {"delay_law": law, "tasks": {"v2v": 1, "interpolation": 1}}
     options = {"context_files": (video[0],), "num_clips": 1}
     (record,) = job(changes, task="v2v", keep=(0, 1, 2), num_frames=5, **options)
-    assert (record["latent_frames"], record["given_latent_frames"]) == (5, [0, 1, 2])
+    assert record["roles"] == ["context_passive"] * 2 + ["context_active"] + ["start"] * 2
     (record,) = job(changes, task="interpolation", keep=(0, 3, 6), num_frames=9, **options)
-    assert (record["latent_frames"], record["given_latent_frames"]) == (9, [0, 4, 8])
+    assert (record["latent_frames"], given_frames(record)) == (9, [0, 4, 8])
     with pytest.raises(ConfigError, match="--num-frames is 3 and the context has 3"):
         job(changes, task="v2v", keep=(0, 1, 2), num_frames=3, **options)
     with pytest.raises(ConfigError, match="completion leaves open how many frames fill a gap"):
