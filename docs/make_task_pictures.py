@@ -20,8 +20,6 @@ from flowception.generation.growth import CONTEXT_COLOUR
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, SCALE, GAP, BORDER, GROWTH_WIDTH = 8, 2, 4, 3, 560
-COLOURS = 64
-"""Colours of a written picture, so that it stays small."""
 
 
 def strip(record: dict[str, Any], video: np.ndarray) -> Image.Image:
@@ -54,7 +52,7 @@ def task_picture(folder: Path) -> Image.Image:
         sheet.paste(row, (0, top))
         top += row.height
     sheet.paste(growth, (width + 24, (sheet.height - growth.height) // 2))
-    return sheet.quantize(COLOURS)
+    return sheet
 
 
 def main() -> None:
