@@ -1,6 +1,7 @@
 """Shared by the sampler's tests: predictors that stand where the network stands, and the length-law benchmark."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,5 +42,6 @@ def length_law():
     path = Path(__file__).parents[2] / "benchmarks" / "length_law.py"
     spec = importlib.util.spec_from_file_location("length_law", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["length_law"] = module  # its dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -1,27 +1,29 @@
-"""Exact laws through the real sampler: with an oracle for a network, what comes out is known.
+"""Laws of lengths and gaps through the real sampler: with an exact oracle for a network, what comes out is known.
 
-The length law is that of issue 2 and of the table in DESIGN.md section 2; the labelled clips are test 3 of
-``facts/performance_reliability.md`` section 7.
+The bounds are those of the table in DESIGN.md section 2. What the frames hold, and so where they
+are inserted, is tested by
+``tests/evaluation/test_gaussian_oracle.py``.
 """
 
-import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from flowception import rng
-from flowception.flow import Context, ProcessConfig, Role, SamplerConfig, draw_clips, sample
+from flowception.evaluation.content_free_oracle import ContentFreeOracle
+from flowception.flow import ProcessConfig, draw_clips
 
 CLIPS = 20_000
 FOUR_LENGTHS, FIXED = "uniform {15, 20, 25, 30}", "fixed 19"
 
 
-def tv(length_law, law, rule, num_steps, clips=CLIPS):
-    return length_law.measure(length_law.LENGTH_LAWS[law], rule, num_steps, clips)["total_variation"]
+def tv(length_law, case, rule, num_steps, clips=CLIPS):
+    return length_law.measure(length_law.CASES[case], rule, num_steps, clips)["total_variation"]
 
 
-def test_the_oracle_knows_the_mean_of_what_is_missing(length_law):
+def test_the_oracle_knows_the_mean_of_what_is_missing():
     """Its rates against simulated training draws: missing frames per visible one, by number of visible frames."""
     law = {5: 0.5, 8: 0.2, 12: 0.3}
     config = ProcessConfig(insertion_schedule="cosine", insertion_share=1.0)
@@ -32,11 +34,11 @@ def test_the_oracle_knows_the_mean_of_what_is_missing(length_law):
     num_frames = torch.tensor(list(law))[torch.multinomial(torch.tensor(list(law.values())), clips, replacement=True)]
     at_clock = torch.full((clips,), clock, dtype=torch.float64)
     draws = draw_clips(config, num_frames, at_clock, torch.zeros(clips), u_frame)
-    table = length_law.ContentFreeOracle(law, config.schedule(), 3).rate_table(clock, 12)
+    table = ContentFreeOracle(law, config.schedule(), 3).rate_table(clock, 12)
     for visible in range(3, 9):
         rows = draws.visible_frames == visible
         missing = draws.missing[rows].double()
-        assert missing.sum(dim=1).mean().item() / visible == pytest.approx(table[visible], abs=0.03)
+        assert missing.sum(dim=1).mean().item() / visible == pytest.approx(table[visible].item(), abs=0.03)
         # Every gap has the same share, the last as the first.
         first_gap, last_gap = missing[:, 0].mean().item(), missing.sum(dim=1).mean().item() / visible
         assert first_gap == pytest.approx(last_gap, abs=0.06)
@@ -59,65 +61,39 @@ def test_the_other_rules_have_the_bias_of_the_design(length_law, rule, law, expe
     assert seen == pytest.approx(expected[rule == "poisson"], abs=0.03)
 
 
-def test_known_gaps_are_filled_exactly():
-    """Three gaps with 3, 0 and 7 missing frames."""
-    wanted = torch.tensor([3.0, 0.0, 7.0])
-
-    def predict(state):
-        is_given = state.roles == Role.CONTEXT_ACTIVE
-        gap = torch.cumsum(is_given, 0) - 1  # sites count gaps over all clips, three each
-        size = torch.bincount(gap, minlength=3 * 200)
-        missing = wanted.repeat(200) + 1 - size
-        return torch.zeros_like(state.frames), (missing / size)[gap]
-
-    context = Context(frames=torch.zeros(3, 1, 1, 1), active=[True] * 3, num_start_frames=0)
-    config = SamplerConfig(num_inference_steps=50)
-    result = sample(predict, frame_shape=(1, 1, 1), batch_size=200, config=config, context=[context] * 200)
-    sizes = torch.nonzero(result.roles == Role.CONTEXT_ACTIVE).flatten().diff(append=torch.tensor([len(result.roles)]))
-    assert (sizes.view(200, 3) == torch.tensor([4, 1, 8])).all()
+@pytest.mark.parametrize("num_steps", [10, 50])
+def test_known_gaps_are_filled_exactly(length_law, num_steps):
+    assert tv(length_law, "gaps of 3, 0, 7", "thinning", num_steps, clips=500) == 0
 
 
-LENGTH, SPACING = 5, 1.5
+def test_gaps_of_unknown_size_keep_their_joint_law(length_law):
+    assert tv(length_law, "gaps of 0, 3 or 8", "thinning", 50, clips=5000) <= 0.1
 
 
-def labelled_oracle(state):
-    """Exact velocity and rates for clips of 5 frames, frame i of value ``1.5 i``, labels hidden by the noise.
-
-    Given v visible frames, every subset of v labels that holds label 0 is as likely as any other; the frames' values
-    tell them apart.
-    """
-    x, t = state.frames.flatten(1)[:, 0].double(), state.times
-    velocity, rate = torch.zeros_like(x), torch.zeros_like(x)
-    for visible in range(1, LENGTH + 1):
-        clips = torch.nonzero(state.clip_frames == visible).flatten()
-        if not len(clips):
-            continue
-        slots = state.cu_frames[clips][:, None] + torch.arange(visible)
-        labels = torch.tensor([(0, *rest) for rest in itertools.combinations(range(1, LENGTH), visible - 1)])
-        values, spread = SPACING * labels.double(), (1 - t[slots]).clamp(min=1e-6)
-        error = (x[slots][:, None] - t[slots][:, None] * values) / spread[:, None]
-        posterior = torch.softmax(-0.5 * error.square().sum(dim=2), dim=1)
-        velocity[slots] = (posterior @ values - x[slots]) / spread
-        rate[slots] = posterior @ (labels.diff(dim=1, append=torch.full((len(labels), 1), LENGTH)) - 1).double()
-    return velocity.float()[:, None, None, None], rate
+def test_bimodal_lengths(length_law):
+    assert tv(length_law, "bimodal {8, 40}", "thinning", 50, clips=8000) <= 0.06
 
 
-def test_labelled_frames_come_out_in_order_and_each_in_its_place():
-    config = SamplerConfig(num_inference_steps=50, num_start_frames=2)
-    result = sample(labelled_oracle, frame_shape=(1, 1, 1), batch_size=1000, config=config)
-    assert (result.cu_frames.diff() == LENGTH).float().mean() > 0.95
-    full = torch.nonzero(result.cu_frames.diff() == LENGTH).flatten()
-    frames = torch.stack([result.frames[result.cu_frames[i] : result.cu_frames[i + 1]].flatten() for i in full])
-    error = (frames - SPACING * torch.arange(LENGTH)).abs().max(dim=1).values
-    assert (error < 0.1).float().mean() > 0.95
+def test_with_no_start_frame_the_clock_that_a_context_frame_is_shown_is_enough(length_law):
+    assert tv(length_law, "image, no start frame", "thinning", 50, clips=10_000) <= 0.03
+
+
+@pytest.mark.long
+def test_the_order_of_the_error_in_the_number_of_steps(length_law):
+    """Thinning errs by the first power of the step; halving the step halves the error (slope of log over log)."""
+    law = length_law.Case(laws=[length_law.uniform(*range(1, 20))], start_frames=1)
+    steps = [10, 20, 40, 80]
+    errors = [length_law.measure(law, "thinning", n, 40_000)["total_variation"] for n in steps]
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert -1.2 <= slope <= -0.75
 
 
 def test_the_benchmark_writes_what_it_says(length_law, tmp_path):
-    arguments = ["--clips", "300", "--steps", "5", "--laws", FIXED, "--rules", "thinning", "bernoulli"]
+    arguments = ["--clips", "300", "--steps", "5", "--cases", FIXED, "--rules", "thinning", "bernoulli"]
     json_path, picture = tmp_path / "a" / "law.json", tmp_path / "law.png"
     assert length_law.main([*arguments, "--json", str(json_path), "--picture", str(picture)]) == 0
     rows = json.loads(json_path.read_text())
-    assert [(row["law"], row["rule"], row["num_inference_steps"]) for row in rows] == [
+    assert [(row["case"], row["rule"], row["num_inference_steps"]) for row in rows] == [
         (FIXED, "thinning", 5),
         (FIXED, "bernoulli", 5),
     ]

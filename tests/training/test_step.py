@@ -1,0 +1,82 @@
+"""The loss of one step, without processes or DeepSpeed: an engine that only notes what is sent backward."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_set import write_config, write_set
+
+from flowception.config import load_config
+from flowception.data.loader import PackLoader
+from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
+from flowception.training.dataset import open_data
+from flowception.training.distributed import Ranks
+from flowception.training.step import training_step
+
+INSERTION_LOSS_WEIGHT = 0.3
+
+
+class NotingEngine:
+    """A network of one number. As DeepSpeed's, it divides a loss by the number of micro-steps and sums gradients."""
+
+    def __init__(self, micro_steps):
+        self.micro_steps, self.gradient = micro_steps, 0.0
+        self.number = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, pack):
+        return SimpleNamespace(velocity=self.number * pack.noisy, log_rate=self.number * (1 + pack.time))
+
+    def backward(self, loss):
+        self.gradient += torch.autograd.grad(loss / self.micro_steps, self.number)[0].item()
+
+    def step(self):
+        pass
+
+    def zero_optimization_stage(self):
+        return 1
+
+    def get_global_grad_norm(self):
+        return abs(self.gradient)
+
+    def was_step_applied(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step")
+    path = write_config(
+        folder / "config.yaml", folder / "run", write_set(folder / "shards"), insertion_share=0.8, packs_per_step=3
+    )
+    return open_data(load_config([path]))
+
+
+def first_batch(data, rank, world_size):
+    return next(iter(PackLoader(data.plan, data.reader, rank, world_size)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_together_have_the_loss_of_one(data, world_size):
+    """The mean over ranks of their gradients is that of the weighted sums over the plan's denominators, written out."""
+    gradients, sums = [], torch.zeros(2)
+    for rank in range(world_size):
+        batch = first_batch(data, rank, world_size)
+        engine = NotingEngine(len(batch.packs))
+        ranks = Ranks(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))
+        result = training_step(engine, batch, ranks, INSERTION_LOSS_WEIGHT, None)
+        gradients.append(engine.gradient)
+        sums += torch.tensor([result.velocity_sum, result.insertion_sum])
+
+    whole, network = first_batch(data, 0, 1), NotingEngine(1)
+    assert sum(pack.velocity_mask.any().item() for pack in whole.packs) == 3
+    velocity = insertion = 0.0
+    for pack in whole.packs:
+        output = network(pack)
+        velocity += velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, pack.weight_token)
+        insertion += insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
+    plan = whole.step_plan
+    network.backward(
+        velocity / plan.velocity_denominator + INSERTION_LOSS_WEIGHT * insertion / plan.insertion_denominator
+    )
+    assert sum(gradients) / world_size == pytest.approx(network.gradient, rel=1e-5)
+    assert sums.tolist() == pytest.approx([velocity.item(), insertion.item()], rel=1e-5)
