@@ -87,7 +87,7 @@ CASES = {
     "labelled": (LABELLED, {"num_start_frames": 2, "insertion_schedule": "cosine", "time_shift": 3.0}),
     "image to video": (
         GaussianClips(lengths={2: 0.3, 3: 0.3, 5: 0.4}, correlation=-0.5, slope=0.5, context=image, num_start_frames=0),
-        {"num_start_frames": 0, "tasks": {"i2v": 1.0}},
+        {"num_start_frames": 0, "tasks": {"i2v": 1.0}, "insertion_schedule": "power"},
     ),
     "image to video, one start frame": (
         GaussianClips(lengths={4: 0.5, 6: 0.5}, correlation=0.7, slope=0.5, context=image, num_start_frames=1),

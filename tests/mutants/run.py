@@ -84,8 +84,7 @@ def _test_in_child(copy: Path, tests: tuple[str, ...]) -> None:
 
 def _start(mutant: Mutant, folder: Path) -> tuple[int, Path]:
     """Make the mutant's copy and fork a child that tests it."""
-    copy = folder.resolve() / f"copy-{len(list(folder.iterdir()))}"
-    copy.mkdir()
+    copy = Path(tempfile.mkdtemp(dir=folder)).resolve()
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))

@@ -247,7 +247,7 @@ MUTANTS = (
     ),
     mutant(
         "delays by kappa instead of its inverse",
-        f"{TARGETS}[labelled]",
+        f"{TARGETS}[image to video]",
         ("flow/delays.py", "schedule.inverse(u_delay.double())", "schedule.kappa(u_delay.double())"),
     ),
     mutant(
