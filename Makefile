@@ -22,7 +22,7 @@ demo: setup  ## clips -> shards -> ZeRO-3 training in two processes -> generated
 test: setup  ## within 8 minutes on 2 cores
 	$(BIN)/pytest -m "not long and not gpu" -n 2 --dist loadgroup
 
-test-long: setup  ## kills and other tests of minutes, within 30 minutes on 2 cores
+test-long: setup  ## kills, mutants and other tests of minutes, within 30 minutes on 2 cores
 	$(BIN)/pytest -m "long and not gpu" --timeout 1500
 
 check: setup  ## format, lint, types, floors
@@ -38,6 +38,7 @@ format: setup
 bench: setup  ## studies: each writes JSON and a picture under benchmarks/results
 	$(BIN)/python benchmarks/packing.py --json benchmarks/results/packing.json --picture benchmarks/results/packing.png
 	$(BIN)/python benchmarks/length_law.py --json benchmarks/results/length_law.json --picture benchmarks/results/length_law.png
+	$(BIN)/python benchmarks/gaussian_law.py --json benchmarks/results/gaussian_law.json
 
 clean-demo:
 	rm -rf demo

@@ -240,7 +240,7 @@ MUTANTS = (
         "importance weights left out",
         f"{EXTENDED}",
         (
-            "flow/extended_time.py",
+            "flow/prior.py",
             "return torch.where(below, early, late), weight",
             "return torch.where(below, early, late), torch.ones_like(weight)",
         ),

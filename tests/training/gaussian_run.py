@@ -26,7 +26,7 @@ from flowception.training.trainer import train
 
 LAW = GaussianClips(lengths={2: 0.5, 5: 0.5}, correlation=0.8, num_start_frames=1)
 CONFIG = {
-    "max_steps": 300,
+    "max_steps": 250,
     "precision": "fp32",
     "token_budget": 1536,
     "packs_per_step": 1,
