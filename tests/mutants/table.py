@@ -238,7 +238,7 @@ MUTANTS = (
     ),
     mutant(
         "importance weights left out",
-        f"{EXTENDED}",
+        "flow/test_prior.py",
         (
             "flow/prior.py",
             "return torch.where(below, early, late), weight",
