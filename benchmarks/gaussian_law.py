@@ -52,9 +52,9 @@ def measure(rule: str, num_steps: int, clips: int, seed: int = 0) -> dict[str, o
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the table of ``docs/oracles.md``, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rules", nargs="+", choices=list(INSERTION_RULES), default=list(INSERTION_RULES))
+    parser.add_argument("--rules", nargs="+", choices=list(INSERTION_RULES), default=["thinning", "bernoulli"])
     parser.add_argument("--steps", nargs="+", type=int, default=[25, 50, 100, 200])
-    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--clips", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(arguments)
