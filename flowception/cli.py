@@ -106,6 +106,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insertion", choices=INSERTION_RULES, default="thinning", help="default: thinning")
     parser.add_argument("--num-inference-steps", type=_positive, default=50, metavar="N", help="default: 50")
     parser.add_argument(
+        "--cache-refresh",
+        type=_positive,
+        metavar="R",
+        help="keep keys and values of finished frames, computing them anew every R steps (default: off, exact)",
+    )
+    parser.add_argument(
         "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames, with context (default: 64)"
     )
     parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for a prescribed delay law")
@@ -239,6 +245,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         rate_guidance=arguments.rate_guidance,
         insertion=arguments.insertion,
         num_inference_steps=arguments.num_inference_steps,
+        cache_refresh_steps=arguments.cache_refresh,
         max_frames=arguments.max_frames,
         num_frames=arguments.num_frames,
         batch_size=arguments.batch_size,

@@ -22,9 +22,10 @@ from flowception.flow.loss import (
 )
 from flowception.flow.path import interpolate, shift_time, velocity_target
 from flowception.flow.prior import effective_sample_ratio
-from flowception.flow.sampler import Predictor, sample, sample_states
+from flowception.flow.sampler import CountedPredictor, Predictor, sample, sample_states
 from flowception.flow.sampler_state import Context, SamplerConfig, SampleResult, SamplerState, StepRecord
 from flowception.flow.schedule import InsertionSchedule, build_schedule
+from flowception.flow.streaming import FinalFrames, final_lengths, stream_frames
 from flowception.flow.task import (
     TASK_NUMBERS,
     TASKS,
@@ -43,7 +44,9 @@ __all__ = [
     "TASK_NUMBERS",
     "ClipDraws",
     "Context",
+    "CountedPredictor",
     "Denominators",
+    "FinalFrames",
     "InsertionSchedule",
     "Prediction",
     "Predictor",
@@ -62,6 +65,7 @@ __all__ = [
     "effective_sample_ratio",
     "expected_attention_ratio",
     "expected_counts",
+    "final_lengths",
     "guide",
     "insertion_loss_sum",
     "interpolate",
@@ -75,6 +79,7 @@ __all__ = [
     "sample",
     "sample_states",
     "shift_time",
+    "stream_frames",
     "task_number",
     "velocity_loss_sum",
     "velocity_target",

@@ -8,6 +8,7 @@ rates by delays drawn beforehand::
 
     result = sample(predict, frame_shape=(C, H, W), batch_size=B, config=SamplerConfig(), seed=0)
     # predict(state) -> (velocity [F, C, H, W], rate [F])
+    result.evaluations, result.flops  # what it cost; FLOPs if the predictor counts them
 
 Noise and insertion are keyed by clip seed, step and slot, so a clip comes out the same alone or in a batch.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +45,17 @@ logger = logging.getLogger(__name__)
 
 Predictor = Callable[[SamplerState], tuple[Tensor, Tensor]]
 """``state -> (velocity [F, C, H, W], rate [F])``; the rate is the expected number of frames missing right of each."""
+
+
+@runtime_checkable
+class CountedPredictor(Protocol):
+    """A predictor that knows what it costs."""
+
+    def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
+        """As any predictor."""
+
+    def flops(self, state: SamplerState) -> Tensor:
+        """FLOPs that evaluating the state takes for each clip, float64 [B]."""
 
 
 def _move(state: SamplerState, velocity: Tensor) -> Tensor:
@@ -195,6 +208,7 @@ def sample(
     seed: int = 0,
     device: torch.device | str = "cpu",
     num_frames: Sequence[int] | None = None,
+    watch: Callable[[SamplerState], None] | None = None,
 ) -> SampleResult:
     """Sample clips.
 
@@ -207,10 +221,12 @@ def sample(
         seed: Clip i has seed ``seed + i``.
         device: Where frames live and ``predict`` works.
         num_frames: Length of each clip under a prescribed order; None takes the config's.
+        watch: Is shown every state, to report progress.
 
     Returns:
         The finished clips.
     """
+    clip_flops = torch.zeros(batch_size, dtype=torch.float64) if isinstance(predict, CountedPredictor) else None
     history: list[StepRecord] = []
     states = sample_states(
         predict,
@@ -223,6 +239,10 @@ def sample(
         num_frames=num_frames,
     )
     for state in states:
+        if watch is not None:
+            watch(state)
+        if isinstance(predict, CountedPredictor) and clip_flops is not None and not state.finished:
+            clip_flops += predict.flops(state)
         if config.record_history:
             clock = min(state.step, state.last_birth_step) / config.num_inference_steps
             history.append(StepRecord(clock=clock, times=state.times, cu_frames=state.cu_frames))
@@ -232,6 +252,7 @@ def sample(
         born_at=state.born_step.double() / config.num_inference_steps,
         roles=state.roles,
         evaluations=state.step,
+        clip_flops=clip_flops,
         capped=state.capped,
         history=history if config.record_history else None,
     )

@@ -19,7 +19,7 @@ from flowception.flow.noise import MAX_SLOTS, fresh_noise
 from flowception.flow.path import shift_time
 from flowception.flow.prescribed import ClipPlan, plan_clip
 from flowception.flow.schedule import InsertionSchedule, build_schedule
-from flowception.flow.task import Role, is_context, is_generated
+from flowception.flow.task import Role, is_context, is_generated, may_insert
 
 ORDERS = ("learned", *PRESCRIBED_LAWS)
 
@@ -158,9 +158,24 @@ class SamplerState:
         return is_generated(self.roles) & (self.age < self.num_inference_steps)
 
     @property
+    def open_gaps(self) -> Tensor:
+        """Whether frames may still be inserted right of each frame, bool [F]."""
+        if self.births is None:
+            return may_insert(self.roles) & (self.step < self.num_inference_steps)
+        visible = self.births <= self.step
+        left_neighbour = visible.cumsum(0) - 1
+        return torch.bincount(left_neighbour[~visible], minlength=len(self.roles)) > 0
+
+    @property
+    def unfinished_clips(self) -> Tensor:
+        """Clips that may still grow or have a frame below 1, bool [B]; a predictor may pass over the others."""
+        changing = self.moving | self.open_gaps
+        return torch.bincount(self.frame_clip[changing], minlength=len(self.clip_frames)) > 0
+
+    @property
     def finished(self) -> bool:
         """Whether the clock shows 1, no birth is to come and all frames are at 1."""
-        return self.step >= self.last_birth_step and not bool(self.moving.any())
+        return not bool(self.unfinished_clips.any())
 
     @property
     def last_birth_step(self) -> int:
@@ -213,10 +228,17 @@ class SampleResult:
     """int64 [F], a ``Role`` for each frame."""
     evaluations: int
     """Calls of the predictor."""
+    clip_flops: Tensor | None
+    """float64 [B], exact FLOPs spent on each clip; None if the predictor does not count (``CountedPredictor``)."""
     capped: Tensor
     """bool [B], clips that ``max_frames`` cut short."""
     history: list[StepRecord] | None
     """Every state from the first to the last, where the config asked for it."""
+
+    @property
+    def flops(self) -> float | None:
+        """Exact FLOPs of all clips; None if the predictor does not count."""
+        return None if self.clip_flops is None else float(self.clip_flops.sum())
 
     def clips(self) -> list[Tensor]:
         """The frames of each clip, [n, C, H, W] each."""

@@ -1,7 +1,7 @@
 """The network as a sampler's predictor: a state becomes a tight pack, the model's answer becomes velocity and rate.
 
 With classifier-free guidance the conditional and the unconditional form of every clip lie in one pack, so that a
-step is one call of the model.
+step is one call of the model. Clips that are finished are passed over, and FLOPs are counted (``flops``).
 
 Shape legend: ``F`` visible frames of all clips, ``B`` clips, ``T`` tokens, ``C, H, W`` of a latent frame, ``L, D``
 text tokens and their width.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from flowception.data.schema import NO_CLASS
 from flowception.flow import Prediction, SamplerState, guide, model_role
 from flowception.flow.loss import rate_from_log
+from flowception.nn.flops import FlopSpec, clip_flops
 from flowception.nn.layout import ClipShape, PackInput, PackLayout, build_layout, latent_tokens
 
 
@@ -38,7 +40,7 @@ class NetworkPredictor:
         """Bind a model to the conditions of a batch.
 
         Args:
-            model: ``model(pack) -> ModelOutput``, in evaluation mode.
+            model: ``model(pack) -> ModelOutput``, in evaluation mode; its ``spec`` are the sizes that FLOPs depend on.
             class_labels: Class of each of the B clips; -1 for none.
             texts: [L, D] of each clip, for a model with text; None for one without.
             null_text: [L, D] of a clip without its condition, for guidance of a model with text.
@@ -70,36 +72,73 @@ class NetworkPredictor:
             state: The sampler's state of all B clips.
 
         Returns:
-            Velocity [F, C, H, W] and rate [F], on the state's device.
+            Velocity [F, C, H, W] and rate [F], on the state's device; zero for frames that were not computed.
         """
         pack = self.build_pack(state)
         with self._autocast():
-            output = self.model(pack.to(self.device))
-        prediction = Prediction(_velocity_frames(output.velocity, pack.layout, state.frames), output.log_rate.float())
+            prediction = self._evaluate(pack, state)
         if self.guided:
-            half = len(state.frames)
+            half = len(prediction.log_rate) // 2
             prediction = guide(
                 Prediction(prediction.velocity[:half], prediction.log_rate[:half]),
                 Prediction(prediction.velocity[half:], prediction.log_rate[half:]),
                 self.guidance,
                 self.rate_guidance,
             )
-        rate = rate_from_log(prediction.log_rate)
-        return prediction.velocity.to(state.frames), rate.to(state.frames.device)
+        live = self.live_frames(state)
+        velocity, rate = torch.zeros_like(state.frames), state.frames.new_zeros(len(state.frames))
+        velocity[live.to(velocity.device)] = prediction.velocity.to(velocity)
+        rate[live.to(rate.device)] = rate_from_log(prediction.log_rate).to(rate)
+        return velocity, rate
+
+    def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
+        """The model's answer for the live frames, twice as many when guided, on its device."""
+        output = self.model(pack.to(self.device))
+        return Prediction(velocity_frames(output.velocity, pack.layout, state.frames), output.log_rate.float())
+
+    def live_frames(self, state: SamplerState) -> Tensor:
+        """Frames that are computed in this evaluation, bool [F]: those of unfinished clips."""
+        return state.unfinished_clips[state.frame_clip]
+
+    def flops(self, state: SamplerState) -> Tensor:
+        """Exact FLOPs of evaluating the state for each clip, float64 [B]; both halves when guided.
+
+        The text's tokens are computed in evaluations that compute every frame of their clip.
+        """
+        spec = cast(FlopSpec, self.model.spec)
+        live = torch.bincount(state.frame_clip[self.live_frames(state)], minlength=len(state.clip_frames))
+        texts = [torch.tensor([0] * len(live) if self.texts is None else [len(text) for text in self.texts])]
+        if self.guided:
+            texts.append(torch.full_like(live, 0 if self.null_text is None else len(self.null_text)))
+        height, width = state.frames.shape[-2:]
+        total = torch.zeros(len(live), dtype=torch.float64)
+        for text in texts:
+            counted = clip_flops(
+                spec,
+                state.clip_frames.numpy(),
+                height,
+                width,
+                text.numpy(),
+                live_frames=live.numpy(),
+                live_text_tokens=torch.where(live == state.clip_frames, text, 0).numpy(),
+            )
+            total += torch.where(live > 0, torch.from_numpy(counted), 0.0)
+        return total
 
     def build_pack(self, state: SamplerState) -> PackInput:
-        """The state as a tight pack on the CPU: the B clips, then the same again without condition when guided.
+        """The state as a tight pack on the CPU: its unfinished clips, then these without condition when guided.
 
         A context frame is clean in both halves of the input; ``state.times`` shows it the clock (DESIGN.md section 3).
         Without condition means as in training (``data.pack``): the null class, and the null text at its own length.
         """
-        cu_frames = state.cu_frames.cpu()
-        clip_frames = torch.diff(cu_frames)
-        if len(clip_frames) != len(self.class_labels):
-            raise ValueError(f"the state has {len(clip_frames)} clips, the predictor {len(self.class_labels)} labels")
-        frames, condition, roles = state.frames.cpu().float(), state.condition.cpu().float(), state.roles.cpu()
-        time, role = state.times.cpu().float(), model_role(roles)
-        labels, texts = self.class_labels, self.texts
+        clips = state.unfinished_clips
+        if len(clips) != len(self.class_labels):
+            raise ValueError(f"the state has {len(clips)} clips, the predictor {len(self.class_labels)} labels")
+        here, clip_frames = clips[state.frame_clip], state.clip_frames[clips]
+        frames, condition = state.frames.cpu().float()[here], state.condition.cpu().float()[here]
+        time, role = state.times.float()[here], model_role(state.roles[here])
+        labels = self.class_labels[clips]
+        texts = None if self.texts is None else [self.texts[clip] for clip in torch.nonzero(clips).flatten().tolist()]
         grid = (int(frames.shape[-2]), int(frames.shape[-1]))
         if self.guided:
             clip_frames = clip_frames.repeat(2)
@@ -132,7 +171,7 @@ def _frame_tokens(frames: Tensor, layout: PackLayout) -> Tensor:
     return tokens
 
 
-def _velocity_frames(velocity: Tensor, layout: PackLayout, like: Tensor) -> Tensor:
+def velocity_frames(velocity: Tensor, layout: PackLayout, like: Tensor) -> Tensor:
     """The latent tokens of a pack [T, C] as frames [F, C, H, W]."""
     _, channels, height, width = like.shape
     tokens = velocity[layout.latent_mask.to(velocity.device)].float()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowception.data.schema import NO_CLASS
 from flowception.errors import ConfigError
@@ -30,11 +29,13 @@ from flowception.flow import (
 )
 from flowception.flow.delays import build_delay_law
 from flowception.generation.context import ContextReader, check_files, untrained
+from flowception.generation.frozen import FrozenFramePredictor
 from flowception.generation.growth import draw_growth
 from flowception.generation.load import LoadedRun, data_fps, load_run
 from flowception.generation.predictor import NetworkPredictor
 from flowception.generation.prompt import encode_prompt
 from flowception.generation.video import Video, write_contact_sheet, write_mp4, write_preview
+from flowception.nn.dit import FlowceptionDiT
 from flowception.progress import Progress
 
 DEFAULT_FPS = 16.0
@@ -66,6 +67,9 @@ class GenerateOptions:
     rate_guidance: float | None = None
     insertion: str = "thinning"
     num_inference_steps: int = 50
+    cache_refresh_steps: int | None = None
+    """Once the clock has ended, keep the keys and values of finished frames and compute them anew every so many steps
+    only (``generation.frozen``); None computes every frame in every step."""
     max_frames: int = 64
     """Cap on latent frames of a clip, those of its context included."""
     num_frames: int | None = None
@@ -266,22 +270,21 @@ class GenerationBatches:
         budget = self.most_evaluations
         for first in range(0, options.num_clips, options.batch_size):
             labels = self.class_labels[first : first + options.batch_size]
-            predictor = self.predictor(labels)
             begun = progress.done
 
-            def predict(state: SamplerState, predictor: NetworkPredictor = predictor) -> tuple[Tensor, Tensor]:
-                answer = predictor(state)
-                progress.advance(note=f"{len(state.frames)} frames in {len(state.cu_frames) - 1} clips")
-                return answer
+            def watch(state: SamplerState) -> None:
+                if state.step:
+                    progress.advance(note=f"{len(state.frames)} frames in {len(state.cu_frames) - 1} clips")
 
             result = sample(
-                predict,
+                self.predictor(labels),
                 frame_shape=frame_shape,
                 batch_size=len(labels),
                 config=self.config,
                 context=self._contexts(first, len(labels)),
                 seed=options.seed + first,
                 device=self.device,
+                watch=watch,
             )
             progress.advance(budget - (progress.done - begun))
             yield first, result
@@ -289,15 +292,19 @@ class GenerationBatches:
     def predictor(self, class_labels: Sequence[int]) -> NetworkPredictor:
         """The network for clips of the given classes."""
         half = self.device.type == "cuda" and self.run.config.precision == "bf16"
-        return NetworkPredictor(
-            self.run.model,
-            class_labels,
-            texts=None if self.text is None else [self.text] * len(class_labels),
-            null_text=self.null_text,
-            guidance=self.options.guidance,
-            rate_guidance=self.options.rate_guidance,
-            autocast_dtype=torch.bfloat16 if half else None,
-        )
+        settings: dict[str, Any] = {
+            "texts": None if self.text is None else [self.text] * len(class_labels),
+            "null_text": self.null_text,
+            "guidance": self.options.guidance,
+            "rate_guidance": self.options.rate_guidance,
+            "autocast_dtype": torch.bfloat16 if half else None,
+        }
+        if self.options.cache_refresh_steps is None:
+            return NetworkPredictor(self.run.model, class_labels, **settings)
+        if not isinstance(self.run.model, FlowceptionDiT):
+            raise ConfigError(f"--cache-refresh works with FlowceptionDiT only, the run has {type(self.run.model)}")
+        refresh_steps = self.options.cache_refresh_steps
+        return FrozenFramePredictor(self.run.model, class_labels, refresh_steps=refresh_steps, **settings)
 
     def _contexts(self, first: int, count: int) -> list[Context] | None:
         if not self.contexts:
@@ -350,6 +357,7 @@ def _write_batch(
             "roles": [Role(role).name.lower() for role in result.roles[here].tolist()],
             "seed": options.seed + number,
             "evaluations": round(options.num_inference_steps * (1 + max(born_at))),
+            "flops": None if result.clip_flops is None else float(result.clip_flops[slot]),
             "checkpoint_step": run.step,
             "capped": bool(result.capped[slot]),
         }

@@ -19,7 +19,7 @@ Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` width of a head, ``S`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, Protocol
@@ -113,36 +113,47 @@ def attention(
     layout: PackLayout,
     pattern: AttentionPattern = FULL,
     backend: str = "auto",
+    key_layout: PackLayout | None = None,
 ) -> Tensor:
     """Attention inside each segment of a pack.
 
     Args:
         query: ``[T, H, d]``.
-        key: ``[T, H, d]``.
-        value: ``[T, H, d]``.
+        key: ``[T, H, d]``, or as many tokens as ``key_layout`` has.
+        value: As ``key``.
         layout: Where the segments are.
         pattern: Which tokens of a clip see each other.
         backend: ``auto`` or the backend to use.
+        key_layout: Where the segments of keys and values are, where they are other tokens than the queries: segment i
+            of the queries attends to segment i of these (by ``sdpa`` where ``flex`` was asked for). None for the same
+            tokens.
 
     Returns:
         ``[T, H, d]``.
 
     Raises:
-        ConfigError: If the backend is unknown, cannot run here or lacks the pattern.
+        ConfigError: If the backend is unknown, cannot run here or lacks the pattern, or the keys are other tokens than
+            the queries and the pattern is not full.
     """
+    if key_layout is not None and pattern != FULL:
+        raise ConfigError(
+            f"attention_pattern is {pattern.name}; keys of other tokens than the queries need the full pattern"
+        )
     choice = choose_backend(query.device, query.dtype, backend, pattern)
+    keys = layout if key_layout is None else key_layout
     if choice == "varlen":
-        return _varlen(query, key, value, layout)
+        return _varlen(query, key, value, layout, keys)
     if choice == "flash":
-        return _flash(query, key, value, layout)
-    if choice == "flex":
+        return _flash(query, key, value, layout, keys)
+    if choice == "flex" and keys is layout:
         return _flex(query, key, value, layout, pattern)
-    return _sdpa(query, key, value, layout, pattern)
+    return _sdpa(query, key, value, layout, keys, pattern)
 
 
-def _runs(layout: PackLayout) -> list[tuple[int, int]]:
-    """Length and number of neighbouring segments of equal length."""
-    return [(length, len(list(run))) for length, run in groupby(layout.segment_lengths)]
+def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
+    """Query and key lengths of neighbouring segments that are alike in both, and how many they are."""
+    lengths = zip(layout.segment_lengths, keys.segment_lengths, strict=True)
+    return [(alike, len(list(run))) for alike, run in groupby(lengths)]
 
 
 def _once(layout: PackLayout, key: tuple[str, AttentionPattern], make: Callable[[], Any]) -> Any:
@@ -151,24 +162,28 @@ def _once(layout: PackLayout, key: tuple[str, AttentionPattern], make: Callable[
     return layout.derived[key]
 
 
-def _run_masks(layout: PackLayout, pattern: AttentionPattern) -> list[Tensor | None]:
-    """Mask of each run, bool [count, 1, length, length]; None where all is seen."""
-    runs = _runs(layout)
-    if pattern == FULL:
-        return [None] * len(runs)
+def _run_masks(layout: PackLayout, pattern: AttentionPattern) -> list[Tensor]:
+    """Mask of each run, bool [count, 1, length, length]."""
+    runs = [(length, count) for (length, _), count in _runs(layout, layout)]
     parts = token_ranks(layout).split([length * count for length, count in runs])
     ranks = [part.unflatten(0, (count, length)) for part, (length, count) in zip(parts, runs)]
     return [pattern.sees(rank[:, None, :, None], rank[:, None, None, :]) for rank in ranks]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern: AttentionPattern) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout, pattern: AttentionPattern
+) -> Tensor:
     """Runs of equally long segments become a batch: a view, nothing is copied."""
-    runs, masks = _runs(layout), _once(layout, ("sdpa", pattern), lambda: _run_masks(layout, pattern))
-    sizes = [length * count for length, count in runs]
+    runs = _runs(layout, keys)
+    masks: Sequence[Tensor | None] = [None] * len(runs)
+    if pattern != FULL:
+        masks = _once(layout, ("sdpa", pattern), lambda: _run_masks(layout, pattern))
+    query_sizes = [length * count for (length, _), count in runs]
+    key_sizes = [length * count for (_, length), count in runs]
     outputs = []
-    parts = zip(runs, masks, query.split(sizes), key.split(sizes), value.split(sizes))
-    for (length, count), mask, *tensors in parts:
-        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in tensors)
+    parts = zip(runs, masks, query.split(query_sizes), key.split(key_sizes), value.split(key_sizes))
+    for (_, count), mask, *tensors in parts:
+        q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in tensors)
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -196,23 +211,24 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern
     return _compiled_flex()(q, k, v, block_mask=block_mask).squeeze(0).transpose(0, 1)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout) -> Tensor:
     module = require("torch.nn.attention.varlen")
-    boundaries, longest = layout.cu_seqlens, layout.max_seqlen
-    output: Tensor = module.varlen_attn(query, key, value, boundaries, boundaries, longest, longest)
+    output: Tensor = module.varlen_attn(
+        query, key, value, layout.cu_seqlens, keys.cu_seqlens, layout.max_seqlen, keys.max_seqlen
+    )
     return output
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout) -> Tensor:
     module = require("flash_attn", extra="flash")
     output: Tensor = module.flash_attn_varlen_func(
         query,
         key,
         value,
         cu_seqlens_q=layout.cu_seqlens,
-        cu_seqlens_k=layout.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
         max_seqlen_q=layout.max_seqlen,
-        max_seqlen_k=layout.max_seqlen,
+        max_seqlen_k=keys.max_seqlen,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output

@@ -1,7 +1,8 @@
 """The one door to networks: a configuration becomes the backbone it names.
 
-A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) whose parts say how their
-weights begin (``nn.initialise``). Trainer, generation and export build it here and nowhere else.
+A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) whose ``spec`` is its
+``FlopSpec`` and whose parts say how their weights begin (``nn.initialise``). Trainer, generation and export build it
+here and nowhere else.
 """
 
 from __future__ import annotations

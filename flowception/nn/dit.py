@@ -15,6 +15,7 @@ size, ``H`` heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Self
 
@@ -206,11 +207,13 @@ class FlowceptionDiT(nn.Module):
         initialise(self, seed, gather)
         return self
 
-    def forward(self, pack: PackInput) -> ModelOutput:
+    def forward(self, pack: PackInput, attends: Sequence[Attend] | None = None) -> ModelOutput:
         """Predict velocities and log-rates of a pack.
 
         Args:
             pack: On the device of the weights; latents in any float dtype.
+            attends: Attention of each block, where keys and values of other tokens join in
+                (``flowception.generation.frozen``); None for the pack's own alone.
 
         Returns:
             float32 velocity ``[T, C]`` (zero but at latent tokens) and float32 log_rate ``[F]`` (zero in unused
@@ -237,8 +240,8 @@ class FlowceptionDiT(nn.Module):
         frame_condition = F.silu(frame_condition)
         tokens = self.embedding(pack, text_tokens)
         rotations = self.rope.rotations(layout)
-        for block in self.blocks:
-            arguments = (tokens, frame_condition, text_condition, row, rotations, layout, self.attend)
+        for block, attend in zip(self.blocks, attends or [self.attend] * len(self.blocks), strict=True):
+            arguments = (tokens, frame_condition, text_condition, row, rotations, layout, attend)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:

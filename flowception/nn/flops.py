@@ -131,9 +131,19 @@ def _linear_per_frame(spec: FlopSpec) -> float:
 
 
 def clip_flops(
-    spec: FlopSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
+    spec: FlopSpec,
+    frames: ArrayLike,
+    height: ArrayLike,
+    width: ArrayLike,
+    text_tokens: ArrayLike = 0,
+    *,
+    live_frames: ArrayLike | None = None,
+    live_text_tokens: ArrayLike | None = None,
 ) -> NDArray[np.float64]:
     """Forward FLOPs of clips in a pack without padding.
+
+    Where keys and values of some tokens are kept from an earlier evaluation, only the others, the live ones, run
+    through linear layers and as queries.
 
     Args:
         spec: Sizes of the network.
@@ -141,13 +151,18 @@ def clip_flops(
         height: Rows of each clip's latent grid.
         width: Columns of each clip's latent grid.
         text_tokens: Text tokens of each clip.
+        live_frames: Frames that are computed; None for all.
+        live_text_tokens: Text tokens that are computed; None for all.
 
     Returns:
         FLOPs, float64, of the broadcast shape.
     """
-    f, text = _float64(frames, text_tokens)
-    total = attention_flops(spec, frames, height, width, text_tokens)
-    total = total + _linear_per_token(spec) * clip_tokens(frames, height, width, text_tokens)
+    f, text = _float64(
+        frames if live_frames is None else live_frames, text_tokens if live_text_tokens is None else live_text_tokens
+    )
+    queries, keys = clip_tokens(f, height, width, text), clip_tokens(frames, height, width, text_tokens)
+    total = 4.0 * spec.num_layers * spec.hidden_size * queries * keys
+    total = total + _linear_per_token(spec) * queries
     total = total + _linear_per_frame(spec) * f
     if spec.text_dim is not None:
         d = spec.hidden_size

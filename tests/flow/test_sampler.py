@@ -256,3 +256,40 @@ def test_a_wrong_prediction_is_refused(constant_predictor):
         run(constant_predictor(rate=-1.0))
     with pytest.raises(ValueError, match=r"rate \(9, 1\)"):
         run(lambda state: (torch.zeros_like(state.frames), torch.zeros(len(state.frames), 1)))
+
+
+def test_flops_are_added_up_over_the_evaluations(own_frame_predictor):
+    class Counted:
+        """Frames cost 2, and the step's number is paid once a clip."""
+
+        def __call__(self, state):
+            return own_frame_predictor(state)
+
+        def flops(self, state):
+            return 2.0 * state.clip_frames.double() + state.step
+
+    states = states_of(own_frame_predictor, num_inference_steps=6)
+    expected = sum(2.0 * state.clip_frames.double() + state.step for state in states[:-1])
+    result = run(Counted(), num_inference_steps=6)
+    assert result.evaluations == len(states) - 1
+    assert torch.equal(result.clip_flops, expected)
+    assert result.flops == pytest.approx(float(expected.sum()))
+    assert run(own_frame_predictor, num_inference_steps=6).flops is None
+
+
+def test_a_clip_is_unfinished_until_its_own_last_frame_is_at_one(own_frame_predictor):
+    states = states_of(own_frame_predictor, num_inference_steps=10, seed=2, insertion="bernoulli")
+    last = states[-1]
+    ends = [10 + int(last.born_step[last.frame_clip == clip].max()) for clip in range(3)]
+    assert len(set(ends)) > 1
+    for state in states:
+        assert state.unfinished_clips.tolist() == [state.step < end for end in ends]
+
+
+def test_watch_is_shown_every_state(constant_predictor):
+    seen = []
+    result = sample(
+        constant_predictor(rate=0.5), frame_shape=SHAPE, batch_size=2,
+        config=SamplerConfig(num_inference_steps=5), watch=lambda state: seen.append(state.step),
+    )  # fmt: skip
+    assert seen == list(range(result.evaluations + 1))

@@ -7,7 +7,7 @@ import torch
 
 from flowception.flow import Context, SamplerConfig, sample
 from flowception.generation.predictor import NetworkPredictor
-from flowception.nn import ClipShape, ModelRole, PackInput, build_layout
+from flowception.nn import ClipShape, ModelRole, PackInput, build_layout, clip_flops
 
 FRAME_SHAPE = (12, 3, 2)
 
@@ -122,12 +122,13 @@ def test_labels_must_match_the_clips(model, make_state):
         NetworkPredictor(model, [0])(make_state([1, 1]))
 
 
-def test_a_clip_alone_equals_the_same_clip_in_a_batch(model):
+@pytest.mark.parametrize("scales", [{}, {"guidance": 1.5}, {"guidance": 1.5, "rate_guidance": 0.7}])
+def test_a_clip_alone_equals_the_same_clip_in_a_batch(model, scales):
     config = SamplerConfig(num_inference_steps=6, num_start_frames=2, max_frames=12)
     contexts = [Context(frames=torch.full((1, *FRAME_SHAPE), 0.1 * i)) for i in range(3)]
 
     def run(labels, contexts, seed):
-        predict = NetworkPredictor(model, labels, guidance=1.5)
+        predict = NetworkPredictor(model, labels, **scales)
         return sample(
             predict, frame_shape=FRAME_SHAPE, batch_size=len(labels), config=config, context=contexts, seed=seed
         )
@@ -138,6 +139,7 @@ def test_a_clip_alone_equals_the_same_clip_in_a_batch(model):
     torch.testing.assert_close(batch.clips()[1], alone.frames, atol=1e-4, rtol=0)
     here = slice(int(batch.cu_frames[1]), int(batch.cu_frames[2]))
     assert torch.equal(batch.born_at[here], alone.born_at)
+    assert float(batch.clip_flops[1]) == float(alone.clip_flops[0])
 
 
 def test_the_context_frame_comes_out_unchanged(model):
@@ -147,3 +149,18 @@ def test_the_context_frame_comes_out_unchanged(model):
         config=SamplerConfig(num_inference_steps=4), context=[Context(frames=clean)], seed=3,
     )  # fmt: skip
     assert torch.equal(result.frames[:1], clean)
+
+
+def test_finished_clips_are_passed_over(model, make_state):
+    state = dataclasses.replace(make_state([2, 2, 2]), step=14)
+    state = dataclasses.replace(state, born_step=torch.tensor([0, 0, 0, 9, 0, 0]))
+    predictor = NetworkPredictor(model, [0, 1, 2])
+    assert predictor.build_pack(state).layout.clip_frames.tolist() == [2]
+    velocity, rate = predictor(state)
+    clip = slice(2, 4)
+    expected = one_clip(model, state.frames[clip], state.condition[clip], [1.0, 0.5], [0] * 2, 1)
+    torch.testing.assert_close(velocity[clip], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rate[clip], expected[1], atol=1e-5, rtol=1e-5)
+    assert not velocity[:2].any()
+    assert not velocity[4:].any()
+    assert predictor.flops(state).tolist() == [0, pytest.approx(float(clip_flops(model.spec, 2, 3, 2))), 0]

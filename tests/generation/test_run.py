@@ -41,6 +41,7 @@ def test_every_file_is_written_and_listed(job, tmp_path):
         assert record["file"] == f"clip_{number:04d}.mp4"
         assert record["task"] == "t2v"
         assert 5 <= record["evaluations"] <= 10
+        assert record["flops"] > 0
         assert read_video(out / record["file"]).shape == (record["frames"], 6, 4, 3)
         with Image.open(out / f"clip_{number:04d}.gif") as preview:
             assert preview.size == (4 * 26, 6 * 26)
@@ -199,3 +200,11 @@ def test_a_folder_that_cannot_be_made_is_refused(job, tmp_path):
     with pytest.raises(ConfigError, match="cannot be made"):
         job(out="file/below")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_cached_keys_of_finished_frames_save_flops(job):
+    plain, exact, cached = (job(out=f"{r}", cache_refresh_steps=r) for r in (None, 1, 3))
+    for one, same, other in zip(plain, exact, cached, strict=True):
+        assert one["evaluations"] == same["evaluations"] == other["evaluations"]
+        assert one["frames"] == same["frames"] == other["frames"]
+        assert one["flops"] == same["flops"] > other["flops"]

@@ -57,7 +57,9 @@ def state_of(plan, pack_plan, draws):
             condition.append(clean if given else torch.zeros_like(clean))
             roles.append(role)
             ages.append(round(float(draws.global_time[slot].clamp(0, 1)) * STEPS) if given else round(time * STEPS))
-    step = STEPS  # a state has one clock for all its clips, drawn clips have one each: the test allows for that
+    # A state has one clock for all its clips, drawn clips have one each: the test allows for that. Just short of the
+    # clock's end no clip is passed over as finished.
+    step = STEPS - 1
     return SamplerState(
         frames=torch.stack(frames),
         condition=torch.stack(condition),

@@ -80,6 +80,39 @@ def test_attention_per_segment_is_dense_attention_behind_a_mask(seed, pattern):
     torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_fewer_queries_than_keys_are_those_rows_of_the_whole(seed):
+    """A random part of each clip's frames asks; keys and values are the whole clip's."""
+    draw = random.Random(seed)
+    clips = [ClipShape(draw.randint(1, 5), 2, draw.randint(1, 3), draw.randint(0, 3)) for _ in range(6)]
+    asking = [ClipShape(draw.randint(1, clip.frames), clip.height, clip.width) for clip in clips]
+    whole, queries = build_layout(clips), build_layout(asking)
+    ends = torch.tensor(whole.segment_lengths).cumsum(0)
+    rows = torch.cat([torch.arange(int(end) - clip.tokens, int(end)) for end, clip in zip(ends, asking, strict=True)])
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(len(whole.token_kind), 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    ours = attention(q[rows], k, v, queries, key_layout=whole)
+    torch.testing.assert_close(ours, dense_reference(q, k, v, whole, EVERY_PATTERN[0])[rows], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fewer_queries_than_keys_on_a_gpu():
+    clips = [ClipShape(4, 2, 2, 3), ClipShape(2, 3, 2)]
+    whole, queries = build_layout(clips).to("cuda"), build_layout([ClipShape(1, 2, 2), ClipShape(2, 3, 2)]).to("cuda")
+    rows = torch.cat([torch.arange(18, 23), torch.arange(23, 37)]).cuda()
+    q, k, v = (torch.randn(37, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    varlen, sdpa = (attention(q[rows], k, v, queries, key_layout=whole, backend=b) for b in ("varlen", "sdpa"))
+    torch.testing.assert_close(varlen, sdpa, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("pattern", EVERY_PATTERN[1:], ids=str)
+def test_fewer_queries_than_keys_need_the_full_pattern(pattern):
+    layout = build_layout([ClipShape(1, 1, 1)])
+    x = torch.randn(2, 1, 8)
+    with pytest.raises(ConfigError, match=f"attention_pattern is {pattern.name}; keys of other tokens than the quer"):
+        attention(x, x, x, layout, pattern, key_layout=layout)
+
+
 @pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
 def test_flex_sees_what_the_pattern_says(pattern, monkeypatch):
     """Its mask and its forward, uncompiled; the kernel itself needs CUDA."""
