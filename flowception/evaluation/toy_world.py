@@ -79,8 +79,29 @@ def render_disc(position: NDArray[np.float64], colour: tuple[int, int, int], siz
     return np.round(background + cover * (np.asarray(colour) - background)).astype(np.uint8)
 
 
+def draw_track(seed: int, number: int, size: int = SIZE_PX) -> tuple[int, NDArray[np.float64]]:
+    """Draw the class and the motion of clip ``number`` of the world of ``seed``.
+
+    Args:
+        seed: Seed of the whole set.
+        number: Which clip.
+        size: S.
+
+    Returns:
+        Class, and positions float64 [n, 2]: the same at any time and in any order.
+    """
+    (u_class, u_length), (u_x, u_y), (u_angle, _) = uniforms(seed, Stream.TOY_WORLD, clip=number, frame=np.arange(3))
+    class_label = int(u_class * len(CLASS_NAMES))
+    cumulative = np.cumsum(list(LENGTH_LAW.values()))
+    frames = list(LENGTH_LAW)[min(int(np.searchsorted(cumulative, u_length, side="right")), len(LENGTH_LAW) - 1)]
+    low, high = RADIUS_PX, size - RADIUS_PX
+    start = low + (high - low) * np.array([u_x, u_y])
+    velocity = SPEED_PX * np.array([math.cos(2 * math.pi * u_angle), math.sin(2 * math.pi * u_angle)])
+    return class_label, fold(start[None, :] + np.arange(frames)[:, None] * velocity[None, :], low, high)
+
+
 def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
-    """Draw clip ``number`` of the world of ``seed``: the same at any time and in any order.
+    """Draw clip ``number`` of the world of ``seed``: what ``draw_track`` says of it, rendered.
 
     Args:
         seed: Seed of the whole set.
@@ -90,13 +111,6 @@ def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
     Returns:
         The clip with its labels.
     """
-    (u_class, u_length), (u_x, u_y), (u_angle, _) = uniforms(seed, Stream.TOY_WORLD, clip=number, frame=np.arange(3))
-    class_label = int(u_class * len(CLASS_NAMES))
-    cumulative = np.cumsum(list(LENGTH_LAW.values()))
-    frames = list(LENGTH_LAW)[min(int(np.searchsorted(cumulative, u_length, side="right")), len(LENGTH_LAW) - 1)]
-    low, high = RADIUS_PX, size - RADIUS_PX
-    start = low + (high - low) * np.array([u_x, u_y])
-    velocity = SPEED_PX * np.array([math.cos(2 * math.pi * u_angle), math.sin(2 * math.pi * u_angle)])
-    positions = fold(start[None, :] + np.arange(frames)[:, None] * velocity[None, :], low, high)
+    class_label, positions = draw_track(seed, number, size)
     video = np.stack([render_disc(position, CLASS_COLOURS[class_label], size) for position in positions])
     return ToyClip(class_label=class_label, positions=positions, video=video)
