@@ -7,12 +7,10 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import claims, claims_page
 from benchmarks.claims_arms import (
@@ -214,7 +212,7 @@ def test_the_budgets_have_seeds_enough():
 @pytest.mark.long
 def test_a_tiny_study_has_all_arms_and_is_not_run_again(tmp_path):
     script = (
-        "import sys; from benchmarks import claims, claims_arms; from tests.evaluation.test_claims_benchmark import TINY\n"
+        "import sys\nfrom benchmarks import claims\nfrom tests.evaluation.test_claims_benchmark import TINY\n"
         "if __name__ == '__main__':\n    claims.BUDGETS['quick'] = TINY\n    sys.exit(claims.main(sys.argv[1:]))\n"
     )
     (tmp_path / "run.py").write_text(script)

@@ -40,7 +40,7 @@ def test_never_above_the_distance_to_a_trajectory_that_is_known():
 
 
 def test_a_still_point_by_hand():
-    """Nothing moves slower than SPEED_PX: the nearest trajectory of two frames passes it with half a step on each side."""
+    """The nearest trajectory of two frames passes a still point with half a step on each side."""
     still = np.full((1, 2, 2), (LOW_PX + HIGH_PX) / 2)
     assert trajectory_error_px(still)[0] == pytest.approx(SPEED_PX / 2, abs=1e-3)
 
