@@ -85,10 +85,10 @@ def run_all(study: Study, arms: Sequence[Arm], seeds: Sequence[int], workers: in
 
 
 def _say(number: int, total: int, arm: Arm, seed: int, results: list[dict[str, Any]], elapsed_s: float) -> None:
-    first = results[0]
+    first, error_px = results[0], results[0]["trajectory_error_px"]
     print(
         f"[{number}/{total}] {arm.name} seed {seed}: {first['steps']} steps, "
-        f"trajectory error {first['trajectory_error_px']:.2f} px, "
+        f"trajectory error {'-' if error_px is None else f'{error_px:.2f} px'}, "
         f"cpu {sum(result['cpu_s'] for result in results):.0f} s; {elapsed_s / 60:.1f} min gone",
         flush=True,
     )

@@ -151,9 +151,9 @@ def _metrics(references: Mapping[str, Mapping[str, float]]) -> str:
             "trajectory error, px",
             TRAJECTORY,
             3,
-            "root mean square distance of a clip from the nearest lawful trajectory",
+            "root mean square distance of 6 frames in a row from the nearest lawful trajectory",
         ),
-        ("drift, px a frame", DRIFT, 4, "slope of that error over the clip, on pieces of 4 frames"),
+        ("drift, px a frame", DRIFT, 4, "slope of that error over the clip, on 4 frames in a row"),
         ("Frechet, px²", FRECHET, 2, "distance of mean and covariance of a clip's last 6 positions from the true ones"),
         ("length TV", LENGTH, 2, "total variation from the true length law; the random clips have true lengths"),
     )

@@ -147,27 +147,23 @@ def sample_tracks(
         seed: The run's.
 
     Returns:
-        Positions of each clip, [n, 2] in pixels, and the number of evaluations of the longest-running clip.
+        Positions of each clip, [n, 2] in pixels, and the number of evaluations.
     """
-    clips, first_seed = budget.sampled_clips, SAMPLING_SEED_STRIDE * (1 + seed)
-    if build_delay_law(config.delay_law).inserts:
-        batches = {config.num_start_frames: clips}
-    else:
-        given = np.array([len(track) for track in real_tracks(clips)])
-        batches = {int(n): int(count) for n, count in zip(*np.unique(given, return_counts=True))}
-    tracks: list[NDArray[np.float64]] = []
-    evaluations = 0
-    for frames, count in batches.items():
-        settings = SamplerConfig(
-            num_inference_steps=budget.num_inference_steps,
-            num_start_frames=frames,
-            insertion="thinning" if config.delay_law == "uniform" else None,
-            max_frames=4 * max(LENGTH_LAW),
-        )
-        predict = NetworkPredictor(model, [NO_CLASS] * count)
-        result = sample(
-            predict, frame_shape=(2, 1, 1), batch_size=count, config=settings, seed=first_seed + len(tracks)
-        )
-        tracks += [to_positions(clip) for clip in result.clips()]
-        evaluations = max(evaluations, result.evaluations)
-    return tracks, evaluations
+    chooses_length = build_delay_law(config.delay_law).inserts
+    settings = SamplerConfig(
+        num_inference_steps=budget.num_inference_steps,
+        num_start_frames=config.num_start_frames,
+        order="learned" if chooses_length else config.delay_law,
+        max_frames=4 * max(LENGTH_LAW),
+    )
+    clips = budget.sampled_clips
+    result = sample(
+        NetworkPredictor(model, [NO_CLASS] * clips),
+        frame_shape=(2, 1, 1),
+        batch_size=clips,
+        config=settings,
+        num_frames=None if chooses_length else sorted(len(track) for track in real_tracks(clips)),
+        seed=SAMPLING_SEED_STRIDE * (1 + seed),
+        device=next(model.parameters()).device,
+    )
+    return [to_positions(clip) for clip in result.clips()], result.evaluations

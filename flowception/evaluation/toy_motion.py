@@ -87,17 +87,28 @@ def _coarse(
     return errors.min(axis=2), starts[errors.argmin(axis=2)]
 
 
-def piece_errors_px(track: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Error of each piece of ``PIECE_FRAMES`` consecutive frames, float64 [n - PIECE_FRAMES + 1], of a track [n, 2]."""
-    pieces = np.lib.stride_tricks.sliding_window_view(track, PIECE_FRAMES, axis=0).transpose(0, 2, 1)
-    return trajectory_error_px(pieces)
+def piece_errors_px(tracks: Sequence[NDArray[np.float64]], frames: int = PIECE_FRAMES) -> list[NDArray[np.float64]]:
+    """Error of every piece of consecutive frames, each scored as a track of its own.
+
+    Args:
+        tracks: [n, 2] each, any n of at least ``frames``.
+        frames: Frames of a piece.
+
+    Returns:
+        float64 [n - frames + 1] for each track.
+    """
+    pieces = [np.lib.stride_tricks.sliding_window_view(track, frames, axis=0).transpose(0, 2, 1) for track in tracks]
+    if not pieces:
+        return []
+    errors = trajectory_error_px(np.concatenate(pieces))
+    return np.split(errors, np.cumsum([len(piece) for piece in pieces])[:-1])
 
 
 def drift_px_per_frame(errors: Sequence[NDArray[np.float64]]) -> float:
     """Slope of the pieces' error over their number, by least squares with a level of its own for each clip.
 
     Args:
-        errors: From ``piece_errors_px``, one array for each clip.
+        errors: From ``piece_errors_px``.
 
     Returns:
         Pixels a frame; nan if no clip has two pieces.

@@ -26,7 +26,7 @@ from benchmarks.claims_arms import (
 from benchmarks.claims_runs import Study
 from benchmarks.claims_verdicts import CLAIMS, DOES_NOT_HOLD, HOLDS, NOT_DECIDED, judge, judge_claims, verdict_of
 from benchmarks.claims_world import (
-    FRECHET_FRAMES,
+    SCORED_FRAMES,
     make_data,
     real_tracks,
     reference,
@@ -107,9 +107,18 @@ def test_metrics_of_real_and_of_random_clips():
 
 def test_the_frechet_reference_is_the_law_of_any_run_of_frames():
     """First and last frames of the true clips have the same moments, so either end may be compared."""
-    first = np.stack([track[:FRECHET_FRAMES].ravel() for track in real_tracks(4000)])
+    first = np.stack([track[:SCORED_FRAMES].ravel() for track in real_tracks(4000)])
     assert np.abs(first.mean(axis=0) - reference().mean).max() < 0.2
     assert np.abs(np.cov(first, rowvar=False) - reference().covariance).max() < 0.35
+
+
+def test_errors_do_not_depend_on_how_long_clips_are():
+    random = np.random.default_rng(0)
+    tracks = [random.uniform(4, 12, (10, 2)) for _ in range(300)]
+    long, short = score(tracks, True), score([track[:6] for track in tracks] + [np.zeros((3, 2))], True)
+    assert long["trajectory_error_px"] == pytest.approx(short["trajectory_error_px"], rel=0.05)
+    assert (short["sampled_clips"], short["clips_long_enough"]) == (301, 300)
+    assert score([np.zeros((3, 2))], True)["trajectory_error_px"] is None
 
 
 def test_lengths_count_only_for_a_law_that_chooses_them():

@@ -55,8 +55,12 @@ def test_a_wrong_speed_is_seen_that_the_free_fit_forgives():
 def test_pieces_are_scored_alone():
     track = tracks_of(8, 1)[0]
     track[6] += 1.0  # in the last two pieces of four of the five
-    errors = piece_errors_px(track)
-    assert len(errors) == 8 - PIECE_FRAMES + 1
+    other = tracks_of(10, 1)[0]
+    errors, others = piece_errors_px([track, other])
+    assert (len(errors), len(others)) == (8 - PIECE_FRAMES + 1, 10 - PIECE_FRAMES + 1)
+    assert others.max() < 1e-2
+    assert [len(found) for found in piece_errors_px([track, other], frames=6)] == [3, 5]
+    assert piece_errors_px([]) == []
     assert errors[:3].max() < 1e-2
     assert errors[3:].min() > 0.1
 
