@@ -93,10 +93,10 @@ BUDGETS: dict[str, Budget] = {
     ),
     "full": Budget(
         seeds=5,
-        training_flops=2e13,
+        training_flops=1e13,
         words=("token_budget=2048", "model.hidden_size=96", "model.num_layers=4", "model.num_heads=4"),
         data_clips=65536,
-        sampled_clips=1024,
+        sampled_clips=512,
         num_inference_steps=50,
     ),
 }
