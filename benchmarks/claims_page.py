@@ -91,7 +91,7 @@ def page(report: Mapping[str, Any], results: Results, pictures: Mapping[str, str
 
 def _opening(report: Mapping[str, Any], results: Results) -> str:
     any_result = next(iter(next(iter(results.values())).values()))
-    where = "CPU cores, no GPU" if report["device"] == "cpu" else report["device"]
+    where = "on CPU cores, no GPU" if report["device"] == "cpu" else f"on {report['device']}"
     return f"""# The paper's claims at toy scale
 
 This page is written by the command below, verdicts included: nothing on it was put in by hand.
@@ -101,10 +101,10 @@ python benchmarks/claims.py --budget {report["budget"]} --page docs/claims.md --
     benchmarks/results/claims.json
 ```
 
-Budget `{report["budget"]}`: {report["seeds"]} seeds, {any_result["parameters"]:,} parameters,
-{report["training_flops"]:.3g} training FLOPs a run; {report["cpu_s"] / 60:.0f} minutes of processor time in all, on
-{where}. That is little training: read "not decided" as just that, and no verdict as one on the
-paper's own scale."""
+Budget `{report["budget"]}`, {where}: {report["seeds"]} seeds, {any_result["parameters"]:,} parameters, \
+{report["training_flops"]:.3g} training FLOPs a run, {report["cpu_s"] / 60:.0f} minutes of processor time in all.
+That is little training: read "not decided" as just that, and no verdict as one on the paper's own scale. Run with
+`--budget full` for more."""
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -172,7 +172,7 @@ def _claim(claim: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for found in claim["comparisons"]:
-        words = found["words"].replace("_", " ")
+        words = found["words"]
         if found["mean"] is None:
             lines.append(f"| {words} | - | - | - | {found['verdict']} |")
             continue

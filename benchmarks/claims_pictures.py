@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.claims_arms import FLOWCEPTION, WINDOWS
 from benchmarks.claims_page import SHOWN, mean_and_error, values_of
-from benchmarks.claims_verdicts import DRIFT, FRECHET, TRAJECTORY, Results
+from benchmarks.claims_verdicts import METRICS, Results
 
-METRICS = {TRAJECTORY: "trajectory error (px)", DRIFT: "drift (px a frame)", FRECHET: "Frechet distance (px²)"}
 PICTURES = {"a": "claims_insertion_order.png", "b": "claims_baselines.png", "c": "claims_attention_windows.png"}
 _COLOURS = ("#3b76af", "#d1495b")
 

@@ -24,6 +24,8 @@ T_QUANTILE_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Result name -> seed -> metrics."""
 TRAJECTORY, DRIFT, FRECHET = "trajectory_error_px", "drift_px_per_frame", "frechet_px2"
+METRICS = {TRAJECTORY: "trajectory error (px)", DRIFT: "drift (px a frame)", FRECHET: "Frechet distance (px²)"}
+"""What claims are judged by, with their titles. Smaller is better."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,8 @@ class Comparison:
     @property
     def words(self) -> str:
         """What is compared."""
-        if self.window_frames is None:
-            return f"{self.metric} of {self.rival} - {FLOWCEPTION}"
-        return (
-            f"log rise of {self.metric} from full attention to +-{self.window_frames} frames, "
-            f"{self.rival} - {FLOWCEPTION}"
-        )
+        of = f"{METRICS[self.metric]}: {self.rival} - {FLOWCEPTION}".replace("_", " ")
+        return of if self.window_frames is None else f"log of the rise at ±{self.window_frames} frames, {of}"
 
     def difference(self, results: Results, seed: int) -> float:
         """Positive where Flowception is better; nan where a metric is missing."""
