@@ -39,6 +39,7 @@ bench: setup  ## studies: each writes JSON and a picture under benchmarks/result
 	$(BIN)/python benchmarks/packing.py --json benchmarks/results/packing.json --picture benchmarks/results/packing.png
 	$(BIN)/python benchmarks/length_law.py --json benchmarks/results/length_law.json --picture benchmarks/results/length_law.png
 	$(BIN)/python benchmarks/gaussian_law.py --json benchmarks/results/gaussian_law.json
+	$(BIN)/python benchmarks/claims.py --budget quick --json benchmarks/results/claims.json --pictures docs/images --page docs/claims.md
 
 clean-demo:
 	rm -rf demo

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +88,18 @@ def render_disc(position: NDArray[np.float64], colour: tuple[int, int, int], siz
     return np.round(background + cover * (np.asarray(colour) - background)).astype(np.uint8)
 
 
-def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
-    """Draw clip ``number`` of the world of ``seed``: the same at any time and in any order.
+class Track(NamedTuple):
+    """A clip before it is rendered."""
+
+    class_label: int
+    positions: NDArray[np.float64]
+    """float64 [n, 2]: (x, y) of the disc's centre."""
+    velocity: NDArray[np.float64]
+    """float64 [2]: pixels a frame along (x, y) at the first frame."""
+
+
+def draw_track(seed: int, number: int, size: int = SIZE_PX) -> Track:
+    """Draw the class and the motion of clip ``number`` of the world of ``seed``.
 
     Args:
         seed: Seed of the whole set.
@@ -97,7 +107,7 @@ def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
         size: S.
 
     Returns:
-        The clip with its labels.
+        The same at any time and in any order.
     """
     (u_class, u_length), (u_x, u_y), (u_angle, _) = uniforms(seed, Stream.TOY_WORLD, clip=number, frame=np.arange(3))
     class_label = int(u_class * len(CLASS_NAMES))
@@ -107,5 +117,20 @@ def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
     start = low + (high - low) * np.array([u_x, u_y])
     velocity = SPEED_PX * np.array([math.cos(2 * math.pi * u_angle), math.sin(2 * math.pi * u_angle)])
     positions = fold(start[None, :] + np.arange(frames)[:, None] * velocity[None, :], low, high)
-    video = np.stack([render_disc(position, CLASS_COLOURS[class_label], size) for position in positions])
-    return ToyClip(class_label=class_label, positions=positions, video=video, velocity=velocity)
+    return Track(class_label, positions, velocity)
+
+
+def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
+    """Draw clip ``number`` of the world of ``seed``: what ``draw_track`` says of it, rendered.
+
+    Args:
+        seed: Seed of the whole set.
+        number: Which clip.
+        size: S.
+
+    Returns:
+        The clip with its labels.
+    """
+    track = draw_track(seed, number, size)
+    video = np.stack([render_disc(position, CLASS_COLOURS[track.class_label], size) for position in track.positions])
+    return ToyClip(**track._asdict(), video=video)

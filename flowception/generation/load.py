@@ -17,6 +17,7 @@ from flowception.data.reader import ShardReader
 from flowception.data.schema import ShardMeta
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
 from flowception.nn.backbone import build_backbone
+from flowception.nn.presets import DiTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +121,11 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=meta.latent_channels)
     folder = find_checkpoint(run_dir, step)
-    weights = read_full(folder, "ema")
-    model = build_backbone(config.model)
-    wanted = dict(model.named_parameters())
-    if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
-        differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
-        raise CheckpointError(
-            f"{folder} holds another model than {run_dir / 'config.yaml'} describes; first difference: {differing[0]}"
-        )
-    model.load_state_dict(weights, strict=False)
     return LoadedRun(
         run_dir=run_dir,
         step=int(folder.name.removeprefix("step_")),
         config=config,
-        model=model.to(device).eval().requires_grad_(False),
+        model=load_network(folder, config.model, device),
         codec=codec_of(meta, device),
         meta=meta,
         null_text=_null_text(meta, config, run_dir),
@@ -147,6 +139,32 @@ def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Ten
     if null_text is None:
         raise DataError(f"the model of {run_dir} takes text and its shard set has none; the run directory was changed")
     return null_text.float()
+
+
+def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The network of a checkpoint, with its EMA weights.
+
+    Args:
+        folder: The checkpoint, from ``find_checkpoint``.
+        config: The run's network, ``in_channels`` known.
+        device: Where it computes.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        CheckpointError: If the checkpoint holds another network.
+    """
+    weights = read_full(folder, "ema")
+    model = build_backbone(config)
+    wanted = dict(model.named_parameters())
+    if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
+        differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
+        raise CheckpointError(
+            f"{folder} holds another model than the run's configuration describes; first difference: {differing[0]}"
+        )
+    model.load_state_dict(weights, strict=False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) -> ShardMeta:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -182,8 +183,9 @@ def latent_tokens(frames: Tensor) -> Tensor:
     return frames.permute(0, 2, 3, 1).reshape(-1, frames.shape[1])
 
 
+@lru_cache(maxsize=64)
 def _clip_positions(clip: ClipShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Kind [n], local frame [n] and position [n, 3] of one clip's tokens."""
+    """Kind [n], local frame [n] and position [n, 3] of one clip's tokens. Kept and shared: never write to them."""
     grid, text = clip.height * clip.width, clip.text_tokens
     rows = torch.arange(clip.height, dtype=torch.float32) - (clip.height - 1) / 2
     columns = torch.arange(clip.width, dtype=torch.float32) - (clip.width - 1) / 2
