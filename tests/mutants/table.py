@@ -306,8 +306,8 @@ MUTANTS = (
         "generation/test_predictor.py",
         (
             "generation/predictor.py",
-            "rate = rate_from_log(prediction.log_rate)",
-            "rate = prediction.log_rate.clamp(min=0)",
+            "rate_from_log(prediction.log_rate)",
+            "prediction.log_rate.clamp(min=0)",
         ),
     ),
 )
