@@ -30,7 +30,8 @@ HEAD = """\
 <!-- Written by docs/make_configuration.py from the dataclasses. Change their docstrings, then run it. -->
 
 YAML files hold differences from the defaults below and are merged left to right; `key=value` words of the command line
-come last. An unknown key is refused with the nearest right one. `required` has no default.
+come last. A file that says `extends: FILE` holds differences from that file beside it. An unknown key is refused with
+the nearest right one. `required` has no default.
 
     deepspeed train/main.py --config configs/demo.yaml overlay.yaml optim.lr=1e-4
 """

@@ -1,4 +1,4 @@
-"""The ``flowception`` command: plan, generate, checkpoint, doctor.
+"""The ``flowception`` command: plan, plot, generate, checkpoint, doctor.
 
 An error raised on purpose becomes one line on stderr and exit code 2. Everything heavy is imported inside the
 subcommand that needs it, so that ``--help`` is quick.
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "config" not in arguments):
-        parser.error(f"unknown words: {' '.join(rest)}; see flowception {{plan,generate,checkpoint,doctor}} --help")
+        parser.error(
+            f"unknown words: {' '.join(rest)}; see flowception {{plan,plot,generate,checkpoint,doctor}} --help"
+        )
     arguments.overrides = rest
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -49,8 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="flowception", description="Plan, look into and use Flowception runs.")
     parser.add_argument("--version", action="version", version=f"flowception {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="{plan,generate,checkpoint,doctor}")
+    subparsers = parser.add_subparsers(required=True, metavar="{plan,plot,generate,checkpoint,doctor}")
     _add_plan(subparsers.add_parser("plan", help="show what each step of a training run will hold"))
+    _add_plot(subparsers.add_parser("plot", help="draw a run's curves from its metrics.jsonl"))
     _add_generate(subparsers.add_parser("generate", help="generate clips from a run"))
     _add_checkpoint(subparsers.add_parser("checkpoint", help="list, verify or hash a run's checkpoints"))
     doctor = subparsers.add_parser("doctor", help="say what this machine has: versions, GPUs, attention, codecs, disk")
@@ -69,6 +72,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE, an object per step")
     parser.set_defaults(command=_plan)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="png, svg or pdf (default: RUN/curves.png)")
+    parser.set_defaults(command=_plot)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +185,16 @@ def _plan(arguments: argparse.Namespace) -> int:
             f"{row['step']:>8} {row['order_hash'][:12]} {row['clips']:>6} {row['tokens']:>9} {row['fill']:>6.3f} "
             f"{row['flops_imbalance']:>10.4f} {row['attention_ratio']:>10.4f}"
         )
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from flowception.evaluation.curves import draw_curves
+
+    path: Path = arguments.out or arguments.run / "curves.png"
+    for note in draw_curves(arguments.run, path):
+        print(note)
+    print(f"curves: {path}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """A run's whole configuration, and how it is read.
 
 Every dataclass lives beside its owner; this module only composes them. YAML files hold differences from the
-defaults and are merged left to right, then ``key=value`` words of the command line. Unknown keys are refused with
+defaults and are merged left to right, then ``key=value`` words of the command line; a file that ``extends`` another
+holds differences from that one. Unknown keys are refused with
 the nearest right one. The keys of the process and of the plan are top-level (``insertion_share``, ``token_budget``),
 all others are nested (``optim.lr``, ``zero.stage``).
 """
@@ -21,7 +22,7 @@ from yaml import YAMLError
 
 from flowception.data.loader import DataConfig
 from flowception.data.plan import PlanConfig
-from flowception.errors import ConfigError
+from flowception.errors import ConfigError, Problems
 from flowception.flow.extended_time import ProcessConfig
 from flowception.nn.dit import DiTConfig
 from flowception.rng import MAX_SEED
@@ -88,20 +89,26 @@ def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[
         An instance of ``schema``, its ranges checked.
 
     Raises:
-        ConfigError: If a file is missing or no YAML, a key is unknown, or a value is missing or out of range.
+        ConfigError: If a file is missing or no YAML, a key is unknown, or a value is missing or out of range. Of
+            several problems it names all that could be found.
     """
-    layers: list[tuple[str, Any]] = [(str(path), _read(Path(path))) for path in paths]
-    for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"'{word}' is no key=value word; write for example max_steps=100")
-        with _blaming(word, schema):
-            layers.append((word, OmegaConf.from_dotlist([word])))
+    problems = Problems()
     config = OmegaConf.structured(schema)
+    layers: list[tuple[str, Any]] = []
+    for path in paths:
+        with problems.collected():
+            layers += _read_with_bases(Path(path))
+    all_read = not problems.found
+    for word in overrides:
+        with problems.collected(), _blaming(word, schema):
+            layers.append((word, _word(word)))
     for origin, layer in layers:
-        if "tasks" in config and origin not in overrides and OmegaConf.is_dict(layer) and "tasks" in layer:
-            config.tasks = {}  # a file's mixture replaces the one before it; a word changes one task of it
-        with _blaming(origin, schema):
-            config = OmegaConf.merge(config, layer)
+        with problems.collected():
+            if "tasks" in config and origin not in overrides and OmegaConf.is_dict(layer) and "tasks" in layer:
+                config.tasks = {}  # a file's mixture replaces the one before it; a word changes one task of it
+            config = _merge(config, layer, origin, schema, problems)
+    _check_sections(config, schema, problems, name_missing=all_read)
+    problems.raise_if_any()
     with _blaming("configuration", schema):
         filled = OmegaConf.to_object(config)
     if not isinstance(filled, schema):
@@ -109,9 +116,58 @@ def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[
     return filled
 
 
+def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problems) -> Any:
+    """``config`` with ``layer`` on top; unknown keys of the layer are noted and left out."""
+    while True:
+        try:
+            with _blaming(origin, schema):
+                return OmegaConf.merge(config, layer)
+        except ConfigError as error:
+            key = error.__cause__.full_key if isinstance(error.__cause__, ConfigKeyError) else None
+            section, _, leaf = str(key).rpartition(".")
+            holder = OmegaConf.select(layer, section) if section else layer
+            if key is None or holder is None or leaf not in holder:
+                raise
+            problems.add(error)
+            del holder[leaf]
+
+
+def _check_sections(config: Any, schema: type, problems: Problems, *, name_missing: bool) -> None:
+    """Note the first value out of range of each section, and every missing value unless a file could not be read."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    sections = {name: kind for name, kind in get_type_hints(schema).items() if is_dataclass(kind)}
+    for key in missing if name_missing else ():
+        if key in sections:
+            key = f"{key}.{next(f.name for f in fields(sections[key]) if f.default is f.default_factory)}"
+        problems.add(f"{key} has no value; write {key}=... or set it in a file")
+    for name in sections:
+        if not any(key == name or key.startswith(f"{name}.") for key in missing):
+            with problems.collected(), _blaming("configuration", schema):
+                OmegaConf.to_object(config[name])
+    if not problems.found:
+        with problems.collected(), _blaming("configuration", schema):
+            OmegaConf.to_object(config)
+
+
+def _word(word: str) -> Any:
+    if "=" not in word:
+        raise ConfigError(f"'{word}' is no key=value word; write for example max_steps=100")
+    return OmegaConf.from_dotlist([word])
+
+
+def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+    """A file's layer, after that of the file beside it that it ``extends``."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path} extends itself; remove an extends: of {', '.join(found.name for found in below)}")
+    layer = _read(path)
+    base = layer.pop("extends", None) if OmegaConf.is_dict(layer) else None
+    lower = [] if base is None else _read_with_bases(path.parent / str(base), (*below, path.resolve()))
+    return [*lower, (str(path), layer)]
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise ConfigError(f"configuration file {path} does not exist")
+        raise ConfigError(f"configuration file {path} does not exist; check the path")
     try:
         return OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeError) as error:

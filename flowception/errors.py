@@ -7,6 +7,8 @@ them all; anything else that escapes is a bug of ours.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -47,6 +49,38 @@ class RunDirectoryError(FlowceptionError):
 
 class MissingDependencyError(FlowceptionError):
     """An optional package is needed and not installed."""
+
+
+class Problems:
+    """What is wrong, collected so that a person hears of all of it at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, problem: object) -> None:
+        """Note a problem; one that is known already is not noted again."""
+        if str(problem) not in self.found:
+            self.found.append(str(problem))
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """An error that Flowception raises inside is noted, and the code after goes on."""
+        try:
+            yield
+        except FlowceptionError as error:
+            self.add(error)
+
+    def raise_if_any(self) -> None:
+        """Raise what was found as one error.
+
+        Raises:
+            ConfigError: The problem, or a numbered list of them.
+        """
+        if len(self.found) == 1:
+            raise ConfigError(self.found[0])
+        if self.found:
+            numbered = " ".join(f"[{number}] {text}" for number, text in enumerate(self.found, 1))
+            raise ConfigError(f"{len(self.found)} problems: {numbered}")
 
 
 def require(module: str, *, extra: str | None = None) -> ModuleType:

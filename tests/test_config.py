@@ -3,13 +3,31 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.encode_config import EncodeConfig
-from flowception.config import TrainConfig, dump, load, load_config
+from flowception.config import TrainConfig, dotted_keys, dump, load, load_config
 from flowception.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SECTIONS = {key.split(".")[0] for key in dotted_keys(TrainConfig) if "." in key}
 NEEDED = ["run_dir=r", "max_steps=10", "token_budget=512", "packs_per_step=2", "data.path=d"]
+
+
+def leaves(path):
+    """Dotted keys that a file sets."""
+
+    def walk(found, prefix):
+        for key, value in found.items():
+            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    return list(walk(yaml.safe_load(path.read_text()), ""))
+
+
+def at(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def test_later_layers_win(tmp_path):
@@ -76,7 +94,9 @@ def test_an_unknown_key_names_its_file_and_nothing_else(tmp_path):
 def test_what_is_missing_is_named():
     with pytest.raises(ConfigError, match="^max_steps has no value"):
         load_config([], [word for word in NEEDED if not word.startswith("max_steps")])
-    with pytest.raises(ConfigError, match="nowhere.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"data\.path has no value"):
+        load_config([], [word for word in NEEDED if not word.startswith("data.path")])
+    with pytest.raises(ConfigError, match="^configuration file nowhere.yaml does not exist; check the path$"):
         load_config(["nowhere.yaml"])
 
 
@@ -102,3 +122,65 @@ def test_every_shipped_config_loads(path):
     is_overlay = path.name.startswith(("demo_", "baseline_"))  # differences from demo.yaml
     below = [CONFIGS / "demo.yaml"] if is_overlay else []
     assert isinstance(load(schema, [*below, path], words), schema)
+
+
+RECIPES = ("t2v_2b", "i2v_2b", "interpolation_2b", "mixture_2b")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("overlay", sorted((CONFIGS / "overlays").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_overlay_changes_what_it_names_and_nothing_else(recipe, overlay):
+    plain = load_config([CONFIGS / f"{recipe}.yaml"])
+    changed = load_config([CONFIGS / f"{recipe}.yaml", overlay])
+    differing = {key for key in dotted_keys(TrainConfig) if at(plain, key) != at(changed, key)} - SECTIONS
+    assert differing
+    assert differing <= set(leaves(overlay))
+    assert changed.packs_per_step * changed.token_budget == plain.packs_per_step * plain.token_budget
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_the_paper_s_size(recipe):
+    config = load_config([CONFIGS / f"{recipe}.yaml"])
+    spec = config.model.flop_spec()
+    assert (spec.num_layers, spec.hidden_size, spec.num_heads) == (38, 1536, 24)
+    assert spec.in_channels == 128
+    assert config.zero.stage == 3
+    assert config.run_dir == f"runs/{recipe}"
+    tasks = {task for task, probability in config.tasks.items() if probability}
+    assert (
+        tasks
+        == {
+            "t2v_2b": {"t2v", "i2v"},
+            "i2v_2b": {"i2v"},
+            "interpolation_2b": {"interpolation"},
+            "mixture_2b": {"t2v", "i2v", "v2v", "interpolation", "completion"},
+        }[recipe]
+    )
+
+
+def test_a_file_extends_another_beside_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 5\noptim: {lr: 0.5}\ntasks: {t2v: 1.0}\n")
+    (tmp_path / "over.yaml").write_text("extends: base.yaml\noptim: {warmup_steps: 3}\ntasks: {i2v: 1.0}\n")
+    config = load_config([tmp_path / "over.yaml"], NEEDED)
+    assert (config.seed, config.optim.lr, config.optim.warmup_steps, config.tasks) == (5, 0.5, 3, {"i2v": 1.0})
+    (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config([tmp_path / "over.yaml"], NEEDED)
+    (tmp_path / "base.yaml").write_text("extends: none.yaml\n")
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_config([tmp_path / "over.yaml"], NEEDED)
+
+
+def test_all_problems_are_named_at_once(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {lrr: 1, lr: -1}\nsed: 3\n")
+    words = [word for word in NEEDED if not word.startswith(("max_steps", "run_dir"))]
+    with pytest.raises(ConfigError) as refusal:
+        load_config([file], [*words, "zero.stage=7", "oops"])
+    text = str(refusal.value)
+    assert text.startswith("7 problems: [1] ")
+    for part in (
+        "unknown key optim.lrr", "unknown key sed", "optim.lr is -1", "zero.stage is 7",
+        "'oops' is no key=value word", "max_steps has no value", "run_dir has no value",
+    ):  # fmt: skip
+        assert text.count(part) == 1, part

@@ -9,9 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from flowception.training.stop import EXIT_STOPPED, StopFlag
+
+if TYPE_CHECKING:
+    from flowception.config import TrainConfig
 
 EXIT_BAD_INPUT = 2
 
@@ -25,7 +28,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; key=value")
     parser.add_argument("words", nargs="*", metavar="key=value", help="more YAML files and overrides")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
-    parser.add_argument("--world-size", default="", metavar="W,...", help="ranks to print sizes for with --dry-run")
+    dry = parser.add_argument_group("with --dry-run")
+    dry.add_argument("--world-size", default="", metavar="W,...", help="ranks to size (default: those launched, 8, 64)")
+    dry.add_argument("--mfu", type=float, default=0.4, metavar="M", help="share of the peak reached (default: 0.4)")
+    dry.add_argument("--peak-tflops", type=float, metavar="P", help="of a rank (default: logging's, or an H100's 989)")
+    dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of so many latent frames, rows and columns")
+    dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens of each (default: 0)")
+    dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="how many (default: 20000)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     words = [*arguments.config, *arguments.words]
@@ -38,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job.
 
     Returns:
-        0 when the run is complete, 85 when it was stopped by a signal and saved, 2 for bad input.
+        0 when the run is complete, 85 when it was stopped by a signal and saved, 2 for bad input, which a dry run that
+        found a problem returns too.
     """
     stop = StopFlag().install()
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -69,11 +79,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
         error.on_all_ranks = _place("LOCAL_RANK", "SLURM_LOCALID") > 0  # one line a node, whose ranks share their files
         raise
     if arguments.dry_run:
-        from flowception.training.dry_run import report, world_sizes
-
-        if _place("RANK", "SLURM_PROCID") == 0:
-            print(report(config, world_sizes(arguments.world_size)))
-        return 0
+        return _dry_run(config, arguments)
 
     import torch
 
@@ -89,6 +95,27 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     complete = train(config, ranks, stop)
     shut_down()
     return 0 if complete else EXIT_STOPPED
+
+
+def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
+    """Print the report on rank 0; the exit code says whether something would stop the run."""
+    from flowception.training.dry_run import Assumptions, report
+
+    if _place("RANK", "SLURM_PROCID") != 0:
+        return 0
+    text, problems = report(
+        config,
+        Assumptions(
+            world_sizes=arguments.world_size,
+            mfu=arguments.mfu,
+            peak_tflops=arguments.peak_tflops,
+            clip=arguments.clip,
+            text_tokens=arguments.text_tokens,
+            num_clips=arguments.num_clips,
+        ),
+    )
+    print(text)
+    return EXIT_BAD_INPUT if problems else 0
 
 
 def leave(code: int) -> NoReturn:

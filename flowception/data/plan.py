@@ -33,7 +33,7 @@ from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
 from flowception.errors import ConfigError, DataError, PlanError
 from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
 from flowception.flow.loss import denominators, expected_counts
-from flowception.nn.flops import FlopSpec, clip_flops
+from flowception.nn.flops import TRAINING_PASSES, FlopSpec, clip_flops
 from flowception.nn.layout import PackShape
 from flowception.rng import Stream
 
@@ -272,6 +272,12 @@ class Plan:
         """How many steps an epoch has."""
         return self._epoch(epoch)[1].count()
 
+    def mean_step_flops(self, epoch: int) -> float:
+        """FLOPs of forward and backward of an epoch's steps, the mean: every clip counts once."""
+        steps = self._epoch(epoch)[1]
+        count = steps.count()  # which also draws every clip
+        return float(TRAINING_PASSES * steps.costs.flops.sum()) / count
+
     def step(self, cursor: Cursor) -> StepPlan:
         """Plan one step.
 
@@ -303,6 +309,7 @@ class Plan:
             clips=len(places),
             tokens=tokens,
             fill=tokens / (config.packs_per_step * config.token_budget),
+            flops=float(TRAINING_PASSES * costs.flops[places].sum()),
             flops_imbalance=imbalance(np.array([costs.flops[pack].sum() for pack in packs])),
             attention_ratio=float(costs.attention_pairs[places].sum() / costs.full_attention_pairs[places].sum()),
         )

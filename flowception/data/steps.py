@@ -85,6 +85,8 @@ class StepPlan:
     """``tokens`` over the step's capacity."""
     flops_imbalance: float
     """FLOPs of the fullest pack over the mean, minus 1."""
+    flops: float
+    """FLOPs of forward and backward over all packs, padding and recomputation left out."""
     attention_ratio: float
     """Attention pairs between visible frames' tokens over those of full clips."""
 

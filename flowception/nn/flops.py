@@ -21,6 +21,8 @@ TIME_FEATURES = 256
 """Input width of the time embedding: sines and cosines of t and of log(1 - t)."""
 COUNT_FEATURES = 128
 """Input width of the count embedding: sines and cosines of a frame's rank and of the number of visible frames."""
+TRAINING_PASSES = 3.0
+"""Forward and backward cost three times the forward: each product has two in its backward."""
 GRID_FEATURES = 32
 """Inputs that tell a latent token its row and column in the frame."""
 
@@ -174,4 +176,4 @@ def training_flops(
     spec: FlopSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
 ) -> NDArray[np.float64]:
     """Forward and backward: three times the forward (each product has two in its backward)."""
-    return 3.0 * clip_flops(spec, frames, height, width, text_tokens)
+    return TRAINING_PASSES * clip_flops(spec, frames, height, width, text_tokens)

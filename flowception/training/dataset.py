@@ -49,10 +49,19 @@ def open_data(config: TrainConfig) -> TrainingData:
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=reader.latent_channels)
     check_widths(config.model.flop_spec(), reader)
-    train_rows, heldout_rows = reader.index.split(config.data.heldout_fraction)
+    _, heldout_rows = reader.index.split(config.data.heldout_fraction)
+    return TrainingData(reader, training_plan(config, reader), heldout_rows)
+
+
+def training_plan(config: TrainConfig, reader: ShardReader) -> Plan:
+    """The plan of a set's training part.
+
+    Raises:
+        FlowceptionError: If there is no clip, one is longer than a pack, or has a class that the network lacks.
+    """
+    rows, _ = reader.index.split(config.data.heldout_fraction)
     null = _null_text_tokens(reader)
-    plan = Plan(reader.index, train_rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
-    return TrainingData(reader, plan, heldout_rows)
+    return Plan(reader.index, rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:

@@ -1,17 +1,65 @@
-"""What a configuration would do, without starting anything: ``train/main.py --dry-run``."""
+"""What a configuration would do, at any number of ranks, without starting anything: ``train/main.py --dry-run``."""
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from flowception.config import TrainConfig, dump
-from flowception.errors import ConfigError, DataError
+from flowception.data.index import ClipIndex
+from flowception.data.plan import Plan
+from flowception.errors import ConfigError, Problems
 from flowception.nn.backbone import count_parameters
-from flowception.training.dataset import open_data
-from flowception.training.memory import MemoryPerRank, memory_per_rank
+from flowception.training.hardware import GIB, PEAK_TFLOPS_BF16
+from flowception.training.memory import MemoryPerRank, checkpoint_bytes, memory_per_rank
+from flowception.training.problems import check_data, check_run
+from flowception.training.traffic import TrafficPerStep, traffic_per_step
+from flowception.training.zero import ZeroConfig
 
 _USUAL_WORLD_SIZES = (8, 64)
-_GIB = 2**30
+_USUAL_GROUP = 8
+_PEAK_GPU = "H100"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a dry run cannot find in the configuration."""
+
+    world_sizes: str = ""
+    """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
+    mfu: float = 0.4
+    """Share of the peak that training will reach."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
+    clip: str | None = None
+    """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
+    text_tokens: int = 0
+    """Text tokens of each such clip."""
+    num_clips: int = 20_000
+    """How many such clips."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"--mfu is {self.mfu}; give a share above 0 and at most 1, such as 0.4")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise ConfigError(f"--peak-tflops is {self.peak_tflops}; give a number above 0, such as 989")
+        if self.num_clips < 1 or self.text_tokens < 0:
+            raise ConfigError(
+                f"--num-clips is {self.num_clips} and --text-tokens {self.text_tokens}; give at least 1 and 0"
+            )
+
+    def index(self) -> ClipIndex | None:
+        """An index of clips of the given size; None where the set is read."""
+        if self.clip is None:
+            return None
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.clip):
+            raise ConfigError(f"--clip is {self.clip!r}; write latent frames x rows x columns, such as 19x8x8")
+        frames, height, width = map(int, self.clip.split("x"))
+        lengths = np.full(self.num_clips, frames)
+        return ClipIndex.from_arrays(frames=lengths, height=height, width=width, text_tokens=self.text_tokens)
 
 
 def world_sizes(text: str) -> list[int]:
@@ -27,65 +75,152 @@ def world_sizes(text: str) -> list[int]:
     return sizes
 
 
-def report(config: TrainConfig, sizes: list[int]) -> str:
-    """The report as text.
+def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
+    """The report.
 
     Args:
         config: The run.
-        sizes: World sizes to estimate memory for.
+        assumed: What the configuration does not say.
 
     Returns:
-        Resolved configuration, parameters, memory per rank by part, and steps per epoch.
+        Its text (resolved configuration, parameters, FLOPs, and by world size memory, traffic and days), and the
+        problems that would stop the run, which the text names too.
     """
-    try:
-        plan = open_data(config).plan
-        steps = plan.steps_in_epoch(0)
-        epochs = config.max_steps / steps
-        data_line = f"data: {len(plan.rows):,} clips, {steps:,} steps per epoch, {epochs:.2f} epochs in max_steps"
-    except DataError as error:
-        data_line = f"data not found: {error}"
+    sizes, problems = world_sizes(assumed.world_sizes), Problems()
+    index = assumed.index()
+    plan = None
+    if index is None:
+        plan = check_data(config, problems)
+    else:
+        with problems.collected():
+            plan = Plan(index, None, config, config.model.flop_spec(), config.seed)
+    check_run(config, sizes if assumed.world_sizes else [], problems)
     parameters = count_parameters(config.model)
-    return "\n".join(
-        [
-            dump(config).rstrip(),
-            "",
-            f"parameters: {parameters:,} ({parameters / 1e9:.3f} B)",
-            data_line,
-            "",
-            *_memory_table(config, parameters, sizes),
-            "dry run: nothing was started",
-        ]
+    lines = [
+        dump(config).rstrip(),
+        "",
+        f"parameters: {parameters:,} ({parameters / 1e9:.3f} B)",
+        f"checkpoint: {checkpoint_bytes(parameters) / 1e9:.2f} GB (weights, two moments and EMA in fp32)",
+        *_plan_lines(config, plan, assumed),
+        "",
+        *_memory_table(config, parameters, sizes),
+        *_days(config, plan, sizes, assumed),
+        "",
+        *_stage_table(config, parameters, sizes),
+        "",
+        *(f"problem {number}: {problem}" for number, problem in enumerate(problems.found, 1)),
+        "dry run: nothing was started",
+    ]
+    return "\n".join(lines), problems.found
+
+
+def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) -> list[str]:
+    if plan is None:
+        return ["data: no plan can be made (see the problems); --clip 19x8x8 plans with clips of a size instead"]
+    steps = plan.steps_in_epoch(0)
+    flops = plan.mean_step_flops(0)
+    data = (
+        f"data: {len(plan.rows):,} clips, {steps:,} steps per epoch, {config.max_steps / steps:.2f} epochs in max_steps"
     )
+    if assumed.clip is not None:
+        text = f", each with {assumed.text_tokens} text tokens" if assumed.text_tokens else ""
+        data = f"data: clips of {assumed.clip} latents assumed{text}, about {len(plan.rows) / steps:.0f} a step"
+    return [
+        data,
+        f"FLOPs per step: {flops:.4g} forward and backward, the mean of epoch 0, without recomputation",
+    ]
+
+
+def _packs(config: TrainConfig, world_size: int) -> int | None:
+    """Micro-steps of a rank; None where there are too few packs."""
+    return -(-config.packs_per_step // world_size) if config.packs_per_step >= world_size else None
+
+
+def _row(name: str, values: list[str]) -> str:
+    return f"{name:<18}" + "".join(f"{value:>10}" for value in values)
 
 
 def _memory_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list[str]:
-    columns = {size: _memory(config, parameters, size) for size in sizes}
+    columns = [_memory(config, config.zero, parameters, size) for size in sizes]
     checkpointing = "with" if config.model.activation_checkpointing else "without"
+    packs = [_packs(config, size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, ZeRO-{config.zero.stage}, {config.precision}, activations estimated {checkpointing} "
-        "checkpointing:",
-        f"{'ranks':<18}" + "".join(f"{size:>10}" for size in sizes),
-        f"{'packs per rank':<18}" + "".join(f"{_packs(config, size):>10}" for size in sizes),
+        f"memory per rank in GiB, {_stage_name(config.zero)}, {config.precision}, activations estimated "
+        f"{checkpointing} checkpointing:",
+        _row("ranks", [str(size) for size in sizes]),
+        _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
     ]
-    for part in [*vars(next(iter(columns.values()))), "total"]:
-        values = "".join(f"{getattr(memory, part) / _GIB:>10.2f}" for memory in columns.values())
-        lines.append(f"{part.replace('_', ' '):<18}{values}")
+    for part in [*vars(columns[0]), "total"]:
+        values = [f"{getattr(memory, part) / GIB:.2f}" for memory in columns]
+        lines.append(_row(part.replace("_", " "), values))
     return lines
 
 
-def _packs(config: TrainConfig, world_size: int) -> str:
-    return str(-(-config.packs_per_step // world_size)) if config.packs_per_step >= world_size else "refused"
+def _days(config: TrainConfig, plan: Plan | None, sizes: list[int], assumed: Assumptions) -> list[str]:
+    """Days of the whole run; ranks without a pack in a step's last micro-step wait."""
+    if plan is None:
+        return []
+    peak, source = assumed.peak_tflops, "as given"
+    if peak is None:
+        peak, source = config.logging.peak_tflops, "logging.peak_tflops"
+    if peak is None:
+        peak, source = PEAK_TFLOPS_BF16[_PEAK_GPU], f"{_PEAK_GPU}, dense bf16"
+    flops, values = plan.mean_step_flops(0), []
+    for size in sizes:
+        packs = _packs(config, size)
+        step_s = 0.0 if packs is None else packs * flops / config.packs_per_step / (assumed.mfu * peak * 1e12)
+        values.append("refused" if packs is None else f"{step_s * config.max_steps / 86400:.2f}")
+    return [_row("days", values) + f"   at MFU {assumed.mfu:g} of {peak:g} TFLOP/s a rank ({source})"]
 
 
-def _memory(config: TrainConfig, parameters: int, world_size: int) -> MemoryPerRank:
+def _stage_name(zero: ZeroConfig) -> str:
+    group = zero.hierarchical_partition_size
+    return f"ZeRO-{zero.stage}" + (f" in groups of {group}" if group else "")
+
+
+def _stage_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list[str]:
+    """Every way to shard beside the configured one: memory, and what a rank sends in a step."""
+    group = config.zero.hierarchical_partition_size or _USUAL_GROUP
+    ways = [replace(config.zero, stage=stage, hierarchical_partition_size=None) for stage in range(4)]
+    ways.append(replace(config.zero, stage=3, hierarchical_partition_size=group))
+    lines = [
+        "memory of a rank, and what it sends in a step, by way to shard (* as configured):",
+        f"{'':<26}{'ranks':>6}{'memory GiB':>12}{'gathered GB':>13}{'in group GB':>13}{'reduced GB':>12}",
+    ]
+    for size in sizes:
+        packs = _packs(config, size)
+        for zero in ways:
+            if packs is None or (zero.hierarchical_partition_size and (size % group or size <= group)):
+                continue
+            traffic = _traffic(config, zero, parameters, size, packs)
+            sent = "".join(f"{value / 1e9:>{width}.2f}" for value, width in zip(vars(traffic).values(), (13, 13, 12)))
+            mark = "*" if zero == config.zero else " "
+            memory = _memory(config, zero, parameters, size).total / GIB
+            lines.append(f"{mark + ' ' + _stage_name(zero):<26}{size:>6}{memory:>12.2f}{sent}")
+    return lines
+
+
+def _traffic(config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int, packs: int) -> TrafficPerStep:
+    return traffic_per_step(
+        parameters=parameters,
+        world_size=world_size,
+        stage=zero.stage,
+        precision=config.precision,
+        micro_steps=packs,
+        group_size=zero.hierarchical_partition_size,
+    )
+
+
+def _memory(config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int) -> MemoryPerRank:
     return memory_per_rank(
         parameters=parameters,
         world_size=world_size,
-        stage=config.zero.stage,
+        stage=zero.stage,
         spec=config.model.flop_spec(),
         token_budget=config.token_budget,
         precision=config.precision,
         activation_checkpointing=config.model.activation_checkpointing,
-        bucket_elements=config.zero.bucket_elements,
-        max_live_elements=config.zero.max_live_elements,
+        bucket_elements=zero.bucket_elements,
+        max_live_elements=zero.max_live_elements,
+        group_size=zero.hierarchical_partition_size,
     )

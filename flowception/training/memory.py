@@ -23,11 +23,14 @@ class MemoryPerRank:
     """Bytes, by part."""
 
     weights: float
-    """Weights and masters that live between steps."""
+    """Weights and masters that live between steps, and a group's second copy (hpZ)."""
     working_weights: float
     """Stage 3: weights gathered for the blocks at work, or kept because they are needed again soon; stages 0 and 1 in
     bf16: autocast's copies."""
     gradients: float
+    """Those that are kept while a step's backward passes go on."""
+    buckets: float
+    """Communication buckets: two where reduction overlaps the backward pass."""
     optimizer: float
     ema: float
     activations: float
@@ -37,6 +40,16 @@ class MemoryPerRank:
     def total(self) -> float:
         """All of them."""
         return sum(vars(self).values())
+
+
+def kept_weight_bytes(stage: int, precision: str) -> int:
+    """Bytes of an element of the weights that the network computes with, as they are kept and gathered."""
+    return BF16_BYTES if precision == "bf16" and stage >= 2 else FP32_BYTES
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Size of one checkpoint: weight, two moments and EMA in float32."""
+    return 4 * FP32_BYTES * parameters
 
 
 def memory_per_rank(
@@ -50,6 +63,7 @@ def memory_per_rank(
     activation_checkpointing: bool,
     bucket_elements: int,
     max_live_elements: int,
+    group_size: int | None = None,
 ) -> MemoryPerRank:
     """Estimate a rank's memory.
 
@@ -63,24 +77,31 @@ def memory_per_rank(
         activation_checkpointing: Whether blocks are computed again in the backward pass.
         bucket_elements: Elements of a communication bucket.
         max_live_elements: Stage 3: gathered weights that may be live at once.
+        group_size: Stage 3: ranks of a group with a second copy of the weights (hpZ); None for off.
 
     Returns:
         Bytes by part.
     """
     whole, share = FP32_BYTES * parameters, FP32_BYTES * parameters / world_size
-    bucket = FP32_BYTES * min(bucket_elements, parameters)
     arithmetic = "fp32" if precision == "fp32" else "bf16" if stage >= 2 else "autocast"
-    element_bytes = BF16_BYTES if arithmetic == "bf16" else FP32_BYTES
-    copies = element_bytes * parameters if arithmetic == "bf16" else 0
+    element_bytes = kept_weight_bytes(stage, precision)
+    kept_weights = element_bytes * parameters
+    second_copy = kept_weights / group_size if group_size else 0.0
     at_work = element_bytes * min(
         max(max_live_elements, 2 * parameters / spec.num_layers + bucket_elements), parameters
     )
     kept = token_budget * spec.hidden_size * KEPT_BYTES[arithmetic]
     between_blocks = token_budget * spec.hidden_size * element_bytes * spec.num_layers
     return MemoryPerRank(
-        weights={0: whole, 1: whole + share, 2: (copies or whole) + share, 3: copies / world_size + share}[stage],
+        weights={
+            0: whole,
+            1: whole + share,
+            2: kept_weights + share,
+            3: kept_weights / world_size + share + second_copy,
+        }[stage],
         working_weights=at_work if stage == 3 else BF16_BYTES * parameters * (arithmetic == "autocast"),
-        gradients=whole + bucket if stage < 2 else share + 2 * bucket,
+        gradients=whole if stage < 2 else share,
+        buckets=(1 if stage < 2 else 2) * FP32_BYTES * min(bucket_elements, parameters),
         optimizer=2 * (whole if stage == 0 else share),
         ema=whole if stage == 0 else share,
         activations=kept + between_blocks if activation_checkpointing else kept * spec.num_layers,

@@ -24,14 +24,21 @@ class LoggingConfig:
 
     every_steps: int = 10
     """Steps between console lines. ``metrics.jsonl`` has every step."""
+    peak_tflops: float | None = None
+    """TFLOP/s that one GPU could do at most, which MFU refers to; None takes it from a table by the GPU's name
+    (``training/hardware.py``). Without a known peak there is no MFU."""
     wandb_project: str | None = None
     """Weights & Biases project; None is off. Where wandb finds no API key the run is logged offline."""
+    wandb_offline: bool = False
+    """Log to files in the run directory without asking the network, even where there is an API key."""
     wandb_name: str | None = None
     """Name of the run there; None takes the run directory's name."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ConfigError(f"logging.every_steps is {self.every_steps}; give 1 or more")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"logging.peak_tflops is {self.peak_tflops}; give a number above 0, or null")
 
 
 class MetricsLog:
@@ -122,9 +129,10 @@ def check_packages(config: LoggingConfig) -> None:
 
 def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
     wandb = require("wandb", extra="wandb")
-    online = "WANDB_MODE" in os.environ or _has_api_key(wandb)
+    online = not config.wandb_offline and ("WANDB_MODE" in os.environ or _has_api_key(wandb))
+    reason = "as logging.wandb_offline says" if config.wandb_offline else "no API key"
     name = config.wandb_name or run_dir.resolve().name
-    print(f"wandb: project {config.wandb_project}, run {name}, {'online' if online else 'offline (no API key)'}")
+    print(f"wandb: project {config.wandb_project}, run {name}, {'online' if online else f'offline ({reason})'}")
     try:
         return wandb.init(
             project=config.wandb_project,
@@ -160,7 +168,14 @@ class Speed:
 
     _MEMORY = 0.98
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int, peak_tflops: float | None) -> None:
+        """Begin the first step now.
+
+        Args:
+            world_size: Ranks that share a step's FLOPs.
+            peak_tflops: What one of them could do at most; None where it is not known.
+        """
+        self._world_size, self._peak_tflops = world_size, peak_tflops
         self._began = time.perf_counter()
         self._usual_s: float | None = None
 
@@ -172,25 +187,31 @@ class Speed:
         """Begin the next step now: what came since the last one, validation or saving, was no step."""
         self._began = time.perf_counter()
 
-    def end_step(self, clips: int, tokens: int, steps_left: int) -> dict[str, float]:
+    def end_step(self, clips: int, tokens: int, flops: float, steps_left: int) -> dict[str, float]:
         """End a step and begin the next.
 
         Args:
             clips: Clips of the step.
             tokens: Visible tokens of the step.
+            flops: FLOPs of its forward and backward passes, over all ranks.
             steps_left: Steps to the end of the run.
 
         Returns:
-            ``step_s``, ``clips_per_s``, ``tokens_per_s`` and ``time_left_s``.
+            ``step_s``, ``clips_per_s``, ``tokens_per_s``, ``tflops_per_s`` of one rank and ``time_left_s``; where the
+            peak is known ``mfu`` and ``peak_tflops``.
         """
         step_s = self.lap_s()
         self._began += step_s
         self._usual_s = step_s if self._usual_s is None else self._usual_s * self._MEMORY + step_s * (1 - self._MEMORY)
+        tflops_per_s = flops / step_s / self._world_size / 1e12
+        peak = self._peak_tflops
         return {
             "step_s": step_s,
             "clips_per_s": clips / step_s,
             "tokens_per_s": tokens / step_s,
+            "tflops_per_s": tflops_per_s,
             "time_left_s": self._usual_s * steps_left,
+            **({} if peak is None else {"mfu": tflops_per_s / peak, "peak_tflops": peak}),
         }
 
 
@@ -210,6 +231,10 @@ def console_line(metrics: Mapping[str, Any], max_steps: int) -> str:
         f"data wait {metrics['data_wait_s'] / max(metrics['step_s'], 1e-9):.0%}",
         f"{duration(metrics['time_left_s'])} left",
     ]
+    if "mfu" in metrics:
+        parts.insert(4, f"MFU {metrics['mfu']:.1%}")
+    if metrics.get("rate/true"):
+        parts.insert(2, f"rate {metrics['rate/predicted'] / metrics['rate/true']:.2f} of true")
     if "validation/loss" in metrics:
         parts.insert(2, f"held-out {metrics['validation/loss']:.4f}")
     return "  ".join(parts)

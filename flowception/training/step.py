@@ -15,6 +15,7 @@ import torch
 from flowception.data.loader import StepBatch
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
 from flowception.training.distributed import Ranks
+from flowception.training.observe import OBSERVED, observe
 from flowception.training.zero import StepOutcome, optimizer_step
 
 
@@ -24,6 +25,8 @@ class StepResult(NamedTuple):
     velocity_sum: float
     """Weighted loss sums of this rank's packs."""
     insertion_sum: float
+    observed: list[float]
+    """Sums that ``observe`` describes, over this rank's packs."""
     outcome: StepOutcome
 
 
@@ -40,10 +43,10 @@ def training_step(
         clip_grad_norm: Largest gradient norm; None is off.
 
     Returns:
-        Loss sums and the optimizer's outcome.
+        Loss sums, what was observed, and the optimizer's outcome.
     """
     plan, micro_steps = batch.step_plan, len(batch.packs)
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2 + OBSERVED, dtype=torch.float64, device=ranks.device)
     for number, host_pack in enumerate(batch.packs):
         pack = host_pack.to(ranks.device, non_blocking=True)
         output = engine(pack)
@@ -51,9 +54,9 @@ def training_step(
         insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
         loss = velocity / plan.velocity_denominator + insertion_loss_weight * insertion / plan.insertion_denominator
         engine.backward(loss * (micro_steps * ranks.world_size))
-        sums += torch.stack([velocity, insertion]).detach()
+        sums += torch.cat([torch.stack([velocity, insertion]).detach(), observe(output, pack)])
         if number + 1 < micro_steps:
             engine.step()
     outcome = optimizer_step(engine, clip_grad_norm)
-    velocity_sum, insertion_sum = sums.tolist()
-    return StepResult(velocity_sum, insertion_sum, outcome)
+    velocity_sum, insertion_sum, *observed = sums.tolist()
+    return StepResult(velocity_sum, insertion_sum, observed, outcome)

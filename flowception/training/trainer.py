@@ -24,7 +24,9 @@ from flowception.training import checkpoint, run_directory
 from flowception.training.dataset import TrainingData, heldout_plan, mean_log_rate, open_data
 from flowception.training.distributed import Ranks, gather_rows, gather_values, of_all_ranks, on_main, together
 from flowception.training.ema import decay_at
+from flowception.training.hardware import find_peak, peak_memory_gib
 from flowception.training.metrics import MetricsLog, Speed, check_packages
+from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
 from flowception.training.shards import ShardedState
 from flowception.training.state import RunState, plan_of
@@ -46,6 +48,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag) -> bool:
         True when the run is complete, False when it was stopped.
     """
     together(lambda: check_world_size(config.packs_per_step, ranks.world_size))
+    together(lambda: config.zero.check_world_size(ranks.world_size))
     on_main(ranks, lambda: check_packages(config.logging))
     with _run_lock(config, ranks):
         data = together(lambda: open_data(config))
@@ -88,6 +91,11 @@ class Trainer:
         self.plan = together(lambda: plan_of(self.state, data.plan))
         self.validation = together(self._prepare_validation)
         self.stopping = False
+        self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
+        frames = data.plan.index.clips["frames"][data.plan.rows].astype("int64")
+        self.expected_attention_ratio = expected_attention_ratio(
+            config, frames, data.plan.index.tokens_per_frame[data.plan.rows]
+        )
 
     def _resume(self) -> RunState | None:
         folder = checkpoint.find_latest(self.config.run_dir, self.shards, self._say)
@@ -178,10 +186,12 @@ class Trainer:
             config.data.num_workers,
             config.data.prefetch_steps,
         )
-        speed = Speed()
+        speed = Speed(self.ranks.world_size, self.peak.tflops if self.peak else None)
         for batch in loader:
             values = self._step(batch, data_wait_s=speed.lap_s())
-            values |= speed.end_step(values["clips"], values["tokens"], config.max_steps - state.step)
+            values |= speed.end_step(
+                values["clips"], values["tokens"], batch.step_plan.flops, config.max_steps - state.step
+            )
             if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
                 values |= self._validate(self.validation)
             if metrics is not None:
@@ -204,7 +214,9 @@ class Trainer:
             self.shards.update_ema(decay_at(config.ema, state.step))
         own = [result.velocity_sum, result.insertion_sum, data_wait_s, self.stop.is_set]
         own += [len(batch.quarantined), sum(bad.tokens for bad in batch.quarantined)]
-        velocity_sums, insertion_sums, waits, stops, bad, bad_tokens = zip(*gather_rows(own, self.ranks), strict=True)
+        own += [peak_memory_gib(self.ranks.device), *result.observed]
+        columns = list(zip(*gather_rows(own, self.ranks), strict=True))
+        velocity_sums, insertion_sums, waits, stops, bad, bad_tokens, memory, *observed = columns
         self.stopping = any(stops)
         clips, tokens = plan.clips - int(sum(bad)), plan.tokens - int(sum(bad_tokens))
         if clips < plan.clips:
@@ -224,8 +236,12 @@ class Trainer:
             "tokens": tokens,
             "fill": plan.fill,
             "flops_imbalance": plan.flops_imbalance,
+            "flops": plan.flops,
             "attention_ratio": plan.attention_ratio,
+            "attention_ratio_expected": self.expected_attention_ratio,
             "data_wait_s": max(waits),
+            "peak_memory_gib": max(memory),
+            **observed_metrics([sum(column) for column in observed]),
         }
 
     def _quarantine(self, batch: StepBatch) -> None:
@@ -273,16 +289,16 @@ class Trainer:
 
     def _say_start(self) -> None:
         config, plan = self.config, self.data.plan
-        frames = plan.index.clips["frames"][plan.rows].astype("int64")
-        ratio = expected_attention_ratio(config, frames, plan.index.tokens_per_frame[plan.rows])
         two_part = build_delay_law(config.delay_law).two_part
         effective = effective_sample_ratio(config.insertion_share) if two_part else 1.0
         parameters = sum(math.prod(shape) for shape in self.shards.parameter_shapes.values())
         self._say(
             f"{len(plan.rows):,} clips, {parameters:,} parameters, {self.ranks.world_size} ranks x {self.micro_steps} "
             f"packs of {config.token_budget} tokens, ZeRO-{config.zero.stage}, {config.precision}, expected attention "
-            f"ratio {ratio:.3f}, effective sample ratio {effective:.2f}"
+            f"ratio {self.expected_attention_ratio:.3f}, effective sample ratio {effective:.2f}"
         )
+        known = f"{self.peak.tflops:g} TFLOP/s a rank ({self.peak.source})" if self.peak else None
+        self._say(f"MFU refers to {known}" if known else "no MFU: no peak is known here; logging.peak_tflops sets one")
         text_width = self.data.reader.text_width
         if text_width is not None and not plan.uses_text:
             self._say(f"the set's text is not used: the model has none; set model.text_dim={text_width} to use it")

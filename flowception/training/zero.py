@@ -43,6 +43,9 @@ class ZeroConfig:
     """Stage 3: gathered weights that may be live at once."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on (ignored on the CPU)."""
+    hierarchical_partition_size: int | None = None
+    """Stage 3: ranks of a group, usually the GPUs of a node, that keeps a second copy of the weights among its members,
+    so that after a step's first forward pass weights are gathered inside the group (ZeRO++ hpZ). None is off."""
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -52,6 +55,27 @@ class ZeroConfig:
         for name in ("bucket_elements", "max_live_elements"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"zero.{name} is {getattr(self, name)}; give 1 or more")
+        group = self.hierarchical_partition_size
+        if group is not None and group < 2:
+            raise ConfigError(f"zero.hierarchical_partition_size is {group}; give the GPUs of a node, or null for off")
+        if group is not None and self.stage != 3:
+            raise ConfigError(
+                f"zero.hierarchical_partition_size is {group} at zero.stage={self.stage}; it is for stage 3: set "
+                "zero.stage=3, or zero.hierarchical_partition_size=null"
+            )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of ranks that does not divide into groups.
+
+        Raises:
+            ConfigError: Naming both numbers.
+        """
+        group = self.hierarchical_partition_size
+        if group is not None and world_size % group:
+            raise ConfigError(
+                f"zero.hierarchical_partition_size is {group} and there are {world_size} ranks; give a divisor of "
+                "them, or null for off"
+            )
 
 
 class StepOutcome(NamedTuple):
@@ -121,6 +145,7 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": zero.param_persistence_threshold,
             "stage3_max_live_parameters": zero.max_live_elements,
             "stage3_max_reuse_distance": zero.max_live_elements,
+            "zero_hpz_partition_size": zero.hierarchical_partition_size or 1,
         },
     }
 

@@ -1,17 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
-import yaml
-from toy_set import write_config, write_set
+from distributed_worker import run_distributed
 
-from flowception.config import load_config
-from flowception.errors import ConfigError
-from flowception.nn import FlowceptionDiT, count_parameters
+from flowception.nn import FlowceptionDiT
 from flowception.nn.layout import ClipShape, PackInput, build_layout
 from flowception.nn.presets import DiTConfig
-from flowception.training.dry_run import report, world_sizes
-from flowception.training.memory import KEPT_BYTES, memory_per_rank
+from flowception.training.memory import KEPT_BYTES, checkpoint_bytes, memory_per_rank
+from flowception.training.traffic import traffic_per_step
 
-GIB = 2**30
+WORKER = str(Path(__file__).parent / "memory_worker.py")
+CASES = [f"{stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16")] + ["3 fp32 in groups"]
+WORLD_SIZE, MICRO_STEPS = 2, 2
 
 
 def kept_bytes(num_layers, arithmetic, width=128):
@@ -51,10 +52,10 @@ def test_activation_estimate_is_what_autograd_keeps(arithmetic):
     assert (four - two) / 2 / tokens / 128 == pytest.approx(KEPT_BYTES[arithmetic], rel=0.08)
 
 
-def sizes(stage, world_size, precision="bf16"):
+def sizes(stage, world_size, precision="bf16", parameters=10**9, group_size=None):
     spec = DiTConfig(preset="2b").flop_spec()
     return memory_per_rank(
-        parameters=10**9,
+        parameters=parameters,
         world_size=world_size,
         stage=stage,
         spec=spec,
@@ -63,6 +64,7 @@ def sizes(stage, world_size, precision="bf16"):
         activation_checkpointing=True,
         bucket_elements=10**6,
         max_live_elements=10**8,
+        group_size=group_size,
     )
 
 
@@ -70,54 +72,62 @@ def test_stages_shard_what_they_say():
     billion = 10**9
     assert (sizes(0, 8).optimizer, sizes(1, 8).optimizer, sizes(3, 8).optimizer) == (8 * billion, billion, billion)
     assert (sizes(0, 8).ema, sizes(1, 8).ema) == (4 * billion, billion / 2)
-    assert sizes(1, 8).gradients > 4 * billion > 2 * sizes(2, 8).gradients
+    assert (sizes(1, 8).gradients, sizes(2, 8).gradients) == (4 * billion, billion / 2)
     assert sizes(2, 8).weights == 2 * billion + billion / 2  # bf16 copies of all, fp32 masters of an eighth
     assert sizes(3, 8).weights == 6 * billion / 8
-    assert sizes(3, 8, "fp32").weights == billion / 2  # the masters are the weights
+    assert sizes(3, 8, "fp32").weights == billion  # an eighth of the weights and of the masters
+    assert sizes(3, 16, group_size=8).weights == 6 * billion / 16 + 2 * billion / 8  # and a second copy in the group
     assert sizes(3, 8).working_weights == 2 * 10**8
     totals = [sizes(stage, 8).total for stage in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert sizes(3, 64).total < sizes(3, 8).total
 
 
-@pytest.fixture
-def config_path(tmp_path):
-    return write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"))
+@pytest.fixture(scope="module")
+def measured():
+    """What two real processes held, sent and saved, by case."""
+    return run_distributed(WORKER, "measure_all", WORLD_SIZE, timeout_s=400)
 
 
-def test_dry_run_says_everything_and_starts_nothing(config_path, tmp_path):
-    config = load_config([config_path])
-    text = report(config, [1, 3])
-    assert f"parameters: {count_parameters(config.model):,}" in text
-    assert "37 clips, 4 steps per epoch" in text
-    assert "packs per rank             3         1" in text
-    assert yaml.safe_load(text.split("\n\n")[0])["max_steps"] == 12
-    assert not (tmp_path / "run").exists()
+def arguments_of(case):
+    stage, precision, *group = case.split()
+    return {"stage": int(stage), "precision": precision, "group_size": WORLD_SIZE if group else None}
 
 
-def test_dry_run_without_data_and_with_too_many_ranks(config_path, tmp_path):
-    config = load_config([config_path], [f"data.path={tmp_path / 'nowhere'}"])
-    text = report(config, [8])
-    assert "data not found" in text
-    assert "refused" in text
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_is_what_an_engine_holds(measured, case):
+    for found in (rank[case] for rank in measured):
+        estimate = sizes(world_size=WORLD_SIZE, parameters=found["parameters"], **arguments_of(case))
+        for part in ("weights", "gradients", "optimizer", "ema"):
+            held = found[part] + (found["second_copies"] if part == "weights" else 0)
+            assert getattr(estimate, part) == pytest.approx(held, rel=0.1), part
 
 
-def test_dry_run_of_two_billion_parameters(tmp_path):
-    path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
-    config = load_config([path], ["precision=bf16"])
-    text = report(config, [8, 64])
-    parameters = int(text.split("parameters: ")[1].split(" ")[0].replace(",", ""))
-    assert 2.0e9 < parameters < 2.2e9
-    optimizer = next(line for line in text.splitlines() if line.startswith("optimizer"))
-    assert [float(value) for value in optimizer.split()[1:]] == pytest.approx(
-        [8 * parameters / 8 / GIB, 8 * parameters / 64 / GIB], abs=0.006
-    )
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_is_what_the_collectives_carry(measured, case):
+    for found in (rank[case] for rank in measured):
+        estimate = traffic_per_step(
+            parameters=found["parameters"], world_size=WORLD_SIZE, micro_steps=MICRO_STEPS, **arguments_of(case)
+        )
+        sent = found["sent"]
+        assert sent.get("all_gather_into_tensor", 0) == pytest.approx(estimate.gathered, rel=0.01)
+        assert sent.get("in_group", 0) == pytest.approx(estimate.gathered_in_group, rel=0.01)
+        assert sent.get("all_reduce", 0) + sent.get("reduce_scatter_tensor", 0) == pytest.approx(
+            estimate.reduced, rel=0.01
+        )
 
 
-def test_world_sizes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert world_sizes("") == [2, 8, 64]
-    assert world_sizes("8,64") == [8, 64]
-    for wrong in ("x", "0", "8,"):
-        with pytest.raises(ConfigError, match="--world-size"):
-            world_sizes(wrong)
+@pytest.mark.xdist_group("memory")
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_as_large_as_estimated(measured, case):
+    found = measured[0][case]
+    assert checkpoint_bytes(found["parameters"]) == pytest.approx(found["saved"], rel=0.1)
+
+
+@pytest.mark.xdist_group("memory")
+def test_groups_change_no_loss(measured):
+    for rank in measured:
+        assert rank["3 fp32 in groups"]["losses"] == rank["3 fp32"]["losses"]
+        assert rank["3 fp32"]["losses"][1] < rank["3 fp32"]["losses"][0]

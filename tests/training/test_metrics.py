@@ -93,15 +93,30 @@ def test_console_line_shows_the_held_out_loss():
 def test_speed_predicts_the_time_left(monkeypatch):
     clock = iter([0.0, 0.5, 2.0, 2.25, 4.0, 9.0, 9.5, 10.0])
     monkeypatch.setattr("flowception.training.metrics.time.perf_counter", lambda: next(clock))
-    speed = Speed()
+    speed = Speed(world_size=2, peak_tflops=None)
     assert speed.lap_s() == 0.5
-    first = speed.end_step(clips=10, tokens=100, steps_left=3)
-    assert first == {"step_s": 2.0, "clips_per_s": 5.0, "tokens_per_s": 50.0, "time_left_s": 6.0}
+    first = speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=3)
+    rates = {"clips_per_s": 5.0, "tokens_per_s": 50.0, "tflops_per_s": 2.0}  # of a rank
+    assert first == {"step_s": 2.0, "time_left_s": 6.0, **rates}
     assert speed.lap_s() == 0.25
-    assert speed.end_step(clips=10, tokens=100, steps_left=2)["step_s"] == 2.0
+    assert speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=2)["step_s"] == 2.0
     speed.restart()  # five seconds of saving are nobody's data wait
     assert speed.lap_s() == 0.5
-    assert speed.end_step(clips=10, tokens=100, steps_left=1)["step_s"] == 1.0
+    assert speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=1)["step_s"] == 1.0
+
+
+def test_mfu_is_a_rank_s_flops_over_its_peak(monkeypatch):
+    clock = iter([0.0, 4.0])
+    monkeypatch.setattr("flowception.training.metrics.time.perf_counter", lambda: next(clock))
+    found = Speed(world_size=2, peak_tflops=100.0).end_step(clips=1, tokens=1, flops=320e12, steps_left=1)
+    assert (found["tflops_per_s"], found["mfu"], found["peak_tflops"]) == (40.0, 0.4, 100.0)
+    line = console_line(values(1) | found, 2)
+    assert "MFU 40.0%" in line
+
+
+def test_console_line_shows_the_calibration_of_the_rate():
+    assert "rate 0.75 of true" in console_line(values(1) | {"rate/predicted": 3.0, "rate/true": 4.0}, 2)
+    assert "of true" not in console_line(values(1) | {"rate/predicted": 3.0, "rate/true": 0.0}, 2)
 
 
 @pytest.fixture
@@ -183,6 +198,16 @@ def test_wandb_itself_says_whether_there_is_a_key(tmp_path, has_key):
     assert f"KEY {has_key}" in asked.stdout, asked.stderr
 
 
+def test_wandb_stays_offline_when_told_to(tmp_path, fake_wandb, capsys, monkeypatch):
+    fake_wandb["key"] = True
+    monkeypatch.setenv("WANDB_MODE", "online")
+    MetricsLog(tmp_path, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0).close()
+    assert fake_wandb["mode"] == "offline"
+    assert "offline (as logging.wandb_offline says)" in capsys.readouterr().out
+
+
 def test_config_refuses():
+    with pytest.raises(ConfigError, match="logging.peak_tflops"):
+        LoggingConfig(peak_tflops=0.0)
     with pytest.raises(ConfigError, match="logging.every_steps"):
         LoggingConfig(every_steps=0)

@@ -1,0 +1,75 @@
+"""What would stop a run, found without starting it and all at once (``train/main.py --dry-run``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flowception.checkpoint.format import list_steps
+from flowception.config import TrainConfig
+from flowception.data.pack import check_widths
+from flowception.data.plan import Plan, check_world_size
+from flowception.data.reader import ShardReader
+from flowception.errors import CheckpointError, Problems, require
+from flowception.nn.backbone import count_parameters
+from flowception.training import run_directory
+from flowception.training.dataset import training_plan
+from flowception.training.metrics import check_packages
+
+_NEEDED_PACKAGES = {"flash": "flash_attn"}
+"""Attention backends that cannot do without a package."""
+
+
+def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
+    """Note everything that is wrong with a run's data.
+
+    Args:
+        config: The run; ``model.in_channels`` is filled in from the set where it is None.
+        problems: Where problems are noted.
+
+    Returns:
+        The plan of the training part, if there can be one.
+    """
+    reader = None
+    with problems.collected():
+        reader = ShardReader(config.data.path)
+    if reader is None:
+        return None
+    with problems.collected():
+        run_directory.check_codec(config.run_dir, reader.meta)
+    if config.model.in_channels is None:
+        config.model = replace(config.model, in_channels=reader.latent_channels)
+    with problems.collected():
+        check_widths(config.model.flop_spec(), reader)
+    with problems.collected():
+        return training_plan(config, reader)
+    return None
+
+
+def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problems) -> None:
+    """Note everything else: sizes that do not go together, packages and checkpoints that are not there.
+
+    Args:
+        config: The run.
+        world_sizes: Numbers of ranks that it is meant for.
+        problems: Where problems are noted.
+    """
+    with problems.collected():
+        count_parameters(config.model)
+    for world_size in world_sizes:
+        with problems.collected():
+            check_world_size(config.packs_per_step, world_size)
+        with problems.collected():
+            config.zero.check_world_size(world_size)
+    with problems.collected():
+        check_packages(config.logging)
+    with problems.collected():
+        require("deepspeed")
+    package = _NEEDED_PACKAGES.get(config.model.attention_backend)
+    if package is not None:
+        with problems.collected():
+            require(package)
+    if config.init_from is not None:
+        with problems.collected():
+            if not list_steps(config.init_from):
+                raise CheckpointError(f"init_from={config.init_from} has no checkpoint; give the folder of a saved run")

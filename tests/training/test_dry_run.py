@@ -1,0 +1,136 @@
+import dataclasses
+
+import pytest
+import yaml
+from toy_set import write_config, write_set
+
+from flowception.config import load_config
+from flowception.data.plan import Cursor
+from flowception.errors import ConfigError, Problems
+from flowception.nn import count_parameters
+from flowception.nn.flops import training_flops
+from flowception.training.dataset import open_data
+from flowception.training.dry_run import Assumptions, report, world_sizes
+from flowception.training.hardware import GIB
+from flowception.training.problems import check_data, check_run
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    return write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"))
+
+
+def row(text, name):
+    return next(line for line in text.splitlines() if line.startswith(name)).removeprefix(name).split()
+
+
+def test_dry_run_says_everything_and_starts_nothing(config_path, tmp_path):
+    config = load_config([config_path])
+    text, problems = report(config, Assumptions(world_sizes="1,3"))
+    assert problems == []
+    assert f"parameters: {count_parameters(config.model):,}" in text
+    assert "37 clips, 4 steps per epoch" in text
+    assert row(text, "packs per rank") == ["3", "1"]
+    assert yaml.safe_load(text.split("\n\n")[0])["max_steps"] == 12
+    assert not (tmp_path / "run").exists()
+
+
+def test_flops_are_those_of_the_clips_that_an_epoch_shows(config_path):
+    config = load_config([config_path])
+    plan = open_data(config).plan
+    steps = [plan.step(Cursor(0, number)) for number in range(plan.steps_in_epoch(0))]
+    by_hand = []
+    for step in steps:
+        total = 0.0
+        for pack in step.packs:
+            visible = plan.draws(0, pack.rows, pack.places).visible_frames.numpy()
+            total += training_flops(config.model.flop_spec(), visible, 2, 2).sum()
+        by_hand.append(total)
+    assert [step.flops for step in steps] == pytest.approx(by_hand)
+    mean = sum(by_hand) / len(by_hand)
+    assert plan.mean_step_flops(0) == pytest.approx(mean)
+    text, _ = report(config, Assumptions(world_sizes="1,2", mfu=0.5, peak_tflops=1e-6))
+    assert f"FLOPs per step: {mean:.4g}" in text
+    one_rank_days = 12 * mean / (0.5 * 1e-6 * 1e12) / 86400
+    # three packs on two ranks: one of them waits for a third of their time
+    assert [float(value) for value in row(text, "days")[:2]] == pytest.approx(
+        [one_rank_days, one_rank_days * 2 / 3], abs=0.006
+    )
+    assert "MFU 0.5 of 1e-06 TFLOP/s a rank (as given)" in text
+
+
+def test_clips_of_a_size_stand_in_for_a_set(config_path, tmp_path):
+    config = load_config([config_path], [f"data.path={tmp_path / 'nowhere'}"])
+    text, problems = report(config, Assumptions(world_sizes="1", clip="6x2x2", num_clips=500))
+    assert problems == []
+    assert "clips of 6x2x2 latents assumed" in text
+    assert "FLOPs per step" in text
+    with pytest.raises(ConfigError, match="--clip is '6x2'"):
+        report(config, Assumptions(clip="6x2"))
+
+
+def test_problems_are_listed_all_at_once(config_path, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    words = [
+        "token_budget=20", "packs_per_step=2", "model.text_dim=7", "model.num_classes=1", "logging.wandb_project=p",
+        f"init_from={tmp_path / 'nothing'}", "zero.hierarchical_partition_size=3",
+    ]  # fmt: skip
+    text, problems = report(load_config([config_path], words), Assumptions(world_sizes="4"))
+    expected = ["the set has no text", "token_budget is 20", "packs_per_step is 2 and there are 4 ranks"]
+    expected += ["zero.hierarchical_partition_size is 3 and there are 4 ranks", "wandb is needed", "init_from="]
+    for part in expected:
+        assert sum(part in problem for problem in problems) == 1, part
+    assert len(problems) == len(expected)
+    assert all(f"problem {number}: {problem}" in text for number, problem in enumerate(problems, 1))
+    assert row(text, "packs per rank") == ["refused"]
+
+
+def test_missing_data_is_a_problem_and_the_rest_is_still_reported(config_path, tmp_path):
+    config = load_config([config_path], [f"data.path={tmp_path / 'nowhere'}"])
+    text, problems = report(config, Assumptions())
+    assert len(problems) == 1
+    assert "nowhere" in problems[0]
+    assert "no plan can be made" in text
+    assert row(text, "packs per rank") == ["3", "refused", "refused"]
+
+
+def test_a_sound_run_has_no_problem(config_path):
+    config, problems = load_config([config_path]), Problems()
+    assert check_data(config, problems) is not None
+    check_run(config, [1, 3], problems)
+    assert problems.found == []
+
+
+def test_every_way_to_shard_stands_beside_the_configured_one(config_path):
+    config = load_config([config_path], ["packs_per_step=16", "zero.hierarchical_partition_size=4"])
+    text, _ = report(config, Assumptions(world_sizes="16"))
+    lines = [line for line in text.splitlines() if "ZeRO-" in line and "memory per rank" not in line]
+    assert [line.split()[0] for line in lines] == ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "*"]
+    assert lines[-1].startswith("* ZeRO-3 in groups of 4")
+
+
+def test_dry_run_of_two_billion_parameters(tmp_path):
+    path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
+    config = load_config([path], ["precision=bf16", "packs_per_step=64"])
+    text, _ = report(config, Assumptions(world_sizes="8,64"))
+    parameters = int(text.split("parameters: ")[1].split(" ")[0].replace(",", ""))
+    assert 2.0e9 < parameters < 2.2e9
+    assert [float(value) for value in row(text, "optimizer")] == pytest.approx(
+        [8 * parameters / 8 / GIB, 8 * parameters / 64 / GIB], abs=0.006
+    )
+    assert f"checkpoint: {16 * parameters / 1e9:.2f} GB" in text
+
+
+def test_world_sizes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world_sizes("") == [2, 8, 64]
+    assert world_sizes("8,64") == [8, 64]
+    for wrong in ("x", "0", "8,"):
+        with pytest.raises(ConfigError, match="--world-size"):
+            world_sizes(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 1.5}, {"peak_tflops": -1.0}, {"num_clips": 0}])
+def test_assumptions_refuse(wrong):
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        dataclasses.replace(Assumptions(), **wrong)
