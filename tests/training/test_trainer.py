@@ -97,6 +97,7 @@ def test_a_run_leaves_what_the_design_says(runs):
         "grad_norm",
     }
     wanted |= {"step_s", "data_wait_s", "clips_per_s", "tokens_per_s", "time_left_s"}
+    wanted |= {"flops", "tflops_per_s", "peak_memory_gib", "attention_ratio_expected", "rate/predicted", "rate/true"}
     assert all(wanted <= line.keys() for line in lines)
     assert [line["step"] for line in lines if "validation/loss" in line] == [6, 12]
     assert list_steps(run_dir) == [0, 4, 8, 12]
@@ -113,6 +114,25 @@ def test_the_loss_falls_and_is_the_weighted_sum_of_its_terms(runs):
         assert line["loss"] == pytest.approx(line["loss/velocity"] + 0.1 * line["loss/insertion"], rel=1e-12)
     held_out = [line["validation/loss"] for line in lines if "validation/loss" in line]
     assert held_out[1] < held_out[0]
+
+
+def test_what_a_step_shows_is_the_plan_s_over_all_ranks(runs):
+    run_dir = runs[0] / "whole"
+    config = load_config([run_dir / "config.yaml"])
+    plan, lines = open_data(config).plan, metrics(run_dir)
+    for line in lines[: plan.steps_in_epoch(0)]:
+        step = plan.step(Cursor(0, line["step"] - 1))
+        rows, places = (np.concatenate([getattr(pack, name) for pack in step.packs]) for name in ("rows", "places"))
+        draws = plan.draws(0, rows, places)
+        assert line["rate/true"] == int(draws.missing[draws.insertion_mask].sum())
+        assert line["flops"] == step.flops
+        assert line["tflops_per_s"] == pytest.approx(step.flops / line["step_s"] / 2 / 1e12)
+        times = draws.shown_time[draws.flow_mask]
+        bins = {f"loss/velocity/{low / 4:g}-{(low + 1) / 4:g}" for low in (times * 4).long().tolist()}
+        assert {name for name in line if name.startswith("loss/velocity/")} == bins
+    # before the first step the rate head says the data's mean count everywhere
+    assert lines[0]["rate/predicted"] == pytest.approx(lines[0]["rate/true"], rel=0.5)
+    assert not any("mfu" in line for line in lines)
 
 
 def test_learning_rate_rises_over_the_warm_up(runs):
