@@ -24,6 +24,7 @@ from flowception.errors import RunDirectoryError
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours."""
 _COLUMNS = 3
+_OVER = " over "
 _MEAN_SHARE = 50
 """A moving mean goes over this part of a curve's points."""
 
@@ -150,7 +151,7 @@ def add_ratios(metrics: Metrics) -> None:
                           out=np.full(len(steps), np.nan))  # fmt: skip
         known = np.isfinite(ratio)
         if known.any():
-            metrics.curves[f"{above} over {below}"] = Curve(steps[known], ratio[known])
+            metrics.curves[f"{above}{_OVER}{below}"] = Curve(steps[known], ratio[known])
 
 
 def names_of(panel: Panel, known: Sequence[str]) -> list[str]:
@@ -201,7 +202,7 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str], metrics: Metrics
     for number, name in enumerate(names):
         curve, colour = metrics.curves[name], COLOURS[number % len(COLOURS)]
         few = len(curve.values) < 2
-        window = _window(curve)
+        window = 1 if _OVER in name else _window(curve)  # a ratio is of moving means already
         axes.plot(curve.steps, curve.values, color=colour, alpha=0.3 if window > 1 else 1, linewidth=1,
                   marker="o" if few else None, label=None if window > 1 else name)  # fmt: skip
         if window > 1:
@@ -211,7 +212,7 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str], metrics: Metrics
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) > 1:
         axes.legend(fontsize=7, frameon=False)
