@@ -56,6 +56,18 @@ def test_dry_run_and_bad_input_by_exit_code(main, tmp_path, capsys, monkeypatch)
     assert error.count("\n") == 1
 
 
+def test_dry_run_fails_with_a_problem_and_needs_no_data_where_clips_are_given(main, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere")
+    words = ["--config", str(path), "--dry-run", "--world-size", "2"]
+    assert main.main(words) == 2
+    assert "problem 1: " in capsys.readouterr().out
+    assert main.main([*words, "--clip", "6x2x2", "--num-clips", "300", "--mfu", "0.3"]) == 0
+    assert "at MFU 0.3 of 989 TFLOP/s a rank (H100, dense bf16)" in capsys.readouterr().out
+    assert main.main([*words, "--mfu", "3"]) == 2
+    assert "--mfu is 3.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("variables", "shared", "printed"),
     [
