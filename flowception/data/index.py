@@ -10,6 +10,7 @@ Shape legend: ``M`` clips of the set, ``n`` frames of a clip.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flowception.data.schema import NO_CLASS, check_key, clip_id
+from flowception.data.schema import MAX_KEY_LENGTH, NO_CLASS, check_key, clip_id
 from flowception.errors import DataError
 
 CLIP_DTYPE = np.dtype(
@@ -37,6 +38,8 @@ CLIP_DTYPE = np.dtype(
         ("width", "<u2"),
     ]
 )
+_IN_KEYS = np.array([bool(re.fullmatch(r"[A-Za-z0-9_-]", chr(code))) for code in range(256)])
+"""Which bytes may be in a key."""
 _CLIPS_NAME, _CRC_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-crc.npy", "index-keys.npy"
 
 
@@ -90,8 +93,13 @@ class ClipIndex:
         held = self.clips["clip_id"].astype(np.float64) / 2.0**64 < heldout_fraction
         return np.flatnonzero(~held), np.flatnonzero(held)
 
-    def check(self) -> None:
-        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows."""
+    def check(self, *, ids: bool = True) -> None:
+        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows.
+
+        Args:
+            ids: Hash every key again and compare (2 s for 2 million); ``finish`` and ``check_shards`` do, opening a
+                set whose index has the hash that ``finish`` wrote need not.
+        """
         if len(self.keys) != len(self.clips):
             raise DataError(f"the index has {len(self.clips)} clips and {len(self.keys)} keys; encode the set again")
         frames = self.clips["frames"].astype(np.float64)
@@ -99,21 +107,32 @@ class ClipIndex:
         if np.any(frames < 1) or np.any(ends > len(self.frame_crc)):
             raise DataError("the index has a clip without frames or without checksums; encode the set again")
         self._check_keys()
+        if ids:
+            self._check_ids()
         order = np.argsort(self.clips["clip_id"], kind="stable")
-        ids = self.clips["clip_id"][order]
-        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        sorted_ids = self.clips["clip_id"][order]
+        twice = np.flatnonzero(sorted_ids[1:] == sorted_ids[:-1])
         if len(twice):
             first, second = self.key(int(order[twice[0]])), self.key(int(order[twice[0] + 1]))
             raise DataError(f"clips {first} and {second} have one id: keys must differ within a shard set")
 
     def _check_keys(self) -> None:
-        """Every key, when a set is opened: 2 s for 2 million."""
-        keys = [check_key(key.decode("ascii", "backslashreplace")) for key in self.keys.tolist()]
-        ids = np.fromiter(map(clip_id, keys), dtype=np.uint64, count=len(keys))
+        """Find keys that are not allowed, all at once, and let ``check_key`` say what is wrong with the first."""
+        characters = np.ascontiguousarray(self.keys).view(np.uint8).reshape(len(self.keys), self.keys.itemsize)
+        last = characters.shape[1] - np.argmax(characters[:, ::-1] != 0, axis=1)
+        inside = np.arange(characters.shape[1]) < last[:, None]
+        wrong = (~np.where(inside, _IN_KEYS[characters], True).all(axis=1)) | (characters[:, 0] == 0)
+        if self.keys.itemsize > MAX_KEY_LENGTH:
+            wrong |= last > MAX_KEY_LENGTH
+        for row in np.flatnonzero(wrong)[:1].tolist():
+            check_key(bytes(self.keys[row]).decode("ascii", "backslashreplace"))
+
+    def _check_ids(self) -> None:
+        ids = np.fromiter(map(clip_id, map(bytes.decode, self.keys.tolist())), dtype=np.uint64, count=len(self.keys))
         wrong = np.flatnonzero(ids != self.clips["clip_id"])
         if len(wrong):
             raise DataError(
-                f"the index's row {wrong[0]} has not the id of its key {keys[wrong[0]]}; encode the set again"
+                f"the index's row {wrong[0]} has not the id of its key {self.key(int(wrong[0]))}; encode the set again"
             )
 
     def save(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Feeding one rank: its packs of every step of an epoch, from any cursor, with or without worker processes.
 
 Rank r of W runs ``ceil(G / W)`` micro-steps; its micro-step a is pack ``a W + r``, so packs that run at the same time
-are neighbours in FLOPs. Packs that do not exist are padding. The plan stays in this process; workers only read and
-build what they are told, so nothing about them has to be saved: a cursor is the whole state.
+are neighbours in FLOPs. Packs that do not exist are padding. A thread plans ahead; workers only read and build what
+they are told, so nothing about them has to be saved: a cursor is the whole state, that of the last step handed out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from flowception.data.ahead import Planned, steps_ahead
 from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
 from flowception.data.plan import Cursor, PackPlan, Plan, StepPlan, check_world_size
 from flowception.data.reader import ClipReader
@@ -126,17 +127,14 @@ class PackLoader:
         self._first = cursor or Cursor()
         self._num_workers, self._prefetch = num_workers, prefetch
 
-    def _shares(self, planned: deque[StepPlan]) -> Iterator[list[PackPlan | None]]:
-        cursor = self._first
-        while cursor.epoch == self._first.epoch:
-            step_plan = self._plan.step(cursor)
-            planned.append(step_plan)
+    def _shares(self, planned: deque[Planned]) -> Iterator[list[PackPlan | None]]:
+        for step_plan, next_cursor in steps_ahead(self._plan, self._first, self._prefetch):
+            planned.append((step_plan, next_cursor))
             yield packs_of_rank(step_plan.packs, self._rank, self._world_size)
-            cursor = self._plan.next(cursor)
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps in order."""
-        planned: deque[StepPlan] = deque()
+        planned: deque[Planned] = deque()
         built = DataLoader(
             _PackBuilder(self._plan, self._reader),
             batch_size=None,
@@ -146,10 +144,10 @@ class PackLoader:
             worker_init_fn=_share_by_name,
             timeout=_WORKER_TIMEOUT_S if self._num_workers else 0,
             collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),
         )
         for packs in built:
-            step_plan = planned.popleft()
+            step_plan, next_cursor = planned.popleft()
             found = [bad for pack in packs for bad in pack.bad_clips]
-            cursor = Cursor(step_plan.epoch, step_plan.step)
-            yield StepBatch(step_plan, packs, cursor, self._plan.next(cursor), found)
+            yield StepBatch(step_plan, packs, Cursor(step_plan.epoch, step_plan.step), next_cursor, found)

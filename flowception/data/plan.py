@@ -1,12 +1,12 @@
 """The plan: which clips every step sees, in which packs, with which draws.
 
 A pure function of its fingerprint (seed, index, sizes, process, quarantine list) and the epoch. Every rank computes
-the same plan without communication, for any world size, and a resumed run computes it again instead of replaying it:
-the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next clips in the
-epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip that crosses
-this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried into the next
-step (``epoch.py`` says with which precedence). No clip is dropped, cut or repeated in an epoch, and only its last step
-may be short.
+the same plan without communication, for any world size, and a resumed run computes its own step instead of replaying
+those before: the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next
+clips in the epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip
+that crosses this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried
+into the next step (``epoch.py`` says with which precedence, and how a large epoch is planned in segments). No clip is
+dropped, cut or repeated in an epoch, and only its last step may be short.
 
 Shape legend: ``K`` clips of the epoch, ``k`` clips of a pack, ``G`` packs of a step, ``B, N`` as in ``flow``.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -25,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from flowception import rng
-from flowception.data.epoch import ClipCosts, EpochSteps
+from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes
+from flowception.data.expected import token_moments
 from flowception.data.index import ClipIndex
 from flowception.data.order import epoch_order, stratified_uniforms
 from flowception.data.packing import imbalance
@@ -91,6 +93,7 @@ class Plan:
         self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
         self._check()
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], EpochSteps]] = OrderedDict()
+        self._lock = threading.RLock()  # a thread plans ahead of the one that trains
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan without the given clips as well; for the next epoch."""
@@ -168,7 +171,7 @@ class Plan:
         process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
         process["tasks"] = self.process.task_probabilities().tolist()
         content = {
-            "version": 3,
+            "version": 4,
             "seed": self.seed,
             "index": self.index.fingerprint(),
             "rows": hashlib.sha256(self._all_rows.astype("<i8").tobytes()).hexdigest(),
@@ -237,6 +240,15 @@ class Plan:
             insertion=insertion.numpy(),
         )
 
+    @cached_property
+    def _token_moments(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Mean and variance of the visible tokens of each clip of the index."""
+        clips = self.index.clips
+        text = clips["text_tokens"].astype(np.int64) if self.uses_text else np.zeros(len(clips), np.int64)
+        null = self.null_text_tokens if self.uses_text else 0
+        frames = clips["frames"].astype(np.int64)
+        return token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
+
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], EpochSteps]:
         """Rows by place, and steps, of an epoch; the last few are kept."""
         if epoch in self._epochs:
@@ -253,12 +265,13 @@ class Plan:
                 shuffle_block_shards=config.shuffle_block_shards,
             )
         ]
+        mean, variance = self._token_moments
         steps = EpochSteps(
-            len(order),
+            mean[order],
+            variance[order],
+            self.pack_shape.max_seqlen,
             lambda places: self._costs(epoch, order[places], places),
-            token_budget=config.token_budget,
-            packs_per_step=config.packs_per_step,
-            headroom=config.headroom,
+            StepSizes(config.token_budget, config.packs_per_step, config.headroom),
         )
         self._epochs[epoch] = (order, steps)
         if len(self._epochs) > _KEPT_EPOCHS:
@@ -266,11 +279,20 @@ class Plan:
         return order, steps
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": OrderedDict()}
+        return {**self.__dict__, "_epochs": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update({**state, "_lock": threading.RLock()})
+
+    def plan_left_over(self, epoch: int) -> None:
+        """Do a little of the work that an epoch's end needs of its earlier segments, if any is left to do."""
+        with self._lock:
+            self._epoch(epoch)[1].plan_left_over()
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps an epoch has."""
-        return self._epoch(epoch)[1].count()
+        with self._lock:
+            return self._epoch(epoch)[1].count()
 
     def step(self, cursor: Cursor) -> StepPlan:
         """Plan one step.
@@ -286,33 +308,34 @@ class Plan:
         """
         if min(cursor.epoch, cursor.step) < 0:
             raise PlanError(f"there is no step {cursor.step} of epoch {cursor.epoch}; both are counted from 0")
-        order, steps = self._epoch(cursor.epoch)
-        packs = steps.packs(cursor.step)
-        if packs is None:
+        with self._lock:
+            order, steps = self._epoch(cursor.epoch)
+            found = steps.step(cursor.step)
+        if found is None:
             raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
-        places, costs, config = np.concatenate(packs), steps.costs, self.config
-        tokens = int(costs.tokens[places].sum())
-        divisors = denominators(costs.velocity[places], costs.insertion[places])
+        costs, config = found.costs, self.config
+        tokens, edges = int(costs.tokens.sum()), np.cumsum([0, *map(len, found.packs)])
+        divisors = denominators(costs.velocity, costs.insertion)
         return StepPlan(
             plan=self,
             epoch=cursor.epoch,
             step=cursor.step,
-            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(packs)],
+            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(found.packs)],
             velocity_denominator=divisors.velocity,
             insertion_denominator=divisors.insertion,
-            clips=len(places),
+            clips=len(costs.tokens),
             tokens=tokens,
             fill=tokens / (config.packs_per_step * config.token_budget),
-            flops_imbalance=imbalance(np.array([costs.flops[pack].sum() for pack in packs])),
-            attention_ratio=float(costs.attention_pairs[places].sum() / costs.full_attention_pairs[places].sum()),
+            flops_imbalance=imbalance(np.diff(np.append(0.0, np.cumsum(costs.flops))[edges])),
+            attention_ratio=float(costs.attention_pairs.sum() / costs.full_attention_pairs.sum()),
         )
 
     def next(self, cursor: Cursor) -> Cursor:
         """The step after ``cursor``: in the same epoch, or the first of the next."""
         following = Cursor(cursor.epoch, cursor.step + 1)
-        if self._epoch(cursor.epoch)[1].packs(following.step) is None:
-            return Cursor(cursor.epoch + 1, 0)
-        return following
+        with self._lock:
+            goes_on = self._epoch(cursor.epoch)[1].has(following.step)
+        return following if goes_on else Cursor(cursor.epoch + 1, 0)
 
     def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
         """SHA-256 of each pack: its clips in order, their times, roles and delays, and which lose their condition.
