@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowception.data.index import ClipIndex
@@ -136,6 +136,9 @@ class _Zeros:
 
     def read_text(self, row: int) -> Tensor | None:
         return torch.zeros(int(self._index.clips["text_tokens"][row]), self.text_width or 0, dtype=torch.bfloat16)
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        pass
 
 
 def first_pack(case: Case, folder: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from flowception.data.ahead import Planned, steps_ahead
 from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
 from flowception.data.plan import Cursor, PackPlan, Plan, StepPlan, check_world_size
 from flowception.data.reader import ClipReader
+from flowception.data.remote import CacheConfig
 from flowception.errors import ConfigError
 
 _WORKER_TIMEOUT_S = 1800
@@ -26,11 +27,25 @@ _WORKER_TIMEOUT_S = 1800
 
 
 @dataclass(kw_only=True)
+class SetShare:
+    """One set of a mixture."""
+
+    path: str
+    """Folder or URL."""
+    weight: float = 1.0
+    """Expected times that an epoch shows each of its clips."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where data comes from and how it is read."""
 
-    path: str
-    """Folder of the shard set."""
+    path: str | None = None
+    """Folder or URL of the shard set; exactly one of ``path`` and ``mixture``."""
+    mixture: list[SetShare] = field(default_factory=list)
+    """Several sets and how often an epoch shows the clips of each: ``[{path: A, weight: 2}, {path: B}]``."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where remote shards are kept."""
     heldout_fraction: float = 0.0
     """Share of clips, by key hash, kept for validation."""
     num_workers: int = 0
@@ -43,6 +58,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
+        if bool(self.path) == bool(self.mixture):
+            raise ConfigError(
+                f"data.path is {self.path} and data.mixture has {len(self.mixture)} sets; give one of the two"
+            )
         rules = {
             "heldout_fraction": (0.0 <= self.heldout_fraction < 1.0, "a share from 0 to below 1"),
             "num_workers": (self.num_workers >= 0, "an integer of at least 0"),
@@ -52,6 +71,11 @@ class DataConfig:
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; give {wanted}")
+
+    @property
+    def sets(self) -> list[SetShare]:
+        """The sets, one or more."""
+        return self.mixture or [SetShare(path=self.path or "")]
 
 
 @dataclass
@@ -130,7 +154,11 @@ class PackLoader:
     def _shares(self, planned: deque[Planned]) -> Iterator[list[PackPlan | None]]:
         for step_plan, next_cursor in steps_ahead(self._plan, self._first, self._prefetch):
             planned.append((step_plan, next_cursor))
-            yield packs_of_rank(step_plan.packs, self._rank, self._world_size)
+            share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
+            for pack in share:
+                if pack is not None:
+                    self._reader.prefetch(pack.rows)
+            yield share
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps in order."""

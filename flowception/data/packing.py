@@ -85,18 +85,18 @@ def _longest_first(
     for clip in order[done:].tolist():
         size = sizes[clip]
         while too_full and -too_full[0][0] >= size:
-            _, load, pack = heapq.heappop(too_full)
-            heapq.heappush(by_load, (load, pack))
+            _, pack_load, pack = heapq.heappop(too_full)
+            heapq.heappush(by_load, (pack_load, pack))
         while by_load:
-            load, pack = by_load[0]
+            pack_load, pack = by_load[0]
             if room[pack] >= size:
                 packs[clip] = pack
                 room[pack] -= size
-                heapq.heapreplace(by_load, (load + costs[clip], pack))
+                heapq.heapreplace(by_load, (pack_load + costs[clip], pack))
                 break
             heapq.heappop(by_load)
             if room[pack] >= smallest:
-                heapq.heappush(too_full, (-room[pack], load, pack))
+                heapq.heappush(too_full, (-room[pack], pack_load, pack))
     return np.array(packs, dtype=np.int64)
 
 

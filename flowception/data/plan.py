@@ -29,7 +29,7 @@ from flowception import rng
 from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes
 from flowception.data.expected import token_moments
 from flowception.data.index import ClipIndex
-from flowception.data.order import epoch_order, stratified_uniforms
+from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
 from flowception.data.packing import imbalance
 from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
 from flowception.errors import ConfigError, DataError, PlanError
@@ -41,6 +41,10 @@ from flowception.rng import Stream
 
 _KEPT_EPOCHS = 2
 _NOT_PLANNED = {"insertion_loss_weight"}
+
+
+def _digest(array: NDArray[np.generic]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def check_world_size(packs_per_step: int, world_size: int) -> None:
@@ -93,6 +97,7 @@ class Plan:
         self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
         self._check()
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], EpochSteps]] = OrderedDict()
+        self._counted: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a thread plans ahead of the one that trains
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
@@ -174,8 +179,9 @@ class Plan:
             "version": 4,
             "seed": self.seed,
             "index": self.index.fingerprint(),
-            "rows": hashlib.sha256(self._all_rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": _digest(self._all_rows.astype("<i8")),
             "quarantine": self.quarantine,
+            "weights": None if self.index.weights is None else _digest(self.index.weights.astype("<f8")),
             "plan": config,
             "process": process,
             "network": asdict(self.flop_spec),
@@ -211,7 +217,23 @@ class Plan:
 
     def _u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
         block_clips = self.config.time_block_clips
-        return stratified_uniforms(places, len(self.rows), seed=self.seed, epoch=epoch, block_clips=block_clips)
+        num_places = self._num_places(epoch)
+        return stratified_uniforms(places, num_places, seed=self.seed, epoch=epoch, block_clips=block_clips)
+
+    def _times_shown(self, epoch: int) -> NDArray[np.int64]:
+        """How often an epoch shows each of ``rows``: once, or what the weights of a mixture say."""
+        if self.index.weights is None:
+            return np.ones(len(self.rows), np.int64)
+        ids = self.index.clips["clip_id"][self.rows]
+        uniforms = rng.uniforms(self.seed, Stream.ORDER, epoch=epoch, clip=ids)[..., 1]
+        return times_shown(self.index.weights[self.rows], uniforms)
+
+    def _num_places(self, epoch: int) -> int:
+        if self.index.weights is None:
+            return len(self.rows)
+        if self._counted is None or self._counted[0] != epoch:
+            self._counted = (epoch, int(self._times_shown(epoch).sum()))
+        return self._counted[1]
 
     def keeps_condition(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which clips of an epoch are trained with their class and text, bool [B] for rows [B]; the rest without."""
@@ -255,10 +277,12 @@ class Plan:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
         clips, config = self.index.clips, self.config
-        order = self.rows[
+        times = self._times_shown(epoch)
+        rows = np.repeat(self.rows, times)
+        order = rows[
             epoch_order(
-                clips["clip_id"][self.rows],
-                clips["shard"][self.rows],
+                repeat_ids(clips["clip_id"][self.rows], times),
+                clips["shard"][rows],
                 int(clips["shard"].max()) + 1,
                 seed=self.seed,
                 epoch=epoch,

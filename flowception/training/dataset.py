@@ -10,6 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from flowception.config import TrainConfig
+from flowception.data.mds import MdsReader
+from flowception.data.mixture import MixtureReader
+from flowception.data.opening import open_data as open_reader
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
 from flowception.data.reader import ClipReader, ShardReader
@@ -23,7 +26,7 @@ _RATE_SAMPLE_CLIPS = 4096
 class TrainingData:
     """What a run reads."""
 
-    reader: ShardReader
+    reader: ShardReader | MdsReader | MixtureReader
     plan: Plan
     """Of the training part, nothing quarantined."""
     heldout_rows: NDArray[np.int64]
@@ -44,7 +47,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         FlowceptionError: If the set is missing, empty, does not fit the configuration, or is of another codec than
             the run in ``run_dir`` was begun with.
     """
-    reader = ShardReader(config.data.path)
+    reader = open_reader(config.data)
     run_directory.check_codec(config.run_dir, reader.meta)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=reader.latent_channels)

@@ -245,7 +245,8 @@ class Trainer:
             what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"
         else:
             return
-        raise of_all_ranks(DataError(f"{what}; check the storage of {self.config.data.path}. The last: {found[-1][1]}"))
+        stores = " and ".join(share.path for share in self.config.data.sets)
+        raise of_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         """Held-out loss of the EMA weights."""

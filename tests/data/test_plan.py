@@ -339,7 +339,7 @@ def test_two_hundred_thousand_clips_in_segments(make_config, monkeypatch):
     assert sum(asked[: asked.index(-1)]) > 200_000  # the epoch's end needs all segments
     asked.clear()
     Plan(index, None, config, xl, seed=0).step(Cursor(0, steps // 2))
-    assert sum(asked) < 40_000
+    assert sum(asked) < 70_000  # one segment of the three
 
 
 def test_small_segments_hold_every_clip_once_and_full_steps(make_config, make_spec, monkeypatch):
