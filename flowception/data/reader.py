@@ -27,6 +27,8 @@ from flowception.data.shards import HEADER_BYTES, padded_bytes, shard_name
 from flowception.errors import DataError
 
 _BYTES_PER_VALUE = 2
+_SIZE_FIELD = slice(124, 136)
+"""Where a tar header has the size of its payload, in octal."""
 
 
 class ClipReader(Protocol):
@@ -246,8 +248,9 @@ class ShardReader:
             return None
         size = tokens * width * _BYTES_PER_VALUE
         start = len(prefix) - HEADER_BYTES - padded_bytes(size)
-        if start < 2 * HEADER_BYTES:
-            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, more than the clip holds")
+        header = prefix[max(0, start - HEADER_BYTES) : start]
+        if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
+            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, the clip holds others or none")
         return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
     def read_metadata(self, row: int) -> dict[str, Any]:

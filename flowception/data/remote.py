@@ -34,6 +34,8 @@ from flowception.data.shards import shard_name
 from flowception.errors import ConfigError, DataError, FlowceptionError, require
 from flowception.files import FileLock
 
+FIRST_PAUSE_S = 1.0
+"""Before the second attempt; it doubles with each."""
 _FAILED_FOR_S = 60.0
 _MAX_OPEN = 4
 
@@ -66,15 +68,14 @@ def is_url(path: str) -> bool:
 class ShardCache:
     """The cached files of one remote folder."""
 
-    def __init__(self, url: str, config: CacheConfig, first_pause_s: float = 1.0) -> None:
+    def __init__(self, url: str, config: CacheConfig) -> None:
         """Make the cache's folder.
 
         Args:
             url: The remote folder.
             config: Where and how much.
-            first_pause_s: Before the second attempt.
         """
-        self.url, self.config, self._first_pause_s = url.rstrip("/"), config, first_pause_s
+        self.url, self.config = url.rstrip("/"), config
         self._root = Path(config.cache_dir).expanduser()
         self.folder = self._root / sha256(self.url.encode()).hexdigest()[:16]
         try:
@@ -132,7 +133,7 @@ class ShardCache:
             raise DataError(reason)
 
     def _fetch_patiently(self, name: str, partial: Path, size: int | None) -> None:
-        pause_s, reason = self._first_pause_s, ""
+        pause_s, reason = FIRST_PAUSE_S, ""
         for attempt in range(self.config.attempts):
             if attempt:
                 time.sleep(pause_s)
