@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flowception.data.mds import import_streaming, write_mds
 from flowception.data.reader import ShardReader
-from flowception.data.schema import ClipRecord, ShardMeta
+from flowception.data.schema import ClipRecord, NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
 
 FRAMES, CHANNELS, GRID = 38, 128, 8
@@ -43,7 +43,10 @@ GOALS = {"webdataset": 2.5, "mds": 4.0}
 def make_set(folder: Path, clips: int, per_shard: int) -> ShardReader:
     """Clips of 623 KB of latents and 8 to 79 KB of text."""
     random = np.random.default_rng(0)
-    meta = ShardMeta(codec="none", codec_fingerprint="0", latent_channels=CHANNELS, text_width=TEXT_WIDTH)
+    null_text = NullText.of(torch.zeros(1, TEXT_WIDTH))
+    meta = ShardMeta(
+        codec="none", codec_fingerprint="0", latent_channels=CHANNELS, text_width=TEXT_WIDTH, null_text=null_text
+    )
     writer = ShardSetWriter(folder, meta)
 
     def records(shard: int) -> Iterator[ClipRecord]:

@@ -38,7 +38,7 @@ from flowception.nn.flops import FlopSpec
 XL = FlopSpec(
     hidden_size=1152, num_layers=28, num_heads=16, in_channels=128, mlp_hidden_size=3072, text_dim=64, num_classes=0
 )
-TEXT_TOKENS = 77
+TEXT_TOKENS, NULL_TEXT_TOKENS = 77, 1
 FAR_EPOCH = 37
 
 
@@ -71,10 +71,13 @@ class Case:
     def plan(self, index: ClipIndex) -> Plan:
         """A plan whose packs hold ``clips_per_rank`` clips on average."""
         longest = TEXT_TOKENS + self.max_frames * (self.grid**2 + 1)
-        sizing = Plan(index, None, Config(token_budget=longest, packs_per_step=1), XL, seed=0)
+        sizing = Plan(
+            index, None, Config(token_budget=longest, packs_per_step=1), XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS
+        )
         mean = float(sizing._token_moments[0].mean())
         budget = max(longest, 64 * int(np.ceil(self.clips_per_rank * mean / 0.99 / 64)))
-        return Plan(index, None, Config(token_budget=budget, packs_per_step=self.ranks), XL, seed=0)
+        config = Config(token_budget=budget, packs_per_step=self.ranks)
+        return Plan(index, None, config, XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS)
 
 
 CASES = (
@@ -128,6 +131,7 @@ class _Zeros:
     def __init__(self, index: ClipIndex) -> None:
         self._index = index
         self.text_width, self.latent_channels = XL.text_dim, XL.in_channels
+        self.null_text = torch.zeros(NULL_TEXT_TOKENS, XL.text_dim or 0, dtype=torch.bfloat16)
 
     def read(self, row: int, frames: ArrayLike) -> Tensor:
         clip = self._index.clips[row]

@@ -18,11 +18,11 @@ from flowception.data.opening import open_set
 from flowception.data.plan import Cursor, Plan
 from flowception.data.reader import ShardReader
 from flowception.data.remote import CacheConfig
-from flowception.data.schema import ShardMeta, checksum, checksums
+from flowception.data.schema import NullText, ShardMeta, checksum, checksums
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import DataError, FlowceptionError
 from flowception.nn.flops import FlopSpec
-from tests.data.conftest import CHANNELS, TEXT_WIDTH, RunConfig, record
+from tests.data.conftest import CHANNELS, NULL_TEXT_TOKENS, TEXT_WIDTH, RunConfig, record
 from tests.data.faulty_http_server import serve
 
 SPEC = FlopSpec(
@@ -34,6 +34,7 @@ META = ShardMeta(
     codec_fingerprint="abc",
     latent_channels=CHANNELS,
     text_width=TEXT_WIDTH,
+    null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)),
     class_names=["a", "b", "c"],
 )
 VICTIM = 13
@@ -137,7 +138,7 @@ def _outcome_of_reading(scene: Scene, open_reader: Callable, entry: Fault) -> st
     with tempfile.TemporaryDirectory() as clean:
         intact = Scene(Path(clean))
         reader = open_reader()
-        plan = Plan(reader.index, None, config, SPEC, 1)
+        plan = Plan(reader.index, None, config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS)
         # The plan of the damaged set, read from the intact one: what is not damaged must come out alike.
         undamaged = _IntactReader(intact.folder)
         undamaged.without = entry.victims
@@ -157,7 +158,13 @@ def _outcome_of_reading(scene: Scene, open_reader: Callable, entry: Fault) -> st
             assert not pack.noisy[silent].any()
             assert not pack.weight_token[silent].any()
             assert not pack.velocity_mask[silent].any()
-    resumed = list(PackLoader(Plan(reader.index, None, config, SPEC, 1), open_reader(), cursor=found[0].next_cursor))
+    resumed = list(
+        PackLoader(
+            Plan(reader.index, None, config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS),
+            open_reader(),
+            cursor=found[0].next_cursor,
+        )
+    )
     for first, second in zip(found[1:], resumed, strict=True):
         assert [(clip.key, clip.tokens) for clip in first.quarantined] == [
             (c.key, c.tokens) for c in second.quarantined

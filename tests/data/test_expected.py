@@ -20,7 +20,7 @@ def test_moments_are_those_of_a_simulation(delay_law):
 
 
 def test_text_counts_by_how_often_it_is_shown():
-    # Full-sequence: every frame is visible, so only the text varies: 10 tokens in 3 of 4 epochs, the null text's 2 else.
+    # Full-sequence: every frame is visible, so only the text varies: 10 tokens in 3 of 4 epochs, else 2.
     config = ProcessConfig(delay_law="full_sequence", condition_dropout=0.25)
     mean, variance = token_moments(config, np.array([3, 3]), np.array([7, 7]), np.array([10, 0]), 2)
     assert mean.tolist() == [21 + 8, 21 + 2]

@@ -13,6 +13,7 @@ from flowception.data.opening import open_set
 from flowception.data.plan import Cursor, Plan
 from flowception.data.reader import ShardReader
 from flowception.errors import DataError
+from tests.data.conftest import NULL_TEXT_TOKENS
 
 pytestmark = [pytest.mark.long, pytest.mark.mds]
 
@@ -42,7 +43,14 @@ def test_the_library_itself_reads_the_set(both):
 def test_both_formats_give_the_same_packs(both, make_config, make_spec):
     tars, mds, _ = both
     assert type(open_set(mds.folder)) is MdsReader
-    plan = Plan(mds.index, None, make_config(packs_per_step=4, token_budget=120), make_spec(text_dim=6), 1)
+    plan = Plan(
+        mds.index,
+        None,
+        make_config(packs_per_step=4, token_budget=120),
+        make_spec(text_dim=6),
+        1,
+        null_text_tokens=NULL_TEXT_TOKENS,
+    )
     for epoch in (0, 1):
         batches = [list(PackLoader(plan, reader, cursor=Cursor(epoch, 0))) for reader in (tars, mds)]
         keys = [key for batch in batches[1] for pack in batch.packs for key in pack.keys]

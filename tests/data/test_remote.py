@@ -14,6 +14,7 @@ from flowception.data.plan import Plan
 from flowception.data.reader import ShardReader
 from flowception.data.remote import CacheConfig, RemoteReader, ShardCache
 from flowception.errors import ConfigError, DataError
+from tests.data.conftest import NULL_TEXT_TOKENS
 from tests.data.faulty_http_server import serve
 
 
@@ -43,7 +44,14 @@ def test_a_remote_set_reads_like_a_local_one_and_each_shard_is_fetched_once(serv
     for (latents, _), record in zip(read_all(reader), records):
         assert torch.equal(latents, record.latents)
     local = ShardReader(server.folder)
-    plan = Plan(reader.index, None, make_config(packs_per_step=3, token_budget=100), make_spec(text_dim=6), 1)
+    plan = Plan(
+        reader.index,
+        None,
+        make_config(packs_per_step=3, token_budget=100),
+        make_spec(text_dim=6),
+        1,
+        null_text_tokens=NULL_TEXT_TOKENS,
+    )
     for workers in (0, 2):
         for ours, theirs in zip(
             PackLoader(plan, open_remote(), num_workers=workers), PackLoader(plan, local), strict=True
@@ -81,7 +89,14 @@ def test_clips_of_an_unreachable_shard_are_quarantined_the_same_way_after_a_resu
     server, _, open_remote = served
     server.faults["shard-000002.tar"] = ["reset"] * 1000
     reader = open_remote()
-    plan = Plan(reader.index, None, make_config(packs_per_step=3, token_budget=100), make_spec(text_dim=6), 1)
+    plan = Plan(
+        reader.index,
+        None,
+        make_config(packs_per_step=3, token_budget=100),
+        make_spec(text_dim=6),
+        1,
+        null_text_tokens=NULL_TEXT_TOKENS,
+    )
     batches = list(PackLoader(plan, reader))
     bad = {clip.key for batch in batches for clip in batch.quarantined}
     assert bad == {f"clip_{number:03d}" for number in range(20, 30)}
