@@ -106,7 +106,7 @@ def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
         imbalance.append(step.flops_imbalance)
         for pack in step.packs:
             seen[pack.rows] += 1
-    full = slice(0, len(fill) - 1)
+    full, timed = slice(0, len(fill) - 1), slice(1, len(fill) - 1)
     return {
         **asdict(case),
         "clips": len(seen),
@@ -117,10 +117,10 @@ def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
         "fill_mean": float(np.mean(fill[full])),
         "imbalance_mean": float(np.mean(imbalance[full])),
         "imbalance_max": max(imbalance[full]),
-        "step_cpu_ms_mean": float(np.mean(cpu_ms[full])),
-        "step_cpu_ms_median": float(np.median(cpu_ms[full])),
-        "step_wall_ms_median": float(np.median(wall_ms[full])),
-        "last_step_wall_ms": wall_ms[-1],
+        "step_cpu_ms_mean": float(np.mean(cpu_ms[timed])),
+        "step_cpu_ms_median": float(np.median(cpu_ms[timed])),
+        "step_wall_ms_median": float(np.median(wall_ms[timed])),
+        "epoch_start_cpu_ms": cpu_ms[0],
         "imbalances": [round(value, 6) for value in imbalance[full]],
     }
 

@@ -31,6 +31,8 @@ class _PlanningThread(threading.Thread):
                 step = self._plan.step(cursor)
                 cursor = self._plan.next(cursor)
                 self._put((step, cursor))
+            if not self.abandoned.is_set():
+                self._plan.step(cursor)  # the next epoch's order takes a second or two for millions of clips
             self._put(None)
         except BaseException as error:  # raised again in the thread that trains
             self._put(error)
@@ -48,7 +50,7 @@ def steps_ahead(plan: Plan, first: Cursor, depth: int) -> Iterator[Planned]:
     """The steps of an epoch from a cursor on, planned in a thread.
 
     While it is ahead, the thread also finds out what the epoch's earlier segments leave over, which a run that resumed
-    behind them needs at the epoch's end.
+    behind them needs at the epoch's end, and at the end makes the next epoch's order.
 
     Args:
         plan: The plan.

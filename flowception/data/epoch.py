@@ -167,9 +167,10 @@ class StepMaker:
         carried = np.flatnonzero(assigned == CARRIED)
         carried = carried[np.argsort(-left_over[carried], kind="stable")]
         self._carried, self._left_over = offered[carried], left_over[carried] + 1
-        by_pack = np.argsort(assigned, kind="stable")
+        by_pack = np.lexsort((offered, assigned))
         edges = np.searchsorted(assigned[by_pack], np.arange(num_packs + 1))
-        self._steps.append([np.sort(offered[by_pack[a:b]]) for a, b in zip(edges[:-1], edges[1:])])
+        taken = offered[by_pack]
+        self._steps.append([taken[a:b] for a, b in zip(edges[:-1].tolist(), edges[1:].tolist())])
 
 
 class EpochSteps:

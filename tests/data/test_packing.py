@@ -26,7 +26,7 @@ def test_exchanges_keep_the_capacity_and_only_help():
         assert after.max() <= budget
         assert after.sum() >= max(before.sum(), 0.985 * budget * num_packs)
         loads = [np.bincount(p[p != CARRIED], flops[p != CARRIED]) for p in (alone, packs)]
-        assert imbalance(loads[1]) <= max(0.0015, imbalance(loads[0])) + 1e-9
+        assert imbalance(loads[1]) <= max(0.002, imbalance(loads[0])) + 1e-9
 
 
 def test_packs_set_aside_as_too_full_are_tried_again_for_smaller_clips():
