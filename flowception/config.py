@@ -138,7 +138,8 @@ def _check_sections(config: Any, schema: type, problems: Problems, *, name_missi
     sections = {name: kind for name, kind in get_type_hints(schema).items() if is_dataclass(kind)}
     for key in missing if name_missing else ():
         if key in sections:
-            key = f"{key}.{next(f.name for f in fields(sections[key]) if f.default is f.default_factory)}"
+            needed = [f.name for f in fields(sections[key]) if f.default is f.default_factory]
+            key = f"{key}.{[*needed, fields(sections[key])[0].name][0]}"
         problems.add(f"{key} has no value; write {key}=... or set it in a file")
     for name in sections:
         if not any(key == name or key.startswith(f"{name}.") for key in missing):

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_0, _WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
-_LOW_32 = np.uint64(0xFFFFFFFF)
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW_32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _ROUNDS = 10
+_BLOCK = 4096
 MAX_SEED = 2**56 - 1
 
 
@@ -52,18 +53,29 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
     Returns:
         Random words, shape ``[..., 4]``.
     """
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint32) for i in range(4))
-    k0, k1 = np.uint32(key[0]), np.uint32(key[1])
-    with np.errstate(over="ignore"):
-        for _ in range(_ROUNDS):
-            product_0 = c0.astype(np.uint64) * _MULTIPLIER_0
-            product_1 = c2.astype(np.uint64) * _MULTIPLIER_1
-            high_0 = (product_0 >> np.uint64(32)).astype(np.uint32)
-            high_1 = (product_1 >> np.uint64(32)).astype(np.uint32)
-            c0, c1 = high_1 ^ c1 ^ k0, (product_1 & _LOW_32).astype(np.uint32)
-            c2, c3 = high_0 ^ c3 ^ k1, (product_0 & _LOW_32).astype(np.uint32)
-            k0, k1 = k0 + _WEYL_0, k1 + _WEYL_1
-    return np.stack([c0, c1, c2, c3], axis=-1)
+    words = np.ascontiguousarray(np.asarray(counter, dtype=np.uint32).reshape(-1, 4).T, dtype=np.uint64)
+    for start in range(0, words.shape[1], _BLOCK):
+        _philox_rounds(words[:, start : start + _BLOCK], key)
+    return words.T.astype(np.uint32).reshape(*np.shape(counter)[:-1], 4)
+
+
+def _philox_rounds(words: NDArray[np.uint64], key: tuple[int, int]) -> None:
+    """All rounds on counters ``[4, K]``, in place; K is small enough for everything to stay in the cache."""
+    c0, c1, c2, c3 = words.copy()
+    high_0, high_1 = np.empty_like(c0), np.empty_like(c0)
+    for turn in range(_ROUNDS):
+        np.multiply(c0, _MULTIPLIER_0, out=c0)  # the products of 32-bit words, exact in 64
+        np.multiply(c2, _MULTIPLIER_1, out=c2)
+        np.right_shift(c0, _32, out=high_0)
+        np.right_shift(c2, _32, out=high_1)
+        np.bitwise_and(c0, _LOW_32, out=c0)
+        np.bitwise_and(c2, _LOW_32, out=c2)
+        np.bitwise_xor(high_1, c1, out=c1)
+        np.bitwise_xor(c1, np.uint64((key[0] + turn * _WEYL_0) & 0xFFFFFFFF), out=c1)
+        np.bitwise_xor(high_0, c3, out=c3)
+        np.bitwise_xor(c3, np.uint64((key[1] + turn * _WEYL_1) & 0xFFFFFFFF), out=c3)
+        c0, c1, c2, c3 = c1, c2, c3, c0
+    words[:] = c0, c1, c2, c3
 
 
 def uniforms(
@@ -85,10 +97,17 @@ def uniforms(
     e, c, f = np.broadcast_arrays(
         np.asarray(epoch, dtype=np.uint32), np.asarray(clip, dtype=np.uint64), np.asarray(frame, dtype=np.uint32)
     )
-    counter = np.stack([(c & _LOW_32).astype(np.uint32), (c >> np.uint64(32)).astype(np.uint32), e, f], axis=-1)
-    words = philox(counter, (seed & 0xFFFFFFFF, (int(stream) << 24) | (seed >> 32))).astype(np.uint64)
-    high, low = words[..., 0::2] >> np.uint64(5), words[..., 1::2] >> np.uint64(6)
-    return (high.astype(np.float64) * 2.0**26 + low.astype(np.float64)) * 2.0**-53
+    counter = np.empty((4, *c.shape), dtype=np.uint64)
+    counter[0], counter[1], counter[2], counter[3] = c & _LOW_32, c >> _32, e, f
+    words, result = counter.reshape(4, -1), np.empty((*c.shape, 2))
+    pairs, key = result.reshape(-1, 2), (seed & 0xFFFFFFFF, (int(stream) << 24) | (seed >> 32))
+    for start in range(0, c.size, _BLOCK):
+        block = words[:, start : start + _BLOCK]
+        _philox_rounds(block, key)
+        for column in range(2):  # 27 bits of one word and 26 of the next
+            bits = (block[2 * column] >> np.uint64(5) << np.uint64(26)) | (block[2 * column + 1] >> np.uint64(6))
+            np.multiply(bits, 2.0**-53, out=pairs[start : start + _BLOCK, column])
+    return result
 
 
 def _generator(seed: int, stream: Stream, epoch: int, clip: int, frame: int) -> np.random.Generator:

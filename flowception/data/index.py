@@ -1,7 +1,7 @@
 """The index of a shard set: one fixed-width row for each clip, memory-mapped.
 
 Packing needs nothing else, so an epoch is planned without reading a clip. A row also says where the clip's bytes are
-and what they must hash to: a CRC-32 for each latent frame, so that reading only the visible frames is still verified,
+and what they must hash to: a checksum of each latent frame, so that reading only the visible frames is still verified,
 and one for everything before the latents (tar headers, JSON, text).
 
 Shape legend: ``M`` clips of the set, ``n`` frames of a clip.
@@ -10,6 +10,7 @@ Shape legend: ``M`` clips of the set, ``n`` frames of a clip.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flowception.data.schema import NO_CLASS, check_key, clip_id
+from flowception.data.schema import MAX_KEY_LENGTH, NO_CLASS, check_key, clip_id
 from flowception.errors import DataError
 
 CLIP_DTYPE = np.dtype(
@@ -26,18 +27,21 @@ CLIP_DTYPE = np.dtype(
         ("clip_id", "<u8"),
         ("start", "<u8"),  # byte of the clip's first tar header in its shard
         ("latents_offset", "<u8"),  # byte of the latents' payload; [start, latents_offset) is the prefix
-        ("crc_start", "<u8"),  # row of frame 0 in the frame CRC array
+        ("checksum_start", "<u8"),  # row of frame 0 in the array of frame checksums
         ("shard", "<u4"),
         ("frames", "<u4"),
         ("text_tokens", "<u4"),
         ("class_label", "<i4"),
         ("json_bytes", "<u4"),
-        ("prefix_crc", "<u4"),
+        ("prefix_checksum", "<u4"),
         ("height", "<u2"),
         ("width", "<u2"),
     ]
 )
-_CLIPS_NAME, _CRC_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-crc.npy", "index-keys.npy"
+_IN_KEYS = np.array([bool(re.fullmatch(r"[A-Za-z0-9_-]", chr(code))) for code in range(256)])
+"""Which bytes may be in a key."""
+_CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-checksum.npy", "index-keys.npy"
+INDEX_NAMES = (_CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME)
 
 
 @dataclass
@@ -46,10 +50,12 @@ class ClipIndex:
 
     clips: NDArray[np.void]
     """[M] of ``CLIP_DTYPE``."""
-    frame_crc: NDArray[np.uint32]
-    """CRC-32 of each latent frame of each clip, clips one after another."""
+    frame_checksum: NDArray[np.uint32]
+    """Checksum of each latent frame of each clip, clips one after another."""
     keys: NDArray[np.bytes_]
     """[M] keys."""
+    weights: NDArray[np.float64] | None = None
+    """[M] expected times that an epoch shows each clip; None for once. Not part of the set, but of a mixture."""
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -71,7 +77,7 @@ class ClipIndex:
     def fingerprint(self) -> str:
         """SHA-256 over all rows, checksums and keys."""
         digest = hashlib.sha256()
-        for array in (self.clips, self.frame_crc, self.keys):
+        for array in (self.clips, self.frame_checksum, self.keys):
             digest.update(f"{array.dtype.str}{len(array)};".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()
@@ -90,35 +96,51 @@ class ClipIndex:
         held = self.clips["clip_id"].astype(np.float64) / 2.0**64 < heldout_fraction
         return np.flatnonzero(~held), np.flatnonzero(held)
 
-    def check(self) -> None:
-        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows."""
+    def check(self, *, ids: bool = True) -> None:
+        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows.
+
+        Args:
+            ids: Hash every key again and compare (2 s for 2 million); ``finish`` and ``check_shards`` do, opening a
+                set whose index has the hash that ``finish`` wrote need not.
+        """
         if len(self.keys) != len(self.clips):
             raise DataError(f"the index has {len(self.clips)} clips and {len(self.keys)} keys; encode the set again")
         frames = self.clips["frames"].astype(np.float64)
-        ends = self.clips["crc_start"].astype(np.float64) + frames
-        if np.any(frames < 1) or np.any(ends > len(self.frame_crc)):
+        ends = self.clips["checksum_start"].astype(np.float64) + frames
+        if np.any(frames < 1) or np.any(ends > len(self.frame_checksum)):
             raise DataError("the index has a clip without frames or without checksums; encode the set again")
         self._check_keys()
+        if ids:
+            self._check_ids()
         order = np.argsort(self.clips["clip_id"], kind="stable")
-        ids = self.clips["clip_id"][order]
-        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        sorted_ids = self.clips["clip_id"][order]
+        twice = np.flatnonzero(sorted_ids[1:] == sorted_ids[:-1])
         if len(twice):
             first, second = self.key(int(order[twice[0]])), self.key(int(order[twice[0] + 1]))
             raise DataError(f"clips {first} and {second} have one id: keys must differ within a shard set")
 
     def _check_keys(self) -> None:
-        """Every key, when a set is opened: 2 s for 2 million."""
-        keys = [check_key(key.decode("ascii", "backslashreplace")) for key in self.keys.tolist()]
-        ids = np.fromiter(map(clip_id, keys), dtype=np.uint64, count=len(keys))
+        """Find keys that are not allowed, all at once, and let ``check_key`` say what is wrong with the first."""
+        characters = np.ascontiguousarray(self.keys).view(np.uint8).reshape(len(self.keys), self.keys.itemsize)
+        last = characters.shape[1] - np.argmax(characters[:, ::-1] != 0, axis=1)
+        inside = np.arange(characters.shape[1]) < last[:, None]
+        wrong = (~np.where(inside, _IN_KEYS[characters], True).all(axis=1)) | (characters[:, 0] == 0)
+        if self.keys.itemsize > MAX_KEY_LENGTH:
+            wrong |= last > MAX_KEY_LENGTH
+        for row in np.flatnonzero(wrong)[:1].tolist():
+            check_key(bytes(self.keys[row]).decode("ascii", "backslashreplace"))
+
+    def _check_ids(self) -> None:
+        ids = np.fromiter(map(clip_id, map(bytes.decode, self.keys.tolist())), dtype=np.uint64, count=len(self.keys))
         wrong = np.flatnonzero(ids != self.clips["clip_id"])
         if len(wrong):
             raise DataError(
-                f"the index's row {wrong[0]} has not the id of its key {keys[wrong[0]]}; encode the set again"
+                f"the index's row {wrong[0]} has not the id of its key {self.key(int(wrong[0]))}; encode the set again"
             )
 
     def save(self, folder: Path) -> None:
         """Write the index into the folder of a set."""
-        for name, array in ((_CLIPS_NAME, self.clips), (_CRC_NAME, self.frame_crc), (_KEYS_NAME, self.keys)):
+        for name, array in ((_CLIPS_NAME, self.clips), (_CHECKSUM_NAME, self.frame_checksum), (_KEYS_NAME, self.keys)):
             partial = folder / f".{name}.partial.npy"
             np.save(partial, array, allow_pickle=False)
             partial.replace(folder / name)
@@ -127,26 +149,27 @@ class ClipIndex:
     def load(cls, folder: Path) -> ClipIndex:
         """Memory-map the index of a set."""
         arrays = []
-        for name in (_CLIPS_NAME, _CRC_NAME, _KEYS_NAME):
+        for name in (_CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME):
             try:
-                arrays.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+                mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                arrays.append(mapped.view(np.ndarray))  # indexing a plain array is several times faster
             except (OSError, ValueError) as error:
                 raise DataError(f"{folder / name} cannot be read ({error}); encode the set again") from error
-        clips, frame_crc, keys = arrays
-        if clips.dtype != CLIP_DTYPE or frame_crc.dtype != np.uint32 or keys.dtype.kind != "S":
-            raise DataError(f"the index in {folder} has types {clips.dtype}, {frame_crc.dtype}, {keys.dtype}")
-        return cls(clips, frame_crc, keys)
+        clips, frame_checksum, keys = arrays
+        if clips.dtype != CLIP_DTYPE or frame_checksum.dtype != np.uint32 or keys.dtype.kind != "S":
+            raise DataError(f"the index in {folder} has types {clips.dtype}, {frame_checksum.dtype}, {keys.dtype}")
+        return cls(clips, frame_checksum, keys)
 
     @classmethod
     def concatenate(cls, parts: Sequence[ClipIndex]) -> ClipIndex:
         """The index of several shards, in order."""
         clips = np.concatenate([part.clips for part in parts]) if parts else np.zeros(0, CLIP_DTYPE)
-        starts = np.cumsum([0] + [len(part.frame_crc) for part in parts])
+        starts = np.cumsum([0] + [len(part.frame_checksum) for part in parts])
         shift = np.repeat(starts[:-1], [len(part) for part in parts])
-        clips["crc_start"] += shift.astype(np.uint64)
-        crc = np.concatenate([part.frame_crc for part in parts]) if parts else np.zeros(0, np.uint32)
+        clips["checksum_start"] += shift.astype(np.uint64)
+        checksums = np.concatenate([part.frame_checksum for part in parts]) if parts else np.zeros(0, np.uint32)
         keys = np.concatenate([part.keys for part in parts]) if parts else np.zeros(0, "S1")
-        return cls(clips, crc, keys)
+        return cls(clips, checksums, keys)
 
     @classmethod
     def from_arrays(
@@ -181,6 +204,6 @@ class ClipIndex:
             clips[name] = value
         clips["text_tokens"], clips["class_label"] = text_tokens, class_label
         starts = np.cumsum(clips["frames"].astype(np.int64))
-        clips["crc_start"] = starts - clips["frames"]
+        clips["checksum_start"] = starts - clips["frames"]
         total = int(starts[-1]) if count else 0
         return cls(clips, np.zeros(total, np.uint32), np.array(keys, dtype="S14"))

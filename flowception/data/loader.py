@@ -1,23 +1,26 @@
 """Feeding one rank: its packs of every step of an epoch, from any cursor, with or without worker processes.
 
 Rank r of W runs ``ceil(G / W)`` micro-steps; its micro-step a is pack ``a W + r``, so packs that run at the same time
-are neighbours in FLOPs. Packs that do not exist are padding. The plan stays in this process; workers only read and
-build what they are told, so nothing about them has to be saved: a cursor is the whole state.
+are neighbours in FLOPs. Packs that do not exist are padding. A thread plans ahead; workers only read and build what
+they are told, so nothing about them has to be saved: a cursor is the whole state, that of the last step handed out.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from flowception.data.ahead import Planned, steps_ahead
 from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
-from flowception.data.plan import Cursor, PackPlan, Plan, StepPlan, check_world_size
+from flowception.data.plan import Plan
 from flowception.data.reader import ClipReader
+from flowception.data.remote import CacheConfig
+from flowception.data.steps import Cursor, PackPlan, StepPlan, check_world_size
 from flowception.errors import ConfigError
 
 _WORKER_TIMEOUT_S = 1800
@@ -25,11 +28,25 @@ _WORKER_TIMEOUT_S = 1800
 
 
 @dataclass(kw_only=True)
+class SetShare:
+    """One set of a mixture."""
+
+    path: str
+    """Folder or URL."""
+    weight: float = 1.0
+    """Expected times that an epoch shows each of its clips."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where data comes from and how it is read."""
 
-    path: str
-    """Folder of the shard set."""
+    path: str | None = None
+    """Folder or URL of the shard set; exactly one of ``path`` and ``mixture``."""
+    mixture: list[SetShare] = field(default_factory=list)
+    """Several sets and how often an epoch shows the clips of each: ``[{path: A, weight: 2}, {path: B}]``."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where remote shards are kept."""
     heldout_fraction: float = 0.0
     """Share of clips, by key hash, kept for validation."""
     num_workers: int = 0
@@ -42,6 +59,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
+        if bool(self.path) == bool(self.mixture):
+            raise ConfigError(
+                f"data.path is {self.path} and data.mixture has {len(self.mixture)} sets; give one of the two"
+            )
         rules = {
             "heldout_fraction": (0.0 <= self.heldout_fraction < 1.0, "a share from 0 to below 1"),
             "num_workers": (self.num_workers >= 0, "an integer of at least 0"),
@@ -51,6 +72,11 @@ class DataConfig:
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; give {wanted}")
+
+    @property
+    def sets(self) -> list[SetShare]:
+        """The sets, one or more."""
+        return self.mixture or [SetShare(path=self.path or "")]
 
 
 @dataclass
@@ -126,17 +152,18 @@ class PackLoader:
         self._first = cursor or Cursor()
         self._num_workers, self._prefetch = num_workers, prefetch
 
-    def _shares(self, planned: deque[StepPlan]) -> Iterator[list[PackPlan | None]]:
-        cursor = self._first
-        while cursor.epoch == self._first.epoch:
-            step_plan = self._plan.step(cursor)
-            planned.append(step_plan)
-            yield packs_of_rank(step_plan.packs, self._rank, self._world_size)
-            cursor = self._plan.next(cursor)
+    def _shares(self, planned: deque[Planned]) -> Iterator[list[PackPlan | None]]:
+        for step_plan, next_cursor in steps_ahead(self._plan, self._first, self._prefetch):
+            planned.append((step_plan, next_cursor))
+            share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
+            for pack in share:
+                if pack is not None:
+                    self._reader.prefetch(pack.rows)
+            yield share
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps in order."""
-        planned: deque[StepPlan] = deque()
+        planned: deque[Planned] = deque()
         built = DataLoader(
             _PackBuilder(self._plan, self._reader),
             batch_size=None,
@@ -146,10 +173,10 @@ class PackLoader:
             worker_init_fn=_share_by_name,
             timeout=_WORKER_TIMEOUT_S if self._num_workers else 0,
             collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),
         )
         for packs in built:
-            step_plan = planned.popleft()
+            step_plan, next_cursor = planned.popleft()
             found = [bad for pack in packs for bad in pack.bad_clips]
-            cursor = Cursor(step_plan.epoch, step_plan.step)
-            yield StepBatch(step_plan, packs, cursor, self._plan.next(cursor), found)
+            yield StepBatch(step_plan, packs, Cursor(step_plan.epoch, step_plan.step), next_cursor, found)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from flowception import rng
 from flowception.rng import Stream
 
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
 
 def epoch_order(
     clip_ids: NDArray[np.uint64],
@@ -75,3 +77,32 @@ def stratified_uniforms(
     size = exists.sum(axis=1)[which]
     value = (stratum[which, inside] + drawn[which, inside, 1]) / size
     return np.minimum(value, np.nextafter(1.0, 0.0))
+
+
+def times_shown(weights: NDArray[np.float64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many times an epoch shows each clip: the weight, rounded up with the probability of what rounding adds.
+
+    Args:
+        weights: [K] expected times.
+        uniforms: [K] in [0, 1).
+
+    Returns:
+        int64 [K].
+    """
+    whole = np.floor(weights)
+    return (whole + (uniforms < weights - whole)).astype(np.int64)
+
+
+def repeat_ids(clip_ids: NDArray[np.uint64], times: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Each id as often as its clip is shown, the first as it is and the others apart, so that they are shuffled apart.
+
+    Args:
+        clip_ids: [K].
+        times: [K].
+
+    Returns:
+        [sum of times].
+    """
+    first = np.cumsum(times) - times
+    number = (np.arange(int(times.sum())) - np.repeat(first, times)).astype(np.uint64)
+    return np.repeat(clip_ids, times) + number * _ODD

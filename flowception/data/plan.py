@@ -1,12 +1,12 @@
 """The plan: which clips every step sees, in which packs, with which draws.
 
 A pure function of its fingerprint (seed, index, sizes, process, quarantine list) and the epoch. Every rank computes
-the same plan without communication, for any world size, and a resumed run computes it again instead of replaying it:
-the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next clips in the
-epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip that crosses
-this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried into the next
-step (``epoch.py`` says with which precedence). No clip is dropped, cut or repeated in an epoch, and only its last step
-may be short.
+the same plan without communication, for any world size, and a resumed run computes its own step instead of replaying
+those before: the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next
+clips in the epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip
+that crosses this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried
+into the next step (``epoch.py`` says with which precedence, and how a large epoch is planned in segments). No clip is
+dropped, cut or repeated in an epoch, and only its last step may be short.
 
 Shape legend: ``K`` clips of the epoch, ``k`` clips of a pack, ``G`` packs of a step, ``B, N`` as in ``flow``.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -25,12 +26,13 @@ import torch
 from numpy.typing import NDArray
 
 from flowception import rng
-from flowception.data.epoch import ClipCosts, EpochSteps
+from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes
+from flowception.data.expected import token_moments
 from flowception.data.index import ClipIndex
-from flowception.data.order import epoch_order, stratified_uniforms
+from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
 from flowception.data.packing import imbalance
 from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
-from flowception.errors import ConfigError, DataError, PlanError
+from flowception.errors import DataError, PlanError
 from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
 from flowception.flow.loss import denominators, expected_counts
 from flowception.nn.flops import TRAINING_PASSES, FlopSpec, clip_flops
@@ -38,16 +40,12 @@ from flowception.nn.layout import PackShape
 from flowception.rng import Stream
 
 _KEPT_EPOCHS = 2
+_CHUNK_PLACES = 8192
 _NOT_PLANNED = {"insertion_loss_weight"}
 
 
-def check_world_size(packs_per_step: int, world_size: int) -> None:
-    """Refuse more ranks than packs: some would never see data."""
-    if packs_per_step < world_size:
-        raise ConfigError(
-            f"packs_per_step is {packs_per_step} and there are {world_size} ranks; "
-            f"set packs_per_step={world_size} or more, or use fewer ranks"
-        )
+def _digest(array: NDArray[np.generic]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 class Plan:
@@ -91,6 +89,8 @@ class Plan:
         self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
         self._check()
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], EpochSteps]] = OrderedDict()
+        self._counted: tuple[int, int] | None = None
+        self._lock = threading.RLock()  # a thread plans ahead of the one that trains
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan without the given clips as well; for the next epoch."""
@@ -168,11 +168,12 @@ class Plan:
         process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
         process["tasks"] = self.process.task_probabilities().tolist()
         content = {
-            "version": 3,
+            "version": 4,
             "seed": self.seed,
             "index": self.index.fingerprint(),
-            "rows": hashlib.sha256(self._all_rows.astype("<i8").tobytes()).hexdigest(),
+            "rows": _digest(self._all_rows.astype("<i8")),
             "quarantine": self.quarantine,
+            "weights": None if self.index.weights is None else _digest(self.index.weights.astype("<f8")),
             "plan": config,
             "process": process,
             "network": asdict(self.flop_spec),
@@ -208,7 +209,23 @@ class Plan:
 
     def _u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
         block_clips = self.config.time_block_clips
-        return stratified_uniforms(places, len(self.rows), seed=self.seed, epoch=epoch, block_clips=block_clips)
+        num_places = self._num_places(epoch)
+        return stratified_uniforms(places, num_places, seed=self.seed, epoch=epoch, block_clips=block_clips)
+
+    def _times_shown(self, epoch: int) -> NDArray[np.int64]:
+        """How often an epoch shows each of ``rows``: once, or what the weights of a mixture say."""
+        if self.index.weights is None:
+            return np.ones(len(self.rows), np.int64)
+        ids = self.index.clips["clip_id"][self.rows]
+        uniforms = rng.uniforms(self.seed, Stream.ORDER, epoch=epoch, clip=ids)[..., 1]
+        return times_shown(self.index.weights[self.rows], uniforms)
+
+    def _num_places(self, epoch: int) -> int:
+        if self.index.weights is None:
+            return len(self.rows)
+        if self._counted is None or self._counted[0] != epoch:
+            self._counted = (epoch, int(self._times_shown(epoch).sum()))
+        return self._counted[1]
 
     def keeps_condition(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which clips of an epoch are trained with their class and text, bool [B] for rows [B]; the rest without."""
@@ -237,28 +254,40 @@ class Plan:
             insertion=insertion.numpy(),
         )
 
+    @cached_property
+    def _token_moments(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Mean and variance of the visible tokens of each clip of the index."""
+        clips = self.index.clips
+        text = clips["text_tokens"].astype(np.int64) if self.uses_text else np.zeros(len(clips), np.int64)
+        null = self.null_text_tokens if self.uses_text else 0
+        frames = clips["frames"].astype(np.int64)
+        return token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
+
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], EpochSteps]:
         """Rows by place, and steps, of an epoch; the last few are kept."""
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
         clips, config = self.index.clips, self.config
-        order = self.rows[
+        times = self._times_shown(epoch)
+        rows = np.repeat(self.rows, times)
+        order = rows[
             epoch_order(
-                clips["clip_id"][self.rows],
-                clips["shard"][self.rows],
+                repeat_ids(clips["clip_id"][self.rows], times),
+                clips["shard"][rows],
                 int(clips["shard"].max()) + 1,
                 seed=self.seed,
                 epoch=epoch,
                 shuffle_block_shards=config.shuffle_block_shards,
             )
         ]
+        mean, variance = self._token_moments
         steps = EpochSteps(
-            len(order),
+            mean[order],
+            variance[order],
+            self.pack_shape.max_seqlen,
             lambda places: self._costs(epoch, order[places], places),
-            token_budget=config.token_budget,
-            packs_per_step=config.packs_per_step,
-            headroom=config.headroom,
+            StepSizes(config.token_budget, config.packs_per_step, config.headroom),
         )
         self._epochs[epoch] = (order, steps)
         if len(self._epochs) > _KEPT_EPOCHS:
@@ -266,17 +295,29 @@ class Plan:
         return order, steps
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": OrderedDict()}
+        return {**self.__dict__, "_epochs": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update({**state, "_lock": threading.RLock()})
+
+    def plan_left_over(self, epoch: int) -> None:
+        """Do a little of the work that an epoch's end needs of its earlier segments, if any is left to do."""
+        with self._lock:
+            self._epoch(epoch)[1].plan_left_over()
 
     def steps_in_epoch(self, epoch: int) -> int:
         """How many steps an epoch has."""
-        return self._epoch(epoch)[1].count()
+        with self._lock:
+            return self._epoch(epoch)[1].count()
 
     def mean_step_flops(self, epoch: int) -> float:
         """FLOPs of forward and backward of an epoch's steps, the mean: every clip counts once."""
-        steps = self._epoch(epoch)[1]
-        count = steps.count()  # which also draws every clip
-        return float(TRAINING_PASSES * steps.costs.flops.sum()) / count
+        with self._lock:
+            order, steps = self._epoch(epoch)
+            count = steps.count()
+        chunks = np.array_split(np.arange(len(order)), -(-len(order) // _CHUNK_PLACES))
+        flops = sum(float(self._costs(epoch, order[c], c).flops.sum()) for c in chunks)
+        return TRAINING_PASSES * flops / count
 
     def step(self, cursor: Cursor) -> StepPlan:
         """Plan one step.
@@ -292,34 +333,34 @@ class Plan:
         """
         if min(cursor.epoch, cursor.step) < 0:
             raise PlanError(f"there is no step {cursor.step} of epoch {cursor.epoch}; both are counted from 0")
-        order, steps = self._epoch(cursor.epoch)
-        packs = steps.packs(cursor.step)
-        if packs is None:
+        with self._lock:
+            order, steps = self._epoch(cursor.epoch)
+            found = steps.step(cursor.step)
+        if found is None:
             raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
-        places, costs, config = np.concatenate(packs), steps.costs, self.config
-        tokens = int(costs.tokens[places].sum())
-        divisors = denominators(costs.velocity[places], costs.insertion[places])
+        costs, config = found.costs, self.config
+        tokens, edges = int(costs.tokens.sum()), np.cumsum([0, *map(len, found.packs)])
+        divisors = denominators(costs.velocity, costs.insertion)
         return StepPlan(
             plan=self,
             epoch=cursor.epoch,
             step=cursor.step,
-            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(packs)],
+            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(found.packs)],
             velocity_denominator=divisors.velocity,
             insertion_denominator=divisors.insertion,
-            clips=len(places),
+            clips=len(costs.tokens),
             tokens=tokens,
             fill=tokens / (config.packs_per_step * config.token_budget),
-            flops=float(TRAINING_PASSES * costs.flops[places].sum()),
-            flops_imbalance=imbalance(np.array([costs.flops[pack].sum() for pack in packs])),
-            attention_ratio=float(costs.attention_pairs[places].sum() / costs.full_attention_pairs[places].sum()),
+            flops=float(TRAINING_PASSES * costs.flops.sum()),
+            flops_imbalance=imbalance(np.diff(np.append(0.0, np.cumsum(costs.flops))[edges])),
+            attention_ratio=float(costs.attention_pairs.sum() / costs.full_attention_pairs.sum()),
         )
 
     def next(self, cursor: Cursor) -> Cursor:
         """The step after ``cursor``: in the same epoch, or the first of the next."""
-        following = Cursor(cursor.epoch, cursor.step + 1)
-        if self._epoch(cursor.epoch)[1].packs(following.step) is None:
-            return Cursor(cursor.epoch + 1, 0)
-        return following
+        with self._lock:
+            goes_on = self._epoch(cursor.epoch)[1].has(cursor.step + 1)
+        return Cursor(cursor.epoch, cursor.step + 1) if goes_on else Cursor(cursor.epoch + 1, 0)
 
     def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
         """SHA-256 of each pack: its clips in order, their times, roles and delays, and which lose their condition.

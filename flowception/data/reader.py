@@ -1,8 +1,8 @@
 """Reading clips of a shard set by row: positioned reads, only the frames asked for, every byte verified.
 
 Opening a set checks what costs no read of clips: the codec, the index's own hash, that every shard is there and as
-long as it was, and that every row lies inside its shard. Reading a clip checks its CRCs. Each error names the shard
-and the clip.
+long as it was, and that every row lies inside its shard. Reading a clip verifies its checksums. Each error names the
+shard and the clip.
 
 Shape legend: ``n`` frames of a clip, ``k`` frames read, ``C h w`` a latent frame, ``L D`` text tokens and width.
 """
@@ -10,8 +10,8 @@ Shape legend: ``n`` frames of a clip, ``k`` frames read, ``C h w`` a latent fram
 from __future__ import annotations
 
 import json
+import math
 import os
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,12 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowception.data.index import ClipIndex
-from flowception.data.schema import ShardMeta
+from flowception.data.schema import FORMAT, ShardMeta, checksum, checksums
 from flowception.data.shards import HEADER_BYTES, padded_bytes, shard_name
 from flowception.errors import DataError
 
 _BYTES_PER_VALUE = 2
-_MAX_OPEN_SHARDS = 64
+_SIZE_FIELD = slice(124, 136)
+"""Where a tar header has the size of its payload, in octal."""
 
 
 class ClipReader(Protocol):
@@ -51,9 +52,59 @@ class ClipReader(Protocol):
     def read_text(self, row: int) -> Tensor | None:
         """The text embedding of a clip, bfloat16 [L, D]; None if it has none."""
 
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Make ready for reading some clips soon."""
+
+
+def check_codec(where: object, meta: ShardMeta, codec: str | None, codec_fingerprint: str | None) -> None:
+    """Refuse a set of another codec than a run uses; None accepts any."""
+    for name, wanted, found in (
+        ("codec", codec, meta.codec),
+        ("codec fingerprint", codec_fingerprint, meta.codec_fingerprint),
+    ):
+        if wanted is not None and wanted != found:
+            raise DataError(
+                f"{where} was encoded with {name} {found!r} ({meta.codec}), this run uses {wanted!r}; "
+                "encode the videos again, or choose the codec of the set"
+            )
+
+
+def load_index(folder: Path, meta: ShardMeta) -> ClipIndex:
+    """The index of a set, verified."""
+    index = ClipIndex.load(folder)
+    if index.fingerprint() != meta.index_sha256:
+        raise DataError(f"the index in {folder} is not the one meta.json was written with; encode it again")
+    index.check(ids=False)
+    return index
+
+
+def check_files(folder: Path, meta: ShardMeta) -> None:
+    """Refuse a set with a shard that is missing or has another size than when it was written."""
+    for shard in meta.shards:
+        path = folder / shard.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"shard {path} is missing ({error.strerror}); restore it or encode it again") from error
+        if size != shard.size_bytes:
+            raise DataError(
+                f"shard {path} has {size} bytes and should have {shard.size_bytes}: it was cut short or changed; "
+                "restore it or encode it again"
+            )
+
+
+def frames_refused(wanted: NDArray[np.int64], num_frames: int) -> str:
+    """What is wrong with frame numbers, which must increase and be those of frames of the clip; empty if nothing is."""
+    numbers = wanted.tolist() if wanted.ndim == 1 else [-1]
+    if numbers == sorted({*numbers}) and (not numbers or (numbers[0] >= 0 and numbers[-1] < num_frames)):
+        return ""
+    return f"frames {wanted.tolist()} are not increasing in 0..{num_frames - 1}"
+
 
 class ShardReader:
     """Reads clips of one set. Safe to fork: reads are positioned and share no file cursor."""
+
+    max_open_shards = 64
 
     def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
         """Open a set.
@@ -68,13 +119,13 @@ class ShardReader:
         """
         self.folder = Path(folder)
         self.meta = ShardMeta.load(self.folder)
-        self._check_codec(codec, codec_fingerprint)
+        if self.meta.format != FORMAT:
+            raise DataError(f"{self.folder} has the format {self.meta.format!r}, this reader reads {FORMAT!r}")
+        check_codec(self.folder, self.meta, codec, codec_fingerprint)
         self._null_text = self.meta.null_embedding()
-        self.index = ClipIndex.load(self.folder)
-        if self.index.fingerprint() != self.meta.index_sha256:
-            raise DataError(f"the index in {self.folder} is not the one meta.json was written with; encode it again")
-        self.index.check()
-        self._sizes = self._check_files()
+        self.index = load_index(self.folder, self.meta)
+        self.check_files(self.meta)
+        self._sizes = {int(shard.name[6:12]): shard.size_bytes for shard in self.meta.shards}
         self._check_bounds()
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -93,33 +144,6 @@ class ShardReader:
         """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
         return self._null_text
 
-    def _check_codec(self, codec: str | None, codec_fingerprint: str | None) -> None:
-        for name, wanted, found in (
-            ("codec", codec, self.meta.codec),
-            ("codec fingerprint", codec_fingerprint, self.meta.codec_fingerprint),
-        ):
-            if wanted is not None and wanted != found:
-                raise DataError(
-                    f"{self.folder} was encoded with {name} {found!r} ({self.meta.codec}), this run uses {wanted!r}; "
-                    "encode the videos again, or choose the codec of the set"
-                )
-
-    def _check_files(self) -> dict[int, int]:
-        sizes = {}
-        for shard in self.meta.shards:
-            path = self.folder / shard.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise DataError(f"shard {path} is missing ({error.strerror}); restore it or encode it again") from error
-            if size != shard.size_bytes:
-                raise DataError(
-                    f"shard {path} has {size} bytes and should have {shard.size_bytes}: it was cut short or changed; "
-                    "restore it or encode it again"
-                )
-            sizes[int(shard.name[6:12])] = size
-        return sizes
-
     def _check_bounds(self) -> None:
         clips = self.index.clips
         unknown = np.setdiff1d(np.unique(clips["shard"]), np.array(list(self._sizes), dtype=np.uint32))
@@ -137,6 +161,17 @@ class ShardReader:
             row = int(np.flatnonzero(outside)[0])
             raise DataError(f"{self._name(row)} lies outside its shard according to the index; encode the set again")
 
+    def check_files(self, meta: ShardMeta) -> None:
+        """Refuse the set if a shard is missing or has another size."""
+        check_files(self.folder, meta)
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor of a shard; the reader closes it."""
+        return os.open(self.folder / shard_name(shard), os.O_RDONLY | os.O_CLOEXEC)
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Nothing: what is on disk needs no fetching."""
+
     def _name(self, row: int) -> str:
         return f"clip {self.index.key(row)} in {self.folder / shard_name(int(self.index.clips['shard'][row]))}"
 
@@ -144,23 +179,21 @@ class ShardReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        while len(self._open) >= _MAX_OPEN_SHARDS:
+        while len(self._open) >= self.max_open_shards:
             os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self.folder / shard_name(shard), os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = self.open_shard(shard)
         return self._open[shard]
 
-    def _read_bytes(self, row: int, offset: int, size: int) -> bytearray:
-        content = bytearray(size)
+    def _read_into(self, row: int, offset: int, content: memoryview) -> None:
         try:
             descriptor, done = self._descriptor(int(self.index.clips["shard"][row])), 0
-            while done < size:
-                got = os.preadv(descriptor, [memoryview(content)[done:]], offset + done)
+            while done < len(content):
+                got = os.preadv(descriptor, [content[done:]], offset + done)
                 if got == 0:
                     raise DataError(f"{self._name(row)}: the shard ends at byte {offset + done}, it was cut short")
                 done += got
         except OSError as error:
             raise DataError(f"{self._name(row)} cannot be read ({error.strerror or error})") from error
-        return content
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < len(self.index):
@@ -182,29 +215,28 @@ class ShardReader:
         self._check_row(row)
         clip = self.index.clips[row]
         wanted = np.asarray(frames, dtype=np.int64)
-        if wanted.ndim != 1 or np.any(wanted < 0) or np.any(wanted >= clip["frames"]) or np.any(np.diff(wanted) <= 0):
-            raise DataError(
-                f"{self._name(row)}: frames {wanted.tolist()} are not increasing in 0..{clip['frames'] - 1}"
-            )
+        if refused := frames_refused(wanted, int(clip["frames"])):
+            raise DataError(f"{self._name(row)}: {refused}")
         shape = (self.latent_channels, int(clip["height"]), int(clip["width"]))
-        frame_bytes = int(np.prod(shape)) * _BYTES_PER_VALUE
-        out = bytearray(len(wanted) * frame_bytes)
+        frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
+        out = np.empty((len(wanted), frame_bytes), np.uint8)
         for first, last in _runs(wanted):
             offset = int(clip["latents_offset"]) + int(wanted[first]) * frame_bytes
-            out[first * frame_bytes : last * frame_bytes] = self._read_bytes(row, offset, (last - first) * frame_bytes)
-        for slot, frame in enumerate(wanted.tolist()):
-            crc = zlib.crc32(memoryview(out)[slot * frame_bytes : (slot + 1) * frame_bytes])
-            if crc != self.index.frame_crc[int(clip["crc_start"]) + frame]:
-                raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
-        if not out:
-            return torch.zeros(0, *shape, dtype=torch.bfloat16)
-        return torch.frombuffer(out, dtype=torch.bfloat16).view(-1, *shape)
+            self._read_into(row, offset, out[first:last].data.cast("B"))
+        content = out.data.cast("B") if len(out) else memoryview(b"")
+        differs = checksums(content, frame_bytes) != self.index.frame_checksum[int(clip["checksum_start"]) + wanted]
+        if np.any(differs):
+            frame = int(wanted[np.argmax(differs)])
+            raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
+        return torch.from_numpy(out.reshape(-1)).view(torch.bfloat16).view(len(wanted), *shape)
 
     def _read_prefix(self, row: int) -> bytearray:
         self._check_row(row)
         clip = self.index.clips[row]
-        prefix = self._read_bytes(row, int(clip["start"]), int(clip["latents_offset"]) - int(clip["start"]))
-        if zlib.crc32(prefix) != clip["prefix_crc"]:
+        start = int(clip["start"])
+        prefix = bytearray(int(clip["latents_offset"]) - start)
+        self._read_into(row, start, memoryview(prefix))
+        if checksum(prefix) != clip["prefix_checksum"]:
             raise DataError(f"{self._name(row)}: headers, metadata or text do not match their checksum")
         return prefix
 
@@ -216,9 +248,10 @@ class ShardReader:
             return None
         size = tokens * width * _BYTES_PER_VALUE
         start = len(prefix) - HEADER_BYTES - padded_bytes(size)
-        if start < 2 * HEADER_BYTES:
-            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, more than the clip holds")
-        return torch.frombuffer(prefix[start : start + size], dtype=torch.bfloat16).view(tokens, width)
+        header = prefix[max(0, start - HEADER_BYTES) : start]
+        if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
+            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, the clip holds others or none")
+        return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
     def read_metadata(self, row: int) -> dict[str, Any]:
         """The clip's JSON: caption, source, sizes."""
@@ -243,6 +276,6 @@ class ShardReader:
 
 def _runs(frames: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Half-open ranges of positions whose frame numbers follow one another."""
-    breaks = np.flatnonzero(np.diff(frames) != 1) + 1
-    edges = [0, *breaks.tolist(), len(frames)]
-    return [(a, b) for a, b in zip(edges[:-1], edges[1:]) if b > a]
+    numbers = frames.tolist()
+    edges = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    return list(zip([0, *edges], [*edges, len(numbers)])) if numbers else []

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +33,8 @@ from flowception.data.schema import (
     NullText,
     ShardFile,
     ShardMeta,
+    checksum,
+    checksums,
     clip_id,
     same_text,
 )
@@ -74,7 +75,7 @@ class _ShardWriter:
     shard: int
     meta: ShardMeta
     rows: list[NDArray[np.void]] = field(default_factory=list)
-    crc: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
     def write(self, record: ClipRecord) -> None:
@@ -92,24 +93,24 @@ class _ShardWriter:
         member = _member(f"{record.key}.{LATENTS_SUFFIX}", latents)
         prefix += member[:HEADER_BYTES]
         row = np.zeros((), CLIP_DTYPE)
-        row["clip_id"], row["shard"], row["crc_start"] = clip_id(record.key), self.shard, len(self.crc)
+        row["clip_id"], row["shard"], row["checksum_start"] = clip_id(record.key), self.shard, len(self.checksums)
         row["start"] = self.file.tell()
         row["latents_offset"] = self.file.tell() + len(prefix)
         row["frames"], row["height"], row["width"] = frames, height, width
         row["text_tokens"] = 0 if record.text is None else len(record.text)
         row["class_label"] = NO_CLASS if record.class_label is None else record.class_label
-        row["json_bytes"], row["prefix_crc"] = len(described), zlib.crc32(prefix)
+        row["json_bytes"], row["prefix_checksum"] = len(described), checksum(prefix)
         self.file.write(prefix)
         self.file.write(member[HEADER_BYTES:])
         frame_bytes = len(latents) // frames
-        self.crc.extend(zlib.crc32(latents[i * frame_bytes : (i + 1) * frame_bytes]) for i in range(frames))
+        self.checksums.extend(checksums(memoryview(latents), frame_bytes).tolist())
         self.rows.append(row)
         self.keys.append(record.key)
 
     def part(self) -> ClipIndex:
         rows = np.array(self.rows, dtype=CLIP_DTYPE) if self.rows else np.zeros(0, CLIP_DTYPE)
         keys = np.array([key.encode() for key in self.keys]) if self.keys else np.zeros(0, "S1")
-        return ClipIndex(rows, np.array(self.crc, dtype=np.uint32), keys)
+        return ClipIndex(rows, np.array(self.checksums, dtype=np.uint32), keys)
 
 
 class ShardSetWriter:
@@ -190,7 +191,9 @@ class ShardSetWriter:
             partial.unlink()
         size = path.stat().st_size if len(part) else 0
         buffer = io.BytesIO()
-        np.savez(buffer, clips=part.clips, frame_crc=part.frame_crc, keys=part.keys, size_bytes=np.int64(size))
+        np.savez(
+            buffer, clips=part.clips, frame_checksum=part.frame_checksum, keys=part.keys, size_bytes=np.int64(size)
+        )
         write_atomically(self._part_path(shard), buffer.getvalue())
         return len(part)
 
@@ -198,7 +201,7 @@ class ShardSetWriter:
         path = self._part_path(shard)
         try:
             with np.load(path, allow_pickle=False) as part:
-                return ClipIndex(part["clips"], part["frame_crc"], part["keys"]), int(part["size_bytes"])
+                return ClipIndex(part["clips"], part["frame_checksum"], part["keys"]), int(part["size_bytes"])
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{path} cannot be read ({error}); delete it and encode again") from error
 

@@ -45,6 +45,15 @@ class PlanConfig:
             raise ConfigError(f"headroom is {self.headroom}; give a share from 0 to below 1")
 
 
+def check_world_size(packs_per_step: int, world_size: int) -> None:
+    """Refuse more ranks than packs: some would never see data."""
+    if packs_per_step < world_size:
+        raise ConfigError(
+            f"packs_per_step is {packs_per_step} and there are {world_size} ranks; "
+            f"set packs_per_step={world_size} or more, or use fewer ranks"
+        )
+
+
 @dataclass(frozen=True, order=True)
 class Cursor:
     """A step's place in a run; all that resuming needs."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flowception.data.loader import packs_of_rank
-from flowception.data.plan import Cursor, Plan, check_world_size
-from flowception.data.steps import StepPlan, combine_digests
+from flowception.data.plan import Plan
+from flowception.data.steps import Cursor, StepPlan, check_world_size, combine_digests
 from flowception.errors import PlanError
 
 

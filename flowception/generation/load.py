@@ -171,12 +171,12 @@ def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) ->
     copied = manifest.get("shards")
     if copied:
         return ShardMeta.from_json(json.dumps(copied), str(run_dir / "manifest.json"))
-    return ShardMeta.load(Path(config.data.path))
+    return ShardMeta.load(Path(config.data.sets[0].path))
 
 
 def data_fps(run: LoadedRun) -> float | None:
     """Frames per second of the training clips, from the first of them; None where the shards are out of reach."""
     try:
-        return float(ShardReader(run.config.data.path).read_metadata(0).get("fps") or 0) or None
+        return float(ShardReader(run.config.data.sets[0].path).read_metadata(0).get("fps") or 0) or None
     except (FlowceptionError, OSError, IndexError):
         return None

@@ -13,7 +13,7 @@ Shape legend: ``T`` tokens of a pack, ``F`` frame slots, ``B`` clip slots, ``S``
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -129,7 +129,11 @@ class PackLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same layout with its tensors on ``device``."""
-        return _move(self, device, non_blocking)
+        return _with_tensors(self, lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same layout in page-locked memory, which a GPU copies from while it computes."""
+        return _with_tensors(self, lambda part: part.pin_memory())
 
     @property
     def latent_mask(self) -> Tensor:
@@ -157,7 +161,11 @@ class PackInput:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same pack with its tensors on ``device``."""
-        return _move(self, device, non_blocking)
+        return _with_tensors(self, lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same pack in page-locked memory, which a GPU copies from while it computes."""
+        return _with_tensors(self, lambda part: part.pin_memory())
 
 
 class ModelOutput(NamedTuple):
@@ -169,13 +177,13 @@ class ModelOutput(NamedTuple):
     """float32 [F]: log of the expected number of missing frames to the right of each frame."""
 
 
-def _move(item: _Movable, device: torch.device | str, non_blocking: bool) -> _Movable:
-    moved: dict[str, Any] = {}
+def _with_tensors(item: _Movable, change: Callable[[Any], Any]) -> _Movable:
+    changed: dict[str, Any] = {}
     for known in fields(item):
         value = getattr(item, known.name)
         if isinstance(value, Tensor | PackLayout):
-            moved[known.name] = value.to(device, non_blocking=non_blocking)
-    return replace(item, **moved)
+            changed[known.name] = change(value)
+    return replace(item, **changed)
 
 
 def latent_tokens(frames: Tensor) -> Tensor:

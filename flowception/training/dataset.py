@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from flowception.config import TrainConfig
+from flowception.data.opening import DataReader
+from flowception.data.opening import open_data as open_reader
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
-from flowception.data.reader import ClipReader, ShardReader
+from flowception.data.reader import ClipReader
 from flowception.training import run_directory
 
 VALIDATION_SEED = 0
@@ -23,7 +25,7 @@ _RATE_SAMPLE_CLIPS = 4096
 class TrainingData:
     """What a run reads."""
 
-    reader: ShardReader
+    reader: DataReader
     plan: Plan
     """Of the training part, nothing quarantined."""
     heldout_rows: NDArray[np.int64]
@@ -44,7 +46,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         FlowceptionError: If the set is missing, empty, does not fit the configuration, or is of another codec than
             the run in ``run_dir`` was begun with.
     """
-    reader = ShardReader(config.data.path)
+    reader = open_reader(config.data)
     run_directory.check_codec(config.run_dir, reader.meta)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=reader.latent_channels)
@@ -53,7 +55,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     return TrainingData(reader, training_plan(config, reader), heldout_rows)
 
 
-def training_plan(config: TrainConfig, reader: ShardReader) -> Plan:
+def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
     """The plan of a set's training part.
 
     Raises:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from flowception.checkpoint.format import list_steps
 from flowception.config import TrainConfig
+from flowception.data.opening import open_data
 from flowception.data.pack import check_widths
-from flowception.data.plan import Plan, check_world_size
-from flowception.data.reader import ShardReader
+from flowception.data.plan import Plan
+from flowception.data.steps import check_world_size
 from flowception.errors import CheckpointError, Problems, require
 from flowception.nn.backbone import count_parameters
 from flowception.training import run_directory
@@ -32,7 +33,7 @@ def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
     """
     reader = None
     with problems.collected():
-        reader = ShardReader(config.data.path)
+        reader = open_data(config.data)
     if reader is None:
         return None
     with problems.collected():

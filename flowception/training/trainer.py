@@ -13,7 +13,7 @@ import torch
 from flowception.checkpoint import writing
 from flowception.config import TrainConfig, dump
 from flowception.data.loader import PackLoader, StepBatch
-from flowception.data.plan import check_world_size
+from flowception.data.steps import check_world_size
 from flowception.errors import CheckpointError, DataError
 from flowception.flow.delays import build_delay_law
 from flowception.flow.extended_time import expected_attention_ratio
@@ -261,7 +261,8 @@ class Trainer:
             what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"
         else:
             return
-        raise of_all_ranks(DataError(f"{what}; check the storage of {self.config.data.path}. The last: {found[-1][1]}"))
+        stores = " and ".join(share.path for share in self.config.data.sets)
+        raise of_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         """Held-out loss of the EMA weights."""

@@ -122,3 +122,12 @@ def test_many_packs_a_step_need_few_file_descriptors(make_set, make_config, make
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(batch.packs) == 40
     assert len(tensors(batch)) > 256
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packs_are_in_page_locked_memory_where_there_is_a_gpu(world, num_workers):
+    plan, reader = world
+    for name, tensor in tensors(next(iter(PackLoader(plan, reader, num_workers=num_workers)))).items():
+        assert tensor.is_pinned(), name

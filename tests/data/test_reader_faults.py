@@ -94,7 +94,7 @@ def test_an_index_that_was_changed_is_refused(make_set):
     index = ClipIndex.load(folder)
     clips = np.array(index.clips)
     clips["frames"][4] += 1
-    ClipIndex(clips, np.array(index.frame_crc), np.array(index.keys)).save(folder)
+    ClipIndex(clips, np.array(index.frame_checksum), np.array(index.keys)).save(folder)
     with pytest.raises(DataError, match="not the one meta.json was written with"):
         ShardReader(folder)
 
@@ -108,7 +108,7 @@ def test_offsets_outside_the_shard_are_refused_even_with_a_matching_hash(make_se
     index = ClipIndex.load(folder)
     clips = np.array(index.clips)
     clips[field][4] = value
-    hostile = ClipIndex(clips, np.array(index.frame_crc), np.array(index.keys))
+    hostile = ClipIndex(clips, np.array(index.frame_checksum), np.array(index.keys))
     hostile.save(folder)
     meta = ShardMeta.load(folder)
     meta.index_sha256 = hostile.fingerprint()
@@ -146,6 +146,6 @@ def test_frame_numbers_are_checked(make_set, frames):
 def test_another_schema_is_refused(make_set):
     folder, _ = make_set()
     path = folder / "meta.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 9'))
     with pytest.raises(DataError, match="schema_version 9"):
         ShardReader(folder)

@@ -231,7 +231,7 @@ def test_an_epoch_whose_last_step_is_unreadable_goes_on(runs):
     folder, results = runs
     assert results["bad_last_step"] is True
     lines = metrics(folder / "bad_last_step")
-    assert [line["epoch"] for line in lines][-1] == 1
+    assert [line["epoch"] for line in lines][-1] >= 1
     assert sum(line["bad_clips"] for line in lines) > 0
 
 

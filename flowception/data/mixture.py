@@ -1,0 +1,122 @@
+"""Several sets as one, each with a weight: how many times an epoch shows each of its clips on average.
+
+A clip of a set of weight 2.3 comes twice an epoch, and with probability 0.3 a third time; one of weight 0.5 comes in
+half of the epochs. Which, is drawn like everything else from the seed, the epoch and the clip, so it is the plan's and
+the same on every rank. Each time of the same epoch is another place and so another global time; delays and noise are
+the clip's in that epoch.
+
+Shape legend: ``M`` clips of all sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from flowception.data.index import ClipIndex
+from flowception.data.reader import ClipReader
+from flowception.data.schema import ShardMeta
+from flowception.errors import ConfigError, DataError
+
+
+class SetReader(ClipReader, Protocol):
+    """A reader that knows what its set is."""
+
+    index: ClipIndex
+    meta: ShardMeta
+
+
+class MixtureReader:
+    """Reads clips of several sets by their rows in one index."""
+
+    def __init__(self, readers: Sequence[SetReader], names: Sequence[str], weights: Sequence[float]) -> None:
+        """Join sets.
+
+        Args:
+            readers: One for each set.
+            names: What to call them in errors.
+            weights: Expected times that an epoch shows each clip of a set.
+
+        Raises:
+            ConfigError: If a weight is not a positive number.
+            DataError: If the sets are of different codecs or text encoders, or two of them share a key.
+        """
+        for name, weight in zip(names, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"the weight of {name} is {weight}; give a positive number, or leave the set out")
+        self.meta = readers[0].meta
+        for reader, name in zip(readers, names, strict=True):
+            for field in ("codec", "codec_fingerprint", "latent_channels", "text_width", "null_text"):
+                ours, theirs = getattr(self.meta, field), getattr(reader.meta, field)
+                if ours != theirs:
+                    raise DataError(
+                        f"{name} has {field} {theirs!r} and {names[0]} has {ours!r}; sets of a mixture must be encoded "
+                        "alike"
+                    )
+            if reader.meta.class_names != self.meta.class_names:
+                raise DataError(f"{name} names its classes otherwise than {names[0]}: a label would mean two things")
+        self._readers = list(readers)
+        self._starts = np.cumsum([0, *(len(reader.index) for reader in readers)])
+        self.index = _join([reader.index for reader in readers])
+        self.index.weights = np.repeat(np.asarray(weights, np.float64), [len(reader.index) for reader in readers])
+        self._check_keys(names)
+
+    def _check_keys(self, names: Sequence[str]) -> None:
+        order = np.argsort(self.index.clips["clip_id"], kind="stable")
+        ids = self.index.clips["clip_id"][order]
+        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        if len(twice):
+            first, second = int(order[twice[0]]), int(order[twice[0] + 1])
+            sets = [names[int(np.searchsorted(self._starts, row, side="right")) - 1] for row in (first, second)]
+            raise DataError(
+                f"clip {self.index.key(first)} is in {sets[0]} and in {sets[1]}; keys must differ within a mixture"
+            )
+
+    @property
+    def text_width(self) -> int | None:
+        """D of text embeddings; None if the sets have no text."""
+        return self.meta.text_width
+
+    @property
+    def null_text(self) -> Tensor | None:
+        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the sets have no text."""
+        return self._readers[0].null_text
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.meta.latent_channels
+
+    def _find(self, row: int) -> tuple[SetReader, int]:
+        if not 0 <= row < len(self.index):
+            raise DataError(f"row {row} is not in the mixture, which has {len(self.index)} clips")
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._readers[which], row - int(self._starts[which])
+
+    def read(self, row: int, frames: ArrayLike) -> Tensor:
+        """Some latent frames of a clip; see ``ShardReader.read``."""
+        reader, own = self._find(row)
+        return reader.read(own, frames)
+
+    def read_text(self, row: int) -> Tensor | None:
+        """The text embedding of a clip; see ``ShardReader.read_text``."""
+        reader, own = self._find(row)
+        return reader.read_text(own)
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Make ready for reading some clips soon."""
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(which).tolist():
+            self._readers[number].prefetch(rows[which == number] - self._starts[number])
+
+
+def _join(parts: Sequence[ClipIndex]) -> ClipIndex:
+    """One index; each set's shards get numbers of their own."""
+    joined = ClipIndex.concatenate(parts)
+    shards = np.cumsum([0, *(int(part.clips["shard"].max(initial=0)) + 1 for part in parts)])
+    joined.clips["shard"] += np.repeat(shards[:-1], [len(part) for part in parts]).astype(np.uint32)
+    return joined

@@ -1,0 +1,264 @@
+"""Sets behind a URL: whole shards are fetched into a local cache that the processes of a node share.
+
+Any URL that fsspec knows (``http://``, ``s3://``, ``gs://`` ...; extra ``remote``). The description and the index are
+fetched when the set is opened and verified as always; shards follow when a clip of them is wanted, or a little earlier
+because the loader says which come next. A shard is fetched by one process while the others wait for it (``flock``),
+under another name until it is whole. When the cache is full, shards that no process has open are deleted, those used
+longest ago first.
+
+A fetch that stalls, breaks off or ends early is tried again with growing pauses. If it fails for good, the clips of
+the shard are bad clips like any others; the shard is not asked for again for a while, so that they fail at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowception.data.index import INDEX_NAMES
+from flowception.data.reader import ShardReader
+from flowception.data.schema import META_NAME, ShardMeta
+from flowception.data.shards import shard_name
+from flowception.errors import ConfigError, DataError, FlowceptionError, require
+from flowception.files import FileLock
+
+FIRST_PAUSE_S = 1.0
+"""Before the second attempt; it doubles with each."""
+_FAILED_FOR_S = 60.0
+_MAX_OPEN = 4
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """How remote shards are fetched and kept."""
+
+    cache_dir: str = "~/.cache/flowception"
+    """Folder for remote shards, on a disk of the node; all sets and ranks may share it."""
+    cache_gb: float = 100.0
+    """Size it may reach, in 10^9 bytes."""
+    timeout_s: float = 30.0
+    """A remote that sends nothing for so long has stalled."""
+    attempts: int = 5
+    """How often a fetch is tried, with pauses of 1, 2, 4 ... s."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        for name, least in (("cache_gb", 0), ("timeout_s", 0), ("attempts", 0)):
+            if not getattr(self, name) > least:
+                raise ConfigError(f"data.cache.{name} is {getattr(self, name)}; give a number above {least}")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL."""
+    return "://" in path
+
+
+class ShardCache:
+    """The cached files of one remote folder."""
+
+    def __init__(self, url: str, config: CacheConfig) -> None:
+        """Make the cache's folder.
+
+        Args:
+            url: The remote folder.
+            config: Where and how much.
+        """
+        self.url, self.config = url.rstrip("/"), config
+        self._root = Path(config.cache_dir).expanduser()
+        self.folder = self._root / sha256(self.url.encode()).hexdigest()[:16]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache.cache_dir={config.cache_dir} cannot be made ({error}); set another"
+            ) from error
+        self._filesystem: tuple[int, Any] | None = None
+        self._failed: dict[str, tuple[float, str]] = {}
+
+    def open_file(self, name: str, size: int) -> int:
+        """A descriptor of a cached file, fetched if it is not there; until it is closed the file stays.
+
+        Args:
+            name: The file in the remote folder.
+            size: Its bytes.
+
+        Raises:
+            DataError: If it cannot be fetched.
+            ConfigError: If the cache is too small for the files that are open at one time.
+        """
+        path = self.folder / name
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self.fetch(name, size)
+                continue
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink and os.fstat(descriptor).st_size == size:
+                os.utime(path)
+                return descriptor
+            os.close(descriptor)  # deleted between opening and locking, or of another version of the set
+            if path.exists() and path.stat().st_size != size:
+                path.unlink(missing_ok=True)
+
+    def fetch(self, name: str, size: int | None) -> Path:
+        """Make sure that a file is in the cache; with no known size it is fetched anew."""
+        path = self.folder / name
+        with FileLock(self.folder / f".{name}.lock", DataError, wait=True):
+            if size is not None and path.exists() and path.stat().st_size == size:
+                return path
+            self._raise_if_failed(name)
+            if size is not None:
+                self._make_room(size)
+            partial = self.folder / f".{name}.partial"
+            self._fetch_patiently(name, partial, size)
+            partial.replace(path)
+        return path
+
+    def _raise_if_failed(self, name: str) -> None:
+        when, reason = self._failed.get(name, (-_FAILED_FOR_S, ""))
+        if time.monotonic() - when < _FAILED_FOR_S:
+            raise DataError(reason)
+
+    def _fetch_patiently(self, name: str, partial: Path, size: int | None) -> None:
+        pause_s, reason = FIRST_PAUSE_S, ""
+        for attempt in range(self.config.attempts):
+            if attempt:
+                time.sleep(pause_s)
+                pause_s *= 2
+            try:
+                self._remote().get_file(f"{self._remote_root}/{name}", str(partial))
+                found = partial.stat().st_size
+                if size is None or found == size:
+                    return
+                reason = f"{found} bytes came, it has {size}"
+            except FileNotFoundError:
+                reason = "it is not there"
+                break
+            except Exception as error:  # every remote filesystem has errors of its own
+                if isinstance(error, FlowceptionError):
+                    raise
+                reason = str(error) or type(error).__name__
+        partial.unlink(missing_ok=True)
+        text = f"{self.url}/{name} could not be fetched in {attempt + 1} attempts ({reason}); check the remote"
+        self._failed[name] = (time.monotonic(), text)
+        raise DataError(text)
+
+    def _remote(self) -> Any:
+        """The remote filesystem, one for each process: they do not survive a fork."""
+        if self._filesystem is None or self._filesystem[0] != os.getpid():
+            fsspec = require("fsspec", extra="remote")
+            options: dict[str, Any] = {"skip_instance_cache": True}
+            if self.url.startswith("http"):
+                aiohttp = require("aiohttp", extra="remote")
+                limit_s = self.config.timeout_s
+                options["client_kwargs"] = {
+                    "timeout": aiohttp.ClientTimeout(total=None, sock_connect=limit_s, sock_read=limit_s)
+                }
+            try:
+                remote, self._remote_root = fsspec.core.url_to_fs(self.url, **options)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(f"data.path={self.url} cannot be opened ({error}); install the package") from error
+            self._filesystem = (os.getpid(), remote)
+        return self._filesystem[1]
+
+    def _make_room(self, size: int) -> None:
+        """Delete shards that no process has open, those used longest ago first, until ``size`` more bytes fit."""
+        limit = int(self.config.cache_gb * 1e9)
+        with FileLock(self._root / ".evict.lock", DataError, wait=True):
+            files = [path for path in self._root.glob("*/*.tar")]
+            known = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in files)
+            total = sum(entry[1] for entry in known)
+            for _, held, path in known:
+                if total + size <= limit:
+                    return
+                if _delete_unless_open(path):
+                    total -= held
+        if total + size > limit:
+            raise ConfigError(
+                f"the cache in {self._root} is full of shards in use: {total} of {limit} bytes, {size} more wanted; "
+                "raise data.cache.cache_gb"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_filesystem": None, "_failed": {}}
+
+
+def _delete_unless_open(path: Path) -> bool:
+    with _descriptor(path) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+
+@contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class RemoteReader(ShardReader):
+    """A ``ShardReader`` of a set behind a URL."""
+
+    max_open_shards = _MAX_OPEN
+
+    def __init__(
+        self, url: str, config: CacheConfig, *, codec: str | None = None, codec_fingerprint: str | None = None
+    ) -> None:
+        """Fetch the description and the index, and open the set.
+
+        Args:
+            url: The set's remote folder.
+            config: Where shards are kept.
+            codec: See ``ShardReader``.
+            codec_fingerprint: See ``ShardReader``.
+        """
+        self.cache = ShardCache(url, config)
+        for name in (META_NAME, *INDEX_NAMES):
+            self.cache.fetch(name, None)
+        self._wanted: SimpleQueue[int] | None = None
+        super().__init__(self.cache.folder, codec=codec, codec_fingerprint=codec_fingerprint)
+
+    def check_files(self, meta: ShardMeta) -> None:
+        """Nothing: shards are fetched, and their sizes checked, when they are wanted."""
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor of a shard in the cache."""
+        return self.cache.open_file(shard_name(shard), self._sizes[shard])
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Fetch the shards of some clips in the background, as they are wanted soon."""
+        if self._wanted is None:
+            self._wanted = SimpleQueue()
+            threading.Thread(target=self._prefetch_all, args=(self._wanted,), name="prefetch", daemon=True).start()
+        for shard in np.unique(self.index.clips["shard"][rows]).tolist():
+            self._wanted.put(shard)
+
+    def _prefetch_all(self, wanted: SimpleQueue[int]) -> None:
+        while True:
+            shard = wanted.get()
+            try:
+                self.cache.fetch(shard_name(shard), self._sizes[shard])
+            except FlowceptionError:
+                continue  # who needs the shard meets the error again, and names the clip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_wanted": None}

@@ -1,0 +1,202 @@
+"""Remote shards from a real HTTP server on the loopback interface, with its faults."""
+
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from flowception.data import remote as remote_module
+from flowception.data.loader import DataConfig, PackLoader
+from flowception.data.opening import open_data, open_set
+from flowception.data.plan import Plan
+from flowception.data.reader import ShardReader
+from flowception.data.remote import CacheConfig, RemoteReader, ShardCache
+from flowception.errors import ConfigError, DataError
+from tests.data.conftest import NULL_TEXT_TOKENS
+from tests.data.faulty_http_server import serve
+
+
+@pytest.fixture
+def served(make_set, tmp_path, monkeypatch):
+    """A server of a set of 6 shards, the set's clips, and a function that opens it."""
+    folder, records = make_set(count=60, text=True)
+    monkeypatch.setattr(remote_module, "FIRST_PAUSE_S", 0.01)
+
+    def open_remote(**keys) -> RemoteReader:
+        config = CacheConfig(**{"cache_dir": str(tmp_path / "cache"), "timeout_s": 0.5, "attempts": 3} | keys)
+        return open_set(server.url, config)
+
+    with serve(folder) as server:
+        yield server, records, open_remote
+
+
+def read_all(reader):
+    return [
+        (reader.read(row, np.arange(reader.index.clips["frames"][row])), reader.read_text(row)) for row in range(60)
+    ]
+
+
+def test_a_remote_set_reads_like_a_local_one_and_each_shard_is_fetched_once(served, make_config, make_spec):
+    server, records, open_remote = served
+    reader = open_remote()
+    for (latents, _), record in zip(read_all(reader), records):
+        assert torch.equal(latents, record.latents)
+    local = ShardReader(server.folder)
+    plan = Plan(
+        reader.index,
+        None,
+        make_config(packs_per_step=3, token_budget=100),
+        make_spec(text_dim=6),
+        1,
+        null_text_tokens=NULL_TEXT_TOKENS,
+    )
+    for workers in (0, 2):
+        for ours, theirs in zip(
+            PackLoader(plan, open_remote(), num_workers=workers), PackLoader(plan, local), strict=True
+        ):
+            for first, second in zip(ours.packs, theirs.packs, strict=True):
+                assert not first.bad_clips
+                assert torch.equal(first.noisy, second.noisy)
+    assert {name: times for name, times in server.asked.items() if name.endswith("tar")} == {
+        f"shard-{number:06d}.tar": 1 for number in range(6)
+    }
+
+
+@pytest.mark.parametrize("fault", ["stall", "reset", "cut", "short", "error"])
+def test_a_fetch_that_fails_is_tried_again(served, fault):
+    server, records, open_remote = served
+    server.faults["shard-000001.tar"] = [fault, fault]
+    assert torch.equal(open_remote().read(10, [0]), records[10].latents[:1])
+    assert server.asked["shard-000001.tar"] == 3
+
+
+@pytest.mark.parametrize("fault", ["stall", "reset", "cut", "short", "error"])
+def test_a_fetch_that_fails_for_good_is_named_and_not_tried_at_every_clip(served, fault):
+    server, records, open_remote = served
+    server.faults["shard-000001.tar"] = [fault] * 100
+    reader = open_remote()
+    for row in (10, 11, 12):
+        with pytest.raises(DataError, match=r"127.0.0.1.*shard-000001.tar could not be fetched in 3 attempts"):
+            reader.read(row, [0])
+    assert server.asked["shard-000001.tar"] == 3
+    assert torch.equal(reader.read(9, [0]), records[9].latents[:1])
+    assert not list(reader.folder.glob("*shard-000001.tar*partial"))
+
+
+def test_clips_of_an_unreachable_shard_are_quarantined_the_same_way_after_a_resume(served, make_config, make_spec):
+    server, _, open_remote = served
+    server.faults["shard-000002.tar"] = ["reset"] * 1000
+    reader = open_remote()
+    plan = Plan(
+        reader.index,
+        None,
+        make_config(packs_per_step=3, token_budget=100),
+        make_spec(text_dim=6),
+        1,
+        null_text_tokens=NULL_TEXT_TOKENS,
+    )
+    batches = list(PackLoader(plan, reader))
+    bad = {clip.key for batch in batches for clip in batch.quarantined}
+    assert bad == {f"clip_{number:03d}" for number in range(20, 30)}
+    resumed = list(PackLoader(plan, open_remote(), cursor=batches[1].next_cursor))
+    for first, second in zip(batches[2:], resumed, strict=True):
+        assert [b.key for b in first.quarantined] == [b.key for b in second.quarantined]
+        assert all(torch.equal(p.noisy, q.noisy) for p, q in zip(first.packs, second.packs))
+
+
+def test_a_missing_remote_shard_is_named_at_once(served):
+    server, _, open_remote = served
+    reader = open_remote()
+    (server.folder / "shard-000003.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000003.tar could not be fetched in 1 attempts \(it is not there\)"):
+        reader.read(30, [0])
+
+
+def test_a_flipped_byte_on_the_way_is_found(served):
+    server, records, open_remote = served
+    path = server.folder / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    at = int(ShardReader(server.folder).index.clips["latents_offset"][3])
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"clip {records[3].key} in .*latent frame 0 does not match"):
+        open_remote().read(3, [0])
+
+
+def test_the_cache_stays_within_its_size_and_keeps_what_is_open(served):
+    server, records, open_remote = served
+    largest = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    reader = open_remote(cache_gb=3.2 * largest / 1e9)
+    reader.max_open_shards = 2
+    for row in (0, 10, 20, 30, 40, 50, 0):
+        assert torch.equal(reader.read(row, [0]), records[row].latents[:1])
+        held = sum(path.stat().st_size for path in reader.folder.glob("*.tar"))
+        assert held <= 3.2 * largest
+    assert server.asked["shard-000000.tar"] == 2  # used longest ago, so deleted, and fetched again
+    small = open_remote(cache_gb=3.2 * largest / 1e9)
+    small.max_open_shards = 10
+    with pytest.raises(ConfigError, match="full of shards in use.*raise data.cache.cache_gb"):
+        read_all(small)
+
+
+def test_a_shard_deleted_while_it_is_open_still_reads(served):
+    _, records, open_remote = served
+    reader = open_remote()
+    reader.read(0, [0])
+    (reader.folder / "shard-000000.tar").unlink()
+    assert torch.equal(reader.read(1, [0]), records[1].latents[:1])
+
+
+def _fetch(url, config, name, size):
+    ShardCache(url, config).fetch(name, size)
+
+
+def test_processes_of_a_node_fetch_a_shard_once(served, tmp_path):
+    server, _, open_remote = served
+    reader = open_remote()
+    size = reader.meta.shards[4].size_bytes
+    spawn = multiprocessing.get_context("spawn")
+    arguments = (server.url, reader.cache.config, "shard-000004.tar", size)
+    processes = [spawn.Process(target=_fetch, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert server.asked["shard-000004.tar"] == 1
+
+
+def test_shards_are_fetched_before_they_are_wanted(served):
+    server, _, open_remote = served
+    reader = open_remote()
+    reader.prefetch(np.array([20, 55]))
+    deadline = time.monotonic() + 60
+    wanted = [reader.folder / f"shard-00000{number}.tar" for number in (2, 5)]
+    while not all(path.exists() for path in wanted):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert set(server.asked) >= {"shard-000002.tar", "shard-000005.tar"}
+    assert server.asked["shard-000000.tar"] == 0
+
+
+def test_a_changed_remote_index_is_refused(served):
+    server, _, open_remote = served
+    path = server.folder / "index-clips.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not the one meta.json was written with"):
+        open_remote()
+
+
+def test_what_cannot_be_opened_is_named(served, tmp_path):
+    server, _, open_remote = served
+    (server.folder / "meta.json").unlink()
+    with pytest.raises(DataError, match=r"set/meta.json could not be fetched in 1 attempts"):
+        open_remote()
+    with pytest.raises(ConfigError, match="cache_gb is 0"):
+        CacheConfig(cache_gb=0)
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        open_data(DataConfig(path="nosuch://set", cache=CacheConfig(cache_dir=str(tmp_path / "d"))))
