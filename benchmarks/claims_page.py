@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims_arms import EQUAL_FLOW_FRAMES, FLOWCEPTION, WINDOWS, result_name
-from benchmarks.claims_verdicts import DOES_NOT_HOLD, DRIFT, FRECHET, HOLDS, TRAJECTORY, Results
+from benchmarks.claims_verdicts import DOES_NOT_HOLD, DRIFT, FRECHET, HOLDS, TRAJECTORY, Results, judge
 
 LENGTH = "length_total_variation"
 SHOWN = {
@@ -85,8 +85,31 @@ def page(report: Mapping[str, Any], results: Results, pictures: Mapping[str, str
         if letter not in pictures:
             continue
         parts += [f"## ({letter}) {TITLES[letter]}", f"![{TITLES[letter]}]({pictures[letter]})", table(results, names)]
+        if letter == "b":
+            parts.append(_drifting(results, names))
         parts += [_claim(claim) for claim in report["claims"] if claim["letter"] == letter]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, _LIMITS]) + "\n"
+
+
+_LIMITS = """## What this cannot show
+
+* A frame of this world all but follows from the two before it. That is the case which left-to-right order and
+  autoregression are made for, and there is no long context to compress, which the paper gives as the reason for
+  Flowception's gain.
+* Clips have 6 to 10 frames: there is little room for errors to pile up, and a window of 4 frames is nearly all.
+* Flowception alone also learns how many frames are missing, with the same network and FLOPs.
+* The comparisons of a claim share seeds and arms, so they are not independent, and a claim of many comparisons fails
+  more easily than one of few."""
+
+
+def _drifting(results: Results, names: Sequence[str]) -> str:
+    """Which arms drift at all: drift is a signed slope, below 0 where errors fall along the clip."""
+    found = [name for name in names if judge(name, values_of(results, name, DRIFT)).verdict == HOLDS]
+    listed = ", ".join(name.replace("_", " ") for name in found) or "none"
+    return (
+        f"Arms that drift at all, with the whole 90 % interval of their slope above 0: {listed}. A slope below 0 is an "
+        "error that falls along the clip."
+    )
 
 
 def _opening(report: Mapping[str, Any], results: Results) -> str:

@@ -207,6 +207,16 @@ def test_what_a_claim_compares_is_an_arm_and_is_shown():
     assert result_name("autoregressive_causal", EQUAL_FLOW_FRAMES) in names
 
 
+def test_the_page_says_which_arms_drift_at_all():
+    results = made_up(None)
+    names = claims_page.SHOWN["b"]
+    for name in names[1:]:
+        for seed in range(3):
+            results[name][seed]["drift_px_per_frame"] = -0.1 - 0.01 * seed
+    assert f"above 0: {FLOWCEPTION}." in claims_page._drifting(results, names)
+    assert "above 0: none." in claims_page._drifting(results, names[1:])
+
+
 def test_a_folder_of_another_budget_is_refused(tmp_path):
     claims.study_of(tmp_path, "quick")
     claims.study_of(tmp_path, "quick")
