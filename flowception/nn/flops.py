@@ -145,7 +145,7 @@ def clip_flops(
     """Forward FLOPs of clips in a pack without padding.
 
     Where keys and values of some tokens are kept from an earlier evaluation, only the others, the live ones, run
-    through linear layers and as queries.
+    through linear layers and as queries (exact for the full pattern, the only one they are kept under).
 
     Args:
         spec: Sizes of the network.
@@ -163,8 +163,8 @@ def clip_flops(
         frames if live_frames is None else live_frames, text_tokens if live_text_tokens is None else live_text_tokens
     )
     queries, keys = clip_tokens(f, height, width, text), clip_tokens(frames, height, width, text_tokens)
-    total = 4.0 * spec.num_layers * spec.hidden_size * queries * keys
-    total = total + _linear_per_token(spec) * queries
+    attended = attention_flops(spec, frames, height, width, text_tokens) * (queries / np.maximum(keys, 1.0))
+    total = attended + _linear_per_token(spec) * queries
     total = total + _linear_per_frame(spec) * f
     if spec.text_dim is not None:
         d = spec.hidden_size

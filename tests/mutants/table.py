@@ -302,6 +302,15 @@ MUTANTS = (
         ("generation/predictor.py", "torch.full_like(labels, NO_CLASS)", "labels"),
     ),
     mutant(
+        "FLOPs of every attention pattern counted as full",
+        "nn/test_flops.py",
+        (
+            "nn/flops.py",
+            "attended = attention_flops(spec, frames, height, width, text_tokens)",
+            "attended = 4.0 * spec.num_layers * spec.hidden_size * keys**2",
+        ),
+    ),
+    mutant(
         "the rate head's logarithm taken for the rate",
         "generation/test_predictor.py",
         (

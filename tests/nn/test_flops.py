@@ -70,7 +70,10 @@ def test_attention_counts_the_pairs_of_a_dense_mask(pattern):
                 seen = name == "full" or k < 0 or (q >= 0 and (k <= q if name == "causal" else abs(q - k) <= window))
                 pairs += seen
         assert attention_pairs(spec, frames, height, width, text) == pairs
-        assert attention_flops(spec, frames, height, width, text) == 4 * pairs * spec.hidden_size * spec.num_layers
+        attended = 4 * pairs * spec.hidden_size * spec.num_layers
+        assert attention_flops(spec, frames, height, width, text) == attended
+        full = clip_flops(SPEC, frames, height, width, text) - attention_flops(SPEC, frames, height, width, text)
+        assert clip_flops(spec, frames, height, width, text) == pytest.approx(full + attended, rel=1e-12)
 
 
 def test_a_whole_index_is_counted_in_one_call():
