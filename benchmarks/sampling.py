@@ -82,7 +82,7 @@ class Setting:
 
 
 def settings_of_a_run(refresh_steps: Sequence[int], steps: int, reference_steps: int) -> list[Setting]:
-    """Plain, cached with every refresh period, once more (r = steps: at the clock's end only), and the reference."""
+    """Plain, cached with every refresh period, once more (r = steps: hardly ever), and the reference."""
     cached = [Setting("cached", steps, r) for r in [*refresh_steps, steps]]
     return [Setting("plain", steps), *cached, Setting("plain", reference_steps)]
 

@@ -6,8 +6,8 @@ text's and the context's too: only the live frames, those not finished, run thro
 and they attend to kept and fresh keys and values together.
 
 It is an approximation, since attention is bidirectional and a finished frame's keys would still change with the live
-ones. So every ``refresh_steps`` steps, the first at the clock's end, all frames are computed anew; 1 is the plain
-sampler. A frame that finishes between two refreshes keeps the keys and values of its last step. The error and the
+ones. So every ``refresh_steps`` steps, counted from the last step of the clock, all frames are computed anew; 1 is the
+plain sampler. A frame that finishes between two refreshes keeps the keys and values of its last step. The error and the
 saving are measured in ``benchmarks/sampling.py``.
 
 Shape legend: ``T`` tokens of the whole pack, ``Q`` live tokens, ``F`` frames, ``B`` clips, ``H`` heads, ``d`` width of
@@ -81,6 +81,15 @@ class KeyValueCache:
         """Drop all tokens but those of the mask, bool ``[T]``."""
         self.keys = [key[tokens] for key in self.keys]
         self.values = [value[tokens] for value in self.values]
+
+    def make_room(self, known: Tensor) -> None:
+        """Lay the kept tokens where the mask is set, bool ``[T]`` of more tokens; the others must be live next."""
+        places = torch.nonzero(known).flatten()
+
+        def spread(kept: Tensor) -> Tensor:
+            return kept.new_zeros(len(known), *kept.shape[1:]).index_copy_(0, places, kept)
+
+        self.keys, self.values = [spread(key) for key in self.keys], [spread(value) for value in self.values]
 
 
 def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[PackInput, Tensor]:
@@ -166,15 +175,15 @@ class FrozenFramePredictor(NetworkPredictor):
 
     def refreshes(self, state: SamplerState) -> bool:
         """Whether this evaluation computes every frame."""
-        steps_after_end = state.step - state.last_birth_step
-        return steps_after_end < 0 or steps_after_end % self.refresh_steps == 0
+        steps_after_last = state.step - (state.last_birth_step - 1)
+        return steps_after_last < 0 or steps_after_last % self.refresh_steps == 0
 
     def live_frames(self, state: SamplerState) -> Tensor:
         """Frames that are computed in this evaluation, bool [F]."""
         return super().live_frames(state) if self.refreshes(state) else state.moving
 
     def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
-        if state.step < state.last_birth_step:
+        if state.step < state.last_birth_step - 1:
             return super()._evaluate(pack, state)
         refresh = self.refreshes(state)
         cache = self._begin_step(pack.layout, state, refresh)
@@ -193,10 +202,16 @@ class FrozenFramePredictor(NetworkPredictor):
         elif self._cache is None or self._layout is None or self._step != state.step - 1:
             raise ValueError(
                 f"step {state.step} needs the keys and values of step {state.step - 1}, the last was {self._step}; "
-                f"evaluate every step from the clock's end ({state.last_birth_step}) on"
+                f"evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
             )
-        elif not torch.equal(clips, self._clips):
-            stays = clips[self._clips].repeat(2 if self.guided else 1)
-            self._cache.keep(stays[self._layout.token_clip].to(self.device))
+        else:
+            halves = 2 if self.guided else 1
+            if not torch.equal(clips, self._clips):
+                stays = clips[self._clips].repeat(halves)
+                self._cache.keep(stays[self._layout.token_clip].to(self.device))
+            if state.step == state.last_birth_step:  # frames may just have been born, the last ones
+                old = (state.born_step < state.step)[clips[state.frame_clip]].repeat(halves)
+                is_text = layout.token_kind == TokenKind.TEXT
+                self._cache.make_room((is_text | old[layout.token_frame]).to(self.device))
         self._step, self._clips, self._layout = state.step, clips, layout
         return self._cache

@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowception.errors import ConfigError
 from flowception.flow import Context, SamplerConfig, sample, sample_states
 from flowception.generation.frozen import FrozenFramePredictor, narrow_pack
-from flowception.generation.predictor import NetworkPredictor
+from flowception.generation.predictor import NetworkPredictor, velocity_frames
 from flowception.nn import ClipShape, PackInput, build_layout
 
 FRAME_SHAPE = (12, 3, 2)
 N = 6
 NEVER = 1000
-"""A refresh period that no clip reaches: all frames are computed at the clock's end and then never again."""
+"""A refresh period that no clip reaches: all frames are computed in the clock's last step and then never again."""
 
 
 def arguments(predict, labels, seed=10):
@@ -66,21 +66,24 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(model, refresh_steps):
         assert float(batch.clip_flops[clip]) == pytest.approx(float(alone.clip_flops[0]), rel=1e-12)
 
 
-def test_one_layer_with_frames_that_do_not_change_is_exact(make_model):
-    """With one block a finished frame's keys depend on nothing but itself, so only their last step's time matters.
-
-    Context frames have been shown clock 1 since the refresh and start frames time 1, so a clip whose inserted frames
-    all finish together is computed exactly.
-    """
+def test_with_one_layer_finished_frames_are_as_they_were_in_their_last_step(make_model):
+    """With one block a finished frame's keys depend on nothing but itself, so what is kept can be said exactly."""
     model, labels = make_model(num_layers=1), [0]
-    states = [s for s in sample_states(**arguments(NetworkPredictor(model, labels), labels)) if s.step >= N]
-    moving = states[0].moving
-    first = next(k for k, state in enumerate(states) if not torch.equal(state.moving, moving))
-    assert first > 0
-    frozen, plain = FrozenFramePredictor(model, labels, refresh_steps=NEVER), NetworkPredictor(model, labels)
-    for state in states[: max(first, 1)]:
-        velocity, exact = frozen(state)[0], plain(state)[0]
-        torch.testing.assert_close(velocity[state.moving], exact[state.moving], atol=1e-5, rtol=0)
+    plain, frozen = NetworkPredictor(model, labels), FrozenFramePredictor(model, labels, refresh_steps=NEVER)
+    states = list(sample_states(**arguments(plain, labels)))
+    before, now = states[N - 1], states[N]
+    assert len(before.roles) == len(now.roles), "a frame born in the clock's last step would change ranks and counts"
+    still = ~now.moving
+    assert still.sum() == 3, "the image and both start frames"
+    frozen(before)
+    velocity = frozen(now)[0]
+    pack, earlier = plain.build_pack(now), plain.build_pack(before)
+    kept = still[pack.layout.token_frame]
+    pack.noisy[kept], pack.time[still] = earlier.noisy[kept], earlier.time[still]
+    exact = velocity_frames(model(pack).velocity, pack.layout, now.frames)
+    torch.testing.assert_close(velocity[now.moving], exact[now.moving], atol=1e-5, rtol=0)
+    fresh = plain(now)[0]
+    assert (velocity - fresh)[now.moving].abs().max() > 1e-4, "the last step moves frames, or this says nothing"
 
 
 def test_the_cache_is_an_approximation_that_refreshing_improves(model):
@@ -124,8 +127,8 @@ def test_finished_frames_are_not_computed(model):
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].layout.frame_rank)))
     last = list(sample_states(**arguments(FrozenFramePredictor(model, labels, refresh_steps=NEVER), labels)))
     handle.remove()
-    # Before the clock's end and at it every frame is computed, then the moving ones.
-    assert seen == [int(s.moving.sum()) if s.step > N else len(s.roles) for s in last[:-1]]
+    # Until the clock's end every frame is computed, then the moving ones.
+    assert seen == [int(s.moving.sum()) if s.step >= N else len(s.roles) for s in last[:-1]]
 
 
 def test_a_narrow_pack_keeps_ranks_and_counts():
@@ -153,7 +156,7 @@ def test_a_narrow_pack_keeps_ranks_and_counts():
 def test_steps_must_follow_one_another(model):
     labels = [0, 1, 2]
     states = list(sample_states(**arguments(NetworkPredictor(model, labels), labels)))
-    with pytest.raises(ValueError, match=f"evaluate every step from the clock's end \\({N}\\)"):
+    with pytest.raises(ValueError, match=f"evaluate every step from the clock's last \\({N - 1}\\)"):
         FrozenFramePredictor(model, labels, refresh_steps=4)(states[N + 1])
     with pytest.raises(ConfigError, match="cache_refresh_steps is 0"):
         FrozenFramePredictor(model, labels, refresh_steps=0)
