@@ -49,11 +49,23 @@ def test_a_lock_dies_with_its_process(tmp_path):
     FileLock(tmp_path / "lock", ConfigError).release()
 
 
+FORK_AND_DIE = """
+import os, pathlib, sys, time
+from flowception.files import FileLock
+lock = FileLock(pathlib.Path(sys.argv[1]), OSError)
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writing, b"up")  # the fork is over, what runs after it in the child has run
+    time.sleep(60)
+os.read(reading, 2)
+print(child, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
 def test_a_lock_dies_with_its_process_though_a_forked_child_lives(tmp_path):
-    script = "import os, sys, time, pathlib; from flowception.files import FileLock; "
-    script += "lock = FileLock(pathlib.Path(sys.argv[1]), OSError); child = os.fork(); "
-    script += "child or time.sleep(60); print(child, flush=True); os.kill(os.getpid(), 9)"
-    command = [sys.executable, "-c", script, str(tmp_path / "lock")]
+    command = [sys.executable, "-c", FORK_AND_DIE, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         child = int(process.stdout.readline())
         try:
