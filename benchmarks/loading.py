@@ -37,6 +37,8 @@ from flowception.data.shards import ShardSetWriter
 
 FRAMES, CHANNELS, GRID = 38, 128, 8
 TEXT_WIDTH, MAX_TEXT = 512, 77
+VISIBLE_SHARE = 0.77
+"""Of a clip's frames, on average, at the default prior."""
 GOALS = {"webdataset": 2.5, "mds": 4.0}
 
 
@@ -70,12 +72,18 @@ def _bf16(content: bytes, shape: list[int]) -> Tensor:
     return torch.frombuffer(content, dtype=torch.bfloat16).view(shape)  # not copied, so not writable
 
 
-def read_ours(folder: Path, share: float) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Every clip once in random order; a share of its frames."""
+def read_ours(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Every clip once in random order."""
     reader, random = ShardReader(folder), np.random.default_rng(1)
     for row in random.permutation(len(reader.index)).tolist():
-        frames = np.arange(int(reader.index.clips["frames"][row]))
-        yield reader.read(row, frames[random.random(len(frames)) < share]), reader.read_text(row)
+        yield reader.read_clip(row, np.arange(reader.index.row(row).frames))
+
+
+def read_visible(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The same with the frames that training reads: a share of them, drawn by chance."""
+    reader, random = ShardReader(folder), np.random.default_rng(1)
+    for row in random.permutation(len(reader.index)).tolist():
+        yield reader.read_clip(row, np.flatnonzero(random.random(reader.index.row(row).frames) < VISIBLE_SHARE))
 
 
 def read_webdataset(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -138,8 +146,8 @@ def main() -> int:
         mds.mkdir()
         write_mds(reader, mds, shard_bytes=2**27)
         ways: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor | None]]]] = {
-            "ours": lambda: read_ours(tars, 2.0),
-            "ours, visible frames": lambda: read_ours(tars, 0.77),
+            "ours": lambda: read_ours(tars),
+            "ours, visible frames": lambda: read_visible(tars),
             "webdataset": lambda: read_webdataset(tars),
             "mds": lambda: read_mds(mds),
         }

@@ -133,13 +133,11 @@ class _Zeros:
         self.text_width, self.latent_channels = XL.text_dim, XL.in_channels
         self.null_text = torch.zeros(NULL_TEXT_TOKENS, XL.text_dim or 0, dtype=torch.bfloat16)
 
-    def read(self, row: int, frames: ArrayLike) -> Tensor:
-        clip = self._index.clips[row]
-        shape = (len(np.asarray(frames)), self.latent_channels, int(clip["height"]), int(clip["width"]))
-        return torch.zeros(shape, dtype=torch.bfloat16)
-
-    def read_text(self, row: int) -> Tensor | None:
-        return torch.zeros(int(self._index.clips["text_tokens"][row]), self.text_width or 0, dtype=torch.bfloat16)
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor]:
+        clip = self._index.row(row)
+        shape = (len(np.asarray(frames)), self.latent_channels, clip.height, clip.width)
+        text = torch.zeros(clip.text_tokens, self.text_width or 0, dtype=torch.bfloat16)
+        return torch.zeros(shape, dtype=torch.bfloat16), text
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         pass

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +39,25 @@ CLIP_DTYPE = np.dtype(
         ("width", "<u2"),
     ]
 )
+
+
+class ClipRow(NamedTuple):
+    """One row of the index as plain numbers, the fields of ``CLIP_DTYPE`` in their order."""
+
+    clip_id: int
+    start: int
+    latents_offset: int
+    checksum_start: int
+    shard: int
+    frames: int
+    text_tokens: int
+    class_label: int
+    json_bytes: int
+    prefix_checksum: int
+    height: int
+    width: int
+
+
 _IN_KEYS = np.array([bool(re.fullmatch(r"[A-Za-z0-9_-]", chr(code))) for code in range(256)])
 """Which bytes may be in a key."""
 _CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-checksum.npy", "index-keys.npy"
@@ -64,6 +84,10 @@ class ClipIndex:
     def tokens_per_frame(self) -> NDArray[np.int64]:
         """[M]: latent tokens of a frame and its insertion token."""
         return self.clips["height"].astype(np.int64) * self.clips["width"] + 1
+
+    def row(self, row: int) -> ClipRow:
+        """What the index says of one clip."""
+        return ClipRow._make(self.clips[row].item())
 
     def key(self, row: int) -> str:
         """The key of a clip."""

@@ -172,8 +172,12 @@ class MdsReader:
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Nothing: what is on disk needs no fetching."""
 
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Some latent frames of a clip and its text; see ``ShardReader.read_clip``."""
+        return self.read(row, frames), self.read_text(row)
+
     def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip; see ``ShardReader.read``."""
+        """Some latent frames of a clip alone, bfloat16 [k, C, h, w]."""
         content = self._sample(row)["latents"]
         clip = self.index.clips[row]
         wanted = np.asarray(frames, dtype=np.int64)

@@ -97,15 +97,10 @@ class MixtureReader:
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._readers[which], row - int(self._starts[which])
 
-    def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip; see ``ShardReader.read``."""
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Some latent frames of a clip and its text; see ``ShardReader.read_clip``."""
         reader, own = self._find(row)
-        return reader.read(own, frames)
-
-    def read_text(self, row: int) -> Tensor | None:
-        """The text embedding of a clip; see ``ShardReader.read_text``."""
-        reader, own = self._find(row)
-        return reader.read_text(own)
+        return reader.read_clip(own, frames)
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Make ready for reading some clips soon."""

@@ -92,8 +92,8 @@ def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, re
     Noise is drawn for frames in flow state; context and terminal frames are clean and need none.
     """
     frames = torch.nonzero(draws.visible[slot]).flatten()
-    text = reader.read_text(row)
-    x_1 = reader.read(row, frames.numpy()).float()
+    latents, text = reader.read_clip(row, frames.numpy())
+    x_1 = latents.float()
     if not (torch.isfinite(x_1).all() and (text is None or torch.isfinite(text).all())):
         raise DataError(f"clip {plan.index.key(row)} holds numbers that are not finite; encode it again")
     in_flow = draws.flow_mask[slot, frames]

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from flowception.data.index import ClipIndex
+from flowception.data.index import ClipIndex, ClipRow
 from flowception.data.schema import FORMAT, ShardMeta, checksum, checksums
 from flowception.data.shards import HEADER_BYTES, padded_bytes, shard_name
 from flowception.errors import DataError
@@ -42,15 +43,12 @@ class ClipReader(Protocol):
     def latent_channels(self) -> int:
         """C."""
 
-    def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip, bfloat16 [k, C, h, w]."""
-
     @property
     def null_text(self) -> Tensor | None:
         """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
 
-    def read_text(self, row: int) -> Tensor | None:
-        """The text embedding of a clip, bfloat16 [L, D]; None if it has none."""
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Some latent frames of a clip, bfloat16 [k, C, h, w], and its text, bfloat16 [L, D]; None if it has none."""
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Make ready for reading some clips soon."""
@@ -184,9 +182,14 @@ class ShardReader:
         self._open[shard] = self.open_shard(shard)
         return self._open[shard]
 
-    def _read_into(self, row: int, offset: int, content: memoryview) -> None:
+    def _row(self, row: int) -> ClipRow:
+        if not 0 <= row < len(self.index):
+            raise DataError(f"row {row} is not in the index of {self.folder}, which has {len(self.index)} clips")
+        return self.index.row(row)
+
+    def _read_into(self, content: memoryview, row: int, shard: int, offset: int) -> None:
         try:
-            descriptor, done = self._descriptor(int(self.index.clips["shard"][row])), 0
+            descriptor, done = self._descriptor(shard), 0
             while done < len(content):
                 got = os.preadv(descriptor, [content[done:]], offset + done)
                 if got == 0:
@@ -195,75 +198,78 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"{self._name(row)} cannot be read ({error.strerror or error})") from error
 
-    def _check_row(self, row: int) -> None:
-        if not 0 <= row < len(self.index):
-            raise DataError(f"row {row} is not in the index of {self.folder}, which has {len(self.index)} clips")
-
-    def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip.
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Some latent frames of a clip and its text, in one positioned read where they lie side by side.
 
         Args:
             row: The clip's row in the index.
             frames: [k] increasing frame numbers.
 
         Returns:
-            bfloat16 [k, C, h, w].
+            Latents, bfloat16 [k, C, h, w], and text, bfloat16 [L, D], or None if the clip has none.
 
         Raises:
             DataError: If the bytes cannot be read or are not those that were written.
         """
-        self._check_row(row)
-        clip = self.index.clips[row]
-        wanted = np.asarray(frames, dtype=np.int64)
-        if refused := frames_refused(wanted, int(clip["frames"])):
-            raise DataError(f"{self._name(row)}: {refused}")
-        shape = (self.latent_channels, int(clip["height"]), int(clip["width"]))
-        frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
-        out = np.empty((len(wanted), frame_bytes), np.uint8)
-        for first, last in _runs(wanted):
-            offset = int(clip["latents_offset"]) + int(wanted[first]) * frame_bytes
-            self._read_into(row, offset, out[first:last].data.cast("B"))
-        content = out.data.cast("B") if len(out) else memoryview(b"")
-        differs = checksums(content, frame_bytes) != self.index.frame_checksum[int(clip["checksum_start"]) + wanted]
-        if np.any(differs):
-            frame = int(wanted[np.argmax(differs)])
-            raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
-        return torch.from_numpy(out.reshape(-1)).view(torch.bfloat16).view(len(wanted), *shape)
+        clip = self._row(row)
+        prefix, latents = self._read(row, clip, frames, with_prefix=True)
+        return latents, self._text(row, clip, prefix)
 
-    def _read_prefix(self, row: int) -> bytearray:
-        self._check_row(row)
-        clip = self.index.clips[row]
-        start = int(clip["start"])
-        prefix = bytearray(int(clip["latents_offset"]) - start)
-        self._read_into(row, start, memoryview(prefix))
-        if checksum(prefix) != clip["prefix_checksum"]:
-            raise DataError(f"{self._name(row)}: headers, metadata or text do not match their checksum")
-        return prefix
+    def read(self, row: int, frames: ArrayLike) -> Tensor:
+        """Some latent frames of a clip alone; see ``read_clip``."""
+        return self._read(row, self._row(row), frames, with_prefix=False)[1]
 
     def read_text(self, row: int) -> Tensor | None:
-        """The text embedding of a clip, bfloat16 [L, D]; None if it has none. Also verifies the clip's headers."""
-        prefix = self._read_prefix(row)
-        tokens, width = int(self.index.clips["text_tokens"][row]), self.meta.text_width
-        if tokens == 0 or width is None:
-            return None
-        size = tokens * width * _BYTES_PER_VALUE
-        start = len(prefix) - HEADER_BYTES - padded_bytes(size)
-        header = prefix[max(0, start - HEADER_BYTES) : start]
-        if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
-            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, the clip holds others or none")
-        return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
+        """The text embedding of a clip alone; see ``read_clip``."""
+        clip = self._row(row)
+        return self._text(row, clip, self._read(row, clip, [], with_prefix=True)[0])
 
     def read_metadata(self, row: int) -> dict[str, Any]:
         """The clip's JSON: caption, source, sizes."""
-        prefix = self._read_prefix(row)
-        size = int(self.index.clips["json_bytes"][row])
+        clip = self._row(row)
+        prefix = self._read(row, clip, [], with_prefix=True)[0]
         try:
-            found = json.loads(bytes(prefix[HEADER_BYTES : HEADER_BYTES + size]))
+            found = json.loads(bytes(prefix[HEADER_BYTES : HEADER_BYTES + clip.json_bytes]))
         except ValueError as error:
             raise DataError(f"{self._name(row)}: metadata is not JSON ({error})") from error
         if not isinstance(found, dict):
             raise DataError(f"{self._name(row)}: metadata is a {type(found).__name__}, not an object")
         return found
+
+    def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
+        """What comes before the latents (empty if not asked for) and some frames, read into one buffer and verified."""
+        wanted = np.asarray(frames, dtype=np.int64)
+        if refused := frames_refused(wanted, clip.frames):
+            raise DataError(f"{self._name(row)}: {refused}")
+        numbers = wanted.tolist()
+        shape = (self.latent_channels, clip.height, clip.width)
+        frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
+        prefix_bytes = clip.latents_offset - clip.start if with_prefix else 0
+        out = torch.empty((prefix_bytes + len(numbers) * frame_bytes) // _BYTES_PER_VALUE, dtype=torch.bfloat16)
+        content, done = out.view(torch.uint8).numpy().data, 0
+        for offset, size in _pieces(clip, numbers, frame_bytes, with_prefix):
+            self._read_into(content[done : done + size], row, clip.shard, offset)
+            done += size
+        prefix, latents = content[:prefix_bytes], content[prefix_bytes:]
+        if with_prefix and checksum(prefix) != clip.prefix_checksum:
+            raise DataError(f"{self._name(row)}: headers, metadata or text do not match their checksum")
+        expected = self.index.frame_checksum[wanted + clip.checksum_start].tolist()
+        found = checksums(latents, frame_bytes)
+        if found != expected:
+            frame = next(number for number, *pair in zip(numbers, found, expected) if pair[0] != pair[1])
+            raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
+        return prefix, out[prefix_bytes // _BYTES_PER_VALUE :].view(len(numbers), *shape)
+
+    def _text(self, row: int, clip: ClipRow, prefix: memoryview) -> Tensor | None:
+        tokens, width = clip.text_tokens, self.meta.text_width
+        if tokens == 0 or width is None:
+            return None
+        size = tokens * width * _BYTES_PER_VALUE
+        start = len(prefix) - HEADER_BYTES - padded_bytes(size)
+        header = bytes(prefix[max(0, start - HEADER_BYTES) : max(0, start)])
+        if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
+            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, the clip holds others or none")
+        return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
     def close(self) -> None:
         """Close every open shard. Reading opens them again."""
@@ -274,8 +280,13 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _runs(frames: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Half-open ranges of positions whose frame numbers follow one another."""
-    numbers = frames.tolist()
-    edges = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-    return list(zip([0, *edges], [*edges, len(numbers)])) if numbers else []
+def _pieces(clip: ClipRow, numbers: list[int], frame_bytes: int, with_prefix: bool) -> Iterator[tuple[int, int]]:
+    """(offset in the shard, bytes) of what is to be read, where it lies side by side as one piece."""
+    start, end = (clip.start, clip.latents_offset) if with_prefix else (clip.latents_offset, clip.latents_offset)
+    for number in numbers:
+        offset = clip.latents_offset + number * frame_bytes
+        if offset != end:
+            yield start, end - start
+            start = offset
+        end = offset + frame_bytes
+    yield start, end - start

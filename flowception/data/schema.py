@@ -29,10 +29,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flowception.errors import DataError
@@ -68,10 +66,10 @@ def checksum(content: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
 
 
-def checksums(content: memoryview, size: int) -> NDArray[np.uint32]:
-    """``checksum`` of each ``size`` bytes, uint32 [k] for ``k size`` bytes."""
-    parts = (content[start : start + size] for start in range(0, len(content), size))
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, parts), np.uint64).astype(np.uint32)
+def checksums(content: memoryview, size: int) -> list[int]:
+    """``checksum`` of each ``size`` bytes."""
+    digest = xxhash.xxh3_64_intdigest
+    return [digest(content[start : start + size]) & 0xFFFFFFFF for start in range(0, len(content), size)]
 
 
 @dataclass(kw_only=True)

@@ -103,7 +103,7 @@ class _ShardWriter:
         self.file.write(prefix)
         self.file.write(member[HEADER_BYTES:])
         frame_bytes = len(latents) // frames
-        self.checksums.extend(checksums(memoryview(latents), frame_bytes).tolist())
+        self.checksums.extend(checksums(memoryview(latents), frame_bytes))
         self.rows.append(row)
         self.keys.append(record.key)
 

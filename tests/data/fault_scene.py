@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from flowception.data import remote as remote_module
 from flowception.data.index import CLIP_DTYPE, ClipIndex
@@ -126,10 +127,10 @@ class _IntactReader(ShardReader):
 
     without: tuple[int, ...] = ()
 
-    def read_text(self, row: int) -> torch.Tensor | None:
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[torch.Tensor, torch.Tensor | None]:
         if row in self.without:
             raise DataError("left out")
-        return super().read_text(row)
+        return super().read_clip(row, frames)
 
 
 def _outcome_of_reading(scene: Scene, open_reader: Callable, entry: Fault) -> str:

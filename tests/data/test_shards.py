@@ -51,8 +51,9 @@ def test_reader_returns_what_was_written_whole_and_in_part(make_set):
         assert torch.equal(reader.read(row, np.arange(frames)), wanted.latents)
         some = np.flatnonzero(random.random(frames) < 0.5)
         assert torch.equal(reader.read(row, some), wanted.latents[some])
-        text = reader.read_text(row)
-        assert (text is None and wanted.text is None) or torch.equal(text, wanted.text)
+        for text in (reader.read_text(row), reader.read_clip(row, some)[1]):
+            assert (text is None and wanted.text is None) or torch.equal(text, wanted.text)
+        assert torch.equal(reader.read_clip(row, some)[0], wanted.latents[some])
         assert reader.read_metadata(row)["source"] == wanted.source
 
 

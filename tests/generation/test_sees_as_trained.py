@@ -37,6 +37,9 @@ class Latents:
     def read_text(self, row):
         return None
 
+    def read_clip(self, row, frames):
+        return self.read(row, frames), self.read_text(row)
+
 
 def state_of(plan, pack_plan, draws):
     """The sampler's state of the same clips, by DESIGN.md section 2: one clip a call, frame by frame."""
