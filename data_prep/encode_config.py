@@ -45,6 +45,9 @@ class EncodeConfig:
     """Pixel frames; a video's last piece is dropped if it is shorter."""
     max_frames: int | None = None
     """Pixel frames; videos are cut into pieces of this length. None keeps a video whole."""
+    min_motion: float | None = None
+    """Mean absolute change of a pixel from frame to frame, 0 to 255, after resizing; pieces with less are dropped. None
+    keeps all."""
     max_video_gib: float = 4.0
     """A video that takes more memory than this when it is decoded and cut is not read, with that reason. Each worker
     holds up to three."""
@@ -68,20 +71,25 @@ class EncodeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.fps is not None and self.fps <= 0:
             raise ConfigError(f"fps is {self.fps}; give a positive number, or null to keep every frame")
-        if (self.height is None) != (self.width is None):
-            raise ConfigError(f"height is {self.height} and width is {self.width}; give both or neither")
-        if self.max_pixels is not None and (self.height is not None or self.max_pixels < 1):
-            raise ConfigError(
-                f"max_pixels is {self.max_pixels} and height {self.height}; give a number of pixels, or both sides"
-            )
+        self._check_size()
         if not self.max_video_gib > 0:
             raise ConfigError(f"max_video_gib is {self.max_video_gib}; give a number above 0")
+        if self.min_motion is not None and not 0 < self.min_motion <= 255:
+            raise ConfigError(f"min_motion is {self.min_motion}; give a number above 0, at most 255, or null for off")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers is {self.num_workers}; give 0 or more")
         if not 0 <= self.part < self.num_parts:
             raise ConfigError(f"part is {self.part}; give 0 to num_parts - 1 = {self.num_parts - 1}")
         if self.max_frames is not None and self.max_frames < self.min_frames:
             raise ConfigError(f"max_frames is {self.max_frames}, below min_frames = {self.min_frames}")
+
+    def _check_size(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(f"height is {self.height} and width is {self.width}; give both or neither")
+        if self.max_pixels is not None and (self.height is not None or self.max_pixels < 1):
+            raise ConfigError(
+                f"max_pixels is {self.max_pixels} and height {self.height}; give a number of pixels, or both sides"
+            )
 
     def check_codec(self, codec: Codec) -> None:
         """Refuse sizes that the codec cannot encode, saying the nearest that it can."""

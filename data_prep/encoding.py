@@ -82,6 +82,7 @@ class ShardEncoder:
             min_frames=config.min_frames,
             max_frames=config.max_frames,
             max_pixels=config.max_pixels,
+            min_motion=config.min_motion,
             max_video_bytes=config.max_video_gib * 2**30,
         )
         self.num_shards = -(-len(self.manifest.entries) // config.videos_per_shard)

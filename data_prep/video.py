@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ class CutSettings:
     """Videos are cut into pieces of this length; None keeps a video whole."""
     max_pixels: int | None = None
     """Height x width at most; videos are resized to the nearest shape that fits, without cropping. None is off."""
+    min_motion: float | None = None
+    """Pieces with less ``motion`` than this are dropped. None is off."""
     max_video_bytes: float = math.inf
     """A video whose clips take more memory than this, decoded, is refused."""
     start_s: float = 0.0
@@ -101,7 +104,24 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
         close()
     if not clips:
         raise DataError(f"{path} has {count} frames at the clips' rate, fewer than min_frames = {settings.min_frames}")
-    return clips
+    return clips if settings.min_motion is None else _moving(path, clips, settings.min_motion)
+
+
+def _moving(path: Path, clips: list[CutClip], min_motion: float) -> list[CutClip]:
+    """The clips that move enough."""
+    found = [motion(clip.frames) for clip in clips]
+    if max(found) < min_motion:
+        raise DataError(f"{path} moves by {max(found):.3g} at most, less than min_motion = {min_motion:g}")
+    return [clip for clip, moved in zip(clips, found) if moved >= min_motion]
+
+
+def motion(frames: Iterable[Frame]) -> float:
+    """How much a piece moves: the mean absolute change of a pixel from one frame to the next, 0 to 255.
+
+    A cut between two scenes counts as motion too. One frame has none.
+    """
+    changes = [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(frames)]
+    return float(np.mean(changes)) if changes else 0.0
 
 
 def select_part(frames: Iterable[TimedFrame], start_s: float, end_s: float | None) -> Iterator[TimedFrame]:

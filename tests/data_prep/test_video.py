@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_prep.video import CutSettings, cut_video, select_part
+from data_prep.video import CutSettings, cut_video, motion, select_part
 from flowception.codecs.video_file import decode_frames, write_video
 from flowception.errors import DataError
 
@@ -115,3 +115,21 @@ def test_a_video_too_large_for_the_memory_is_refused_with_advice(tmp_path, write
     assert len(cut_video(path, CutSettings(max_video_bytes=6 * frame_bytes))[0].frames) == 6
     with pytest.raises(DataError, match="list it in parts"):
         cut_video(path, CutSettings(max_video_bytes=5 * frame_bytes))
+
+
+def test_motion_is_the_mean_change_from_frame_to_frame():
+    frames = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (200, 10, 10)]
+    assert motion(frames) == 95.0  # 190 down, then nothing
+    assert motion(frames[:1]) == 0.0
+
+
+def test_pieces_that_stand_still_are_dropped(tmp_path):
+    """Four frames that move, four that do not, four that move."""
+    still, moving = [128] * 4, [40, 90, 140, 190]
+    grey = np.array([*moving, *still, *moving], dtype=np.uint8)
+    frames = np.broadcast_to(grey[:, None, None, None], (12, 32, 32, 3)).copy()
+    write_video(tmp_path / "a.mp4", frames, fps=10)
+    pieces = cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=10))
+    assert [round(piece.start_s, 3) for piece in pieces] == [0.0, 0.8]
+    with pytest.raises(DataError, match=r"moves by (49|5\d)(\.\d+)? at most, less than min_motion = 100"):
+        cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=100))
