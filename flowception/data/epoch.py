@@ -178,8 +178,8 @@ class EpochSteps:
 
     def __init__(
         self,
-        expected_tokens: NDArray[np.int64],
-        token_variance: NDArray[np.float64],
+        expected_tokens: NDArray[np.signedinteger],
+        token_variance: NDArray[np.floating],
         largest_clip: int,
         costs_of: CostsOf,
         sizes: StepSizes,
@@ -194,7 +194,7 @@ class EpochSteps:
             sizes: What a step holds.
         """
         self._costs_of, self._sizes, self._num_places = costs_of, sizes, len(expected_tokens)
-        total = np.cumsum(expected_tokens)
+        total = np.cumsum(expected_tokens, dtype=np.int64)
         clips_per_step = sizes.capacity / (total[-1] / len(total))
         self._steps_per_segment = max(1, round(SEGMENT_CLIPS / clips_per_step))
         most = self._steps_per_segment * min(sizes.capacity, sizes.limit + largest_clip) + largest_clip

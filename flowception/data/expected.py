@@ -43,7 +43,7 @@ def visible_moments(
 def token_moments(
     process: ProcessConfig,
     frames: NDArray[np.int64],
-    tokens_per_frame: NDArray[np.int64],
+    tokens_per_frame: NDArray[np.int32],
     own_text: NDArray[np.int64],
     null_text: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

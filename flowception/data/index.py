@@ -81,9 +81,9 @@ class ClipIndex:
         return len(self.clips)
 
     @cached_property
-    def tokens_per_frame(self) -> NDArray[np.int64]:
+    def tokens_per_frame(self) -> NDArray[np.int32]:
         """[M]: latent tokens of a frame and its insertion token."""
-        return self.clips["height"].astype(np.int64) * self.clips["width"] + 1
+        return self.clips["height"].astype(np.int32) * self.clips["width"] + 1
 
     def row(self, row: int) -> ClipRow:
         """What the index says of one clip."""

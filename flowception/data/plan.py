@@ -54,7 +54,7 @@ class Plan:
     def __init__(
         self,
         index: ClipIndex,
-        rows: NDArray[np.int64] | None,
+        rows: NDArray[np.signedinteger] | None,
         config: PlanConfig,
         flop_spec: FlopSpec,
         seed: int,
@@ -84,11 +84,12 @@ class Plan:
         self.process: ProcessConfig = config
         self.null_text_tokens = null_text_tokens
         self.quarantine = tuple(sorted(set(quarantine)))
-        self._all_rows = np.arange(len(index)) if rows is None else np.asarray(rows, dtype=np.int64)
+        # 32 bits here and below: every rank of a node keeps such arrays of the whole set.
+        self._all_rows = np.arange(len(index), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
         left_out = index.rows_of(self.quarantine)
         self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
         self._check()
-        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], EpochSteps]] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[NDArray[np.int32], EpochSteps]] = OrderedDict()
         self._counted: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a thread plans ahead of the one that trains
 
@@ -238,7 +239,7 @@ class Plan:
         height, width = clips["height"][rows].astype(np.int64), clips["width"][rows].astype(np.int64)
         visible, text = draws.visible_frames.numpy(), self.text_tokens(epoch, rows)
         per_frame = self.index.tokens_per_frame[rows]
-        latent_and_insertion: NDArray[np.int64] = visible * per_frame
+        latent_and_insertion = (visible * per_frame).astype(np.int64)
         velocity, insertion = expected_counts(
             draws.roles,
             torch.from_numpy(self.flop_spec.in_channels * height * width),
@@ -255,15 +256,16 @@ class Plan:
         )
 
     @cached_property
-    def _token_moments(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _token_moments(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Mean and variance of the visible tokens of each clip of the index."""
         clips = self.index.clips
         text = clips["text_tokens"].astype(np.int64) if self.uses_text else np.zeros(len(clips), np.int64)
         null = self.null_text_tokens if self.uses_text else 0
         frames = clips["frames"].astype(np.int64)
-        return token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
+        mean, variance = token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
+        return mean.astype(np.int32), variance.astype(np.float32)
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], EpochSteps]:
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int32], EpochSteps]:
         """Rows by place, and steps, of an epoch; the last few are kept."""
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
@@ -286,7 +288,7 @@ class Plan:
             mean[order],
             variance[order],
             self.pack_shape.max_seqlen,
-            lambda places: self._costs(epoch, order[places], places),
+            lambda places: self._costs(epoch, order[places].astype(np.int64), places),
             StepSizes(config.token_budget, config.packs_per_step, config.headroom),
         )
         self._epochs[epoch] = (order, steps)
@@ -316,7 +318,7 @@ class Plan:
             order, steps = self._epoch(epoch)
             count = steps.count()
         chunks = np.array_split(np.arange(len(order)), -(-len(order) // _CHUNK_PLACES))
-        flops = sum(float(self._costs(epoch, order[c], c).flops.sum()) for c in chunks)
+        flops = sum(float(self._costs(epoch, order[c].astype(np.int64), c).flops.sum()) for c in chunks)
         return TRAINING_PASSES * flops / count
 
     def step(self, cursor: Cursor) -> StepPlan:
@@ -345,7 +347,10 @@ class Plan:
             plan=self,
             epoch=cursor.epoch,
             step=cursor.step,
-            packs=[PackPlan(cursor.epoch, number, order[pack], pack) for number, pack in enumerate(found.packs)],
+            packs=[
+                PackPlan(cursor.epoch, number, order[pack].astype(np.int64), pack)
+                for number, pack in enumerate(found.packs)
+            ],
             velocity_denominator=divisors.velocity,
             insertion_denominator=divisors.insertion,
             clips=len(costs.tokens),

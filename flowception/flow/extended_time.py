@@ -219,7 +219,7 @@ def draw_clips(
 def expected_attention_ratio(
     config: ProcessConfig,
     num_frames: Tensor | NDArray[np.int64] | Mapping[int, int],
-    tokens_per_frame: Tensor | NDArray[np.int64] | None = None,
+    tokens_per_frame: Tensor | NDArray[np.signedinteger] | None = None,
 ) -> float:
     """Expected pairs of visible frames, relative to full-sequence training of the same clips.
 

@@ -78,7 +78,7 @@ def _null_text_tokens(reader: ClipReader) -> int:
 
 def mean_log_rate(plan: Plan) -> float:
     """Log of the data's mean number of missing frames per insertion site, where the rate head starts."""
-    rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)]
+    rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)].astype(np.int64)
     draws = plan.draws(0, rows, np.arange(len(rows)))
     weight = torch.where(draws.insertion_mask, draws.weight[:, None], 0.0)
     missing, sites = float((weight * draws.missing).sum()), float(weight.sum())

@@ -58,7 +58,7 @@ class Validation:
         """
         self._plan, self._reader, self._ranks = plan, reader, ranks
         by_id = plan.rows[np.argsort(plan.index.clips["clip_id"][plan.rows], kind="stable")]
-        self._rows: NDArray[np.int64] = by_id[: config.num_clips]
+        self._rows: NDArray[np.int64] = by_id[: config.num_clips].astype(np.int64)
         self._packs = {time: packs for time in config.global_times if (packs := self._plan_packs(time))}
 
     def _uniforms(self, global_time: float) -> NDArray[np.float64]:
