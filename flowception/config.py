@@ -30,6 +30,7 @@ from flowception.training.checkpoint import CheckpointConfig
 from flowception.training.ema import EmaConfig
 from flowception.training.metrics import LoggingConfig
 from flowception.training.optim import OptimConfig
+from flowception.training.samples import SamplesConfig
 from flowception.training.validation import ValidationConfig
 from flowception.training.zero import ZeroConfig
 
@@ -64,6 +65,8 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """When to save and what to keep."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Clips sampled during training."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console and wandb."""
 

@@ -15,6 +15,9 @@ from flowception.training.stop import EXIT_STOPPED, StopFlag
 
 if TYPE_CHECKING:
     from flowception.config import TrainConfig
+    from flowception.training.dataset import TrainingData
+    from flowception.training.distributed import Ranks
+    from flowception.training.samples import ClipSampler
 
 EXIT_BAD_INPUT = 2
 
@@ -92,9 +95,18 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     ranks = init_distributed()
     if ranks.is_main:
         show_log()
-    complete = train(config, ranks, stop)
+    complete = train(config, ranks, stop, _make_sampler if config.samples.every_steps else None)
     shut_down()
     return 0 if complete else EXIT_STOPPED
+
+
+def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> ClipSampler:
+    """What samples clips during training, from held-out clips, or from training clips where none is held out."""
+    from flowception.generation.during_training import TrainingSampler
+    from flowception.training.dataset import heldout_plan
+
+    plan = heldout_plan(config, data) if len(data.heldout_rows) else data.plan
+    return TrainingSampler(config, data.reader, plan, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
 
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:

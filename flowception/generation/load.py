@@ -13,6 +13,7 @@ from torch import nn
 from flowception.checkpoint.format import checkpoint_dir, latest_valid, list_steps, read_full, verify
 from flowception.codecs import Codec, CodecConfig, build_codec
 from flowception.config import TrainConfig, load_config
+from flowception.data.loader import DataConfig
 from flowception.data.opening import open_set
 from flowception.data.schema import ShardMeta
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
@@ -174,9 +175,8 @@ def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) ->
     return ShardMeta.load(Path(config.data.sets[0].path))
 
 
-def data_fps(run: LoadedRun) -> float | None:
+def data_fps(data: DataConfig) -> float | None:
     """Frames per second of the training clips, from the first of them; None where the shards are out of reach."""
-    data = run.config.data
     try:
         return float(open_set(data.sets[0].path, data.cache).read_metadata(0).get("fps") or 0) or None
     except (FlowceptionError, OSError, IndexError):

@@ -188,7 +188,7 @@ class GenerationBatches:
         self.class_labels = parse_class_labels(wish, names, classes, options.num_clips)
         self.height, self.width = _choose_size(run, options)
         self.law = build_delay_law(run.config.delay_law)
-        self.data_fps = data_fps(run)
+        self.data_fps = data_fps(run.config.data)
         self.config = self._sampler_config()
         self.contexts = self._read_contexts() if options.context_files else []
         if warning := untrained(options.task, self.contexts, run.config, options.max_frames):

@@ -81,6 +81,12 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in known.items() if name != "step"}, step=step)
 
+    def show(self, name: str, picture: Path, step: int) -> None:
+        """Send a picture to Weights & Biases, if the run is there, beside the step's metrics."""
+        if self._wandb is not None:
+            wandb = require("wandb", extra="wandb")
+            self._wandb.log({name: wandb.Image(str(picture))}, step=step)
+
     def _append(self, line: str) -> None:
         content = line.encode()
         try:

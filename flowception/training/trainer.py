@@ -28,6 +28,7 @@ from flowception.training.hardware import find_peak, peak_memory_gib
 from flowception.training.metrics import MetricsLog, Speed, check_packages
 from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
+from flowception.training.samples import SamplerFactory, take_samples
 from flowception.training.shards import ShardedState
 from flowception.training.state import RunState, plan_of
 from flowception.training.step import training_step
@@ -36,13 +37,14 @@ from flowception.training.validation import Validation
 from flowception.training.zero import build_engine, deepspeed_config
 
 
-def train(config: TrainConfig, ranks: Ranks, stop: StopFlag) -> bool:
+def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: SamplerFactory | None = None) -> bool:
     """Train until ``max_steps`` or until a signal; the same call resumes. Collective.
 
     Args:
         config: The run.
         ranks: This process among all.
         stop: Set by a signal.
+        make_sampler: Makes what samples clips every ``samples.every_steps``; None samples nothing.
 
     Returns:
         True when the run is complete, False when it was stopped.
@@ -56,7 +58,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag) -> bool:
             config.model = replace(config.model, initial_log_rate=mean_log_rate(data.plan))
         manifest = run_directory.describe(config.model, data.reader.meta) if ranks.is_main else {}
         on_main(ranks, lambda: run_directory.check(config.run_dir, manifest))
-        trainer = Trainer(config, ranks, data, stop)
+        trainer = Trainer(config, ranks, data, stop, make_sampler)
         on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
         return trainer.run()
 
@@ -74,7 +76,14 @@ def _run_lock(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
 class Trainer:
     """One training job."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, data: TrainingData, stop: StopFlag) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        data: TrainingData,
+        stop: StopFlag,
+        make_sampler: SamplerFactory | None = None,
+    ) -> None:
         """Build the engine and resume where the run is."""
         self.config, self.ranks, self.data, self.stop = config, ranks, data, stop
         self.micro_steps = -(-config.packs_per_step // ranks.world_size)
@@ -90,6 +99,7 @@ class Trainer:
         self.state = self._resume() or self._start()
         self.plan = together(lambda: plan_of(self.state, data.plan))
         self.validation = together(self._prepare_validation)
+        self.sampler = together(lambda: make_sampler(config, data, ranks)) if make_sampler else None
         self.stopping = False
         self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
         frames = data.plan.index.clips["frames"][data.plan.rows].astype("int64")
@@ -196,6 +206,8 @@ class Trainer:
                 values |= self._validate(self.validation)
             if metrics is not None:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
+            if config.samples.every_steps and state.step % config.samples.every_steps == 0:
+                self._sample(metrics)
             if state.step >= config.max_steps or self.stopping:
                 return
             if state.step % config.checkpoint.save_every_steps == 0:
@@ -270,6 +282,17 @@ class Trainer:
         result = validation.run(self.engine)
         self.shards.swap_ema()
         return result
+
+    def _sample(self, metrics: MetricsLog | None) -> None:
+        """Clips of the EMA weights."""
+        if self.sampler is None:
+            return
+        self.shards.swap_ema()
+        picture = take_samples(self.sampler, self.engine, self.state.step, self.ranks)
+        self.shards.swap_ema()
+        if picture is not None and metrics is not None:
+            self._say(f"samples of step {self.state.step}: {picture}")
+            metrics.show("samples", picture, self.state.step)
 
     def _try_to_save(self) -> None:
         """Save between steps; a full disk does not end the run, the last checkpoint stays and the next is tried."""

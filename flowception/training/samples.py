@@ -1,0 +1,76 @@
+"""Clips sampled while a run trains, made by all ranks together.
+
+Under ZeRO-3 an evaluation gathers weights and is collective, so every rank evaluates the network equally often. What
+samples stands on another floor (``generation.during_training``) and is handed in by ``train/main.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from flowception.errors import ConfigError
+from flowception.training.distributed import Ranks, gather_values
+
+if TYPE_CHECKING:
+    from flowception.config import TrainConfig
+    from flowception.training.dataset import TrainingData
+
+
+@dataclass(kw_only=True)
+class SamplesConfig:
+    """Clips sampled from the EMA weights while the run trains, into ``samples/`` of the run directory."""
+
+    every_steps: int | None = None
+    """Steps between samples; None is off."""
+    num_clips: int = 8
+    """Clips each time, spread over the ranks. Clip i has seed i and the task, context, class and text of the same
+    held-out clip each time."""
+    num_inference_steps: int = 50
+    """Evaluations that a frame takes from noise to data; a clip takes up to twice as many."""
+    max_frames: int = 64
+    """Cap on latent frames of a clip."""
+    guidance: float | None = None
+    """Classifier-free guidance on the velocity; None is off."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "num_clips", "num_inference_steps", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"samples.{name} is {value}; give 1 or more")
+
+
+class ClipSampler(Protocol):
+    """Samples a run's clips."""
+
+    def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
+        """Sample and write this rank's clips, and describe them. Every rank calls the model equally often."""
+
+    def join(self, step: int, records: list[dict[str, Any]]) -> Path | None:
+        """List the clips of all ranks; the picture that shows them. One rank calls this."""
+
+
+SamplerFactory = Callable[["TrainConfig", "TrainingData", Ranks], ClipSampler]
+
+
+def take_samples(sampler: ClipSampler, engine: Any, step: int, ranks: Ranks) -> Path | None:
+    """Sample from the engine's present weights. Collective.
+
+    Args:
+        sampler: What samples.
+        engine: Put into evaluation mode and back.
+        step: Steps done.
+        ranks: This rank.
+
+    Returns:
+        On rank 0 the picture of all clips, if one could be drawn.
+    """
+    engine.eval()
+    own = sampler.sample(engine, step)
+    engine.train()
+    records = [record for part in gather_values(own) for record in part]
+    return sampler.join(step, records) if ranks.is_main else None
