@@ -17,8 +17,10 @@ def run_dir(tmp_path):
     """A directory with two checkpoints of one parameter."""
     for step in (0, 10):
         tensors = {f"{kind}/weight": torch.full((6,), float(step)) for kind in KINDS}
-        writing.write_slices(writing.begin(tmp_path, step), 0, tensors, {"weight": ((2, 3), 0, 6)})
-        writing.commit(tmp_path, step, 1, {"optimizer_steps": step})
+        attempt = writing.make(writing.attempt_dir(tmp_path, step, "test"))
+        writing.write_slices(attempt, 0, tensors, {"weight": ((2, 3), 0, 6)})
+        receipts = writing.wait_for_receipts(attempt, 1, lambda: 0)
+        writing.commit(attempt, step, receipts, {"optimizer_steps": step})
     return tmp_path
 
 

@@ -1,8 +1,9 @@
 """Writes a checkpoint so that it is complete or absent.
 
-Every writer puts its slices into one file of a temporary folder and then a receipt with the file's hash. When all
-receipts are there, one of them commits: it writes the manifest, syncs, and renames the folder. Nothing here needs a
-process group; the callers decide how they wait for each other.
+An attempt at a checkpoint is a folder ``step_NNNNNNNN.ATTEMPT.tmp``. Every writer puts its slices into one file there
+and then a receipt with the file's hash, or a note why it failed. When all receipts are there, one of them commits: it
+writes the manifest, syncs, and renames the folder. Files are the only channel between writers; nothing here needs a
+process group. The name of the attempt must be new in the run: so what an earlier attempt left is never joined to it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +31,28 @@ from flowception.checkpoint.format import (
     checkpoints_dir,
     list_steps,
     sha256_file,
+    verify,
 )
 from flowception.errors import CheckpointError
 
-
-def temporary_dir(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is put together."""
-    return checkpoints_dir(run_dir) / f"step_{step:08d}.tmp"
+_POLL_S = 0.05
+_REPLACED, _PRUNED = "replaced.tmp", "pruned.tmp"
 
 
-def begin(run_dir: str | Path, step: int) -> Path:
-    """Make an empty temporary folder; what killed jobs left behind is removed. One writer calls this first."""
-    checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-    for left_over in checkpoints_dir(run_dir).glob("step_*.tmp"):
-        shutil.rmtree(left_over)
-    folder = temporary_dir(run_dir, step)
-    folder.mkdir()
+def attempt_dir(run_dir: str | Path, step: int, attempt: str) -> Path:
+    """Where an attempt at the checkpoint of a step is put together."""
+    return checkpoints_dir(run_dir) / f"step_{step:08d}.{attempt}.tmp"
+
+
+def make(folder: Path) -> Path:
+    """Make the folder of an attempt; whichever writer comes first makes it."""
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove an attempt, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_slices(
@@ -54,7 +61,7 @@ def write_slices(
     """Write one writer's file and its receipt.
 
     Args:
-        folder: The temporary folder.
+        folder: The attempt's.
         writer: Number of this writer, its rank.
         tensors: ``KIND/PARAMETER`` to a flat float32 tensor, all kinds for every parameter in ``ranges``.
         ranges: Parameter to (full shape, start, stop).
@@ -72,43 +79,95 @@ def write_slices(
         "sha256": sha256_file(path),
         "ranges": {key: [list(shape), start, stop] for key, (shape, start, stop) in ranges.items()},
     }
-    _write_json(folder / f"rank_{writer:05d}.receipt", receipt)
+    _write_json(folder / _receipt_name(writer), receipt)
 
 
-def commit(run_dir: str | Path, step: int, writers: int, state: dict[str, Any]) -> Path:
+def write_failure(folder: Path, writer: int, reason: str) -> None:
+    """Say in place of a receipt why this writer failed; its file goes first, to make room for the words."""
+    (folder / f"rank_{writer:05d}.safetensors").unlink(missing_ok=True)
+    _write_json(folder / _receipt_name(writer), {"failure": reason})
+
+
+def wait_for_receipts(
+    folder: Path,
+    writers: int,
+    timeout_s: Callable[[], float],
+    *,
+    clock_s: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], object] = time.sleep,
+) -> list[dict[str, Any]]:
+    """Wait until every writer has left its receipt.
+
+    Args:
+        folder: The attempt's.
+        writers: How many receipts there must be.
+        timeout_s: How long to wait; asked again before each look.
+        clock_s: Seconds on a clock that never goes back.
+        pause: Waits for so many seconds.
+
+    Returns:
+        The receipts, in the order of writers.
+
+    Raises:
+        CheckpointError: If a writer failed, or some have not finished in time.
+    """
+    began_s = clock_s()
+    while missing := _missing(folder, writers):
+        if clock_s() - began_s > (limit_s := timeout_s()):
+            who = "rank" if len(missing) == 1 else "ranks"
+            raise CheckpointError(
+                f"{who} {', '.join(map(str, missing[:8]))}{' and more' * (len(missing) > 8)} did not finish within "
+                f"{limit_s:g} s; see to the storage, or raise checkpoint.save_timeout_s"
+            )
+        pause(_POLL_S)
+    receipts = [json.loads((folder / _receipt_name(writer)).read_text()) for writer in range(writers)]
+    failures = [f"rank {writer}: {r['failure']}" for writer, r in enumerate(receipts) if "failure" in r]
+    if failures:
+        raise CheckpointError("; ".join(failures[:3]) + f"; and {len(failures) - 3} more" * (len(failures) > 3))
+    return receipts
+
+
+def _missing(folder: Path, writers: int) -> list[int]:
+    there = set(os.listdir(folder))  # one listing: a look for each name would ask the metadata server once a rank
+    return [writer for writer in range(writers) if _receipt_name(writer) not in there]
+
+
+def _receipt_name(writer: int) -> str:
+    return f"rank_{writer:05d}.receipt"
+
+
+def commit(folder: Path, step: int, receipts: list[dict[str, Any]], state: dict[str, Any]) -> Path:
     """Join the receipts of all writers to a manifest and make the checkpoint appear.
 
     Args:
-        run_dir: The run.
+        folder: The attempt's.
         step: Step of the checkpoint.
-        writers: How many receipts there must be.
+        receipts: Of every writer.
         state: JSON-able state of the run.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: If a receipt is missing.
+        CheckpointError: If the files are not what the receipts say, or do not hold every parameter whole.
     """
-    folder = temporary_dir(run_dir, step)
-    receipts = []
-    for writer in range(writers):
-        path = folder / f"rank_{writer:05d}.receipt"
-        if not path.is_file():
-            raise CheckpointError(f"rank {writer} did not finish its part of the checkpoint of step {step}")
-        receipts.append(json.loads(path.read_text()))
     files = {r["file"]: FileRecord(r["size_bytes"], r["sha256"]) for r in receipts}
     manifest = Manifest(step, _join_ranges(receipts), files, state)
     _write_json(folder / MANIFEST_NAME, manifest.to_json())
+    verify(folder, contents=False)
     for path in folder.glob("*.receipt"):
         path.unlink()
     _sync(folder)
-    target = checkpoint_dir(run_dir, step)
+    target = folder.with_name(checkpoint_dir("", step).name)
     if target.exists():  # a damaged one of the same step, or the same state saved again
-        aside = target.with_name(f"step_{step:08d}.old.tmp")
+        aside = target.with_name(f"{target.name}.{_REPLACED}")
         target.rename(aside)
-        folder.rename(target)
-        shutil.rmtree(aside)
+        try:
+            folder.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        discard(aside)
     else:
         folder.rename(target)
     _sync(target.parent)
@@ -123,6 +182,19 @@ def _join_ranges(receipts: list[dict[str, Any]]) -> dict[str, Parameter]:
             shapes[name] = tuple(shape)
             slices.setdefault(name, []).append(Slice(receipt["file"], start, stop))
     return {name: Parameter(shapes[name], tuple(sorted(slices[name], key=lambda s: s.start))) for name in shapes}
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Remove what killed jobs left behind. Only for a job that holds the run, before its first attempt.
+
+    A checkpoint that was about to be replaced, and of which the replacement never came, is put back.
+    """
+    for replaced in checkpoints_dir(run_dir).glob(f"step_*.{_REPLACED}"):
+        target = replaced.with_name(replaced.name.removesuffix(f".{_REPLACED}"))
+        if not target.exists():
+            replaced.rename(target)
+    for left_over in checkpoints_dir(run_dir).glob("step_*.tmp"):
+        shutil.rmtree(left_over)
 
 
 def set_aside(run_dir: str | Path, newer_than: int) -> list[Path]:
@@ -146,7 +218,7 @@ def set_aside(run_dir: str | Path, newer_than: int) -> list[Path]:
 
 
 def prune(run_dir: str | Path, step: int, keep_last: int | None, keep_every_steps: int | None = None) -> list[int]:
-    """Remove old checkpoints.
+    """Remove old checkpoints, once the newest is seen to be complete.
 
     Args:
         run_dir: The run.
@@ -156,20 +228,27 @@ def prune(run_dir: str | Path, step: int, keep_last: int | None, keep_every_step
 
     Returns:
         Steps removed.
+
+    Raises:
+        CheckpointError: If the one just saved is not complete by its manifest; then nothing is removed.
     """
     if keep_last is None:
         return []
+    verify(checkpoint_dir(run_dir, step), contents=False)
     old = [found for found in list_steps(run_dir) if 0 < found <= step][:-keep_last]
     old = [found for found in old if not (keep_every_steps and found % keep_every_steps == 0)]
     for found in old:
-        doomed = checkpoint_dir(run_dir, found).rename(checkpoints_dir(run_dir) / f"step_{found:08d}.old.tmp")
-        shutil.rmtree(doomed)
+        folder = checkpoint_dir(run_dir, found)
+        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.{_PRUNED}")))
     return old
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content))
-    _sync(path)
+    """Write a file that appears whole, since others may be waiting for it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content))
+    _sync(partial)
+    partial.rename(path)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Saves and loads a run's training state: every rank its own part, nothing gathered.
+"""Loads a run's training state: every rank its own part, nothing gathered.
 
-The files are described in ``flowception.checkpoint.format``. Loading reads the ranges that a rank now needs, whatever
-ranks and ZeRO stage the checkpoint was saved by.
+The files are described in ``flowception.checkpoint.format``; ``training.saving`` writes them. Loading reads the ranges
+that a rank now needs, whatever ranks and ZeRO stage the checkpoint was saved by.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flowception.checkpoint import format as checkpoint_format
-from flowception.checkpoint import writing
 from flowception.checkpoint.format import KINDS, Manifest, SliceReader
 from flowception.errors import CheckpointError, ConfigError
 from flowception.training.distributed import broadcast_object, of_all_ranks, together
@@ -33,6 +31,9 @@ class CheckpointConfig:
     """Checkpoints at multiples of this are never removed; None is off."""
     save_at_start: bool = True
     """Save step 0, the untrained model."""
+    save_timeout_s: float = 600.0
+    """Seconds that rank 0, when its own part is written, waits for the other ranks' parts; then the save has failed.
+    Below the half hour after which ranks that wait for rank 0 give up."""
 
     def __post_init__(self) -> None:
         if self.save_every_steps < 1:
@@ -45,57 +46,8 @@ class CheckpointConfig:
             raise ConfigError(
                 f"checkpoint.keep_every_steps is {self.keep_every_steps}; give 1 or more, or null for off"
             )
-
-
-def save(run_dir: str | Path, step: int, shards: ShardedState, state: dict[str, Any]) -> Path:
-    """Save a checkpoint. Collective; on return it is complete on disk.
-
-    Args:
-        run_dir: The run.
-        step: Optimizer steps done.
-        shards: This rank's part of the training state.
-        state: JSON-able state of the run, the same on all ranks.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: If a rank could not write; the earlier checkpoints are untouched.
-    """
-    folder = writing.temporary_dir(run_dir, step)
-    _everywhere(step, lambda: writing.begin(run_dir, step) if shards.rank == 0 else None)
-    _everywhere(step, lambda: _write_own_part(folder, shards))
-    state = state | {
-        "optimizer_steps": shards.optimizer_steps,
-        "world_size": shards.world_size,
-        "zero_stage": shards.stage,
-    }
-    _everywhere(step, lambda: writing.commit(run_dir, step, shards.world_size, state) if shards.rank == 0 else None)
-    return checkpoint_format.checkpoint_dir(run_dir, step)
-
-
-def _everywhere(step: int, action: Callable[[], object]) -> None:
-    """Run ``action`` on all ranks and wait; if it fails on one, fail on all."""
-
-    def attempt() -> None:
-        try:
-            action()
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"the checkpoint of step {step} could not be saved: {error}") from error
-
-    together(attempt)
-
-
-def _write_own_part(folder: Path, shards: ShardedState) -> None:
-    tensors, ranges = {}, {}
-    for kind in KINDS:
-        for fragment, view in shards.views(kind):
-            start, stop = shards.saved_range(fragment)
-            if stop > start:
-                here = view[start - fragment.start : stop - fragment.start]
-                tensors[f"{kind}/{fragment.name}"] = here.detach().to("cpu", copy=True)
-                ranges[fragment.name] = (fragment.shape, start, stop)
-    writing.write_slices(folder, shards.rank, tensors, ranges)
+        if not 0 < self.save_timeout_s <= 1500:
+            raise ConfigError(f"checkpoint.save_timeout_s is {self.save_timeout_s}; give more than 0, at most 1500")
 
 
 def load(folder: str | Path, shards: ShardedState) -> Manifest:

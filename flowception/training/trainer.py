@@ -29,6 +29,7 @@ from flowception.training.metrics import MetricsLog, Speed, check_packages
 from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
 from flowception.training.samples import SamplerFactory, take_samples
+from flowception.training.saving import Saver
 from flowception.training.shards import ShardedState
 from flowception.training.state import RunState, plan_of
 from flowception.training.step import training_step
@@ -59,8 +60,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
         manifest = run_directory.describe(config.model, data.reader.meta) if ranks.is_main else {}
         on_main(ranks, lambda: run_directory.check(config.run_dir, manifest))
         trainer = Trainer(config, ranks, data, stop, make_sampler)
-        on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
-        return trainer.run()
+        try:
+            on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
+            return trainer.run()
+        finally:
+            trainer.saver.close()
 
 
 @contextmanager
@@ -95,7 +99,7 @@ class Trainer:
             ),
         )
         self.shards = ShardedState(self.engine)
-        self.saved_step: int | None = None
+        self.saver = Saver(config.run_dir, config.checkpoint, self.shards, self._say)
         self.state = self._resume() or self._start()
         self.plan = together(lambda: plan_of(self.state, data.plan))
         self.validation = together(self._prepare_validation)
@@ -112,7 +116,7 @@ class Trainer:
         if folder is None:
             return None
         state = RunState.from_json(checkpoint.load(folder, self.shards).state)
-        self.saved_step = state.step
+        self.saver.saved_step = state.step
         self._say(f"resuming {self.config.run_dir} at step {state.step} of {self.config.max_steps}")
         if self.ranks.is_main:
             self._set_aside_newer(state.step)
@@ -166,8 +170,8 @@ class Trainer:
             self._say(f"the run is already at step {state.step}, beyond max_steps={config.max_steps}; nothing to do")
             return True
         self._say_start()
-        if config.checkpoint.save_at_start and self.saved_step is None:
-            self._save()
+        if config.checkpoint.save_at_start and self.saver.saved_step is None:
+            self.saver.begin(state.step, state.to_json())
         metrics = on_main(self.ranks, lambda: MetricsLog(config.run_dir, config.logging, config.max_steps, state.step))
         try:
             while state.step < config.max_steps and not self.stopping:
@@ -175,9 +179,13 @@ class Trainer:
         finally:
             if metrics is not None:
                 metrics.close()
-        if self.saved_step != state.step:
-            self._save()
         complete = state.step >= config.max_steps
+        if self.saver.wait() != state.step:
+            try:
+                self.saver.save(state.step, state.to_json())
+            except CheckpointError:
+                if complete:
+                    raise  # a run that was stopped comes again and makes the lost steps from the checkpoint before
         who = self.stop.signal_name or "a signal to another rank"
         end = "complete" if complete else f"stopped by {who}; run the same command again to resume"
         self._say(f"step {state.step} of {config.max_steps}: {end}")
@@ -204,6 +212,7 @@ class Trainer:
             )
             if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
                 values |= self._validate(self.validation)
+            values |= self.saver.poll()
             if metrics is not None:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
             if config.samples.every_steps and state.step % config.samples.every_steps == 0:
@@ -211,7 +220,7 @@ class Trainer:
             if state.step >= config.max_steps or self.stopping:
                 return
             if state.step % config.checkpoint.save_every_steps == 0:
-                self._try_to_save()
+                self.saver.begin(state.step, state.to_json())
             speed.restart()
 
     def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
@@ -293,23 +302,6 @@ class Trainer:
         if picture is not None and metrics is not None:
             self._say(f"samples of step {self.state.step}: {picture}")
             metrics.show("samples", picture, self.state.step)
-
-    def _try_to_save(self) -> None:
-        """Save between steps; a full disk does not end the run, the last checkpoint stays and the next is tried."""
-        try:
-            self._save()
-        except CheckpointError as error:
-            self._say(f"WARNING: {error}; training goes on, the last checkpoint is of step {self.saved_step}")
-
-    def _save(self) -> None:
-        config, step = self.config.checkpoint, self.state.step
-        checkpoint.save(self.config.run_dir, step, self.shards, self.state.to_json())
-        self.saved_step = step
-        if self.ranks.is_main:
-            try:
-                writing.prune(self.config.run_dir, step, config.keep_last, config.keep_every_steps)
-            except OSError as error:
-                self._say(f"WARNING: old checkpoints could not be removed ({error})")
 
     def _say_start(self) -> None:
         config, plan = self.config, self.data.plan

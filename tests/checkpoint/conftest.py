@@ -21,24 +21,36 @@ def split(count, writers):
     return list(zip(cuts[:-1], cuts[1:]))
 
 
+def _part(writer, writers):
+    """One writer's tensors and ranges."""
+    tensors, ranges = {}, {}
+    for name, shape in SHAPES.items():
+        start, stop = split(torch.Size(shape).numel(), writers)[writer]
+        if stop > start:
+            ranges[name] = (shape, start, stop)
+            for kind in KINDS:
+                tensors[f"{kind}/{name}"] = values(kind, name).view(-1)[start:stop]
+    return tensors, ranges
+
+
 @pytest.fixture
 def save():
     """save(run_dir, step, writers) writes a checkpoint and gives its folder."""
 
     def write(run_dir, step, writers=2, state=None):
-        folder = writing.begin(run_dir, step)
+        folder = writing.make(writing.attempt_dir(run_dir, step, "test"))
         for writer in range(writers):
-            tensors, ranges = {}, {}
-            for name, shape in SHAPES.items():
-                start, stop = split(torch.Size(shape).numel(), writers)[writer]
-                if stop > start:
-                    ranges[name] = (shape, start, stop)
-                    for kind in KINDS:
-                        tensors[f"{kind}/{name}"] = values(kind, name).view(-1)[start:stop]
-            writing.write_slices(folder, writer, tensors, ranges)
-        return writing.commit(run_dir, step, writers, state or {"optimizer_steps": step})
+            writing.write_slices(folder, writer, *_part(writer, writers))
+        receipts = writing.wait_for_receipts(folder, writers, lambda: 0)
+        return writing.commit(folder, step, receipts, state or {"optimizer_steps": step})
 
     return write
+
+
+@pytest.fixture
+def part():
+    """part(writer, writers) is one writer's tensors and ranges."""
+    return _part
 
 
 @pytest.fixture

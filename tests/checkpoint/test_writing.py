@@ -1,3 +1,7 @@
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 from safetensors import SafetensorError
 
@@ -6,23 +10,175 @@ from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, 
 from flowception.errors import CheckpointError
 
 
-def test_a_missing_writer_is_found_and_nothing_appears(tmp_path):
-    folder = writing.begin(tmp_path, 5)
+def begin(run_dir, step, attempt="test"):
+    return writing.make(writing.attempt_dir(run_dir, step, attempt))
+
+
+class Clock:
+    """Time that passes only while somebody waits; ``then`` happens at the given second."""
+
+    def __init__(self, at_s=0.0, then=lambda: None):
+        self.now_s, self.at_s, self.then = 0.0, at_s, then
+
+    def __call__(self):
+        return self.now_s
+
+    def pause(self, seconds):
+        before_s, self.now_s = self.now_s, self.now_s + seconds
+        if before_s < self.at_s <= self.now_s:
+            self.then()
+
+
+def wait(folder, writers, clock, timeout_s=60.0):
+    return writing.wait_for_receipts(folder, writers, lambda: timeout_s, clock_s=clock, pause=clock.pause)
+
+
+def test_receipts_are_waited_for(tmp_path):
+    folder = begin(tmp_path, 5)
+    writing.write_slices(folder, 1, {}, {})
+    clock = Clock(at_s=40, then=lambda: writing.write_slices(folder, 0, {}, {}))
+    assert [r["file"] for r in wait(folder, 2, clock)] == ["rank_00000.safetensors", "rank_00001.safetensors"]
+    assert clock.now_s == pytest.approx(40, abs=0.1)
+
+
+def test_a_writer_that_does_not_finish_in_time_is_named_and_nothing_appears(tmp_path):
+    folder = begin(tmp_path, 5)
     writing.write_slices(folder, 0, {}, {})
-    with pytest.raises(CheckpointError, match="rank 1"):
-        writing.commit(tmp_path, 5, 2, {})
+    (folder / "rank_00001.safetensors").write_bytes(b"half")
+    (folder / "rank_00001.receipt.partial").write_text("{")
+    clock = Clock()
+    with pytest.raises(CheckpointError, match=r"ranks 1, 2 did not finish within 60 s"):
+        wait(folder, 3, clock)
+    assert clock.now_s == pytest.approx(60, abs=0.2)
     assert list_steps(tmp_path) == []
     assert latest_valid(tmp_path) is None
 
 
-def test_an_unfinished_folder_is_not_a_checkpoint_and_is_removed_by_the_next(tmp_path, save):
+def test_the_time_limit_can_change_while_waiting(tmp_path):
+    clock = Clock()
+
+    def limit_s():
+        return 1000 if clock.now_s < 20 else 3
+
+    with pytest.raises(CheckpointError, match="within 3 s"):
+        writing.wait_for_receipts(begin(tmp_path, 5), 1, limit_s, clock_s=clock, pause=clock.pause)
+    assert clock.now_s == pytest.approx(20, abs=0.1)
+
+
+def test_a_writer_that_failed_is_quoted_when_the_others_are_done(tmp_path):
+    folder = begin(tmp_path, 5)
+    writing.write_slices(folder, 1, {}, {})
+    writing.write_failure(folder, 1, "[Errno 28] No space left on device")
+    assert not (folder / "rank_00001.safetensors").exists(), "it holds room that others may need"
+    clock = Clock(at_s=5, then=lambda: writing.write_slices(folder, 0, {}, {}))
+    with pytest.raises(CheckpointError, match="^rank 1: .* No space left on device$"):
+        wait(folder, 2, clock)
+    assert clock.now_s >= 5
+
+
+def test_attempts_are_never_joined(tmp_path, part):
+    """A killed job left rank 1's part of step 4, written to the end; the next job's rank 1 never writes its own."""
+    left_over = begin(tmp_path, 4, "killed-1")
+    for writer in (0, 1):
+        writing.write_slices(left_over, writer, *part(writer, 2))
+    folder = begin(tmp_path, 4, "next-1")
+    assert folder != left_over
+    writing.write_slices(folder, 0, *part(0, 2))
+    with pytest.raises(CheckpointError, match="rank 1 did not finish"):
+        wait(folder, 2, Clock())
+
+
+def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path, save):
     save(tmp_path, 2)
-    left_over = writing.begin(tmp_path, 4)
-    writing.write_slices(left_over, 0, {}, {})
+    for step, attempt in ((2, "pruned"), (2, "a-1"), (4, "a-2"), (4, "replaced")):
+        writing.write_slices(begin(tmp_path, step, attempt), 0, {}, {})
     assert latest_valid(tmp_path) == checkpoint_dir(tmp_path, 2)
-    save(tmp_path, 6)
-    assert not left_over.exists()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+    shutil.rmtree(writing.attempt_dir(tmp_path, 4, "replaced"))
+    writing.remove_leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    writing.remove_leftovers(tmp_path / "new run")
+
+
+def test_a_commit_needs_the_files_that_the_receipts_tell_of(tmp_path, part):
+    folder = begin(tmp_path, 4)
+    for writer in (0, 1):
+        writing.write_slices(folder, writer, *part(writer, 2))
+    receipts = wait(folder, 2, Clock())
+    with pytest.raises(CheckpointError, match="do not join|hold"):
+        writing.commit(folder, 4, receipts[:1], {})
+    path = folder / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="cut short"):
+        writing.commit(folder, 4, receipts, {})
+    assert list_steps(tmp_path) == []
+
+
+class Killed(BaseException):
+    """As if the process were gone: nothing of ours catches it."""
+
+
+class Operations:
+    """Counts what is done to files, and ends the process before one of them."""
+
+    NAMES = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
+
+    def __init__(self, monkeypatch, kill_at=None):
+        self.kill_at, self.done = kill_at, []
+        for name in self.NAMES:
+            monkeypatch.setattr(os, name, self.before(name, getattr(os, name)))
+        monkeypatch.setattr(writing, "save_file", self.before("save_file", writing.save_file))
+        monkeypatch.setattr(Path, "write_text", self.before("write_text", Path.write_text))
+
+    def before(self, name, call):
+        def watched(*arguments, **named):
+            if len(self.done) == self.kill_at:
+                raise Killed(name)
+            self.done.append(name)
+            return call(*arguments, **named)
+
+        return watched
+
+
+def save_over(run_dir, part):
+    """Save steps 4 (again), and 6, and prune."""
+    for step in (4, 6):
+        folder = begin(run_dir, step)
+        for writer in (0, 1):
+            writing.write_slices(folder, writer, *part(writer, 2))
+        writing.commit(folder, step, writing.wait_for_receipts(folder, 2, lambda: 0), {"optimizer_steps": step})
+        writing.prune(run_dir, step, keep_last=2)
+
+
+def test_after_a_kill_at_any_operation_nothing_is_lost_and_the_next_job_goes_on(tmp_path, save, part, monkeypatch):
+    for step in (0, 2, 4):
+        save(tmp_path / "before", step)
+    shutil.copytree(tmp_path / "before", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        whole = Operations(patch)
+        save_over(tmp_path / "whole", part)
+    assert {"mkdir", "rename", "unlink", "rmdir", "fsync", "save_file", "write_text"} <= set(whole.done)
+    expected = {step: hashes(checkpoint_dir(tmp_path / "whole", step)) for step in (4, 6)}
+    newest = set()
+    for number in range(len(whole.done)):
+        run_dir = tmp_path / f"killed-{number}"
+        shutil.copytree(tmp_path / "before", run_dir)
+        with monkeypatch.context() as patch:
+            Operations(patch, kill_at=number)
+            with pytest.raises(Killed):
+                save_over(run_dir, part)
+        writing.remove_leftovers(run_dir)
+        found = latest_valid(run_dir)
+        newest.add(found.name)
+        assert hashes(found) == expected[int(found.name[5:])]
+        for step in list_steps(run_dir):
+            verify(checkpoint_dir(run_dir, step))
+        assert len(list_steps(run_dir)) >= 3
+        assert not list((run_dir / "checkpoints").glob("*.tmp"))
+        save_over(run_dir, part)
+        assert list_steps(run_dir) == [0, 4, 6]
+        assert hashes(latest_valid(run_dir)) == expected[6]
+        shutil.rmtree(run_dir)
+    assert newest == {"step_00000004", "step_00000006"}
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path, save):
@@ -49,6 +205,33 @@ def test_prune_keeps_the_newest_and_step_0(tmp_path, save, keep_last, keep_every
     assert list_steps(tmp_path) == left
     assert sorted(removed + left) == [0, 2, 4, 6, 8, 10]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_nothing_is_pruned_for_a_checkpoint_that_is_not_complete(tmp_path, save):
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step)
+    path = checkpoint_dir(tmp_path, 8) / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="cut short"):
+        writing.prune(tmp_path, 8, keep_last=2)
+    assert list_steps(tmp_path) == [2, 4, 6, 8]
+
+
+def test_a_replacement_that_cannot_appear_leaves_what_it_was_to_replace(tmp_path, save, part, monkeypatch):
+    before = hashes(save(tmp_path, 4))
+    folder = begin(tmp_path, 4, "again")
+    writing.write_slices(folder, 0, *part(0, 1))
+    real = Path.rename
+
+    def rename(path, target):
+        if path == folder:
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        writing.commit(folder, 4, wait(folder, 1, Clock()), {})
+    assert hashes(latest_valid(tmp_path)) == before
 
 
 def test_damaged_checkpoints_after_the_resumed_step_are_set_aside_and_never_counted(tmp_path, save):
@@ -81,4 +264,4 @@ def test_a_disk_that_fills_up_is_an_error_of_ours(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writing, "save_file", save_file)
     with pytest.raises(CheckpointError, match="cannot be written: I/O error: No space left"):
-        writing.write_slices(writing.begin(tmp_path, 1), 0, {}, {})
+        writing.write_slices(begin(tmp_path, 1), 0, {}, {})

@@ -98,8 +98,9 @@ def write_checkpoint(run_dir, step, ema):
         flat = value.flatten().float()
         ranges[name] = (tuple(value.shape), 0, flat.numel())
         tensors |= {f"{kind}/{name}": flat.clone() if kind == "ema" else torch.zeros_like(flat) for kind in KINDS}
-    writing.write_slices(writing.begin(run_dir, step), 0, tensors, ranges)
-    writing.commit(run_dir, step, 1, {"optimizer_steps": step})
+    attempt = writing.make(writing.attempt_dir(run_dir, step, "test"))
+    writing.write_slices(attempt, 0, tensors, ranges)
+    writing.commit(attempt, step, writing.wait_for_receipts(attempt, 1, lambda: 0), {"optimizer_steps": step})
 
 
 @pytest.fixture(scope="session")

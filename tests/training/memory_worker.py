@@ -19,9 +19,10 @@ from flowception.nn.backbone import build_backbone, count_parameters
 from flowception.nn.initialise import initialise
 from flowception.nn.layout import ClipShape, PackInput, build_layout
 from flowception.nn.presets import DiTConfig
-from flowception.training import checkpoint
+from flowception.training.checkpoint import CheckpointConfig
 from flowception.training.distributed import broadcast_object, init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
+from flowception.training.saving import Saver
 from flowception.training.shards import MOMENTS, ShardedState
 from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
 
@@ -150,7 +151,7 @@ def step(engine, accumulation: int, known: dict[int, int], gradients: list[int],
 def saved_bytes(shards: ShardedState) -> int:
     """Size of a checkpoint, all ranks' files together."""
     folder = broadcast_object(tempfile.mkdtemp())
-    checkpoint.save(folder, 1, shards, {})
+    Saver(folder, CheckpointConfig(), shards).save(1, {})
     size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
     torch.distributed.barrier()
     if shards.rank == 0:

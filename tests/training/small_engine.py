@@ -13,8 +13,10 @@ from torch import nn
 
 from flowception.checkpoint.format import checkpoint_dir
 from flowception.training import checkpoint
+from flowception.training.checkpoint import CheckpointConfig
 from flowception.training.distributed import all_sum, gather_values, init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
+from flowception.training.saving import Saver
 from flowception.training.shards import ShardedState
 from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
 
@@ -122,12 +124,16 @@ def run(stage, steps, precision="fp32", micro_batches=3, run_dir=None, load_step
         assert found.name == f"step_{load_step:08d}", found
         checkpoint.load(found, shards)
         first = load_step
+    saver = run_dir and Saver(run_dir, CheckpointConfig(keep_last=None), shards)
     losses, begin = [], outputs(engine, shards)
     for step in range(first, steps + 1):
         if step in save_steps:
-            checkpoint.save(run_dir, step, shards, {"step": step})
+            saver.begin(step, {"step": step})
         if step < steps:
             losses += train(ranks, engine, shards, [step], micro_batches)
+    if saver:
+        assert not save_steps or saver.wait() == save_steps[-1], saver.failure
+        saver.close()
     end = outputs(engine, shards)
     sums = {
         kind: {name: t.double().sum().item() for name, t in full(shards, kind).items()} for kind in ("weight", "ema")
