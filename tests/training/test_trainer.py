@@ -178,6 +178,31 @@ def test_a_full_disk_does_not_end_the_run(runs):
     assert list_steps(folder / "full_disk") == [0, 8]
     assert not list((folder / "full_disk" / "checkpoints").glob("*.tmp"))
     assert losses(folder / "full_disk") == losses(folder / "whole")[:8]
+    said = results["said_full_disk"]
+    why = "WARNING: the checkpoint of step 4 could not be saved: rank 1: [Errno 28] No space left on device"
+    assert said.count(f"{why}; the last one is of step 0\n") == 1
+    assert said.count("WARNING: old checkpoints could not be removed ([Errno 13] Permission denied)\n") == 2
+    counts = [line["failed_saves"] for line in metrics(folder / "full_disk")]
+    assert counts[:4] == [0] * 4
+    assert counts == sorted(counts)
+
+
+def test_a_last_save_that_fails_is_an_error_but_not_where_the_run_comes_again(runs):
+    folder, results = runs
+    assert results["full_at_stop"] is False
+    assert "WARNING: the checkpoint of step 2 could not be saved" in results["said_full_at_stop"]
+    assert "step 2 of 12: stopped by" in results["said_full_at_stop"]
+    assert results["full_at_end"].startswith("CheckpointError: the checkpoint of step 3 could not be saved: rank 1:")
+    assert list_steps(folder / "full_at_end") == [0]
+
+
+def test_saves_are_timed(runs):
+    lines = metrics(runs[0] / "whole")
+    assert [line["step"] for line in lines if "save_blocked_s" in line] == [1, 5, 9]
+    timed = [line["save_s"] for line in lines if "save_s" in line]
+    assert timed
+    assert min(timed) > 0
+    assert {line["failed_saves"] for line in lines} == {0}
 
 
 def test_a_second_job_is_refused_and_told_who_holds_the_lock(runs, tmp_path):

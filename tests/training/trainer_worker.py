@@ -23,7 +23,7 @@ _RANKS = []
 
 
 class StopAfter(StopFlag):
-    """As if a signal had come to rank 1 alone in the given step."""
+    """As if a signal had come to the last rank alone in the given step."""
 
     def __init__(self, steps):
         super().__init__()
@@ -32,7 +32,7 @@ class StopAfter(StopFlag):
     @property
     def is_set(self):
         self.steps_left -= 1
-        return self.steps_left < 0 and os.environ["RANK"] == "1"
+        return self.steps_left < 0 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 
 
 def ranks():
@@ -75,7 +75,9 @@ def scenarios(folder):
     result["stage_2"] = run(folder, "stage_2", max_steps=6, zero__stage=2)
     result["bf16"] = run(folder, "bf16", max_steps=3, precision="bf16")
     result["workers"] = run(folder, "workers", max_steps=6, data__num_workers=1)
-    result["full_disk"] = run_with_full_disk(folder)
+    result["full_disk"], result["said_full_disk"] = run_with_full_disk(folder, 4, "full_disk", max_steps=8)
+    result["full_at_stop"], result["said_full_at_stop"] = run_with_full_disk(folder, 2, "full_at_end", stop_after=1)
+    result["full_at_end"], _ = run_with_full_disk(folder, 3, "full_at_end", max_steps=3)
     result["bad_clip"] = run(folder, "bad_clip", data="bad_shards", max_steps=8)
     result["bad_last_step"] = run(folder, "bad_last_step", data="last_shards", max_steps=8)
     result["one_bad_clip_too_many"] = run(folder, "too_many", data="bad_shards", max_steps=8, data__max_bad_clips=0)
@@ -88,11 +90,11 @@ def scenarios(folder):
     return result
 
 
-def run_and_listen(folder, name, **changes):
+def run_and_listen(folder, name, stop_after=None, **changes):
     """What a job returned, and what rank 0 said."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        returned = run(folder, name, **changes)
+        returned = run(folder, name, stop_after, **changes)
     return returned, broadcast_object(said.getvalue())
 
 
@@ -118,21 +120,21 @@ def run_with_a_bad_mount(folder):
         SliceReader.read = real
 
 
-def run_with_full_disk(folder):
-    """Rank 1 cannot write its part of the second checkpoint, and none can be removed."""
+def run_with_full_disk(folder, step, name, **changes):
+    """Rank 1 cannot write its part of the checkpoint of a step, and none can be removed."""
     real, real_prune = writing.write_slices, writing.prune
 
     def prune(*arguments):
         raise PermissionError(13, "Permission denied")
 
     def write_slices(target, writer, *arguments):
-        if writer == 1 and target.name.startswith("step_00000004"):
+        if writer == 1 and target.name.startswith(f"step_{step:08d}"):
             raise OSError(28, "No space left on device")
         real(target, writer, *arguments)
 
     writing.write_slices, writing.prune = write_slices, prune
     try:
-        return run(folder, "full_disk", max_steps=8)
+        return run_and_listen(folder, name, **changes)
     finally:
         writing.write_slices, writing.prune = real, real_prune
 
