@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from distributed_worker import run_distributed
 
-from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, read_full
+from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, read_full, read_manifest
 
 pytestmark = pytest.mark.xdist_group("resumes")
 
@@ -43,6 +43,24 @@ def test_another_world_size_and_stage_load_the_same_state(resumes, tmp_path, wor
         saved = checkpoint_dir(tmp_path / f"stage-{stage}", 3)
         assert len(list(saved.glob("*.safetensors"))) == world_size
         assert hashes(saved) == expected
+
+
+@pytest.mark.long
+def test_from_two_ranks_over_four_one_and_three_and_back(resumes, tmp_path):
+    """Every stop loads what the one before saved, under all stages; the last goes on as if nothing had happened."""
+    folder, results = resumes
+    start = source = folder / "3-fp32-whole"
+    for world_size, stages in ((4, (0, 1, 2, 3)), (1, (1, 2)), (3, (0, 2, 3)), (2, (1, 0, 2, 3))):
+        here = tmp_path / f"ranks-{world_size}"
+        run_distributed(WORKER, "load_and_save", world_size, source=str(source), folder=str(here), stages=stages)
+        saved = [checkpoint_dir(here / f"stage-{stage}", 3) for stage in stages]
+        assert all(hashes(path) == hashes(checkpoint_dir(start, 3)) for path in saved)
+        states = [read_manifest(path).state for path in saved]
+        assert [(state["world_size"], state["zero_stage"]) for state in states] == [(world_size, s) for s in stages]
+        source = here / f"stage-{stages[-1]}"
+    resumed = run_distributed(WORKER, "run", 2, stage=3, steps=6, run_dir=str(source), load_step=3, save_steps=[6])[0]
+    assert resumed["losses"] == results["3-fp32"][0]["losses"][3:]
+    assert hashes(checkpoint_dir(source, 6)) == hashes(checkpoint_dir(start, 6))
 
 
 def test_a_damaged_checkpoint_is_passed_over(resumes, tmp_path):

@@ -298,6 +298,38 @@ def test_another_world_size_sees_the_same_losses(runs, tmp_path):
     assert losses(folder / "alone") == pytest.approx(losses(folder / "whole")[:5], rel=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
+    """50 steps with weight decay on a group and a cosine in mid-flight: 2 ranks, then 1, 4, 3 and 2 again."""
+    write_set(tmp_path / "shards")
+    settings = {"max_steps": 50, "packs_per_step": 4, "optim__lr_schedule": "cosine", "optim__weight_decay": 0.3}
+
+    def job(world_size, stage, name, stop_after=None):
+        jobs = run_distributed(
+            WORKER, "one_run", world_size, timeout_s=240, folder=str(tmp_path), name=name, stop_after=stop_after,
+            zero__stage=stage, **settings,
+        )  # fmt: skip
+        assert set(jobs) == {stop_after is None}
+
+    job(2, 3, "never_changed")
+    for world_size, stage, stop_after in ((2, 3, 6), (1, 0, 12), (4, 2, 9), (3, 1, 10), (2, 3, None)):
+        job(world_size, stage, "changed", stop_after)
+    never, changed = (metrics(tmp_path / name) for name in ("never_changed", "changed"))
+    assert [line["lr"] for line in changed] == [line["lr"] for line in never]
+    for name in ("step", "epoch", "clips", "tokens", "rate/true", "skipped_steps", "bad_clips"):
+        assert [line[name] for line in changed] == [line[name] for line in never], name
+    for name in ("loss", "loss/velocity", "loss/insertion", "grad_norm"):
+        assert [line[name] for line in changed] == pytest.approx([line[name] for line in never], rel=1e-4), name
+    held_out = [[line["validation/loss"] for line in lines if "validation/loss" in line] for lines in (changed, never)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    ends = [checkpoint_dir(tmp_path / name, 50) for name in ("never_changed", "changed")]
+    assert read_manifest(ends[1]).state == read_manifest(ends[0]).state
+    for kind in ("weights", "ema"):
+        whole, again = (read_full(folder, kind) for folder in ends)
+        assert all(torch.allclose(again[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
+
+
 def test_config_in_use_is_the_one_of_the_helper(tmp_path):
     config = load_config([write_config(tmp_path / "c.yaml", tmp_path, tmp_path)])
     assert config.zero.param_persistence_threshold == 0
