@@ -12,16 +12,17 @@ import pytest
 from distributed_worker import free_port, rank_environment
 from toy_set import write_config, write_set
 
-from flowception.checkpoint.format import checkpoint_dir, hashes, list_steps
+from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps
 
-MAIN = Path(__file__).parents[2] / "train" / "main.py"
+HERE = Path(__file__).parent
+MAIN = HERE.parents[1] / "train" / "main.py"
 STEPS, KILLS = 40, 5
 
 
-def start(config: Path, log: Path) -> list[subprocess.Popen]:
-    """Two ranks of ``train/main.py``."""
+def start(config: Path, log: Path, program: tuple[str, ...] = (str(MAIN),)) -> list[subprocess.Popen]:
+    """Two ranks of ``train/main.py``, or of another program that takes its arguments."""
     port = free_port()
-    command = [sys.executable, str(MAIN), "--config", str(config)]
+    command = [sys.executable, *program, "--config", str(config)]
     with log.open("a") as stream:
         return [
             subprocess.Popen(command, env=rank_environment(rank, 2, port), stdout=stream, stderr=subprocess.STDOUT)
@@ -82,6 +83,46 @@ def test_five_kills_change_nothing(tmp_path):
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count('"step"') for name in ("whole", "killed")]
     assert lines == [STEPS, STEPS]
     assert (tmp_path / "killed.log").read_text().count("resuming") >= 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
+    """Each job dies in the second save after its start, one operation or one rank further on."""
+    data = write_set(tmp_path / "shards")
+    settings = {"checkpoint__save_every_steps": 2, "checkpoint__keep_last": 2, "validation__every_steps": None}
+    configs = {
+        name: write_config(tmp_path / f"{name}.yaml", tmp_path / name, data, max_steps=16, **settings)
+        for name in ("whole", "killed")
+    }
+    processes = start(configs["whole"], tmp_path / "whole.log")
+    assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "whole.log").read_text()[-4000:]
+    checkpoints, newest = tmp_path / "killed" / "checkpoints", 0
+    for place, rank in (("half_written", 1), ("write_slices", 1), ("wait_for_receipts", 0), ("commit", 0)):
+        program = (str(HERE / "killed_main.py"), place, str(rank), "2")
+        processes = start(configs["killed"], tmp_path / "killed.log", program)
+        try:
+            assert processes[rank].wait(240) == -signal.SIGKILL, (tmp_path / "killed.log").read_text()[-4000:]
+        finally:
+            kill_all(processes)
+        before, newest = newest, int(latest_valid(tmp_path / "killed").name[5:])
+        if place == "half_written":  # its saves are of steps 0 and 2, those of the next jobs 2 and 4 steps on
+            assert newest == 0
+            assert len(list(checkpoints.glob("*.tmp/rank_00001.safetensors"))) == 1
+            assert not list(checkpoints.glob("*.tmp/rank_00001.receipt"))
+        if place == "write_slices":  # its receipt is there, so rank 0 may commit before it is killed
+            assert newest - before in (2, 4)
+        if place == "wait_for_receipts":
+            assert newest - before == 2
+            assert len(list(checkpoints.glob("*.tmp/rank_00001.receipt"))) == 1
+        if place == "commit":
+            assert newest - before == 4
+    processes = start(configs["killed"], tmp_path / "killed.log")
+    assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "killed.log").read_text()[-4000:]
+    assert not list(checkpoints.glob("*.tmp"))
+    assert list_steps(tmp_path / "killed") == list_steps(tmp_path / "whole") == [0, 14, 16]
+    ends = [hashes(checkpoint_dir(tmp_path / name, 16)) for name in ("killed", "whole")]
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.long

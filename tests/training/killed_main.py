@@ -1,0 +1,52 @@
+"""``train/main.py`` with a SIGKILL at a place of a save: ``killed_main.py PLACE RANK SAVE --config ...``.
+
+PLACE is the operation of ``checkpoint.writing`` after which rank RANK dies, in its SAVE-th save, counted from 1. After
+``half_written`` its file holds half of its bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+from flowception.checkpoint import writing
+
+MAIN = Path(__file__).parents[2] / "train" / "main.py"
+
+
+def kill_after(name: str, save: int, before_the_end) -> None:
+    real, calls = getattr(writing, name), []
+
+    def watched(*arguments, **named):
+        result = real(*arguments, **named)
+        calls.append(name)
+        if len(calls) == save:
+            before_the_end(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(writing, name, watched)
+
+
+def cut_in_half(tensors, path) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def main() -> int:
+    place, rank, save = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if rank == int(os.environ["RANK"]):
+        if place == "half_written":
+            kill_after("save_file", save, cut_in_half)
+        else:
+            kill_after(place, save, lambda *arguments: None)
+    spec = importlib.util.spec_from_file_location("train_main", MAIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.leave(module.main(sys.argv[4:]))
+
+
+if __name__ == "__main__":
+    main()
