@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job.
 
     Returns:
-        0 when the run is complete, 85 when it was stopped by a signal and saved, 2 for bad input, which a dry run that
-        found a problem returns too.
+        0 when the run is complete, 85 when it was stopped by a signal and saved, or could not, 2 for bad input, which a
+        dry run that found a problem returns too.
     """
     stop = StopFlag().install()
     arguments = parse(sys.argv[1:] if argv is None else argv)

@@ -9,7 +9,7 @@ import signal
 from types import FrameType
 
 EXIT_STOPPED = 85
-"""Exit code of a run that was stopped by a signal and saved; a batch script requeues on it."""
+"""Exit code of a run that was stopped by a signal and saved, or could not; a batch script requeues on it."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
