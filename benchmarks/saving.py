@@ -1,7 +1,7 @@
 """How long training stands still for a checkpoint, against how long the checkpoint takes.
 
-``python benchmarks/saving.py --json FILE`` makes the model of a preset with optimizer and EMA on one rank, saves it a few
-times in the background through ``training.saving``, while the main thread does nothing, and prints medians.
+``python benchmarks/saving.py --json FILE`` makes the model of a preset with optimizer and EMA on one rank, saves it
+several times in the background through ``training.saving``, while the main thread does nothing, and prints medians.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         dump(config).rstrip(),
         "",
         f"parameters: {parameters:,} ({parameters / 1e9:.3f} B)",
-        f"checkpoint: {checkpoint_bytes(parameters) / 1e9:.2f} GB (weights, two moments and EMA in fp32); each rank holds "
-        "a copy of its share in host memory, to save in the background",
+        f"checkpoint: {checkpoint_bytes(parameters) / 1e9:.2f} GB (weights, two moments and EMA in fp32); each rank "
+        "holds a copy of its share in host memory, to save in the background",
         *_plan_lines(config, plan, assumed),
         "",
         *_memory_table(config, parameters, sizes),
