@@ -142,6 +142,9 @@ class _Zeros:
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         pass
 
+    def describe(self, row: int) -> str:
+        return f"clip {self._index.key(row)}"
+
 
 def first_pack(case: Case, folder: Path) -> dict[str, float]:
     """In a new process: from the files of an index to the first pack of a cursor far into a run."""

@@ -28,6 +28,7 @@ from flowception.nn.dit import DiTConfig
 from flowception.rng import MAX_SEED
 from flowception.training.checkpoint import CheckpointConfig
 from flowception.training.ema import EmaConfig
+from flowception.training.guard import GuardConfig
 from flowception.training.metrics import LoggingConfig
 from flowception.training.optim import OptimConfig
 from flowception.training.samples import SamplesConfig
@@ -63,6 +64,8 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """DeepSpeed's sharding."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save and what to keep."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Steps that are refused, going back, and the watchdog."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)

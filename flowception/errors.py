@@ -43,6 +43,10 @@ class CheckpointUnreadableError(CheckpointError):
     """A checkpoint cannot be read here and now; whether it is whole is not known, so none is taken in its place."""
 
 
+class GuardError(FlowceptionError):
+    """Training cannot go on by itself: step after step is refused by its guards."""
+
+
 class RunDirectoryError(FlowceptionError):
     """A run directory is in use by another job or was made by another configuration."""
 

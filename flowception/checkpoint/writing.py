@@ -238,9 +238,21 @@ def prune(run_dir: str | Path, step: int, keep_last: int | None, keep_every_step
     old = [found for found in list_steps(run_dir) if 0 < found <= step][:-keep_last]
     old = [found for found in old if not (keep_every_steps and found % keep_every_steps == 0)]
     for found in old:
-        folder = checkpoint_dir(run_dir, found)
-        shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.{_PRUNED}")))
+        _remove(run_dir, found)
     return old
+
+
+def discard_newer(run_dir: str | Path, step: int) -> None:
+    """Remove the checkpoints after a step, which the run has gone back before; the newest first."""
+    for found in reversed(list_steps(run_dir)):
+        if found > step:
+            _remove(run_dir, found)
+
+
+def _remove(run_dir: str | Path, step: int) -> None:
+    """Remove a checkpoint; a kill in between leaves no part of it that looks like one."""
+    folder = checkpoint_dir(run_dir, step)
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.{_PRUNED}")))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ they are told, so nothing about them has to be saved: a cursor is the whole stat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from flowception.errors import ConfigError
 
 _WORKER_TIMEOUT_S = 1800
 """A worker that gives nothing for so long is dead or its storage is."""
+
+_CLIPS_NAMED = 3
+"""Clips that ``waiting_for`` names."""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +95,7 @@ class StepBatch:
     next_cursor: Cursor
     """Where to go on after it; save this one."""
     quarantined: list[BadClip]
-    """Clips of this rank's packs found bad in this step."""
+    """Clips of this rank's packs found bad in this step, or left out."""
 
 
 def packs_of_rank(packs: Sequence[PackPlan], rank: int, world_size: int) -> list[PackPlan | None]:
@@ -104,11 +108,14 @@ def packs_of_rank(packs: Sequence[PackPlan], rank: int, world_size: int) -> list
 class _PackBuilder(Dataset[list[Pack]]):
     """Builds packs that are named by their plans; runs in workers."""
 
-    def __init__(self, plan: Plan, reader: ClipReader) -> None:
-        self._plan, self._reader = plan, reader
+    def __init__(self, plan: Plan, reader: ClipReader, left_out: Mapping[str, str]) -> None:
+        self._plan, self._reader, self._left_out = plan, reader, left_out
 
     def __getitem__(self, share: Any) -> list[Pack]:
-        return [empty_pack(self._plan) if p is None else build_pack(self._plan, p, self._reader) for p in share]
+        return [self._build(pack) for pack in share]
+
+    def _build(self, pack: PackPlan | None) -> Pack:
+        return empty_pack(self._plan) if pack is None else build_pack(self._plan, pack, self._reader, self._left_out)
 
 
 def _unchanged(item: Any) -> Any:
@@ -132,6 +139,7 @@ class PackLoader:
         cursor: Cursor | None = None,
         num_workers: int = 0,
         prefetch: int = 2,
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Make a loader; nothing is read before it is iterated.
 
@@ -143,6 +151,7 @@ class PackLoader:
             cursor: The first step; None for the first of epoch 0.
             num_workers: Processes that read ahead; 0 for none.
             prefetch: Steps that each worker keeps ready.
+            left_out: Keys of clips that become padding in their places, with the reason.
         """
         check_world_size(plan.config.packs_per_step, world_size)
         if not 0 <= rank < world_size:
@@ -150,11 +159,13 @@ class PackLoader:
         self._plan, self._reader = plan, reader
         self._rank, self._world_size = rank, world_size
         self._first = cursor or Cursor()
-        self._num_workers, self._prefetch = num_workers, prefetch
+        self._num_workers, self._prefetch, self._left_out = num_workers, prefetch, left_out
+        self._planned: deque[Planned] = deque()
+        self._handed_out = 0
 
-    def _shares(self, planned: deque[Planned]) -> Iterator[list[PackPlan | None]]:
+    def _shares(self) -> Iterator[list[PackPlan | None]]:
         for step_plan, next_cursor in steps_ahead(self._plan, self._first, self._prefetch):
-            planned.append((step_plan, next_cursor))
+            self._planned.append((step_plan, next_cursor))
             share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
             for pack in share:
                 if pack is not None:
@@ -163,11 +174,12 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps in order."""
-        planned: deque[Planned] = deque()
+        self._planned.clear()
+        self._handed_out = 0
         built = DataLoader(
-            _PackBuilder(self._plan, self._reader),
+            _PackBuilder(self._plan, self._reader, self._left_out),
             batch_size=None,
-            sampler=self._shares(planned),
+            sampler=self._shares(),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             worker_init_fn=_share_by_name,
@@ -177,6 +189,20 @@ class PackLoader:
             generator=torch.Generator().manual_seed(0),
         )
         for packs in built:
-            step_plan, next_cursor = planned.popleft()
+            step_plan, next_cursor = self._planned.popleft()
+            self._handed_out += 1
             found = [bad for pack in packs for bad in pack.bad_clips]
             yield StepBatch(step_plan, packs, Cursor(step_plan.epoch, step_plan.step), next_cursor, found)
+
+    def waiting_for(self) -> str:
+        """What the next batch needs, for a person who waits for it; may be called from another thread."""
+        try:
+            step_plan, _ = self._planned[0]
+        except IndexError:
+            return "the plan of the next step"
+        share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
+        rows = [int(row) for pack in share if pack is not None for row in pack.rows]
+        where = ", ".join(self._reader.describe(row) for row in rows[:_CLIPS_NAMED])
+        more = f" and {len(rows) - _CLIPS_NAMED} more" if len(rows) > _CLIPS_NAMED else ""
+        worker = f", read by worker {self._handed_out % self._num_workers}" if self._num_workers else ""
+        return f"step {step_plan.step} of epoch {step_plan.epoch}: {where or 'padding'}{more}{worker}"

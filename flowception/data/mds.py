@@ -145,7 +145,8 @@ class MdsReader:
         """C."""
         return self.meta.latent_channels
 
-    def _name(self, row: int) -> str:
+    def describe(self, row: int) -> str:
+        """A clip and the file it is in, for a message."""
         shard = self.meta.shards[int(self.index.clips["shard"][row])]
         return f"clip {self.index.key(row)} in {self.folder / shard.name}"
 
@@ -158,14 +159,14 @@ class MdsReader:
         try:
             sample: dict[str, bytes] = self._samples.get_item(row)
         except (OSError, IndexError, ValueError) as error:
-            raise DataError(f"{self._name(row)} cannot be read ({error})") from error
+            raise DataError(f"{self.describe(row)} cannot be read ({error})") from error
         if set(sample) != set(COLUMNS):
-            raise DataError(f"{self._name(row)} has the columns {sorted(sample)}, expected {sorted(COLUMNS)}")
+            raise DataError(f"{self.describe(row)} has the columns {sorted(sample)}, expected {sorted(COLUMNS)}")
         if (
             _described_checksum(sample["key"], sample["json"], sample["text"])
             != self.index.clips["prefix_checksum"][row]
         ):
-            raise DataError(f"{self._name(row)}: key, metadata or text do not match their checksum")
+            raise DataError(f"{self.describe(row)}: key, metadata or text do not match their checksum")
         self._last = (row, sample)
         return sample
 
@@ -182,16 +183,16 @@ class MdsReader:
         clip = self.index.clips[row]
         wanted = np.asarray(frames, dtype=np.int64)
         if refused := frames_refused(wanted, int(clip["frames"])):
-            raise DataError(f"{self._name(row)}: {refused}")
+            raise DataError(f"{self.describe(row)}: {refused}")
         shape = (self.latent_channels, int(clip["height"]), int(clip["width"]))
         frame_bytes = 2 * int(np.prod(shape))
         if len(content) != int(clip["frames"]) * frame_bytes:
-            raise DataError(f"{self._name(row)} has {len(content)} bytes of latents, the index says otherwise")
+            raise DataError(f"{self.describe(row)} has {len(content)} bytes of latents, the index says otherwise")
         out = bytearray()
         for frame in wanted.tolist():
             part = content[frame * frame_bytes : (frame + 1) * frame_bytes]
             if checksum(part) != self.index.frame_checksum[int(clip["checksum_start"]) + frame]:
-                raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
+                raise DataError(f"{self.describe(row)}: latent frame {frame} does not match its checksum")
             out += part
         if not out:
             return torch.zeros(0, *shape, dtype=torch.bfloat16)
@@ -204,7 +205,7 @@ class MdsReader:
         if tokens == 0 or width is None:
             return None
         if len(text) != 2 * tokens * width:
-            raise DataError(f"{self._name(row)} has {len(text)} bytes of text, the index says {tokens} x {width}")
+            raise DataError(f"{self.describe(row)} has {len(text)} bytes of text, the index says {tokens} x {width}")
         return torch.frombuffer(bytearray(text), dtype=torch.bfloat16).view(tokens, width)
 
     def read_metadata(self, row: int) -> dict[str, Any]:

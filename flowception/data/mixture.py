@@ -108,6 +108,11 @@ class MixtureReader:
         for number in np.unique(which).tolist():
             self._readers[number].prefetch(rows[which == number] - self._starts[number])
 
+    def describe(self, row: int) -> str:
+        """A clip and the file it is in, for a message."""
+        reader, own = self._find(row)
+        return reader.describe(own)
+
 
 def _join(parts: Sequence[ClipIndex]) -> ClipIndex:
     """One index; each set's shards get numbers of their own."""

@@ -2,7 +2,8 @@
 
 The same pack is built on any rank, in any worker and after any resume: it is a function of the plan and the shards.
 A clip whose bytes are bad becomes padding in its place: it keeps its tokens, which then are zero and have no loss, so
-that no other clip moves; it is listed with the reason, and the next epoch's plan leaves it out.
+that no other clip moves; it is listed with the reason, and the next epoch's plan leaves it out. The same is done to
+clips that the caller names, unread.
 
 A clip without a caption, or drawn to be trained without its condition, has the null class and the set's null text, at
 that text's own length: to the last token what the sampler shows for an unconditional clip (``generation.predictor``).
@@ -13,7 +14,9 @@ width, ``k`` visible frames of a clip, ``N`` frames of the longest clip.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ from flowception.rng import Stream
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip that could not be read."""
+    """A clip that could not be read, or was left out."""
 
     key: str
     reason: str
@@ -170,16 +173,19 @@ def _silence(pack: Pack, slot: int) -> None:
     pack.missing[frames], pack.time[frames], pack.role[frames] = 0, 0.0, 0
 
 
-def build_pack(plan: Plan, pack_plan: PackPlan, reader: ClipReader) -> Pack:
+def build_pack(
+    plan: Plan, pack_plan: PackPlan, reader: ClipReader, left_out: Mapping[str, str] = MappingProxyType({})
+) -> Pack:
     """Read a pack's clips and make the network's input of them.
 
     Args:
         plan: The plan that made ``pack_plan``.
         pack_plan: Which clips.
         reader: Where to read them.
+        left_out: Keys of clips to take for bad without reading them, with the reason.
 
     Returns:
-        The pack, on the CPU; ``bad_clips`` lists those that could not be read.
+        The pack, on the CPU; ``bad_clips`` lists those that could not be read or are left out.
 
     Raises:
         ConfigError: If the set has other channels or another text width than the network.
@@ -199,6 +205,8 @@ def build_pack(plan: Plan, pack_plan: PackPlan, reader: ClipReader) -> Pack:
         shape, keep_condition = shapes[slot], keeps_condition[slot]
         latent = torch.nonzero(pack.layout.token_kind[at : at + shape.tokens] == 0).flatten() + at
         try:
+            if pack.keys[slot] in left_out:
+                raise DataError(left_out[pack.keys[slot]])
             clip = _read_clip(plan, row, pack_plan.epoch, draws, slot, reader)
         except DataError as error:
             bad.append(BadClip(plan.index.key(row), str(error), shape.tokens))

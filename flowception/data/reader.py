@@ -53,6 +53,9 @@ class ClipReader(Protocol):
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Make ready for reading some clips soon."""
 
+    def describe(self, row: int) -> str:
+        """A clip and the file it is in, for a message."""
+
 
 def check_codec(where: object, meta: ShardMeta, codec: str | None, codec_fingerprint: str | None) -> None:
     """Refuse a set of another codec than a run uses; None accepts any."""
@@ -157,7 +160,7 @@ class ShardReader:
         outside |= clips["json_bytes"].astype(np.int64) > latents - start - 2 * HEADER_BYTES
         if np.any(outside):
             row = int(np.flatnonzero(outside)[0])
-            raise DataError(f"{self._name(row)} lies outside its shard according to the index; encode the set again")
+            raise DataError(f"{self.describe(row)} lies outside its shard according to the index; encode the set again")
 
     def check_files(self, meta: ShardMeta) -> None:
         """Refuse the set if a shard is missing or has another size."""
@@ -170,7 +173,8 @@ class ShardReader:
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Nothing: what is on disk needs no fetching."""
 
-    def _name(self, row: int) -> str:
+    def describe(self, row: int) -> str:
+        """A clip and the file it is in, for a message."""
         return f"clip {self.index.key(row)} in {self.folder / shard_name(int(self.index.clips['shard'][row]))}"
 
     def _descriptor(self, shard: int) -> int:
@@ -193,10 +197,10 @@ class ShardReader:
             while done < len(content):
                 got = os.preadv(descriptor, [content[done:]], offset + done)
                 if got == 0:
-                    raise DataError(f"{self._name(row)}: the shard ends at byte {offset + done}, it was cut short")
+                    raise DataError(f"{self.describe(row)}: the shard ends at byte {offset + done}, it was cut short")
                 done += got
         except OSError as error:
-            raise DataError(f"{self._name(row)} cannot be read ({error.strerror or error})") from error
+            raise DataError(f"{self.describe(row)} cannot be read ({error.strerror or error})") from error
 
     def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
         """Some latent frames of a clip and its text, in one positioned read where they lie side by side.
@@ -231,16 +235,16 @@ class ShardReader:
         try:
             found = json.loads(bytes(prefix[HEADER_BYTES : HEADER_BYTES + clip.json_bytes]))
         except ValueError as error:
-            raise DataError(f"{self._name(row)}: metadata is not JSON ({error})") from error
+            raise DataError(f"{self.describe(row)}: metadata is not JSON ({error})") from error
         if not isinstance(found, dict):
-            raise DataError(f"{self._name(row)}: metadata is a {type(found).__name__}, not an object")
+            raise DataError(f"{self.describe(row)}: metadata is a {type(found).__name__}, not an object")
         return found
 
     def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
         """What comes before the latents (empty if not asked for) and some frames, read into one buffer and verified."""
         wanted = np.asarray(frames, dtype=np.int64)
         if refused := frames_refused(wanted, clip.frames):
-            raise DataError(f"{self._name(row)}: {refused}")
+            raise DataError(f"{self.describe(row)}: {refused}")
         numbers = wanted.tolist()
         shape = (self.latent_channels, clip.height, clip.width)
         frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
@@ -252,12 +256,12 @@ class ShardReader:
             done += size
         prefix, latents = content[:prefix_bytes], content[prefix_bytes:]
         if with_prefix and checksum(prefix) != clip.prefix_checksum:
-            raise DataError(f"{self._name(row)}: headers, metadata or text do not match their checksum")
+            raise DataError(f"{self.describe(row)}: headers, metadata or text do not match their checksum")
         expected = self.index.frame_checksum[wanted + clip.checksum_start].tolist()
         found = checksums(latents, frame_bytes)
         if found != expected:
             frame = next(number for number, *pair in zip(numbers, found, expected) if pair[0] != pair[1])
-            raise DataError(f"{self._name(row)}: latent frame {frame} does not match its checksum")
+            raise DataError(f"{self.describe(row)}: latent frame {frame} does not match its checksum")
         return prefix, out[prefix_bytes // _BYTES_PER_VALUE :].view(len(numbers), *shape)
 
     def _text(self, row: int, clip: ClipRow, prefix: memoryview) -> Tensor | None:
@@ -268,7 +272,7 @@ class ShardReader:
         start = len(prefix) - HEADER_BYTES - padded_bytes(size)
         header = bytes(prefix[max(0, start - HEADER_BYTES) : max(0, start)])
         if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
-            raise DataError(f"{self._name(row)}: the index says {tokens} text tokens, the clip holds others or none")
+            raise DataError(f"{self.describe(row)}: the index says {tokens} text tokens, the clip holds others or none")
         return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
     def close(self) -> None:

@@ -93,13 +93,16 @@ def _check_same_model(manifest: Manifest, shards: ShardedState, folder: str | Pa
             )
 
 
-def find_latest(run_dir: str | Path, shards: ShardedState, report: Callable[[str], None]) -> Path | None:
+def find_latest(
+    run_dir: str | Path, shards: ShardedState, report: Callable[[str], None], up_to: int | None = None
+) -> Path | None:
     """The newest whole checkpoint of a run; the ranks share the reading. Collective.
 
     Args:
         run_dir: The run.
         shards: For rank, world size and device.
         report: Called on rank 0 with a line for each damaged checkpoint that is passed over.
+        up_to: The latest step that is wanted; None for any.
 
     Returns:
         Its folder, or None if there is none at all.
@@ -107,7 +110,8 @@ def find_latest(run_dir: str | Path, shards: ShardedState, report: Callable[[str
     Raises:
         CheckpointError: If there are checkpoints and all are damaged.
     """
-    steps = broadcast_object(together(lambda: checkpoint_format.list_steps(run_dir)))
+    found = broadcast_object(together(lambda: checkpoint_format.list_steps(run_dir)))
+    steps = [step for step in found if up_to is None or step <= up_to]
     try:
         return checkpoint_format.latest_valid(
             run_dir,

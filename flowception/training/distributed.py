@@ -96,6 +96,13 @@ def all_sum(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def all_max(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values, to the bit the same on all. Collective."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return float(tensor)
+
+
 def gather_rows(values: list[float], ranks: Ranks) -> list[list[float]]:
     """Every rank's values, float64, in the order of ranks. Collective."""
     own = torch.tensor(values, dtype=torch.float64, device=ranks.device)

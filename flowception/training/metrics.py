@@ -87,6 +87,20 @@ class MetricsLog:
             wandb = require("wandb", extra="wandb")
             self._wandb.log({name: wandb.Image(str(picture))}, step=step)
 
+    def rewind(self, last_step: int) -> None:
+        """Cut off the lines after a step that the run went back to. Weights & Biases keeps them until they are redone.
+
+        Raises:
+            RunDirectoryError: If the file cannot be written.
+        """
+        path = Path(self._stream.name)
+        try:
+            self._stream.close()
+            _truncate(path, last_step)
+            self._stream = path.open("ab", buffering=0)
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be written ({error}); free its disk") from error
+
     def _append(self, line: str) -> None:
         content = line.encode()
         try:

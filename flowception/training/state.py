@@ -8,6 +8,7 @@ from typing import Any
 from flowception.data.plan import Plan
 from flowception.data.steps import Cursor
 from flowception.errors import PlanError
+from flowception.training.guard import GuardState
 
 
 @dataclass
@@ -29,36 +30,42 @@ class RunState:
     tokens: int = 0
     """Visible tokens of these clips."""
     skipped_steps: int = 0
-    """Steps whose gradient was not finite, so that the weights stayed."""
+    """Steps that the guards refused, so that the weights stayed."""
+    guard: GuardState = field(default_factory=GuardState)
+    """What the guards remember."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
-    def advance(self, next_cursor: Cursor, clips: int, tokens: int, applied: bool) -> None:
+    def advance(self, next_cursor: Cursor, clips: int, tokens: int) -> None:
         """Note that a step is done.
 
         Args:
             next_cursor: The step after it.
             clips: What it trained on.
             tokens: Visible tokens of these clips.
-            applied: Whether the weights moved.
         """
         self.step += 1
         self.cursor = next_cursor
         self.clips += clips
         self.tokens += tokens
-        self.skipped_steps += not applied
 
     def bad_clips_of_epoch(self) -> int:
         """Clips found bad so far in the epoch that the run is in."""
         return len(self.quarantine.keys() - set(self.plan_quarantine))
 
+    def left_out_of_epoch(self) -> dict[str, str]:
+        """Clips of the epoch's plan that are padding by the guards' choice, with the reason."""
+        not_planned = set(self.plan_quarantine)
+        return {key: reason for key, reason in self.guard.quarantine.items() if key not in not_planned}
+
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunState:
         """From the state of a checkpoint; what else is in it is left alone."""
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**known | {"cursor": Cursor(**found["cursor"])})
+        guard = GuardState(**found.get("guard", {"good_step": found["step"]}))
+        return cls(**known | {"cursor": Cursor(**found["cursor"]), "guard": guard})
 
 
 def plan_of(state: RunState, plan: Plan) -> Plan:
@@ -75,7 +82,7 @@ def plan_of(state: RunState, plan: Plan) -> Plan:
         PlanError: If the plan was changed in mid-epoch.
     """
     if state.cursor.step == 0:
-        state.plan_quarantine = sorted({*state.plan_quarantine, *state.quarantine})
+        state.plan_quarantine = sorted({*state.plan_quarantine, *state.quarantine, *state.guard.quarantine})
     if state.plan_quarantine:
         plan = plan.with_quarantine(state.plan_quarantine)
     if state.cursor.step and plan.fingerprint != state.plan_fingerprint:

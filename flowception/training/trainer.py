@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +24,21 @@ from flowception.training import checkpoint, run_directory
 from flowception.training.dataset import TrainingData, heldout_plan, mean_log_rate, open_data
 from flowception.training.distributed import Ranks, gather_rows, gather_values, of_all_ranks, on_main, together
 from flowception.training.ema import decay_at
+from flowception.training.guard import Guard
 from flowception.training.hardware import find_peak, peak_memory_gib
 from flowception.training.metrics import MetricsLog, Speed, check_packages
 from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
+from flowception.training.rollback import roll_back
 from flowception.training.samples import SamplerFactory, take_samples
 from flowception.training.saving import Saver
 from flowception.training.shards import ShardedState
 from flowception.training.state import RunState, plan_of
-from flowception.training.step import training_step
+from flowception.training.step import run_micro_steps
 from flowception.training.stop import StopFlag
 from flowception.training.validation import Validation
-from flowception.training.zero import build_engine, deepspeed_config
+from flowception.training.watchdog import Watchdog
+from flowception.training.zero import build_engine, deepspeed_config, optimizer_step
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: SamplerFactory | None = None) -> bool:
@@ -59,12 +62,14 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
             config.model = replace(config.model, initial_log_rate=mean_log_rate(data.plan))
         manifest = run_directory.describe(config.model, data.reader.meta) if ranks.is_main else {}
         on_main(ranks, lambda: run_directory.check(config.run_dir, manifest))
-        trainer = Trainer(config, ranks, data, stop, make_sampler)
-        try:
-            on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
-            return trainer.run()
-        finally:
-            trainer.saver.close()
+        with Watchdog(config.run_dir, config.guard, ranks) as watchdog:
+            trainer = Trainer(config, ranks, data, stop, watchdog, make_sampler)
+            try:
+                on_main(ranks, lambda: run_directory.write(config.run_dir, dump(config), manifest))
+                return trainer.run()
+            finally:
+                watchdog.enter("save")
+                trainer.saver.close()
 
 
 @contextmanager
@@ -86,9 +91,11 @@ class Trainer:
         ranks: Ranks,
         data: TrainingData,
         stop: StopFlag,
+        watchdog: Watchdog,
         make_sampler: SamplerFactory | None = None,
     ) -> None:
         """Build the engine and resume where the run is."""
+        self.watchdog, self.guard = watchdog, Guard(config.guard, config.run_dir, ranks, self._say)
         self.config, self.ranks, self.data, self.stop = config, ranks, data, stop
         self.micro_steps = -(-config.packs_per_step // ranks.world_size)
         self.engine = build_engine(
@@ -165,31 +172,53 @@ class Trainer:
         Returns:
             Whether the run is complete.
         """
-        config, state = self.config, self.state
-        if state.step > config.max_steps:
-            self._say(f"the run is already at step {state.step}, beyond max_steps={config.max_steps}; nothing to do")
+        config = self.config
+        if self.state.step > config.max_steps:
+            self._say(
+                f"the run is already at step {self.state.step}, beyond max_steps={config.max_steps}; nothing to do"
+            )
             return True
         self._say_start()
         if config.checkpoint.save_at_start and self.saver.saved_step is None:
-            self.saver.begin(state.step, state.to_json())
-        metrics = on_main(self.ranks, lambda: MetricsLog(config.run_dir, config.logging, config.max_steps, state.step))
+            self._begin_to_save()
+        step = self.state.step
+        metrics = on_main(self.ranks, lambda: MetricsLog(config.run_dir, config.logging, config.max_steps, step))
         try:
-            while state.step < config.max_steps and not self.stopping:
+            while not (self._is_complete() or self.stopping):
+                if self.guard.must_roll_back(self.state.guard):
+                    self._roll_back(metrics)
                 self._run_epoch(metrics)
         finally:
             if metrics is not None:
                 metrics.close()
-        complete = state.step >= config.max_steps
-        if self.saver.wait() != state.step:
+        complete = self._is_complete()
+        self.watchdog.enter("save")
+        if self.saver.wait() != self.state.step:
             try:
-                self.saver.save(state.step, state.to_json())
+                self.saver.save(self.state.step, self.state.to_json())
             except CheckpointError:
                 if complete:
                     raise  # a run that was stopped comes again and makes the lost steps from the checkpoint before
         who = self.stop.signal_name or "a signal to another rank"
         end = "complete" if complete else f"stopped by {who}; run the same command again to resume"
-        self._say(f"step {state.step} of {config.max_steps}: {end}")
+        self._say(f"step {self.state.step} of {config.max_steps}: {end}")
         return complete
+
+    def _is_complete(self) -> bool:
+        return self.state.step >= self.config.max_steps and not self.guard.must_roll_back(self.state.guard)
+
+    def _roll_back(self, metrics: MetricsLog | None) -> None:
+        """Go back to the last checkpoint before the steps that were skipped, and save without their clips. Collective."""
+        self.watchdog.enter("rollback")
+        config = self.config
+        self.saver.wait()
+        self.state = roll_back(config.guard, config.run_dir, self.guard, self.shards, self.state, self.ranks, self._say)
+        self.plan, self.saver.saved_step, step = self.data.plan, None, self.state.step
+        if self.ranks.is_main:
+            self._set_aside_newer(step)
+        on_main(self.ranks, lambda: metrics.rewind(step) if metrics else None)
+        with suppress(CheckpointError):  # the saver warns of it; a kill then makes the run decide again
+            self.saver.save(step, self.state.to_json())
 
     def _run_epoch(self, metrics: MetricsLog | None) -> None:
         """Steps from the cursor to the end of its epoch, of the run, or to a signal."""
@@ -203,8 +232,11 @@ class Trainer:
             state.cursor,
             config.data.num_workers,
             config.data.prefetch_steps,
+            state.left_out_of_epoch(),
         )
+        self.watchdog.waiting_for = loader.waiting_for
         speed = Speed(self.ranks.world_size, self.peak.tflops if self.peak else None)
+        self.watchdog.enter("data", state.step + 1)
         for batch in loader:
             values = self._step(batch, data_wait_s=speed.lap_s())
             values |= speed.end_step(
@@ -217,22 +249,20 @@ class Trainer:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
             if config.samples.every_steps and state.step % config.samples.every_steps == 0:
                 self._sample(metrics)
-            if state.step >= config.max_steps or self.stopping:
+            if state.step >= config.max_steps or self.stopping or self.guard.must_roll_back(state.guard):
                 return
             if state.step % config.checkpoint.save_every_steps == 0:
-                self.saver.begin(state.step, state.to_json())
+                self._begin_to_save()
             speed.restart()
+            self.watchdog.enter("data", state.step + 1)
 
     def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
         """One optimizer step, its EMA and its bookkeeping. Returns metrics, the same on all ranks."""
         config, state, plan = self.config, self.state, batch.step_plan
         lr = learning_rate(config.optim, state.step, config.max_steps)
         self.shards.set_learning_rate(lr)
-        result = training_step(
-            self.engine, batch, self.ranks, config.insertion_loss_weight, config.optim.clip_grad_norm
-        )
-        if result.outcome.applied:
-            self.shards.update_ema(decay_at(config.ema, state.step))
+        result = run_micro_steps(self.engine, batch, self.ranks, config.insertion_loss_weight, self.watchdog.enter)
+        self.watchdog.enter("optimizer")
         own = [result.velocity_sum, result.insertion_sum, data_wait_s, self.stop.is_set]
         own += [len(batch.quarantined), sum(bad.tokens for bad in batch.quarantined)]
         own += [peak_memory_gib(self.ranks.device), *result.observed]
@@ -240,9 +270,18 @@ class Trainer:
         velocity_sums, insertion_sums, waits, stops, bad, bad_tokens, memory, *observed = columns
         self.stopping = any(stops)
         clips, tokens = plan.clips - int(sum(bad)), plan.tokens - int(sum(bad_tokens))
+        refuse = self.guard.refusal(state.guard, [*velocity_sums, *insertion_sums], clips)
+        outcome = optimizer_step(self.engine, config.optim.clip_grad_norm, refuse, self.ranks.device)
+        if outcome.applied:
+            self.shards.update_ema(decay_at(config.ema, state.step))
         if clips < plan.clips:
             self._quarantine(batch)
-        state.advance(batch.next_cursor, clips, tokens, result.outcome.applied)
+        state.advance(batch.next_cursor, clips, tokens)
+        loss_by_rank = [
+            velocity / plan.velocity_denominator + config.insertion_loss_weight * insertion / plan.insertion_denominator
+            for velocity, insertion in zip(velocity_sums, insertion_sums, strict=True)
+        ]
+        state.skipped_steps += self.guard.note(state.guard, state.step, batch, outcome, loss_by_rank, result.not_finite)
         velocity_loss = sum(velocity_sums) / plan.velocity_denominator
         insertion_loss = sum(insertion_sums) / plan.insertion_denominator
         return {
@@ -250,7 +289,7 @@ class Trainer:
             "loss/velocity": velocity_loss,
             "loss/insertion": insertion_loss,
             "lr": lr,
-            "grad_norm": result.outcome.grad_norm,
+            "grad_norm": outcome.grad_norm,
             "skipped_steps": state.skipped_steps,
             "bad_clips": plan.clips - clips,
             "clips": clips,
@@ -271,7 +310,9 @@ class Trainer:
         Raises:
             DataError: On all ranks, if no clip of a full step could be read, or more of the epoch's than allowed.
         """
-        found = [pair for own in gather_values([(bad.key, bad.reason) for bad in batch.quarantined]) for pair in own]
+        known = self.state.guard.quarantine
+        own = [(bad.key, bad.reason) for bad in batch.quarantined if bad.key not in known]
+        found = [pair for pairs in gather_values(own) for pair in pairs]
         for key, reason in found:
             self.state.quarantine[key] = reason
             self._say(f"clip {key} is left out from the next epoch on: {reason}")
@@ -287,6 +328,7 @@ class Trainer:
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         """Held-out loss of the EMA weights."""
+        self.watchdog.enter("validation")
         self.shards.swap_ema()
         result = validation.run(self.engine)
         self.shards.swap_ema()
@@ -302,6 +344,10 @@ class Trainer:
         if picture is not None and metrics is not None:
             self._say(f"samples of step {self.state.step}: {picture}")
             metrics.show("samples", picture, self.state.step)
+
+    def _begin_to_save(self) -> None:
+        self.watchdog.enter("save")
+        self.saver.begin(self.state.step, self.state.to_json())
 
     def _say_start(self) -> None:
         config, plan = self.config, self.data.plan

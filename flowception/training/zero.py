@@ -14,8 +14,10 @@ the masters afterwards (``ShardedState.initialise``), exactly, at any stage.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
@@ -24,8 +26,10 @@ import torch
 from torch import nn
 
 from flowception.errors import ConfigError
+from flowception.training.distributed import all_max
 
 Precision = Literal["bf16", "fp32"]
+GRADIENT_NOT_FINITE = "the gradient is not finite"
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -83,8 +87,13 @@ class StepOutcome(NamedTuple):
 
     grad_norm: float
     """Global gradient norm before clipping."""
-    applied: bool
-    """False where the norm was not finite, and the weights were left alone."""
+    refused: str | None
+    """Why the weights were left alone; None where they moved."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights moved."""
+        return self.refused is None
 
 
 def init_deepspeed(backend: str) -> None:
@@ -173,26 +182,73 @@ def build_engine(
     return engine
 
 
-def optimizer_step(engine: Any, clip_grad_norm: float | None) -> StepOutcome:
-    """Take the optimizer step after the last micro-step's backward pass.
+Refuse = Callable[[float], str | None]
+"""Says for a gradient norm why a step must not be taken; None to take it."""
+
+
+def optimizer_step(engine: Any, clip_grad_norm: float | None, refuse: Refuse, device: torch.device) -> StepOutcome:
+    """Take the optimizer step after the last micro-step's backward pass, unless it is refused. Collective.
+
+    A refused step moves neither weights nor moments, and its gradients are dropped. One whose gradient is not finite
+    is refused without asking. The norm is made the same to the bit on all ranks before ``refuse`` sees it, so that they
+    decide alike.
 
     Args:
         engine: From ``build_engine``.
         clip_grad_norm: Largest gradient norm; None is off.
+        refuse: Asked on all ranks or on none.
+        device: Where the run computes.
 
     Returns:
-        The gradient norm, and whether the weights moved.
+        The gradient norm, and why the step was refused.
     """
+    seen: list[StepOutcome] = []
+
+    def judge(own_norm: float) -> bool:
+        norm = all_max(own_norm if math.isfinite(own_norm) else math.inf, device)
+        seen.append(StepOutcome(norm, refuse(norm) if math.isfinite(norm) else GRADIENT_NOT_FINITE))
+        return seen[0].refused is None
+
     if engine.zero_optimization_stage():
-        engine.step()
-        return StepOutcome(float(engine.get_global_grad_norm()), engine.was_step_applied())
+        with _norm_judged(engine.optimizer, engine.zero_optimization_stage(), judge):
+            engine.step()
+        outcome = seen[0] if seen else StepOutcome(math.inf, GRADIENT_NOT_FINITE)
+        if engine.was_step_applied() != outcome.applied:
+            raise RuntimeError(f"DeepSpeed applied={engine.was_step_applied()} a step that was to be: {outcome}")
+        return outcome
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    finite = bool(torch.isfinite(norm))
-    if not finite:
+    if not judge(float(norm)):
         for parameter in parameters:
             parameter.grad = None
     elif clip_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
     engine.step()
-    return StepOutcome(float(norm), finite)
+    return seen[0]
+
+
+@contextmanager
+def _norm_judged(optimizer: Any, stage: int, judge: Callable[[float], bool]) -> Iterator[None]:
+    """Inside, the norm that a ZeRO optimizer computes in its step is judged, and infinite where it was refused.
+
+    With an infinite norm DeepSpeed takes no step and drops the gradients, on its own path for fp16's overflows. Stages
+    1 and 2 may find gradients that are not finite before the norm, all ranks together; then nothing is judged.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    name = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    compute = getattr(optimizer, name)
+
+    def judged(*arguments: Any, **options: Any) -> Any:
+        found = compute(*arguments, **options)
+        total = combine_grad_norm_groups(found) if stage == 3 else found
+        if judge(float(total)):
+            return found
+        infinite = torch.full_like(total, math.inf)
+        return [infinite] if stage == 3 else infinite
+
+    setattr(optimizer, name, judged)
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)

@@ -115,7 +115,7 @@ def measure(stage: int, precision: str, group: int | None = None, accumulation: 
     for _ in range(2):
         with counting_traffic() as sent:
             losses.append(step(engine, accumulation, known, gradients, second_copies))
-            optimizer_step(engine, optim.clip_grad_norm)
+            optimizer_step(engine, optim.clip_grad_norm, lambda norm: None, ranks.device)
         traffic.append(sent)
     return {name: sum(found.values()) for name, found in parts.items()} | {
         "parameters": count_parameters(MODEL),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flowception.checkpoint.format import checkpoint_dir
+from flowception.checkpoint.format import KINDS, checkpoint_dir
 from flowception.training import checkpoint
 from flowception.training.checkpoint import CheckpointConfig
 from flowception.training.distributed import all_sum, gather_values, init_distributed
@@ -103,7 +103,7 @@ def train(ranks, engine, shards, steps, micro_batches, optim=OPTIM):
             if index + 1 < accumulation:
                 engine.step()
             total += float(loss_sum.detach())
-        outcome = optimizer_step(engine, optim.clip_grad_norm)
+        outcome = optimizer_step(engine, optim.clip_grad_norm, accept, ranks.device)
         assert outcome.applied
         shards.update_ema(EMA_DECAY)
         losses.append((all_sum([total], ranks.device)[0] / rows, outcome.grad_norm))
@@ -140,19 +140,43 @@ def run(stage, steps, precision="fp32", micro_batches=3, run_dir=None, load_step
     }
     result = {"losses": losses, "begin": begin, "end": end, "sums": sums, "optimizer_steps": shards.optimizer_steps}
     if run_dir is None:
-        result["poisoned"] = poisoned_step(engine, shards, -(-micro_batches // world_size))
+        accumulation = -(-micro_batches // world_size)
+        poison = math.nan if ranks.rank == 1 else 1.0
+        result["poisoned"] = refused_step(ranks, engine, shards, accumulation, poison, accept)
+        result["refused"] = refused_step(ranks, engine, shards, accumulation, 1.0, lambda norm: f"{norm!r} is refused")
+        result["after"] = train(ranks, engine, shards, [steps], micro_batches)[0]
     return result
 
 
-def poisoned_step(engine, shards, accumulation):
-    """A step whose gradient is not finite: what the optimizer says, and the model and its optimizer after it."""
+def accept(norm):
+    return None
+
+
+def refused_step(ranks, engine, shards, accumulation, factor, refuse):
+    """A step with the gradient of a sum times ``factor``: what the optimizer says, and all that is held after it."""
     x, label, _ = micro_batch(0, 0)
     for index in range(accumulation):
-        engine.backward(engine(x, label).float().sum() * math.nan)
+        engine.backward(engine(x, label).float().sum() * factor)
         if index + 1 < accumulation:
             engine.step()
-    outcome = optimizer_step(engine, OPTIM.clip_grad_norm)
-    return {"applied": outcome.applied, "end": outputs(engine, shards), "optimizer_steps": shards.optimizer_steps}
+    before = held(shards)
+    outcome = optimizer_step(engine, OPTIM.clip_grad_norm, refuse, ranks.device)
+    return {
+        "applied": outcome.applied,
+        "refused": outcome.refused,
+        "unchanged": held(shards) == before,
+        "end": outputs(engine, shards),
+        "optimizer_steps": shards.optimizer_steps,
+    }
+
+
+def held(shards):
+    """A digest of this rank's masters, moments and EMA."""
+    digest = hashlib.sha256()
+    for kind in KINDS:
+        for tensor in shards.tensors(kind):
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def full(shards, kind):

@@ -1,0 +1,232 @@
+"""Guards of the weights: which optimizer steps are refused, and what is remembered of them.
+
+All ranks refuse a step together, and then neither weights, moments nor EMA move, when
+
+* the loss of any rank is not finite, even where the gradients are;
+* the gradient is not finite;
+* its norm is a spike: more than ``spike_factor`` times the usual norm.
+
+The usual norm m is a running mean over applied steps. After the n-th with norm g,
+``m_n = m_(n-1) + (g - m_(n-1)) / min(n, M)`` with ``M = spike_memory_steps``: the plain mean of the first M, then one
+that forgets with time constant M. While ``n < M`` no spike is seen. It is part of the checkpoint, so that a resumed run
+decides the same.
+
+Every refused step is a line of ``skipped.jsonl`` in the run directory. The file only grows: a step that a resumed or
+rolled back run does again, and refuses again, is there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowception.data.loader import StepBatch, packs_of_rank
+from flowception.data.steps import PackPlan
+from flowception.errors import ConfigError
+from flowception.training.distributed import Ranks, gather_values
+from flowception.training.zero import Refuse, StepOutcome
+
+JOURNAL = "skipped.jsonl"
+LOSS_NOT_FINITE = "the loss is not finite"
+SPIKE = "gradient spike"
+NO_CLIPS = "no clip of the step is left"
+"""No fault: every clip is padding by an earlier rollback, so there is nothing to learn from."""
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    """What is refused, when the run goes back, and how long it may stand still."""
+
+    spike_factor: float | None = 10.0
+    """A step whose gradient norm is more than this times the usual norm is skipped; None is off."""
+    spike_memory_steps: int = 128
+    """Applied steps that the usual norm remembers; before so many no spike is seen."""
+    max_skipped_in_a_row: int | None = 8
+    """After so many skipped steps in a row the run goes back to the last checkpoint before them and leaves their clips
+    out. None never goes back."""
+    max_rollbacks: int = 3
+    """Rollbacks without getting any further before the run ends with an error."""
+    hang_timeout_s: float | None = 1200.0
+    """A rank that makes no progress for so long writes down its stacks, and the job ends with exit code 86; None is
+    off. Longer than the longest save, validation or compilation, shorter than the 30 minutes of a collective."""
+    data_stall_warning_s: float | None = 60.0
+    """A wait for the next batch that is longer is warned of, naming the clips and the worker; None is off."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "spike_factor": (self.spike_factor is None or self.spike_factor > 1, "a number above 1, or null for off"),
+            "spike_memory_steps": (self.spike_memory_steps >= 1, "1 or more"),
+            "max_skipped_in_a_row": (
+                self.max_skipped_in_a_row is None or self.max_skipped_in_a_row >= 1,
+                "1 or more, or null for off",
+            ),
+            "max_rollbacks": (self.max_rollbacks >= 0, "0 or more"),
+            "hang_timeout_s": (self.hang_timeout_s is None or self.hang_timeout_s > 0, "seconds, or null for off"),
+            "data_stall_warning_s": (
+                self.data_stall_warning_s is None or self.data_stall_warning_s > 0,
+                "seconds, or null for off",
+            ),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ConfigError(f"guard.{name} is {getattr(self, name)}; give {wanted}")
+
+
+@dataclass
+class GuardState:
+    """What the guards remember; part of the checkpoint, the same on all ranks."""
+
+    usual_norm: float = 0.0
+    """Running mean of the gradient norm over applied steps."""
+    norms_seen: int = 0
+    """Applied steps that it has seen."""
+    good_step: int = 0
+    """Steps done before the first of those skipped in a row."""
+    skipped_in_a_row: int = 0
+    """Steps refused since the last applied one."""
+    suspects: list[str] = field(default_factory=list)
+    """Keys of their clips."""
+    quarantine: dict[str, str] = field(default_factory=dict)
+    """Keys of clips of refused steps that the run rolled back from, with the reason: padding in their places for the
+    rest of the epoch, left out of the next epoch's plan."""
+    rollbacks: int = 0
+    """Rollbacks since the run last got further than ``rollback_step``."""
+    rollback_step: int = 0
+    """Steps done when the run last rolled back."""
+
+
+class Guard:
+    """Judges the steps of a run."""
+
+    def __init__(self, config: GuardConfig, run_dir: str | Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+        """Guard a run.
+
+        Args:
+            config: What to refuse.
+            run_dir: Where ``skipped.jsonl`` is.
+            ranks: This rank.
+            say: Prints a line on rank 0.
+        """
+        self._config, self._ranks, self._say = config, ranks, say
+        self.journal = Path(run_dir) / JOURNAL
+
+    def refusal(self, state: GuardState, loss_sums: Sequence[float], clips: int) -> Refuse:
+        """How ``optimizer_step`` is to judge a step.
+
+        Args:
+            state: What is remembered.
+            loss_sums: Loss sums of all ranks.
+            clips: Clips of the step that are not padding.
+        """
+
+        def refuse(norm: float) -> str | None:
+            if not all(map(math.isfinite, loss_sums)):
+                return LOSS_NOT_FINITE
+            if not clips:
+                return NO_CLIPS
+            return SPIKE if self._is_spike(state, norm) else None
+
+        return refuse
+
+    def _is_spike(self, state: GuardState, norm: float) -> bool:
+        config = self._config
+        if config.spike_factor is None or state.norms_seen < config.spike_memory_steps:
+            return False
+        return norm > config.spike_factor * state.usual_norm
+
+    def note(
+        self,
+        state: GuardState,
+        step: int,
+        batch: StepBatch,
+        outcome: StepOutcome,
+        loss_by_rank: Sequence[float],
+        not_finite: Sequence[int],
+    ) -> bool:
+        """Remember a step, and write it down if it was refused. Collective.
+
+        Args:
+            state: Changed.
+            step: The step's number, from 1 on.
+            batch: This rank's packs.
+            outcome: What the optimizer did, the same on all ranks.
+            loss_by_rank: What each rank brings to the step's loss.
+            not_finite: Micro-steps of this rank with a loss that is not finite.
+
+        Returns:
+            Whether the step counts as skipped.
+        """
+        if outcome.refused == NO_CLIPS:
+            state.good_step = state.good_step if state.skipped_in_a_row else step
+            return False
+        if outcome.refused is None:
+            state.good_step = step
+            state.norms_seen += 1
+            window = min(state.norms_seen, self._config.spike_memory_steps)
+            state.usual_norm += (outcome.grad_norm - state.usual_norm) / window
+            state.skipped_in_a_row, state.suspects = 0, []
+            if step > state.rollback_step:
+                state.rollbacks = 0
+            return False
+        state.skipped_in_a_row += 1
+        plan, index = batch.step_plan, batch.step_plan.plan.index
+        keys = [index.key(int(row)) for pack in plan.packs for row in pack.rows]
+        state.suspects = sorted({*state.suspects, *keys} - state.quarantine.keys())
+        mine = [_describe_pack(batch, self._ranks, micro_step) for micro_step in not_finite]
+        self._write(
+            {
+                "step": step,
+                "epoch": plan.epoch,
+                "step_of_epoch": plan.step,
+                "reason": outcome.refused,
+                "grad_norm": outcome.grad_norm,
+                "usual_grad_norm": state.usual_norm,
+                "loss_by_rank": list(loss_by_rank),
+                "clips": keys,
+                "packs_not_finite": [pack for own in gather_values(mine) for pack in own],
+            }
+        )
+        self._say(
+            f"WARNING: step {step} is skipped: {outcome.refused} (gradient norm {outcome.grad_norm:.4g}, usual "
+            f"{state.usual_norm:.4g}); {state.skipped_in_a_row} in a row, see {self.journal}"
+        )
+        return True
+
+    def note_rollback(self, from_step: int, to_step: int, state: GuardState) -> None:
+        """Write down that the run went back."""
+        left_out = len(state.quarantine)
+        self._write({"step": from_step, "rollback_to": to_step, "rollbacks": state.rollbacks, "left_out": left_out})
+
+    def must_roll_back(self, state: GuardState) -> bool:
+        """Whether so many steps in a row were skipped that the run has to go back."""
+        most = self._config.max_skipped_in_a_row
+        return most is not None and state.skipped_in_a_row >= most
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Append a line; a full disk costs the line and not the run."""
+        if not self._ranks.is_main:
+            return
+        try:
+            with self.journal.open("a") as stream:
+                stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            self._say(f"WARNING: {self.journal} cannot be written ({error}); step {line['step']} is missing from it")
+
+
+def _describe_pack(batch: StepBatch, ranks: Ranks, micro_step: int) -> dict[str, Any]:
+    pack: PackPlan | None = packs_of_rank(batch.step_plan.packs, ranks.rank, ranks.world_size)[micro_step]
+    number = None if pack is None else pack.number
+    return {"rank": ranks.rank, "pack": number, "clips": list(batch.packs[micro_step].keys)}
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are not finite as null, which JSON can hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

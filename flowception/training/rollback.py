@@ -1,0 +1,86 @@
+"""Going back to the last good checkpoint in the running job.
+
+A good checkpoint is a whole one saved before the first of the steps that were skipped in a row. The run loads it, takes
+the clips of those steps into the guards' quarantine, where they are padding in their places for the rest of the epoch,
+and saves itself at once in that checkpoint's place: from then on a kill changes nothing. A kill before that loses the
+decision together with the steps it was made from; they are done again, and it is made again. The checkpoints saved
+during those steps are removed first, so that no resume takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flowception.checkpoint import writing
+from flowception.errors import CheckpointError, GuardError
+from flowception.training import checkpoint
+from flowception.training.distributed import Ranks, of_all_ranks, on_main
+from flowception.training.guard import Guard, GuardConfig
+from flowception.training.shards import ShardedState
+from flowception.training.state import RunState
+
+
+def roll_back(
+    config: GuardConfig,
+    run_dir: str | Path,
+    guard: Guard,
+    shards: ShardedState,
+    state: RunState,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> RunState:
+    """Load the last checkpoint before the skipped steps. Collective; no save may be under way.
+
+    Args:
+        config: How often a run may go back.
+        run_dir: The run.
+        guard: Knows the journal.
+        shards: Filled from the checkpoint.
+        state: Where the run is.
+        ranks: This rank.
+        say: Prints a line on rank 0.
+
+    Returns:
+        Where the run is now; save it.
+
+    Raises:
+        GuardError: If the run has gone back too often without getting further, or there is no checkpoint to go to.
+    """
+    skipped, good_step = state.guard.skipped_in_a_row, state.guard.good_step
+    what = f"{skipped} steps in a row were skipped, up to step {state.step}, for reasons that {guard.journal} names"
+    if state.guard.rollbacks >= config.max_rollbacks:
+        raise of_all_ranks(
+            GuardError(
+                f"{what}; the run went back {state.guard.rollbacks} times without getting further, and "
+                f"guard.max_rollbacks={config.max_rollbacks}. Look at the clips there; lower optim.lr, or raise "
+                "guard.spike_factor if the gradients only look unusual; then run the same command again"
+            )
+        )
+    folder = checkpoint.find_latest(run_dir, shards, say, up_to=good_step)
+    if folder is None:
+        raise of_all_ranks(GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew"))
+    on_main(ranks, lambda: _discard(run_dir, good_step))
+    found = RunState.from_json(checkpoint.load(folder, shards).state)
+    reason = f"left out by the guards: {skipped} steps up to step {state.step} were skipped"
+    quarantine = state.guard.quarantine | dict.fromkeys(state.guard.suspects, reason)
+    found.guard = replace(
+        found.guard,
+        quarantine=found.guard.quarantine | quarantine,
+        rollbacks=state.guard.rollbacks + 1,
+        rollback_step=state.step,
+    )
+    say(f"WARNING: {what}; back to step {found.step} without their {len(state.guard.suspects)} clips")
+    guard.note_rollback(state.step, found.step, found.guard)
+    return found
+
+
+def _discard(run_dir: str | Path, newer_than: int) -> None:
+    try:
+        writing.discard_newer(run_dir, newer_than)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints of {run_dir} after step {newer_than}, saved while steps were skipped, cannot be removed "
+            f"({error}); remove them and run the same command again"
+        ) from error
