@@ -1,6 +1,9 @@
 import dataclasses
 import resource
+import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +134,50 @@ def test_packs_are_in_page_locked_memory_where_there_is_a_gpu(world, num_workers
     plan, reader = world
     for name, tensor in tensors(next(iter(PackLoader(plan, reader, num_workers=num_workers)))).items():
         assert tensor.is_pinned(), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_clips_left_out_are_padding_in_their_places_and_listed(world, num_workers):
+    plan, reader = world
+    keys = {plan.index.key(row): "left out" for row in (3, 30)}
+    whole = list(PackLoader(plan, reader))
+    found = list(PackLoader(plan, reader, num_workers=num_workers, left_out=keys))
+    assert sorted(bad.key for batch in found for bad in batch.quarantined) == sorted(keys)
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours.step_plan.order_hash == theirs.step_plan.order_hash
+        assert [pack.keys for pack in ours.packs] == [pack.keys for pack in theirs.packs]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_who_waits_for_a_batch_is_told_for_which_clips(world, num_workers, tmp_path):
+    """The reader stands still in the second step until the file appears; meanwhile another thread asks."""
+    plan, reader = world
+    rows = np.concatenate([pack.rows for pack in plan.step(Cursor(0, 1)).packs])
+    loader = PackLoader(plan, Slow(reader.folder, set(rows.tolist()), tmp_path), num_workers=num_workers, prefetch=1)
+    assert loader.waiting_for() == "the plan of the next step"
+    batches = iter(loader)
+    assert next(batches).cursor == Cursor(0, 0)
+    waiter = threading.Thread(target=next, args=(batches,))
+    waiter.start()
+    while not (tmp_path / "waits").exists():
+        time.sleep(0.01)
+    said = loader.waiting_for()
+    (tmp_path / "go").touch()
+    waiter.join()
+    named = ", ".join(reader.describe(int(row)) for row in rows[:3])
+    worker = ", read by worker 0" if num_workers else ""
+    assert said == f"step 1 of epoch 0: {named} and {len(rows) - 3} more{worker}"
+    assert f"{reader.folder}/shard-" in said
+
+
+class Slow(ShardReader):
+    def __init__(self, folder, rows, signals):
+        super().__init__(folder)
+        self.rows, self.signals = rows, signals
+
+    def read(self, row, frames):
+        if row in self.rows:
+            (self.signals / "waits").touch()
+            while not (self.signals / "go").exists():
+                time.sleep(0.01)
+        return super().read(row, frames)

@@ -8,7 +8,7 @@ from flowception import rng
 from flowception.data.pack import build_pack, empty_pack
 from flowception.data.plan import Cursor, PackPlan, Plan
 from flowception.data.reader import ShardReader
-from flowception.errors import ConfigError
+from flowception.errors import ConfigError, DataError
 from flowception.flow.task import Role
 from flowception.nn.layout import ModelRole, TokenKind
 from flowception.rng import Stream
@@ -152,6 +152,27 @@ def test_bad_clips_become_padding_in_their_place(world, make_set):
         assert not getattr(after, name)[frames].any(), name
         assert torch.equal(getattr(after, name)[~frames], getattr(before, name)[~frames]), name
     assert after.class_label[1] == -1
+
+
+def test_a_clip_that_is_left_out_is_as_if_it_could_not_be_read(world):
+    plan, reader, _ = world
+    pack_plan = packs_of_epoch(plan)[0]
+    key = plan.index.key(int(pack_plan.rows[1]))
+
+    class Bad(ShardReader):
+        def read(self, row, frames):
+            if row == pack_plan.rows[1]:
+                raise DataError("the reason")
+            return super().read(row, frames)
+
+    found = build_pack(plan, pack_plan, reader, {key: "the reason", "clip-of-another-pack": "another"})
+    expected = build_pack(plan, pack_plan, Bad(reader.folder))
+    assert found.bad_clips == expected.bad_clips
+    assert [bad.key for bad in found.bad_clips] == [key]
+    for field in dataclasses.fields(found):
+        ours = getattr(found, field.name)
+        if isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, getattr(expected, field.name)), field.name
 
 
 def test_an_empty_pack_has_the_shapes_of_any_other_and_no_loss(world):
