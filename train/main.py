@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when the run is complete, 85 when it was stopped by a signal and saved, or could not, 2 for bad input, which a
-        dry run that found a problem returns too.
+        dry run that found a problem returns too. When a rank hangs the process leaves with 86 and does not come back
+        here (``training.watchdog``).
     """
     stop = StopFlag().install()
     arguments = parse(sys.argv[1:] if argv is None else argv)

@@ -328,9 +328,9 @@ class Trainer:
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         """Held-out loss of the EMA weights."""
-        self.watchdog.enter("validation")
         self.shards.swap_ema()
-        result = validation.run(self.engine)
+        with self.watchdog.each_forward(self.engine, "validation"):
+            result = validation.run(self.engine)
         self.shards.swap_ema()
         return result
 
@@ -339,7 +339,8 @@ class Trainer:
         if self.sampler is None:
             return
         self.shards.swap_ema()
-        picture = take_samples(self.sampler, self.engine, self.state.step, self.ranks)
+        with self.watchdog.each_forward(self.engine, "samples"):
+            picture = take_samples(self.sampler, self.engine, self.state.step, self.ranks)
         self.shards.swap_ema()
         if picture is not None and metrics is not None:
             self._say(f"samples of step {self.state.step}: {picture}")

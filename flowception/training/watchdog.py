@@ -21,10 +21,12 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from torch import nn
 
 from flowception.files import write_atomically
 from flowception.training import heartbeats
@@ -73,11 +75,21 @@ class Watchdog:
         """Note that the main thread goes on to a phase; every rank has to enter the same ones.
 
         Args:
-            phase: data, forward, backward, optimizer, validation, save, rollback.
+            phase: data, forward, backward, optimizer, validation, samples, save, rollback.
             step: Number of the step that begins; None for the same as before.
         """
         self._phase, self._step = phase, self._step if step is None else step
         self._turn += 1
+
+    @contextlib.contextmanager
+    def each_forward(self, network: nn.Module, phase: str) -> Iterator[None]:
+        """Inside, every evaluation of a network is a phase of its own, and so is what comes before the first."""
+        self.enter(phase)
+        hook = network.register_forward_pre_hook(lambda module, inputs: self.enter(phase))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def __enter__(self) -> Self:
         if self.hang_timeout_s is not None or self.data_stall_warning_s is not None:

@@ -160,10 +160,10 @@ def test_a_clip_that_is_left_out_is_as_if_it_could_not_be_read(world):
     key = plan.index.key(int(pack_plan.rows[1]))
 
     class Bad(ShardReader):
-        def read(self, row, frames):
+        def read_clip(self, row, frames):
             if row == pack_plan.rows[1]:
                 raise DataError("the reason")
-            return super().read(row, frames)
+            return super().read_clip(row, frames)
 
     found = build_pack(plan, pack_plan, reader, {key: "the reason", "clip-of-another-pack": "another"})
     expected = build_pack(plan, pack_plan, Bad(reader.folder))

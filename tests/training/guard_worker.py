@@ -56,9 +56,9 @@ def poisoned(keys, harm):
 @contextmanager
 def unreadable(keys):
     """Inside, these clips cannot be read, however many of a step they are."""
-    keys, real_read, real_quarantine = set(keys), ShardReader.read, Trainer._quarantine
+    keys, real_read, real_quarantine = set(keys), ShardReader.read_clip, Trainer._quarantine
 
-    def read(reader, row, frames):
+    def read_clip(reader, row, frames):
         if reader.index.key(row) in keys:
             raise DataError("unreadable")
         return real_read(reader, row, frames)
@@ -66,11 +66,11 @@ def unreadable(keys):
     def quarantine(trainer, batch):
         trainer.state.quarantine.update((key, "unreadable") for key in keys)
 
-    ShardReader.read, Trainer._quarantine = read, quarantine
+    ShardReader.read_clip, Trainer._quarantine = read_clip, quarantine
     try:
         yield
     finally:
-        ShardReader.read, Trainer._quarantine = real_read, real_quarantine
+        ShardReader.read_clip, Trainer._quarantine = real_read, real_quarantine
 
 
 class Killed(Exception):

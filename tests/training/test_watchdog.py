@@ -160,6 +160,16 @@ def test_what_a_hang_left_is_set_aside_and_the_rest_removed(tmp_path):
     assert (tmp_path / "hang_2" / "report.txt").read_text() == "2"
 
 
+def test_every_evaluation_is_progress(alone):
+    network = torch.nn.Linear(1, 1)
+    opened = alone()
+    with opened.each_forward(network, "samples"):
+        for _ in range(3):
+            network(torch.ones(1, 1))
+    network(torch.ones(1, 1))
+    assert (opened._turn, opened._phase) == (4, "samples")
+
+
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """Makes watchdogs of one rank without a process group."""

@@ -66,13 +66,13 @@ def hanging_run(folder):
 
     from flowception.data.reader import ShardReader
 
-    rank, real_read, real_enter, seen = os.environ["RANK"], ShardReader.read, Watchdog.enter, {}
+    rank, real_read, real_enter, seen = os.environ["RANK"], ShardReader.read_clip, Watchdog.enter, {}
 
     def enter(watchdog, phase, step=None):
         watchdog._poll_s, seen["watchdog"], seen["step"] = 0.25, watchdog, step or seen.get("step", 0)
         real_enter(watchdog, phase, step)
 
-    def read(reader, row, frames):
+    def read_clip(reader, row, frames):
         if seen.get("step") == 4:
             seen["watchdog"].hang_timeout_s = SOON_S
             if rank == "1":
@@ -81,5 +81,5 @@ def hanging_run(folder):
             wait_for(Path(folder, "asleep"))
         return real_read(reader, row, frames)
 
-    ShardReader.read, Watchdog.enter = read, enter
+    ShardReader.read_clip, Watchdog.enter = read_clip, enter
     run(folder, "run")
