@@ -122,6 +122,7 @@ def test_after_a_rollback_the_run_is_that_in_which_the_clips_were_always_bad(run
     folder, keys, results = runs
     assert results["rolled"] is results["oracle"] is True
     assert list_steps(folder / "rolled") == [0, 6, 9, 12]
+    assert not list((folder / "rolled" / "checkpoints").glob("*.damaged")), "a whole checkpoint was taken for damaged"
     assert hashes(checkpoint_dir(folder / "rolled", 12)) == hashes(checkpoint_dir(folder / "oracle", 12))
     found, expected = lines(folder / "rolled" / "metrics.jsonl"), lines(folder / "oracle" / "metrics.jsonl")
     assert [line["step"] for line in found] == list(range(1, 13))
