@@ -2,9 +2,9 @@
 
 A good checkpoint is a whole one saved before the first of the steps that were skipped in a row. The run loads it, takes
 the clips of those steps into the guards' quarantine, where they are padding in their places for the rest of the epoch,
-and saves itself at once in that checkpoint's place: from then on a kill changes nothing. A kill before that loses the
-decision together with the steps it was made from; they are done again, and it is made again. The checkpoints saved
-during those steps are removed first, so that no resume takes them.
+and saves itself at once in that checkpoint's place: when that is done a kill changes nothing any more. A kill before
+loses the decision together with the steps it was made from; they are done again, and it is made again. The checkpoints
+saved during those steps are removed first, so that no resume takes them.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class Trainer:
         return self.state.step >= self.config.max_steps and not self.guard.must_roll_back(self.state.guard)
 
     def _roll_back(self, metrics: MetricsLog | None) -> None:
-        """Go back to the last checkpoint before the steps that were skipped, and save without their clips. Collective."""
+        """Go back to the last checkpoint before the skipped steps, and save without their clips. Collective."""
         self.watchdog.enter("rollback")
         config = self.config
         self.saver.wait()
