@@ -2,30 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from flowception.errors import ConfigError
-from flowception.generation.lists import check_part, first_clips
+from flowception.generation.lists import begin_lists, check_part, first_clips, write_lists
 from flowception.generation.run import GenerateOptions, generate
-
-
-@pytest.fixture
-def job(make_run, tmp_path):
-    def run(out, part=0, num_parts=1, num_clips=5):
-        """Five clips of three classes in batches of two: three batches."""
-        settings = {"num_inference_steps": 4, "batch_size": 2, "seed": 7, "max_frames": 9, "device": "cpu"}
-        return generate(
-            GenerateOptions(
-                run_dir=make_run(),
-                out_dir=tmp_path / out,
-                num_clips=num_clips,
-                part=part,
-                num_parts=num_parts,
-                **settings,
-            )
-        )
-
-    return run
 
 
 @pytest.fixture
@@ -37,6 +19,7 @@ def pixels(monkeypatch):
         written.setdefault(path.parent.name, {})[path.name] = video.tobytes()
 
     monkeypatch.setattr("flowception.generation.run.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.run.draw_growth", lambda *arguments, **options: None)
     return written
 
 
@@ -44,32 +27,61 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("clip")}
 
 
-@pytest.mark.parametrize("num_parts", [2, 4])
-def test_the_set_is_the_same_to_the_bit_at_any_number_of_jobs(job, pixels, tmp_path, num_parts):
-    whole = job("whole")
-    records = []
-    for part in reversed(range(num_parts)):
+def test_the_set_is_the_same_to_the_bit_at_any_number_of_jobs(make_run, pixels, tmp_path):
+    """Three clips in two batches, by one job and by three, of which one has nothing to do."""
+
+    def job(out, part=0, num_parts=1):
+        settings = {"num_inference_steps": 4, "batch_size": 2, "seed": 7, "max_frames": 9, "device": "cpu"}
+        options = GenerateOptions(
+            run_dir=make_run(), out_dir=tmp_path / out, num_clips=3, part=part, num_parts=num_parts, **settings
+        )
+        return generate(options)
+
+    whole, records = job("whole"), []
+    for part in reversed(range(3)):
         assert not (tmp_path / "parts/clips.jsonl").exists()
-        records += job("parts", part, num_parts)
-    assert len(pixels["whole"]) == 5
+        records += job("parts", part, 3)
+    assert len(pixels["whole"]) == 3
     assert pixels["parts"] == pixels["whole"]
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert sorted(records, key=lambda record: record["file"]) == whole
-    assert [record["class_label"] for record in whole] == [0, 1, 2, 0, 1]
-    sheets = [path.name for path in (tmp_path / "parts").glob("*.png") if path.name.startswith("part")]
-    assert len(sheets) == min(num_parts, 3), "a job without clips draws none"
+    assert sorted(records, key=lambda record: record["seed"]) == whole
+    assert [record["class_label"] for record in whole] == [0, 1, 2]
+    sheets = {path.name for path in (tmp_path / "parts").glob("part*.png")}
+    assert sheets == {"part_0000_of_0003.png", "part_0001_of_0003.png"}, "a job without clips draws none"
 
 
-def test_a_set_is_listed_anew_when_another_takes_its_place(job, tmp_path):
-    for part in range(2):
-        job("out", part, 2)
-    job("out", 0, 2, num_clips=3)
-    job("out", 1, 2, num_clips=3)
-    assert [line["seed"] for line in lines(tmp_path)] == [7, 8, 9]
+def write_part(folder, part, num_parts, numbers):
+    """A job's lists, of clips made up."""
+    names = {"task": "t2v", "prompt": None, "class_name": None, "class_label": None}
+    records = [{"file": f"clip_{number:04d}.mp4", "seed": 7 + number, **names} for number in numbers]
+    begin_lists(folder, part, num_parts)
+    write_lists(folder, part, num_parts, records, [np.zeros((2, 4, 4, 3), np.uint8)] * len(records))
 
 
-def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "out/clips.jsonl").read_text().splitlines()]
+def listed(folder):
+    return [json.loads(line)["seed"] - 7 for line in (folder / "clips.jsonl").read_text().splitlines()]
+
+
+def test_the_list_is_in_the_order_of_clips_whoever_ends_last(tmp_path):
+    numbers = [[0, 1, 4, 5, 9_999, 10_000], [2, 3, 6, 7]]
+    for order in ([0, 1], [1, 0]):
+        folder = tmp_path / str(order[0])
+        folder.mkdir()
+        write_part(folder, order[0], 2, numbers[order[0]])
+        assert not (folder / "clips.jsonl").exists()
+        write_part(folder, order[1], 2, numbers[order[1]])
+        assert listed(folder) == [0, 1, 2, 3, 4, 5, 6, 7, 9_999, 10_000]
+
+
+def test_a_set_that_takes_the_place_of_another_is_listed_in_the_end(tmp_path):
+    for numbers in ([[0, 1], [2, 3]], [[0, 1], [2]]):
+        for part in range(2):
+            write_part(tmp_path, part, 2, numbers[part])
+    assert listed(tmp_path) == [0, 1, 2]
+    write_part(tmp_path, 0, 1, [0])
+    assert listed(tmp_path) == [0]
+    begin_lists(tmp_path, 0, 1)
+    assert not (tmp_path / "clips.jsonl").exists(), "a job that is killed leaves no list of what was there before"
 
 
 @pytest.mark.parametrize(("num_clips", "batch_size"), [(1, 1), (16, 4), (17, 4), (3, 8)])
