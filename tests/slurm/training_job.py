@@ -31,7 +31,7 @@ OVERLAY = {
     "validation": {"every_steps": 5, "num_clips": 4},
     "logging": {"every_steps": 1},
 }
-"""What the toy set needs over ``configs/t2v_2b.yaml``; the rest is the production run's: ZeRO-3, bf16, recomputation."""
+"""Over ``configs/t2v_2b.yaml`` for the toy set; the rest is as in production: ZeRO-3, bf16, blocks computed again."""
 
 
 class TrainingJob:
