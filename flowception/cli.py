@@ -125,6 +125,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for a prescribed delay law")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="clips at once (default: 16)")
+    parser.add_argument(
+        "--part", type=_natural, default=0, metavar="K", help="make part K of the set, from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--num-parts", type=_positive, default=1, metavar="N", help="of N, each by a command of its own (default: 1)"
+    )
     parser.add_argument("--size", metavar="HxW", help="pixels; needed where the run was trained at several sizes")
     parser.add_argument("--fps", type=float, metavar="FPS", help="of the written files (default: the data's)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
@@ -268,6 +274,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_frames=arguments.max_frames,
         num_frames=arguments.num_frames,
         batch_size=arguments.batch_size,
+        part=arguments.part,
+        num_parts=arguments.num_parts,
         size_pixels=_size(arguments.size) if arguments.size else None,
         fps=arguments.fps,
         device=arguments.device,

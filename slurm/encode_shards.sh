@@ -23,14 +23,6 @@ export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
 cd "$FLOWCEPTION_HOME"
 source "$FLOWCEPTION_SITE"
-
-if [ -z "${NUM_PARTS:-}" ]; then
-  NUM_PARTS=$SLURM_ARRAY_TASK_COUNT
-  if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((NUM_PARTS - 1)) ]; then
-    echo "the array is not 0-$((NUM_PARTS - 1)): set NUM_PARTS to the number of tasks of the whole array" >&2
-    exit 2
-  fi
-fi
-echo "job $SLURM_ARRAY_JOB_ID, task $SLURM_ARRAY_TASK_ID of $NUM_PARTS, start ${SLURM_RESTART_COUNT:-0}, on $(hostname)"
+source "$FLOWCEPTION_HOME/slurm/parts.sh"
 export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
 exec srun python -u data_prep/encode_shards.py "$@" part="$SLURM_ARRAY_TASK_ID" num_parts="$NUM_PARTS"

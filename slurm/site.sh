@@ -1,8 +1,18 @@
-# What differs from one cluster to the next. Copy it, edit it, and point FLOWCEPTION_SITE at your copy.
-# It is sourced on the first node by the batch script, and again inside every task.
+# What differs from one cluster to the next. Copy it, edit the copy, and source it before you submit:
+#
+#   source slurm/site.mine.sh && sbatch slurm/train_2b.sh data.path=/shared/shards run_dir=/shared/runs/t2v_2b
+#
+# The jobs source it again, train_2b.sh in every task. Options on sbatch's command line win over what is set here.
+FLOWCEPTION_SITE=$(realpath "${BASH_SOURCE[0]}")
+export FLOWCEPTION_SITE
+export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-$PWD}
 
-# The environment: `make setup` builds .venv; a module or a container's start-up line can stand here instead.
-FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-$PWD}
+# Partition and account: sbatch reads these variables.
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=me
+
+# Environment: modules first, then `make setup`'s .venv; a container's start-up line can stand here instead.
+# module load cuda/12.8
 source "$FLOWCEPTION_HOME/.venv/bin/activate"
 
 # Threads of the host-side part of each rank.

@@ -24,21 +24,25 @@ export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
 CONFIG=${CONFIG:-$FLOWCEPTION_HOME/configs/t2v_2b.yaml}
 cd "$FLOWCEPTION_HOME"
 
-# The first node of the job is the meeting point; the port follows from the job, so that two jobs do not collide.
+export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
+
+# The first node of the job is the meeting point; the port follows from the job, so that two jobs do not collide, and
+# lies below those that Linux hands out to connections (from 32768 on).
 HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${HOSTS%%$'\n'*}
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST," \
      "meeting at $MASTER_ADDR:$MASTER_PORT"
 
 # srun starts one Python per GPU, without the deepspeed launcher (which forwards no signals). All five variables that
-# torch.distributed reads must be set, or DeepSpeed looks for mpi4py. --wait: 120 s after the first task has ended the
-# others are ended too, so a lost rank does not leave them in a collective; --kill-on-bad-exit would be faster, but it
-# would also hide exit code 85 behind that of the tasks it ends.
+# torch.distributed reads must be set, or DeepSpeed looks for mpi4py. SLURM_WAIT: so many seconds after the first task has
+# ended the others are ended too, so a lost rank does not leave them in a collective; --kill-on-bad-exit would be faster,
+# but it would also hide exit code 85 behind that of the tasks it ends.
+export SLURM_WAIT=${SLURM_WAIT:-120}
 status=0
-srun --kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
   set -euo pipefail
   source "$FLOWCEPTION_SITE"
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID

@@ -7,6 +7,7 @@ they are told, so nothing about them has to be saved: a cursor is the whole stat
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,9 +123,16 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _share_by_name(worker: int) -> None:
-    """Hand tensors over by name. torch's default takes a file descriptor for each, and a step has thousands."""
+def _begin_worker(worker: int) -> None:
+    """Set a worker up.
+
+    It hands tensors over by name: torch's default takes a file descriptor for each, and a step has thousands. It leaves
+    the signals that ask a run to stop to the training process: Slurm sends them to every process of a task, and that
+    one still needs the worker to finish its step and save.
+    """
     torch.multiprocessing.set_sharing_strategy("file_system")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PackLoader:
@@ -182,7 +190,7 @@ class PackLoader:
             sampler=self._shares(),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
-            worker_init_fn=_share_by_name,
+            worker_init_fn=_begin_worker,
             timeout=_WORKER_TIMEOUT_S if self._num_workers else 0,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),

@@ -1,12 +1,12 @@
 """The ``flowception generate`` job: a run directory and a few wishes become clips on disk.
 
-Writes ``clip_0000.mp4``, ``clip_0000.gif`` and ``clip_0000_growth.png`` ... , ``contact.png`` and ``clips.jsonl``.
-Clip i has seed ``seed + i`` and comes out the same whatever the batch size.
+Writes ``clip_0000.mp4``, ``clip_0000.gif`` and ``clip_0000_growth.png`` ... , ``contact.png`` and ``clips.jsonl``
+(``generation.lists``, also for one set made by several jobs). Clip i has seed ``seed + i`` and comes out the same
+whatever the batch size.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 
 from flowception.data.schema import NO_CLASS
 from flowception.errors import ConfigError
-from flowception.files import write_atomically
 from flowception.flow import (
     Context,
     Role,
@@ -31,10 +30,11 @@ from flowception.flow.delays import build_delay_law
 from flowception.generation.context import ContextReader, check_files, untrained
 from flowception.generation.frozen import FrozenFramePredictor
 from flowception.generation.growth import draw_growth
+from flowception.generation.lists import begin_lists, check_part, condition_of, first_clips, write_lists
 from flowception.generation.load import LoadedRun, data_fps, load_run
 from flowception.generation.predictor import NetworkPredictor
 from flowception.generation.prompt import encode_prompt
-from flowception.generation.video import Video, write_contact_sheet, write_mp4, write_preview
+from flowception.generation.video import Video, write_mp4, write_preview
 from flowception.nn.dit import FlowceptionDiT
 from flowception.progress import Progress
 
@@ -75,6 +75,9 @@ class GenerateOptions:
     num_frames: int | None = None
     """Latent frames of a clip, given ones included, for a run whose delay law is prescribed; None otherwise."""
     batch_size: int = 16
+    part: int = 0
+    """Which task this is of the ``num_parts`` that together make the set (``generation.lists``)."""
+    num_parts: int = 1
     size_pixels: tuple[int, int] | None = None
     """Height and width; None takes the training clips'."""
     fps: float | None = None
@@ -100,27 +103,30 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
     run = load_run(options.run_dir, step=options.checkpoint_step, device=device)
     batches = GenerationBatches(run, options, device)
     _make_folder(options.out_dir)
+    begin_lists(options.out_dir, options.part, options.num_parts)
     fps = options.fps or batches.data_fps or DEFAULT_FPS
     where = f"{options.run_dir} at step {run.step} on {device}"
-    print(f"generating {options.num_clips} clips ({options.task}) from {where} into {options.out_dir}", flush=True)
+    share = f", batches {options.part}, {options.part + options.num_parts} ..." if options.num_parts > 1 else ""
+    print(
+        f"generating {options.num_clips} clips ({options.task}){share} from {where} into {options.out_dir}", flush=True
+    )
     records: list[dict[str, Any]] = []
     videos: list[Video] = []
-    evaluations = batches.most_evaluations * batches.count
+    evaluations = batches.most_evaluations * len(batches.first_clips)
     with Progress(evaluations, "generating") as progress:
         for first, result in batches.results(progress):
             for record, video in _write_batch(run, options, batches, first, result, fps):
                 records.append(record)
                 videos.append(video)
-    write_contact_sheet(options.out_dir / "contact.png", videos, [_contact_label(record) for record in records])
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(options.out_dir / "clips.jsonl", lines)
-    print(f"wrote {len(records)} clips; overview: {options.out_dir / 'contact.png'}", flush=True)
+    sheet = write_lists(options.out_dir, options.part, options.num_parts, records, videos)
+    print(f"wrote {len(records)} clips" + (f"; overview: {sheet}" if records else ""), flush=True)
     return records
 
 
 def check_options(options: GenerateOptions) -> None:
     """Refuse wishes that contradict each other, before anything is loaded."""
     task_number(options.task)
+    check_part(options.part, options.num_parts)
     check_files(options.task, options.context_files, options.keep)
     if options.out_dir.exists() and not options.out_dir.is_dir():
         raise ConfigError(f"--out is {options.out_dir}, which is a file; give a folder")
@@ -199,9 +205,10 @@ class GenerationBatches:
             self.text = encode_prompt(run, options.prompt, options.text_encoder, device)
 
     @property
-    def count(self) -> int:
-        """Number of batches."""
-        return -(-self.options.num_clips // self.options.batch_size)
+    def first_clips(self) -> range:
+        """Number of each batch's first clip."""
+        options = self.options
+        return first_clips(options.num_clips, options.batch_size, options.part, options.num_parts)
 
     @property
     def most_evaluations(self) -> int:
@@ -268,7 +275,7 @@ class GenerationBatches:
         options, stride = self.options, self.run.codec.spatial_stride
         frame_shape = (self.run.codec.latent_channels, self.height // stride, self.width // stride)
         budget = self.most_evaluations
-        for first in range(0, options.num_clips, options.batch_size):
+        for first in self.first_clips:
             labels = self.class_labels[first : first + options.batch_size]
             begun = progress.done
 
@@ -374,18 +381,7 @@ def _write_batch(
         yield record, video
 
 
-def _condition(record: dict[str, Any]) -> str:
-    """What a clip was asked to show."""
-    numbered = "" if record["class_label"] is None else f"class {record['class_label']}"
-    return " ".join((record["prompt"] or record["class_name"] or numbered).split())
-
-
 def _growth_title(record: dict[str, Any]) -> str:
-    condition = _condition(record)
+    condition = condition_of(record)
     parts = [record["task"], condition, f"seed {record['seed']}", f"{record['latent_frames']} latent frames"]
     return ", ".join(part for part in parts if part) + f", {record['evaluations']} evaluations"
-
-
-def _contact_label(record: dict[str, Any]) -> str:
-    condition = _condition(record)
-    return f"{record['file'].removesuffix('.mp4').removeprefix('clip_')} {record['task']} {condition}".rstrip()

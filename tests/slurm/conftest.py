@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT / "tests", ROOT / "tests/training", ROOT / "tests/slurm"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NODES = 2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -24,17 +27,16 @@ class SlurmCluster:
     environment: dict[str, str]
     """For Slurm's commands and for jobs: this interpreter, this checkout."""
 
-    def run(self, *command, timeout_s=60):
+    def run(self, *command, timeout_s=60, **environment):
         """Output of one of Slurm's commands; an error is a failed test that shows it."""
-        done = subprocess.run(
-            list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
-        )
+        variables, words = {**self.environment, **environment}, list(map(str, command))
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
         assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
         return done.stdout
 
-    def submit(self, *words) -> int:
+    def submit(self, *words, **environment) -> int:
         """Number of the job that ``sbatch WORDS`` starts."""
-        return int(self.run("sbatch", "--parsable", *words).strip())
+        return int(self.run("sbatch", "--parsable", *words, **environment).strip())
 
     def states(self, job: int) -> dict[str, str]:
         """State of each task of a job: by number in the array, or by the job's number."""
@@ -87,6 +89,7 @@ def slurm_cluster(tmp_path_factory):
         site = folder / "site.sh"
         site.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH" OMP_NUM_THREADS=1\n')
         ours = {"FLOWCEPTION_HOME": str(ROOT), "FLOWCEPTION_SITE": str(site), "OMP_NUM_THREADS": "1"}
+        ours |= {"DS_ACCELERATOR": "cpu"}
         yield SlurmCluster({**os.environ, "SLURM_CONF": started.stdout.split()[-1], **ours})
     finally:
         subprocess.run(["bash", SCRIPT, "down", folder], timeout=60, check=False)

@@ -33,7 +33,7 @@ def test_only_a_run_that_saved_is_requeued(submit, status, requeued):
     job = submit(status)
     assert job.returncode == status, job.stderr
     assert ("requeued 7" in job.stdout) == requeued
-    assert "meeting at node1:20007" in job.stdout
+    assert "meeting at node1:12007" in job.stdout
     assert job.stdout.count("configs/t2v_2b.yaml run_dir=r") == 1
 
 

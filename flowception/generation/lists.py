@@ -1,0 +1,93 @@
+"""What a job leaves beside its clips: ``clips.jsonl`` and ``contact.png``, or a part of them.
+
+Several tasks can make one set (``slurm/generate.sh``). Task k of n makes batches k, k + n, k + 2 n ... and writes
+``part_0000_of_0004.jsonl`` and ``part_0000_of_0004.png``; the last task to end joins the parts to ``clips.jsonl``.
+Until then there is no ``clips.jsonl``, unless the folder still holds the parts of an earlier set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowception.errors import ConfigError
+from flowception.files import FileLock, write_atomically
+from flowception.generation.video import Video, write_contact_sheet
+
+LIST_NAME = "clips.jsonl"
+
+
+def first_clips(num_clips: int, batch_size: int, part: int, num_parts: int) -> range:
+    """Number of the first clip of every batch that a task makes.
+
+    Whole batches are divided, not clips: a clip's batch has the same clips in it at any number of tasks, so the clip is
+    the same to the bit.
+    """
+    return range(part * batch_size, num_clips, num_parts * batch_size)
+
+
+def check_part(part: int, num_parts: int) -> None:
+    """Refuse a task that is none of the tasks.
+
+    Raises:
+        ConfigError: Naming both numbers.
+    """
+    if num_parts < 1 or not 0 <= part < num_parts:
+        raise ConfigError(f"--part is {part} of --num-parts {num_parts}; give a part from 0 to num-parts - 1")
+
+
+def _part_path(folder: Path, part: int, num_parts: int) -> Path:
+    return folder / f"part_{part:04d}_of_{num_parts:04d}.jsonl"
+
+
+def begin_lists(folder: Path, part: int, num_parts: int) -> None:
+    """Take away the lists of an earlier job in the folder that a task is about to write anew."""
+    for path in (folder / LIST_NAME, _part_path(folder, part, num_parts)):
+        path.unlink(missing_ok=True)
+
+
+def write_lists(
+    folder: Path, part: int, num_parts: int, records: Sequence[dict[str, Any]], videos: Sequence[Video]
+) -> Path:
+    """List a task's clips and draw them on a contact sheet; if all tasks have, list the whole set.
+
+    Args:
+        folder: Where the clips are.
+        part: Which task, from 0.
+        num_parts: How many tasks make the set.
+        records: A line for each clip, in the order of clips.
+        videos: Their pixels.
+
+    Returns:
+        The contact sheet, which a task without clips does not write.
+    """
+    path = folder / LIST_NAME if num_parts == 1 else _part_path(folder, part, num_parts)
+    sheet = folder / "contact.png" if num_parts == 1 else path.with_suffix(".png")
+    if videos:
+        write_contact_sheet(sheet, videos, [_contact_label(record) for record in records])
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    if num_parts > 1:
+        with FileLock(folder / ".clips.lock", ConfigError, wait=True):
+            _join(folder, num_parts)
+    return sheet
+
+
+def _join(folder: Path, num_parts: int) -> None:
+    """Write the list of the whole set, in the order of clips, if every part is there."""
+    parts = [_part_path(folder, part, num_parts) for part in range(num_parts)]
+    if all(path.is_file() for path in parts):
+        lines = [line for path in parts for line in path.read_text().splitlines(keepends=True)]
+        write_atomically(folder / LIST_NAME, "".join(sorted(lines, key=lambda line: json.loads(line)["seed"])))
+
+
+def condition_of(record: dict[str, Any]) -> str:
+    """What a clip was asked to show."""
+    numbered = "" if record["class_label"] is None else f"class {record['class_label']}"
+    return " ".join((record["prompt"] or record["class_name"] or numbered).split())
+
+
+def _contact_label(record: dict[str, Any]) -> str:
+    name = record["file"].removesuffix(".mp4").removeprefix("clip_")
+    return f"{name} {record['task']} {condition_of(record)}".rstrip()

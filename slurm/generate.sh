@@ -1,0 +1,27 @@
+#!/bin/bash
+# Generate clips with a job array, one GPU a task. Submit from the repository's folder:
+#
+#   sbatch slurm/generate.sh /shared/runs/t2v_2b --num 4096 --out /shared/clips
+#   sbatch --array=0-63 --partition=gpu slurm/generate.sh ...            # more tasks
+#
+# Every word after the script's name goes to `flowception generate`. Task k of n makes batches k, k + n, k + 2 n ... of the
+# set; a clip's seed follows from its number, so the set is the same at any number of tasks. The last task to end writes
+# clips.jsonl. Whatever was killed, submit that task again: --array=3,7 with NUM_PARTS=16 for tasks 3 and 7 of 16.
+#SBATCH --job-name=flowception-generate
+#SBATCH --array=0-7
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+set -euo pipefail
+
+export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
+cd "$FLOWCEPTION_HOME"
+source "$FLOWCEPTION_SITE"
+source "$FLOWCEPTION_HOME/slurm/parts.sh"
+export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
+exec srun python -u -m flowception.cli generate "$@" --part "$SLURM_ARRAY_TASK_ID" --num-parts "$NUM_PARTS"

@@ -1,0 +1,148 @@
+"""A training job on the test cluster: submit the production script, follow it, and the same run without Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from distributed_worker import free_port, rank_environment
+
+from flowception.checkpoint.format import list_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "slurm/train_2b.sh"
+NEVER = 1_000_000
+"""``max_steps`` of a job that must not end by itself."""
+PATIENCE_S = 400
+"""For anything that takes ten seconds on an idle machine."""
+OVERLAY = {
+    "token_budget": 96,
+    "packs_per_step": 3,
+    "model": {"in_channels": 12, "text_dim": 0, "num_classes": 2},
+    "data": {"num_workers": 1, "heldout_fraction": 0.2},
+    "checkpoint": {"save_every_steps": 3, "keep_every_steps": None},
+    "validation": {"every_steps": 5, "num_clips": 4},
+    "logging": {"every_steps": 1},
+}
+"""Over ``configs/t2v_2b.yaml`` for the toy set; the rest is as in production: ZeRO-3, bf16, blocks computed again."""
+
+
+class TrainingJob:
+    """One run directory and the Slurm job that works on it."""
+
+    def __init__(self, cluster, folder: Path, data: Path):
+        self.cluster, self.folder = cluster, folder
+        self.run_dir, self.log, self.number = folder / "run", folder / "job.log", 0
+        self.words = [f"{folder}/overlay.yaml", "model.preset=toy", f"data.path={data}", f"run_dir={self.run_dir}"]
+        self.set_max_steps(NEVER)
+
+    def set_max_steps(self, value: int):
+        """For the job's next start: a job reads its files when it starts."""
+        (self.folder / "overlay.yaml").write_text(yaml.safe_dump({"max_steps": value, **OVERLAY}))
+
+    def submit(self, **environment):
+        sizes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+        self.number = self.cluster.submit(*sizes, f"--output={self.log}", SCRIPT, *self.words, **environment)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.is_file() else ""
+
+    def metric_steps(self) -> list[int]:
+        path = self.run_dir / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def steps_done(self) -> int:
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.is_file() else 0
+
+    def record(self, key: str) -> str:
+        found = re.search(rf"\b{key}=(\w+)", self.cluster.run("scontrol", "--oneliner", "show", "job", self.number))
+        return found.group(1)
+
+    def wait_until(self, happened, what: str, allowed=("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")):
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            state = self.record("JobState")
+            assert state in allowed, f"{what}: the job is {state}\n{self.text()[-6000:]}"
+            assert time.monotonic() < deadline, f"{what}: not in {PATIENCE_S} s, {state}\n{self.text()[-6000:]}"
+            time.sleep(0.1)
+
+    def wait_for_steps(self, count: int):
+        """Until the run has done so many steps."""
+        self.wait_until(lambda: self.steps_done() >= count, f"waiting for step {count}")
+
+    def wait_until_requeued(self, restarts: int):
+        def waits():
+            return (self.record("JobState"), self.record("Restarts")) == ("PENDING", str(restarts))
+
+        self.wait_until(waits, f"waiting for requeue {restarts}")
+
+    def wait_for_end(self) -> str:
+        (state,) = self.cluster.wait(self.number, PATIENCE_S).values()
+        return state
+
+    @contextlib.contextmanager
+    def nodes_drained(self):
+        """No job starts inside, those that run go on: as before maintenance."""
+        self.cluster.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
+        try:
+            yield
+        finally:
+            self.cluster.run("scontrol", "update", "nodename=node[1-2]", "state=resume")
+
+    def rank_processes(self) -> dict[int, int]:
+        """Rank to process id of the training processes, without their DataLoader workers."""
+        parents, ranks = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = dict(
+                    word.split("=", 1) for word in (folder / "environ").read_text().split("\0") if "=" in word
+                )
+                mine = environment.get("SLURM_JOB_ID") == str(self.number) and "RANK" in environment
+                if mine and "train/main.py" in (folder / "cmdline").read_text():
+                    ranks[int(folder.name)] = int(environment["RANK"])
+                    parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        return {rank: pid for pid, rank in ranks.items() if parents[pid] not in ranks}
+
+    def newest_checkpoint(self) -> int:
+        return list_steps(self.run_dir)[-1]
+
+    def run_uninterrupted(self, steps: int) -> str:
+        """The same training in two processes without Slurm; its hash."""
+        run_dir, port = self.folder / "uninterrupted", free_port()
+        command = [sys.executable, "train/main.py", "--config", "configs/t2v_2b.yaml", *self.words]
+        command += [f"run_dir={run_dir}", f"max_steps={steps}"]
+        with (self.folder / "uninterrupted.log").open("w") as stream:
+            processes = [
+                subprocess.Popen(
+                    command,
+                    env=rank_environment(rank, 2, port) | {"PYTHONPATH": str(ROOT)},
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                )
+                for rank in range(2)
+            ]
+            try:
+                codes = [process.wait(PATIENCE_S) for process in processes]
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+        assert codes == [0, 0], (self.folder / "uninterrupted.log").read_text()[-4000:]
+        return self.hash_of(run_dir)
+
+    def hash_of(self, run_dir: Path | None = None) -> str:
+        """What ``flowception checkpoint RUN --hash`` prints."""
+        command = [sys.executable, "-m", "flowception.cli", "checkpoint", str(run_dir or self.run_dir), "--hash"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
