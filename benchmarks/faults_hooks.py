@@ -7,7 +7,7 @@ A place is where events are counted, from 1, in each rank:
 * ``optimizer``: a step of the optimizer begins, or has ended (ZeRO-3 takes one for each parameter group);
 * ``batch``: the trainer takes a step's packs, so event k comes before step k's forward pass;
 * ``load``: a slice of a checkpoint is read;
-* ``save:N``: an operation on the files of checkpoints, from the first that names step N on;
+* ``save:N``: an operation on the files of checkpoints, from the first that names step N to that of a later step;
 * ``files``: one on the run's other files: its description, its lock, its metrics.
 
 Operations are mkdir, opening for writing, write, fsync, rename, unlink and rmdir. They are caught where Python hands
@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -77,10 +78,9 @@ class Hooks:
         """
         self.rank, self.run_dir, self.notes = rank, Path(os.path.abspath(run_dir)), notes
         self._injections = [(i, injection) for i, injection in enumerate(injections) if injection.rank == rank]
-        self._save_steps = {int(i.place.split(":")[1]) for _, i in self._injections if i.place.startswith("save:")}
         self._record = record
         self._counts: Counter[str] = Counter()
-        self._begun: set[int] = set()
+        self._saving_step = -1
         self._os_open, self._os_write, self._io_open = os.open, os.write, io.open
 
     def install(self) -> None:
@@ -89,10 +89,6 @@ class Hooks:
         self._watch_modules()
         self._watch_collectives()
         self._watch_files()
-
-    def watch_save(self, step: int) -> None:
-        """Count the operations of the save of a step, for a dry pass."""
-        self._save_steps.add(step)
 
     def event(self, place: str, operation: str = "", cut: Callable[[float], None] | None = None) -> None:
         """Count an event and do what is to be done there.
@@ -260,9 +256,9 @@ class Hooks:
         if place == "files":
             self.event("files", what, cut)
         if place == "checkpoints":
-            self._begun |= {step for step in self._save_steps if f"step_{step:08d}" in str(path)}
-            for step in sorted(self._begun):
-                self.event(f"save:{step}", what, cut)
+            named = re.search(r"/step_(\d{8,})", str(path))
+            self._saving_step = max(self._saving_step, int(named[1]) if named else -1)
+            self.event(f"save:{self._saving_step}", what, cut)
 
 
 class _WatchedStream:

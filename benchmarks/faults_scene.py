@@ -85,7 +85,7 @@ def write_config(path: Path, data: Path) -> None:
         "optim": {"lr": 2e-3, "warmup_steps": 4},
         "ema": {"decay": 0.9},
         "zero": {"stage": 3, "param_persistence_threshold": 0},
-        "checkpoint": {"save_every_steps": SAVE_EVERY, "keep_last": 2},
+        "checkpoint": {"save_every_steps": SAVE_EVERY, "keep_last": 2, "save_timeout_s": 15.0},
         "validation": {"every_steps": 4, "num_clips": 3, "global_times": [0.7]},
         "logging": {"every_steps": 1},
     }
@@ -157,10 +157,7 @@ class Scene:
     def prepare(self, rank: int, *, place: Path, injections: tuple[Injection, ...], record: bool = False) -> None:
         """What a forked rank does before ``main``."""
         hooks = Hooks(rank, place / "run", place, injections, record)
-        if record:
-            for step in range(0, STEPS + 1, SAVE_EVERY):
-                hooks.watch_save(step)
-        elif self._sabotage is not None:
+        if self._sabotage is not None and not record:
             self._sabotage()
         hooks.install()
 
@@ -197,8 +194,8 @@ class Scene:
             read_losses(bare / "run"),
             dict(read_consumed(dry)),
             {place: [count[place] for count in counts] for place in {place for count in counts for place in count}},
-            [_operations_of_save(own, FAULTY_SAVE) for own in events],
-            [[operation for place, operation in own if place == "files"] for own in events],
+            [_operations(own, f"save:{FAULTY_SAVE}") for own in events],
+            [_operations(own, "files") for own in events],
         )
 
     def snapshot(self, world_size: int, stage: int, into: Path) -> None:
@@ -220,13 +217,5 @@ def _read_events(place: Path, rank: int) -> list[tuple[str, str]]:
     return [(name, operation) for name, operation in lines]
 
 
-def _operations_of_save(events: list[tuple[str, str]], step: int) -> list[str]:
-    """Operations from the first that names the step to the last before the next save."""
-    own, following = f"save:{step}", f"save:{step + SAVE_EVERY}"
-    found: list[str] = []
-    for place, operation in events:
-        if place == following:
-            return found[:-1]  # the last was the first of the next save, which is counted for both
-        if place == own:
-            found.append(operation)
-    return found
+def _operations(events: list[tuple[str, str]], place: str) -> list[str]:
+    return [operation for found, operation in events if found == place]

@@ -98,7 +98,7 @@ def test_hooks_count_the_operations_of_a_save_from_its_first_on(tmp_path):
     hooks.file_event("write", tmp_path / "run" / "config.yaml")
     hooks.file_event("write", tmp_path / "elsewhere")
     events = [json.loads(line) for line in (tmp_path / "events-0.jsonl").read_text().splitlines()]
-    assert [place for place, _ in events] == ["save:6", "save:6", "files"]
+    assert [place for place, _ in events] == ["save:4", "save:6", "save:6", "files"]
 
 
 def test_a_full_disk_meets_only_what_needs_space(tmp_path):
