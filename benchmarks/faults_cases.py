@@ -313,7 +313,7 @@ _DAMAGES: dict[str, Callable[[Path, float], None]] = {
 
 
 def _half_saved(run_dir: Path) -> None:
-    folder = checkpoints_dir(run_dir) / f"step_{FAULTY_SAVE:08d}.tmp"
+    folder = checkpoints_dir(run_dir) / f"step_{FAULTY_SAVE:08d}.0badc0de-1.tmp"
     folder.mkdir()
     (folder / "rank_00000.safetensors").write_bytes(b"\0" * 1000)
     (folder / "rank_00000.receipt").write_text('{"file": "rank_000')
@@ -321,7 +321,13 @@ def _half_saved(run_dir: Path) -> None:
 
 def _half_removed(run_dir: Path) -> None:
     old = checkpoint_dir(run_dir, SNAPSHOT_STEP)
-    shutil.copytree(old, old.with_name("step_00000001.old.tmp"))
+    shutil.copytree(old, old.with_name("step_00000001.pruned.tmp"))
+
+
+def _half_replaced(run_dir: Path) -> None:
+    """The next one was to take this one's name, and did not come."""
+    newest = checkpoint_dir(run_dir, SNAPSHOT_STEP)
+    newest.rename(newest.with_name(f"{newest.name}.replaced.tmp"))
 
 
 def _lock_of_the_dead(run_dir: Path) -> None:
@@ -341,6 +347,7 @@ def _cut_metrics(run_dir: Path) -> None:
 _LEFT_OVERS: dict[str, Callable[[Path], None]] = {
     "half a checkpoint": _half_saved,
     "half-removed checkpoint": _half_removed,
+    "half-replaced checkpoint": _half_replaced,
     "lock file of a dead process": _lock_of_the_dead,
     "half-written files": _half_written_files,
     "metrics line cut short": _cut_metrics,

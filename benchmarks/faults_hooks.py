@@ -39,6 +39,8 @@ _REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor"
 _GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast")
 _NO_SPACE_NEEDED = ("unlink", "rmdir")
 _PAUSE_TIMEOUT_S = 120.0
+_ATTEMPT = re.compile(r"\.[0-9a-f]{8}-\d+(?=\.tmp)")
+"""The random part of an attempt's folder, which would make two runs of the benchmark look different."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class Hooks:
     def file_event(self, operation: str, path: Path, cut: Callable[[float], None] | None = None) -> None:
         """Count an operation on a file, if it is the run's."""
         place = self._place(path)
-        what = f"{operation} {path.name}"
+        what = f"{operation} {_ATTEMPT.sub('', path.name)}"
         if place == "files":
             self.event("files", what, cut)
         if place == "checkpoints":
