@@ -344,11 +344,19 @@ def _cut_metrics(run_dir: Path) -> None:
         stream.write('{"step": 5, "epoch": 0, "lo')
 
 
+def _dead_heartbeats(run_dir: Path) -> None:
+    folder = run_dir / "heartbeats"
+    folder.mkdir(exist_ok=True)
+    (folder / "rank_00000.json").write_text('{"rank": 0, "time_s": 1.0, "st')
+    (folder / "report.txt").write_text("rank 1 did not come")
+
+
 _LEFT_OVERS: dict[str, Callable[[Path], None]] = {
     "half a checkpoint": _half_saved,
     "half-removed checkpoint": _half_removed,
     "half-replaced checkpoint": _half_replaced,
     "lock file of a dead process": _lock_of_the_dead,
+    "heartbeats of the dead": _dead_heartbeats,
     "half-written files": _half_written_files,
     "metrics line cut short": _cut_metrics,
 }

@@ -8,7 +8,7 @@ A place is where events are counted, from 1, in each rank:
 * ``batch``: the trainer takes a step's packs, so event k comes before step k's forward pass;
 * ``load``: a slice of a checkpoint is read;
 * ``save:N``: an operation on the files of checkpoints, from the first that names step N to that of a later step;
-* ``files``: one on the run's other files: its description, its lock, its metrics.
+* ``files``: one on the files right in the run's directory: its description, its lock, its metrics.
 
 Operations are mkdir, opening for writing, write, fsync, rename, unlink and rmdir. They are caught where Python hands
 them to the system (``os``, ``io.open``, safetensors' ``serialize_file``), in whatever thread.
@@ -246,10 +246,14 @@ class Hooks:
         return Path(name) if folder is None else Path(os.readlink(f"/proc/self/fd/{folder}"), name)
 
     def _place(self, path: Path) -> str | None:
+        """Of the run's files: ``checkpoints``, ``files`` for those right in its directory, or None.
+
+        What lies in its other folders is written by the clock, not by the step, and cannot be counted.
+        """
         absolute = Path(os.path.abspath(path))
-        if not absolute.is_relative_to(self.run_dir):
-            return None
-        return "checkpoints" if absolute.is_relative_to(self.run_dir / "checkpoints") else "files"
+        if absolute.is_relative_to(self.run_dir / "checkpoints"):
+            return "checkpoints"
+        return "files" if absolute.parent == self.run_dir else None
 
     def file_event(self, operation: str, path: Path, cut: Callable[[float], None] | None = None) -> None:
         """Count an operation on a file, if it is the run's."""
