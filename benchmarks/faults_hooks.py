@@ -11,8 +11,8 @@ A place is where events are counted, from 1, in each rank:
 * ``files``: one on the files right in the run's directory: its description, its lock, its metrics.
 
 Operations are mkdir, opening for writing, write, fsync, rename, unlink and rmdir. They are caught where Python hands
-them to the system (``os``, ``io.open``, safetensors' ``serialize_file``), in whatever thread. ``strace`` of a save shows the
-same ones in the same order, but for four inside safetensors (open, ftruncate, write, rename), which are one write here.
+them to the system (``os``, ``io.open``, safetensors' ``serialize_file``), in whatever thread. ``strace`` of a save shows
+the same ones in the same order, but for four in safetensors (open, ftruncate, write, rename), which are one write here.
 
 An injection fires at one event of one rank. It notes that first, so a fault that did not happen is seen.
 """
@@ -86,7 +86,7 @@ class Hooks:
         self._record = record
         self._counts: Counter[str] = Counter()
         self._saving_step = -1
-        self._os_open, self._os_write, self._io_open = os.open, os.write, io.open
+        self._os_open, self._os_write, self._io_open, self._rename = os.open, os.write, io.open, os.rename
 
     def install(self) -> None:
         """Put the hooks in place."""
@@ -194,14 +194,12 @@ class Hooks:
         return watched
 
     def _watch_files(self) -> None:
-        import safetensors
-        import safetensors.torch
-
-        rename = os.rename
         for name in ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "fdatasync"):
             setattr(os, name, self._before(name, getattr(os, name)))
-        serialize = safetensors.torch.serialize_file
+        self._watch_opening()
+        self._watch_safetensors()
 
+    def _watch_opening(self) -> None:
         def open_file(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
             if flags & (os.O_WRONLY | os.O_RDWR):
                 self.file_event("open", self._resolve(path, named.get("dir_fd")))
@@ -214,6 +212,15 @@ class Hooks:
                 return self._io_open(path, mode, *arguments, **named)
             self.file_event("open", stream_path)
             return _WatchedStream(self._io_open(path, mode, *arguments, **named), stream_path, self)
+
+        for module, watched in ((os, open_file), (io, open_stream), (builtins, open_stream)):
+            setattr(module, "open", watched)  # noqa: B010
+
+    def _watch_safetensors(self) -> None:
+        import safetensors
+        import safetensors.torch
+
+        serialize, rename = safetensors.torch.serialize_file, self._rename
 
         def serialize_file(content: Any, path: Any, *arguments: Any, **named: Any) -> None:
             def cut(share: float) -> None:
@@ -228,13 +235,7 @@ class Hooks:
                 raise safetensors.SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from error
             serialize(content, path, *arguments, **named)
 
-        for module, name, watched in (
-            (os, "open", open_file),
-            (io, "open", open_stream),
-            (builtins, "open", open_stream),
-            (safetensors.torch, "serialize_file", serialize_file),
-        ):
-            setattr(module, name, watched)
+        setattr(safetensors.torch, "serialize_file", serialize_file)  # noqa: B010
 
     def _before(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(path: Any, *arguments: Any, **named: Any) -> Any:
