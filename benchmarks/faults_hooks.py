@@ -11,7 +11,7 @@ A place is where events are counted, from 1, in each rank:
 * ``files``: one on the files right in the run's directory: its description, its lock, its metrics.
 
 Operations are mkdir, opening for writing, write, fsync, rename, unlink and rmdir. They are caught where Python hands
-them to the system (``os``, ``io.open``, safetensors' ``serialize_file``), in whatever thread. ``strace`` of a save shows
+them to the system (``os``, ``io.open``, safetensors' ``serialize_file``), in whatever thread. ``strace`` of a save has
 the same ones in the same order, but for four in safetensors (open, ftruncate, write, rename), which are one write here.
 
 An injection fires at one event of one rank. It notes that first, so a fault that did not happen is seen.
