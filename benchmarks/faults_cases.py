@@ -162,7 +162,7 @@ class Deck:
         story, rank = next(self._disk_stories), self._chance.randrange(world_size)
         operations = self._scene.reference(world_size, stage).operations[rank]
         if story == "last save":
-            operations = operations[:4]
+            operations = [name.replace(str(FAULTY_SAVE), str(STEPS)) for name in operations[:4]]
         needing = [at for at, name in enumerate(operations, 1) if not name.startswith(("unlink", "rmdir"))]
         at = self._chance.choice(needing)
         events = self._chance.randint(1, min(4, len(operations) + 1 - at))
