@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as benchmarks.NAME
 
-from benchmarks.faults_cases import ALL_SETTINGS, FEW_SETTINGS, Deck
+from benchmarks.faults_cases import ALL_SETTINGS, FEW_SETTINGS, ONE_SETTING, Case, Deck
 from benchmarks.faults_page import failures, page, table
 from benchmarks.faults_run import CaseRun, Record
 from benchmarks.faults_sabotage import SABOTAGES
@@ -40,10 +40,8 @@ _FULL = 100
 """Faults from which on all numbers of ranks and ZeRO stages are drawn."""
 
 
-def run_all(scene: Scene, faults: int, seed: int, kinds: str) -> list[Record]:
-    """Draw the cases, and run those whose kind contains ``kinds``."""
-    deck = Deck(scene, random.Random(seed), ALL_SETTINGS if faults >= _FULL else FEW_SETTINGS)
-    cases = [case for case in deck.draw(faults) if kinds in case.kind]
+def run_all(scene: Scene, cases: Sequence[Case]) -> list[Record]:
+    """Run the cases one by one."""
     records, failed = [], 0
     with Progress(len(cases), "faults") as progress:
         for number, case in enumerate(cases):
@@ -89,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         scene = Scene(folder.resolve(), arguments.sabotage)
         try:
             plain_s = uninterrupted_s(scene)
-            records = [asdict(record) for record in run_all(scene, arguments.faults, seed, arguments.kinds)]
+            settings = ALL_SETTINGS if arguments.faults >= _FULL else FEW_SETTINGS
+            deck = Deck(scene, random.Random(seed), ONE_SETTING if arguments.sabotage else settings)
+            cases = [case for case in deck.draw(arguments.faults) if arguments.kinds in case.kind]
+            records = [asdict(record) for record in run_all(scene, cases)]
         finally:
             scene.server.close()
         result: dict[str, Any] = {

@@ -22,6 +22,7 @@ Settings = Mapping[tuple[int, int], float]
 
 ALL_SETTINGS: Settings = {(2, 3): 8, (2, 2): 1, (2, 1): 1, (2, 0): 1, (3, 3): 2, (4, 3): 1}
 FEW_SETTINGS: Settings = {(2, 3): 3, (3, 3): 1}
+ONE_SETTING: Settings = {(2, 3): 1}
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _EARLY = 0.7
 """Share of a run's events before which a signal stops it for certain before its last step."""
