@@ -54,6 +54,7 @@ bench: setup setup-mds  ## studies: each writes JSON and a picture under benchma
 	$(BIN)/python benchmarks/length_law.py --json benchmarks/results/length_law.json --picture benchmarks/results/length_law.png
 	$(BIN)/python benchmarks/gaussian_law.py --json benchmarks/results/gaussian_law.json
 	$(BIN)/python benchmarks/claims.py --budget quick --json benchmarks/results/claims.json --pictures docs/images --page docs/claims.md
+	$(BIN)/python benchmarks/faults.py --faults 200 --seed 0 --json benchmarks/results/faults.json --page docs/faults.md
 	$(BIN)/python benchmarks/planning.py --json benchmarks/results/planning.json --picture benchmarks/results/planning.png
 	.venv-mds/bin/python benchmarks/loading.py --json benchmarks/results/loading.json --picture benchmarks/results/loading.png
 

@@ -1,0 +1,117 @@
+"""Faults of many kinds in small training runs, each of which must end as if nothing had happened.
+
+    python benchmarks/faults.py --faults 200 --seed 0 --json benchmarks/results/faults.json --page docs/faults.md
+
+SIGKILL of a rank in every part of a step, at every file operation of a save, while loading and starting; damaged
+checkpoints; a full disk; preemption; left-overs of dead jobs; two jobs on one directory; other numbers of ranks. After
+each fault the same command is run again until the run is complete, and its result is compared with that of a run
+without a fault. The exit code is 1 if any fault made a difference or needed a hand.
+
+A small number of faults (``--faults 30``) is a sample with every kind in it; ``--seed day`` draws another one each day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as benchmarks.NAME
+
+from benchmarks.faults_cases import ALL_SETTINGS, FEW_SETTINGS, ONE_SETTING, Case, Deck
+from benchmarks.faults_page import failures, page, table
+from benchmarks.faults_run import CaseRun, Record
+from benchmarks.faults_sabotage import SABOTAGES
+from benchmarks.faults_scene import SAVE_EVERY, STEPS, Scene
+from flowception.files import write_atomically
+from flowception.progress import Progress
+
+_FULL = 100
+"""Faults from which on all numbers of ranks and ZeRO stages are drawn."""
+
+
+def run_all(scene: Scene, cases: Sequence[Case]) -> list[Record]:
+    """Run the cases one by one."""
+    records, failed = [], 0
+    with Progress(len(cases), "faults") as progress:
+        for number, case in enumerate(cases):
+            records.append(CaseRun(scene, case, scene.folder / f"fault-{number:04d}").run())
+            failed += not records[-1].passed
+            if not records[-1].passed:
+                print(f"FAILED in fault-{number:04d}: {failures([asdict(records[-1])])[0]}", file=sys.stderr)
+            progress.advance(note=f"{failed} failed; {case.kind}: {case.place}")
+    return records
+
+
+def uninterrupted_s(scene: Scene) -> float:
+    """Seconds of a run of two ranks without a fault."""
+    place = scene.folder / "timed"
+    place.mkdir()
+    began = time.monotonic()
+    scene.run(place, 2, 3)
+    return time.monotonic() - began
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--faults", type=int, default=200, metavar="N", help="default: 200")
+    parser.add_argument("--seed", default="0", metavar="S", help="a number, or day for one of today (default: 0)")
+    parser.add_argument("--kinds", default="", metavar="WORD", help="only kinds of fault with this in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where every fault's record goes")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="where the Markdown page goes")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="an empty folder to keep, for what failed to be seen")
+    parser.add_argument("--sabotage", choices=sorted(SABOTAGES), help="resume wrongly on purpose; this must fail")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    arguments = parse(argv)
+    seed = datetime.now(UTC).toordinal() if arguments.seed == "day" else int(arguments.seed)
+    print(f"{arguments.faults} faults, seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.work or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        scene = Scene(folder.resolve(), arguments.sabotage)
+        try:
+            plain_s = uninterrupted_s(scene)
+            settings = ALL_SETTINGS if arguments.faults >= _FULL else FEW_SETTINGS
+            deck = Deck(scene, random.Random(seed), ONE_SETTING if arguments.sabotage else settings)
+            cases = [case for case in deck.draw(arguments.faults) if arguments.kinds in case.kind]
+            records = [asdict(record) for record in run_all(scene, cases)]
+        finally:
+            scene.server.close()
+        result: dict[str, Any] = {
+            "seed": seed,
+            "steps": STEPS,
+            "save_every_steps": SAVE_EVERY,
+            "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), 2 to 4 ranks over gloo",
+            "uninterrupted_s": round(plain_s, 2),
+            "seconds": round(time.monotonic() - began, 1),
+            "records": records,
+        }
+    print(table(records))
+    print("\n".join(failed := failures(records)) or "nothing failed")
+    if arguments.json:
+        write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
+    if arguments.page:
+        json_word = f" --json {arguments.json}" if arguments.json else ""
+        command = f"python benchmarks/faults.py --faults {arguments.faults} --seed {arguments.seed}{json_word}"
+        write_atomically(arguments.page, page(result, command))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The table of a faults benchmark, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+_ORDER = ("SIGKILL", "damaged", "disk", "preemption", "left-overs", "second", "other")
+
+
+def _kinds(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    def place(kind: str) -> tuple[int, str]:
+        return next((i for i, word in enumerate(_ORDER) if kind.startswith(word)), len(_ORDER)), kind
+
+    return sorted({record["kind"] for record in records}, key=place)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each kind of fault, and their sum."""
+    head = (
+        "| fault | faults | ranks | resumed at steps | mismatches | manual steps | other failures | seconds, median |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    rows = [_row(kind, [record for record in records if record["kind"] == kind]) for kind in _kinds(records)]
+    return "\n".join([head, *rows, _row("all", records)])
+
+
+def _row(name: str, records: Sequence[Mapping[str, Any]]) -> str:
+    sizes = sorted({size for record in records for size in record["world_sizes"]})
+    steps = sorted({step for record in records for step in record["resumed_steps"] if step is not None})
+    counts = [
+        sum(bool(record["mismatches"]) for record in records),
+        sum(record["manual_steps"] for record in records),
+        sum(bool(record["unexpected"]) for record in records),
+    ]
+    cells = [name, len(records), _range(sizes), _range(steps), *counts, f"{_seconds(records):.1f}"]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _range(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    return median(record["seconds"] for record in records)
+
+
+def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each fault that did not pass."""
+    lines = []
+    for record in records:
+        said = [*record["mismatches"], *record["unexpected"]]
+        if record["manual_steps"]:
+            said.append(f"{record['manual_steps']} manual steps")
+        if said:
+            where = f"ranks {record['world_sizes']}, ZeRO {record['stages']}, exit codes {record['exit_codes']}"
+            lines.append(f"{record['kind']}: {record['place']} ({where}): {'; '.join(said)}")
+    return lines
+
+
+def page(result: Mapping[str, Any], command: str) -> str:
+    """``docs/faults.md``."""
+    records, plain = result["records"], result["uninterrupted_s"]
+    changed = [record["loss_difference"] for record in records if record["kind"] == "other world size"]
+    bound = f"{max(changed):.1e}" if changed else "not measured"
+    lines = failures(records)
+    return f"""# Faults
+
+<!-- Written by benchmarks/faults.py. -->
+
+    {command}
+
+puts {len(records)} faults into runs of a toy model and starts the same command again until each run is complete. A run
+of {result["steps"]} steps saves every {result["save_every_steps"]}; it passes epochs, warm-up and held-out losses. Its
+last checkpoint is then compared with that of a run without a fault: weights, EMA and optimizer to the bit at the same
+number of ranks; so are the loss of every step, and keys and content of every pack that was trained on. At another
+number of ranks the packs must be the same and the losses within 1e-4 relative; the largest difference was {bound}.
+
+{table(records)}
+
+A mismatch is a difference from the run without a fault; a manual step is a start of the unchanged command, without a
+fault in it, that did not complete the run. Other failures: a fault did not happen, an exit code was not the one
+promised, a resume was not at the newest good checkpoint, more steps were lost than two saves lie apart. SIGKILL in a
+save comes before every operation that ranks 0 and 1 of two hand to the system, and in the middle of every write.
+
+{chr(10).join(f"- {line}" for line in lines) if lines else "Nothing failed."}
+
+{result["machine"]}; {result["seconds"] / 60:.0f} minutes in all. A run without a fault takes {plain:.1f} s on two
+ranks that are forked from a process with everything imported. The ranks are on one machine: no network fails here, and
+no disk loses what it has confirmed. With `--sabotage moments` (or `ema`, `cursor`, `verify`) every resume is wrong on
+purpose, and the benchmark must fail.
+"""
