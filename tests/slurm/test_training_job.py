@@ -69,7 +69,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm_c
 
 def test_a_lost_rank_ends_the_job_and_a_cancelled_one_saves(slurm_cluster, job):
     job.submit(SLURM_WAIT="3")
-    job.wait_for_steps(4)
+    job.wait_for_checkpoint(3)
     ranks = job.rank_processes()
     assert set(ranks) == {0, 1}
     os.kill(ranks[0], signal.SIGSTOP)  # as in a collective that the other rank never joins: only Slurm can end it

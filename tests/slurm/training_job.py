@@ -78,6 +78,10 @@ class TrainingJob:
         """Until the run has done so many steps."""
         self.wait_until(lambda: self.steps_done() >= count, f"waiting for step {count}")
 
+    def wait_for_checkpoint(self, step: int):
+        """Until the run has saved that step or a later one, which it does in the background."""
+        self.wait_until(lambda: self.newest_checkpoint() >= step, f"waiting for a checkpoint of step {step}")
+
     def wait_until_requeued(self, restarts: int):
         def waits():
             return (self.record("JobState"), self.record("Restarts")) == ("PENDING", str(restarts))
@@ -112,7 +116,7 @@ class TrainingJob:
         return {rank: pid for pid, rank in ranks.items() if parents[pid] not in ranks}
 
     def newest_checkpoint(self) -> int:
-        return list_steps(self.run_dir)[-1]
+        return max(list_steps(self.run_dir), default=-1)
 
     def run_uninterrupted(self, steps: int) -> str:
         """The same training in two processes without Slurm; its hash."""
