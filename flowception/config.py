@@ -31,6 +31,7 @@ from flowception.training.ema import EmaConfig
 from flowception.training.guard import GuardConfig
 from flowception.training.metrics import LoggingConfig
 from flowception.training.optim import OptimConfig
+from flowception.training.profile import ProfileConfig
 from flowception.training.samples import SamplesConfig
 from flowception.training.validation import ValidationConfig
 from flowception.training.zero import ZeroConfig
@@ -72,6 +73,8 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """Clips sampled during training."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console and wandb."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """A trace of a few steps."""
 
     def __post_init__(self) -> None:
         """Check the mixins' ranges and this class's own."""

@@ -29,6 +29,7 @@ from flowception.training.hardware import find_peak, peak_memory_gib
 from flowception.training.metrics import MetricsLog, Speed, check_packages
 from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
+from flowception.training.profile import StepProfiler
 from flowception.training.rollback import roll_back
 from flowception.training.samples import SamplerFactory, take_samples
 from flowception.training.saving import Saver
@@ -55,6 +56,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
     """
     together(lambda: check_world_size(config.packs_per_step, ranks.world_size))
     together(lambda: config.zero.check_world_size(ranks.world_size))
+    together(lambda: config.profile.check_world_size(ranks.world_size))
     on_main(ranks, lambda: check_packages(config.logging))
     with _run_lock(config, ranks):
         data = together(lambda: open_data(config))
@@ -112,6 +114,7 @@ class Trainer:
         self.validation = together(self._prepare_validation)
         self.sampler = together(lambda: make_sampler(config, data, ranks)) if make_sampler else None
         self.stopping = False
+        self.profiler = StepProfiler(config.profile, config.run_dir, ranks.rank)
         self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
         frames = data.plan.index.clips["frames"][data.plan.rows].astype("int64")
         self.expected_attention_ratio = expected_attention_ratio(
@@ -189,6 +192,7 @@ class Trainer:
                     self._roll_back(metrics)
                 self._run_epoch(metrics)
         finally:
+            self.profiler.close()
             if metrics is not None:
                 metrics.close()
         complete = self._is_complete()
@@ -245,6 +249,7 @@ class Trainer:
             if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
                 values |= self._validate(self.validation)
             values |= self.saver.poll()
+            self.profiler.end_step(state.step)
             if metrics is not None:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
             if config.samples.every_steps and state.step % config.samples.every_steps == 0:

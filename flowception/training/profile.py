@@ -1,0 +1,123 @@
+"""A few steps under ``torch.profiler``: where the time of a step goes.
+
+Of each chosen rank ``RUN/profile/rank_00000_step_00000015.json`` is a trace for https://ui.perfetto.dev or
+``chrome://tracing``, and the ``.txt`` beside it a table of the operators that took longest. Steps are counted from the
+start of the job, so a resumed run is profiled again. Everything else of the run stays as it is, but profiled steps are
+slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from flowception.errors import ConfigError
+
+_ROWS = 40
+"""Operators in the table."""
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """A trace of a few steps."""
+
+    active_steps: int | None = None
+    """Steps to record; None is off."""
+    wait_steps: int = 10
+    """Steps of the job before, in which caches fill and kernels are chosen."""
+    warmup_steps: int = 2
+    """Steps after these that are traced and thrown away, as the first ones of a trace are slow."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that are traced."""
+
+    def __post_init__(self) -> None:
+        if self.active_steps is not None and self.active_steps < 1:
+            raise ConfigError(f"profile.active_steps is {self.active_steps}; give 1 or more, or null for off")
+        for name in ("wait_steps", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"profile.{name} is {getattr(self, name)}; give 0 or more")
+        if not self.ranks or min(self.ranks) < 0:
+            raise ConfigError(f"profile.ranks is {list(self.ranks)}; give ranks from 0 up, for example [0]")
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a rank that there is not.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        if self.active_steps is not None and max(self.ranks) >= world_size:
+            raise ConfigError(
+                f"profile.ranks is {list(self.ranks)} and there are {world_size} ranks; give ranks from 0 to "
+                f"{world_size - 1}"
+            )
+
+
+class StepProfiler:
+    """Traces this rank's steps, if it is one of the chosen; else does nothing."""
+
+    def __init__(
+        self, config: ProfileConfig, run_dir: str | Path, rank: int, say: Callable[[str], None] = print
+    ) -> None:
+        """Begin to count steps.
+
+        Args:
+            config: Which steps and ranks.
+            run_dir: The run.
+            rank: This one.
+            say: Where to report what was written, or why it could not be.
+        """
+        self._folder, self._rank, self._say, self._step = Path(run_dir) / "profile", rank, say, 0
+        self._profile: torch.profiler.profile | None = None
+        if config.active_steps is None or rank not in config.ranks:
+            return
+        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._last_call = config.wait_steps + config.warmup_steps + config.active_steps
+        self._calls = 0
+        self._profile = torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *cuda],
+            schedule=torch.profiler.schedule(
+                wait=config.wait_steps, warmup=config.warmup_steps, active=config.active_steps, repeat=1
+            ),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
+
+    def end_step(self, step: int) -> None:
+        """Count a step of the job.
+
+        Args:
+            step: Optimizer steps of the run done by now, for the files' names.
+        """
+        if self._profile is None:
+            return
+        self._step = step
+        self._calls += 1
+        self._profile.step()
+        if self._calls == self._last_call:
+            self.close()
+
+    def close(self) -> None:
+        """Stop tracing; a trace that was being recorded is written as far as it goes."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _write(self, profile: torch.profiler.profile) -> None:
+        path = self._folder / f"rank_{self._rank:05d}_step_{self._step:08d}.json"
+        table = profile.key_averages().table(sort_by=self._longest(), row_limit=_ROWS)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(path))
+            path.with_suffix(".txt").write_text(table + "\n")
+        except (OSError, RuntimeError) as error:
+            self._say(f"WARNING: the profile {path} could not be written ({error}); training goes on")
+        else:
+            self._say(f"profile of rank {self._rank}: {path}, and its longest operators in {path.stem}.txt")
+
+    @staticmethod
+    def _longest() -> str:
+        return "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
