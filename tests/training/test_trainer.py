@@ -301,9 +301,12 @@ def test_another_world_size_sees_the_same_losses(runs, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
-    """50 steps with weight decay on a group and a cosine in mid-flight: 2 ranks, then 1, 4, 3 and 2 again."""
+    """Weight decay on a group and a cosine in mid-flight: 2 ranks at ZeRO-3, then 1, 4 and 2 again, each at another.
+
+    ``test_equivalence.py`` has the 50 steps after one change of world size; this is a chain, and all of the state.
+    """
     write_set(tmp_path / "shards")
-    settings = {"max_steps": 50, "packs_per_step": 4, "optim__lr_schedule": "cosine", "optim__weight_decay": 0.3}
+    settings = {"max_steps": 20, "packs_per_step": 4, "optim__lr_schedule": "cosine", "optim__weight_decay": 0.3}
 
     def job(world_size, stage, name, stop_after=None):
         jobs = run_distributed(
@@ -313,7 +316,7 @@ def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
         assert set(jobs) == {stop_after is None}
 
     job(2, 3, "never_changed")
-    for world_size, stage, stop_after in ((2, 3, 6), (1, 0, 12), (4, 2, 9), (3, 1, 10), (2, 3, None)):
+    for world_size, stage, stop_after in ((2, 3, 6), (1, 0, 4), (4, 2, 4), (2, 3, None)):
         job(world_size, stage, "changed", stop_after)
     never, changed = (metrics(tmp_path / name) for name in ("never_changed", "changed"))
     assert [line["lr"] for line in changed] == [line["lr"] for line in never]
@@ -323,8 +326,11 @@ def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
         assert [line[name] for line in changed] == pytest.approx([line[name] for line in never], rel=1e-4), name
     held_out = [[line["validation/loss"] for line in lines if "validation/loss" in line] for lines in (changed, never)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
-    ends = [checkpoint_dir(tmp_path / name, 50) for name in ("never_changed", "changed")]
-    assert read_manifest(ends[1]).state == read_manifest(ends[0]).state
+    ends = [checkpoint_dir(tmp_path / name, 20) for name in ("never_changed", "changed")]
+    states = [read_manifest(folder).state for folder in ends]
+    usual_norms = [state["guard"].pop("usual_norm") for state in states]
+    assert usual_norms[1] == pytest.approx(usual_norms[0], rel=1e-4)
+    assert states[1] == states[0]
     for kind in ("weights", "ema"):
         whole, again = (read_full(folder, kind) for folder in ends)
         assert all(torch.allclose(again[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
