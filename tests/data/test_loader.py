@@ -1,5 +1,8 @@
 import dataclasses
+import multiprocessing
+import os
 import resource
+import signal
 import threading
 import time
 
@@ -181,3 +184,18 @@ class Slow(ShardReader):
             while not (self.signals / "go").exists():
                 time.sleep(0.01)
         return super().read_clip(row, frames)
+
+
+def test_workers_leave_the_signals_that_stop_a_run_to_the_training_process(world):
+    """Slurm sends them to every process of a task, and the step under way needs its workers."""
+    plan, reader = world
+    before = set(multiprocessing.active_children())
+    batches = iter(PackLoader(plan, reader, num_workers=2, prefetch=1))
+    found = [next(batches), next(batches)]  # one from each worker, so both have begun
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGUSR1)
+    found += batches
+    assert [batch.cursor.step for batch in found] == list(range(plan.steps_in_epoch(0)))
