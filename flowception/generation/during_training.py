@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowception.codecs.video_file import read_video
 from flowception.config import TrainConfig
 from flowception.data.opening import DataReader
 from flowception.data.plan import Plan
-from flowception.errors import FlowceptionError
+from flowception.data.schema import NO_CLASS
+from flowception.errors import DataError, FlowceptionError
 from flowception.files import write_atomically
 from flowception.flow import TASKS, Context, Role, SamplerConfig, SampleResult, SamplerState, sample
 from flowception.flow.delays import build_delay_law
@@ -29,6 +31,15 @@ from flowception.generation.load import codec_of, data_fps
 from flowception.generation.predictor import NetworkPredictor
 from flowception.generation.run import DEFAULT_FPS
 from flowception.generation.video import write_contact_sheet, write_mp4
+
+
+class _Given(NamedTuple):
+    """What a clip that exists gives to one that is sampled."""
+
+    row: int
+    task: str
+    context: Context | None
+    text: Tensor | None
 
 
 class TrainingSampler:
@@ -48,7 +59,7 @@ class TrainingSampler:
             device: Where the network computes.
 
         Raises:
-            DataError: If a clip that gives context cannot be read.
+            DataError: If no clip that could give context can be read.
         """
         self.config, self.reader, self.device = config, reader, device
         self.folder = Path(config.run_dir) / "samples"
@@ -60,24 +71,30 @@ class TrainingSampler:
         self.grid = (int(kinds[counts.argmax()][0]), int(kinds[counts.argmax()][1]))
         per_rank = -(-config.samples.num_clips // world_size)
         self.numbers = range(rank * per_rank, (rank + 1) * per_rank)
-        self.rows = rows[np.array(self.numbers) % len(rows)]
-        draws = plan.draws(0, self.rows, np.arange(per_rank))
-        self.tasks = [TASKS[task].name for task in draws.task.tolist()]
-        self.lengths = clips["frames"][self.rows].astype(int).tolist()
-        self.labels = clips["class_label"][self.rows].tolist() if config.model.num_classes else [-1] * per_rank
-        self.contexts, self.texts = list[Context | None](), list[Tensor | None]()
-        for row, roles, frames in zip(self.rows.tolist(), draws.roles, self.lengths):
-            context, text = self._given(row, roles[:frames])
-            self.contexts.append(context)
-            self.texts.append(text)
+        self.given = [self._first_readable(plan, np.roll(rows, -number)) for number in self.numbers]
+        self.lengths = [int(clips["frames"][given.row]) for given in self.given]
+        labelled = config.model.num_classes > 0
+        self.labels = [int(clips["class_label"][given.row]) if labelled else NO_CLASS for given in self.given]
 
-    def _given(self, row: int, roles: Tensor) -> tuple[Context | None, Tensor | None]:
-        """What is given of a clip: context frames by their roles, and its text."""
+    def _first_readable(self, plan: Plan, rows: NDArray[np.int64]) -> _Given:
+        """What the first of some clips that can be read gives."""
+        for row in rows.tolist():
+            try:
+                return self._read(plan, row)
+            except DataError as error:
+                print(f"WARNING: samples take another clip ({error})", flush=True)
+        raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
+
+    def _read(self, plan: Plan, row: int) -> _Given:
+        """What one clip gives: context frames by the roles drawn for it, and its text."""
+        draws = plan.draws(0, np.array([row]), np.zeros(1, dtype=np.int64))
+        roles = draws.roles[0, : int(plan.index.clips["frames"][row])]
+        task = TASKS[int(draws.task[0])].name
         active, passive = roles == Role.CONTEXT_ACTIVE, roles == Role.CONTEXT_PASSIVE
         places = torch.nonzero(active | passive).flatten()
         latents, text = self.reader.read_clip(row, places.numpy())
         if not len(places):
-            return None, text
+            return _Given(row, task, None, text)
         starts = torch.nonzero(roles == Role.START).flatten()
         context = Context(
             frames=latents.float().to(self.device),
@@ -86,7 +103,7 @@ class TrainingSampler:
             begins_with_start=bool(roles[0] == Role.START),
             places=places.tolist(),
         )
-        return context, text
+        return _Given(row, task, context, text)
 
     def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
         """Sample and write this rank's clips; every rank calls ``model`` equally often.
@@ -105,7 +122,7 @@ class TrainingSampler:
             frame_shape=(self.reader.latent_channels, *self.grid),
             batch_size=len(self.numbers),
             config=self._sampler_config(),
-            context=self.contexts,
+            context=[given.context for given in self.given],
             seed=self.numbers[0],
             device=self.device,
             num_frames=None if self.law.inserts else self.lengths,
@@ -114,7 +131,7 @@ class TrainingSampler:
         mine = [number for number in self.numbers if number < wanted.num_clips]
         try:
             return self._write(result, mine, step)
-        except (FlowceptionError, OSError) as error:
+        except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
             print(f"WARNING: samples of step {step} could not be written ({error}); training goes on", flush=True)
             return []
 
@@ -122,7 +139,7 @@ class TrainingSampler:
         config, null_text = self.config, self.reader.null_text
         if config.model.flop_spec().text_dim is None or null_text is None:
             return {"guidance": config.samples.guidance}
-        texts = [(null_text if text is None else text).float() for text in self.texts]
+        texts = [(null_text if given.text is None else given.text).float() for given in self.given]
         return {"guidance": config.samples.guidance, "texts": texts, "null_text": null_text.float()}
 
     def _sampler_config(self) -> SamplerConfig:
@@ -152,16 +169,16 @@ class TrainingSampler:
         videos = codec.decode_many([latents.cpu() for latents in result.clips()[: len(numbers)]])
         fps, records = data_fps(self.config.data) or DEFAULT_FPS, []
         for slot, (number, video) in enumerate(zip(numbers, videos)):
-            row = int(self.rows[slot])
+            given = self.given[slot]
             name = f"clip_{number:04d}.mp4"
             write_mp4(folder / name, np.asarray(video), fps=fps)
             records.append(
                 {
                     "file": name,
                     "step": step,
-                    "task": self.tasks[slot],
-                    "of": self.reader.index.key(row),
-                    "class_label": self.labels[slot] if self.labels[slot] >= 0 else None,
+                    "task": given.task,
+                    "of": self.reader.index.key(given.row),
+                    "class_label": None if self.labels[slot] == NO_CLASS else self.labels[slot],
                     "frames": len(video),
                     "latent_frames": int(result.cu_frames[slot + 1] - result.cu_frames[slot]),
                     "seed": number,

@@ -206,6 +206,13 @@ class Guard:
         most = self._config.max_skipped_in_a_row
         return most is not None and state.skipped_in_a_row >= most
 
+    def may_roll_back(self, state: GuardState) -> bool:
+        """Whether the run is among skipped steps that it may go back before: what is saved now would be removed then.
+
+        Saving it would also push out the checkpoints before them.
+        """
+        return self._config.max_skipped_in_a_row is not None and state.skipped_in_a_row > 0
+
     def _write(self, line: dict[str, Any]) -> None:
         """Append a line; a full disk costs the line and not the run."""
         if not self._ranks.is_main:

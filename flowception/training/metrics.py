@@ -9,13 +9,14 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowception.errors import ConfigError, RunDirectoryError, require
+from flowception.files import write_atomically
 
 
 @dataclass(kw_only=True)
@@ -61,11 +62,13 @@ class MetricsLog:
         try:
             _truncate(path, first_step)
             self._stream = path.open("ab", buffering=0)
-            self._wandb = _start_wandb(config, Path(run_dir)) if config.wandb_project else None
         except OSError as error:
             raise RunDirectoryError(
                 f"{run_dir} cannot be written ({error}); free its disk or choose another"
             ) from error
+        self._wandb: Any = None
+        if config.wandb_project:
+            self._to_wandb(lambda: setattr(self, "_wandb", _start_wandb(config, Path(run_dir))))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; a console line every ``every_steps`` and at the last step.
@@ -79,16 +82,27 @@ class MetricsLog:
         if step % self._config.every_steps == 0 or step == self._max_steps:
             print(console_line(known, self._max_steps), flush=True)
         if self._wandb is not None:
-            self._wandb.log({name: value for name, value in known.items() if name != "step"}, step=step)
+            self._to_wandb(lambda: self._wandb.log(known))
 
     def show(self, name: str, picture: Path, step: int) -> None:
         """Send a picture to Weights & Biases, if the run is there, beside the step's metrics."""
         if self._wandb is not None:
             wandb = require("wandb", extra="wandb")
-            self._wandb.log({name: wandb.Image(str(picture))}, step=step)
+            self._to_wandb(lambda: self._wandb.log({name: wandb.Image(str(picture)), "step": step}))
+
+    def _to_wandb(self, call: Callable[[], object]) -> None:
+        """Ask wandb for something; whatever goes wrong there ends the logging there and not the run.
+
+        Its service is a process of its own, which a cluster's signals reach too.
+        """
+        try:
+            call()
+        except Exception as error:
+            print(f"WARNING: wandb fails ({error}); the run goes on without it, see metrics.jsonl", flush=True)
+            self._wandb = None
 
     def rewind(self, last_step: int) -> None:
-        """Cut off the lines after a step that the run went back to. Weights & Biases keeps them until they are redone.
+        """Cut off the lines after a step that the run went back to. Weights & Biases draws these steps twice.
 
         Raises:
             RunDirectoryError: If the file cannot be written.
@@ -118,7 +132,7 @@ class MetricsLog:
         with suppress(OSError):
             self._stream.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(self._wandb.finish)
 
 
 def _truncate(path: Path, last_step: int) -> None:
@@ -153,19 +167,17 @@ def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
     reason = "as logging.wandb_offline says" if config.wandb_offline else "no API key"
     name = config.wandb_name or run_dir.resolve().name
     print(f"wandb: project {config.wandb_project}, run {name}, {'online' if online else f'offline ({reason})'}")
-    try:
-        return wandb.init(
-            project=config.wandb_project,
-            name=name,
-            id=_wandb_id(run_dir),
-            dir=str(run_dir),
-            mode=None if online else "offline",
-            resume="allow",
-        )
-    except wandb.Error as error:
-        raise ConfigError(
-            f"wandb does not start ({error}); set WANDB_MODE=offline or logging.wandb_project=null"
-        ) from error
+    run = wandb.init(
+        project=config.wandb_project,
+        name=name,
+        id=_wandb_id(run_dir),
+        dir=str(run_dir),
+        mode=None if online else "offline",
+        resume="allow",
+    )
+    # Not wandb's own counter, which passes over a step that a resumed or rolled back run does again.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _has_api_key(wandb: Any) -> bool:
@@ -179,7 +191,7 @@ def _wandb_id(run_dir: Path) -> str:
     """The run's id there: random, so that runs of one name are two, and kept, so that resuming goes on with it."""
     path = run_dir / "wandb_id"
     if not path.is_file():
-        path.write_text(secrets.token_hex(8))
+        write_atomically(path, secrets.token_hex(8))
     return path.read_text().strip()
 
 

@@ -31,7 +31,7 @@ from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
 from flowception.training.profile import StepProfiler
 from flowception.training.rollback import roll_back
-from flowception.training.samples import SamplerFactory, take_samples
+from flowception.training.samples import ClipSampler, SamplerFactory, take_samples
 from flowception.training.saving import Saver
 from flowception.training.shards import ShardedState
 from flowception.training.state import RunState, plan_of
@@ -113,7 +113,7 @@ class Trainer:
         self.plan = together(lambda: plan_of(self.state, data.plan))
         self.validation = together(self._prepare_validation)
         self.sampler = together(lambda: make_sampler(config, data, ranks)) if make_sampler else None
-        self.stopping = False
+        self.stopping, self.save_is_due = False, False
         self.profiler = StepProfiler(config.profile, config.run_dir, ranks.rank)
         self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
         frames = data.plan.index.clips["frames"][data.plan.rows].astype("int64")
@@ -191,22 +191,29 @@ class Trainer:
                 if self.guard.must_roll_back(self.state.guard):
                     self._roll_back(metrics)
                 self._run_epoch(metrics)
+            complete = self._is_complete()
+            self._save_at_end(complete)
         finally:
+            self.watchdog.enter("close")
             self.profiler.close()
             if metrics is not None:
                 metrics.close()
-        complete = self._is_complete()
+        who = self.stop.signal_name or "a signal to another rank"
+        end = "complete" if complete else f"stopped by {who}; run the same command again to resume"
+        self._say(f"step {self.state.step} of {config.max_steps}: {end}")
+        return complete
+
+    def _save_at_end(self, complete: bool) -> None:
+        """Save the last step, before anything that may take long: a job that is stopped has little time. Collective."""
         self.watchdog.enter("save")
-        if self.saver.wait() != self.state.step:
+        saved_step = self.saver.wait()
+        self.watchdog.enter("save")
+        if saved_step != self.state.step:
             try:
                 self.saver.save(self.state.step, self.state.to_json())
             except CheckpointError:
                 if complete:
                     raise  # a run that was stopped comes again and makes the lost steps from the checkpoint before
-        who = self.stop.signal_name or "a signal to another rank"
-        end = "complete" if complete else f"stopped by {who}; run the same command again to resume"
-        self._say(f"step {self.state.step} of {config.max_steps}: {end}")
-        return complete
 
     def _is_complete(self) -> bool:
         return self.state.step >= self.config.max_steps and not self.guard.must_roll_back(self.state.guard)
@@ -216,11 +223,13 @@ class Trainer:
         self.watchdog.enter("rollback")
         config = self.config
         self.saver.wait()
+        self.watchdog.enter("rollback")
         self.state = roll_back(config.guard, config.run_dir, self.guard, self.shards, self.state, self.ranks, self._say)
         self.plan, self.saver.saved_step, step = self.data.plan, None, self.state.step
         if self.ranks.is_main:
             self._set_aside_newer(step)
         on_main(self.ranks, lambda: metrics.rewind(step) if metrics else None)
+        self.save_is_due = False
         with suppress(CheckpointError):  # the saver warns of it; a kill then makes the run decide again
             self.saver.save(step, self.state.to_json())
 
@@ -246,20 +255,25 @@ class Trainer:
             values |= speed.end_step(
                 values["clips"], values["tokens"], batch.step_plan.flops, config.max_steps - state.step
             )
-            if self.validation and config.validation.every_steps and state.step % config.validation.every_steps == 0:
+            if self.validation and self._is_due(config.validation.every_steps):
                 values |= self._validate(self.validation)
             values |= self.saver.poll()
             self.profiler.end_step(state.step)
             if metrics is not None:
                 metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
-            if config.samples.every_steps and state.step % config.samples.every_steps == 0:
-                self._sample(metrics)
+            if self.sampler and self._is_due(config.samples.every_steps):
+                self._sample(self.sampler, metrics)
             if state.step >= config.max_steps or self.stopping or self.guard.must_roll_back(state.guard):
                 return
-            if state.step % config.checkpoint.save_every_steps == 0:
+            self.save_is_due |= state.step % config.checkpoint.save_every_steps == 0
+            if self.save_is_due and not self.guard.may_roll_back(state.guard):
                 self._begin_to_save()
             speed.restart()
             self.watchdog.enter("data", state.step + 1)
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        """Whether the step just done is one of these; nothing is due in a job that stops."""
+        return every_steps is not None and self.state.step % every_steps == 0 and not self.stopping
 
     def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
         """One optimizer step, its EMA and its bookkeeping. Returns metrics, the same on all ranks."""
@@ -339,19 +353,18 @@ class Trainer:
         self.shards.swap_ema()
         return result
 
-    def _sample(self, metrics: MetricsLog | None) -> None:
+    def _sample(self, sampler: ClipSampler, metrics: MetricsLog | None) -> None:
         """Clips of the EMA weights."""
-        if self.sampler is None:
-            return
         self.shards.swap_ema()
         with self.watchdog.each_forward(self.engine, "samples"):
-            picture = take_samples(self.sampler, self.engine, self.state.step, self.ranks)
+            picture = take_samples(sampler, self.engine, self.state.step, self.ranks)
         self.shards.swap_ema()
         if picture is not None and metrics is not None:
             self._say(f"samples of step {self.state.step}: {picture}")
             metrics.show("samples", picture, self.state.step)
 
     def _begin_to_save(self) -> None:
+        self.save_is_due = False
         self.watchdog.enter("save")
         self.saver.begin(self.state.step, self.state.to_json())
 

@@ -105,6 +105,7 @@ def scenarios(folder, in_a_row, clips_in_a_row, hopeless, twice, rank_1):
         result["resumed"] = run(folder, "stopped", **back)
         with killed_after_rollback():
             run(folder, "killed", **back)
+        result["tight"] = run(folder, "tight", **back | {"checkpoint__save_every_steps": 1, "checkpoint__keep_last": 2})
     result["after_the_kill"] = run(folder, "killed", **back)
     with unreadable(clips_in_a_row):
         result["oracle"] = run(folder, "oracle", **back)
@@ -121,7 +122,7 @@ def scenarios(folder, in_a_row, clips_in_a_row, hopeless, twice, rank_1):
 
 
 ONE_STEP = {"max_steps": 5, "checkpoint__save_every_steps": 1, "checkpoint__keep_last": None}
-ONE_STEP |= {"guard__spike_memory_steps": 2, "validation__every_steps": None}
+ONE_STEP |= {"guard__spike_memory_steps": 2, "validation__every_steps": None, "guard__max_skipped_in_a_row": None}
 
 
 def harms(folder, rank_1, settings):

@@ -18,7 +18,7 @@ from flowception.training.distributed import Ranks
 from flowception.training.guard import NO_CLIPS, SPIKE, Guard, GuardConfig, GuardState
 from flowception.training.zero import StepOutcome
 
-pytestmark = pytest.mark.xdist_group("guards")
+pytestmark = [pytest.mark.xdist_group("guards"), pytest.mark.timeout(900)]
 
 WORKER = str(Path(__file__).parent / "guard_worker.py")
 POISONED_STEP = 3
@@ -58,7 +58,7 @@ def runs(clips):
         "twice": [keys[step, 0][-1] for step in (4, 5, 8, 9)],
         "rank_1": rank_1_of(keys),
     }
-    results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=280, **arguments)
+    results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=800, **arguments)
     assert results[0] == results[1], "ranks disagree"
     return folder, keys, results[0]
 
@@ -105,7 +105,7 @@ def test_the_same_at_every_stage_and_type(clips):
     settings = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
     settings.remove((3, "fp32"))  # seen above
     arguments = {"rank_1": rank_1_of(keys), "settings": settings}
-    results = run_distributed(WORKER, "harms", 2, folder=str(folder), timeout_s=280, **arguments)
+    results = run_distributed(WORKER, "harms", 2, folder=str(folder), timeout_s=800, **arguments)
     assert results[0] == results[1] == dict.fromkeys(results[0], True)
     assert len(results[0]) == 21
     for name in results[0]:
@@ -141,6 +141,12 @@ def test_a_rollback_goes_before_the_first_skipped_step_and_is_written_down(runs)
     assert [line["step"] for line in journal] == [5, 6, 7, 7]
     number = len(of_steps(runs[1], (5, 6, 7)))
     assert journal[-1] == {"step": 7, "rollback_to": 3, "rollbacks": 1, "left_out": number}
+
+
+def test_saving_often_and_keeping_few_leaves_the_checkpoint_to_go_back_to(runs):
+    folder, _, results = runs
+    assert results["tight"] is True
+    assert [line["rollback_to"] for line in lines(folder / "tight" / "skipped.jsonl") if "rollback_to" in line] == [4]
 
 
 def test_a_kill_right_after_the_rollback_loses_nothing_of_it(runs):

@@ -123,7 +123,11 @@ def test_console_line_shows_the_calibration_of_the_rate():
 def fake_wandb(monkeypatch):
     """What ``wandb.init`` and ``log`` were called with; set ``key`` for a login that wandb knows of."""
     seen = {"key": False}
-    run = types.SimpleNamespace(log=lambda values, step: seen.update({step: values}), finish=lambda: None)
+    run = types.SimpleNamespace(
+        log=lambda values: seen.update({values["step"]: values}),
+        finish=lambda: None,
+        define_metric=lambda name, step_metric: seen.update({"step_metric": (name, step_metric)}),
+    )
     fake = types.SimpleNamespace(
         init=lambda **arguments: seen.update(arguments) or run, login=lambda prompt, verify: seen["key"]
     )
@@ -140,6 +144,7 @@ def test_wandb_is_offline_without_a_key(tmp_path, fake_wandb, key, mode):
     log.close()
     assert (fake_wandb["project"], fake_wandb["name"], fake_wandb["mode"]) == ("p", tmp_path.name, mode)
     assert fake_wandb[1]["loss"] == 1.0
+    assert fake_wandb["step_metric"] == ("*", "step")
 
 
 def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, capsys):
@@ -211,3 +216,47 @@ def test_config_refuses():
         LoggingConfig(peak_tflops=0.0)
     with pytest.raises(ConfigError, match="logging.every_steps"):
         LoggingConfig(every_steps=0)
+
+
+KILLED_SERVICE = """
+import os, pathlib, psutil, sys
+from flowception.training.metrics import LoggingConfig, MetricsLog
+folder = pathlib.Path(sys.argv[1])
+log = MetricsLog(folder, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0)
+children = psutil.Process().children(recursive=True)
+assert children, "wandb has no process of its own"
+for child in children:
+    child.terminate()
+psutil.wait_procs(children, timeout=60)
+for step in (1, 2):
+    log.write({"step": step, "loss": 1.0, "loss/velocity": 1.0, "loss/insertion": 1.0, "clips_per_s": 1.0,
+               "tokens_per_s": 1.0, "fill": 1.0, "attention_ratio": 1.0, "data_wait_s": 0.0, "step_s": 1.0,
+               "time_left_s": 1.0})
+log.close()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_a_signal_that_ends_wandb_s_service_does_not_end_the_run(tmp_path):
+    """Slurm sends SIGTERM to every process of a task."""
+    pytest.importorskip("wandb")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_SERVICE, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("WARNING: wandb fails") == 1
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_a_wandb_that_does_not_start_does_not_end_the_run(tmp_path, fake_wandb, monkeypatch, capsys):
+    def init(**arguments):
+        raise TimeoutError("no network")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    log = MetricsLog(tmp_path, LoggingConfig(wandb_project="p"), 9, 0)
+    log.write(values(1))
+    log.close()
+    assert "WARNING: wandb fails (no network); the run goes on" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from flowception.nn.dit import FlowceptionDiT
 from flowception.training import run_directory
 from flowception.training.dataset import open_data
 
-pytestmark = pytest.mark.xdist_group("runs")
+pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one set-up makes all runs
 
 WORKER = str(Path(__file__).parent / "trainer_worker.py")
 
@@ -66,7 +66,7 @@ def runs(tmp_path_factory):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_width": 9, "null_text": null_text}))
     (folder / "bad_key").write_text(damage_one_clip(folder / "bad_shards"))
     with run_directory.lock(folder / "locked"):
-        results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=240)
+        results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=800)
     assert results[0] == results[1], "ranks disagree"
     return folder, results[0]
 
