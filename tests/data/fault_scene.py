@@ -184,7 +184,7 @@ def happens(entry: Fault, scratch: Path) -> str:
     if entry.stage == "remote":
         with serve(scene.folder) as server:
             remote_module.FIRST_PAUSE_S = 0.01
-            config = CacheConfig(cache_dir=str(scratch / "cache"), timeout_s=0.3, attempts=2)
+            config = CacheConfig(cache_dir=str(scratch / "cache"), timeout_s=2.0, attempts=2)
             entry.inject(server)
             return _outcome_of_reading(scene, lambda: open_set(server.url, config), entry)
     if entry.stage == "signed":

@@ -25,7 +25,7 @@ def served(make_set, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_module, "FIRST_PAUSE_S", 0.01)
 
     def open_remote(**keys) -> RemoteReader:
-        config = CacheConfig(**{"cache_dir": str(tmp_path / "cache"), "timeout_s": 0.5, "attempts": 3} | keys)
+        config = CacheConfig(**{"cache_dir": str(tmp_path / "cache"), "timeout_s": 2.0, "attempts": 3} | keys)
         return open_set(server.url, config)
 
     with serve(folder) as server:
