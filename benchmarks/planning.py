@@ -28,6 +28,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from flowception.data.expected import TOKEN_UNITS
 from flowception.data.index import ClipIndex
 from flowception.data.loader import packs_of_rank
 from flowception.data.pack import build_pack
@@ -74,7 +75,7 @@ class Case:
         sizing = Plan(
             index, None, Config(token_budget=longest, packs_per_step=1), XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS
         )
-        mean = float(sizing._token_moments[0].mean())
+        mean = float(sizing._token_moments[0].mean()) / TOKEN_UNITS
         budget = max(longest, 64 * int(np.ceil(self.clips_per_rank * mean / 0.99 / 64)))
         config = Config(token_budget=budget, packs_per_step=self.ranks)
         return Plan(index, None, config, XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS)
@@ -154,7 +155,7 @@ def first_pack(case: Case, folder: Path) -> dict[str, float]:
     index.check(ids=False)
     opened = time.perf_counter()
     plan = case.plan(index)
-    steps = int(plan._token_moments[0].sum() / (case.ranks * plan.config.token_budget))
+    steps = int(plan._token_moments[0].sum() / TOKEN_UNITS / (case.ranks * plan.config.token_budget))
     step = plan.step(Cursor(FAR_EPOCH, steps // 2))
     planned = time.perf_counter()
     pack = packs_of_rank(step.packs, 0, case.ranks)[0]

@@ -8,7 +8,7 @@ import socket
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 from flowception.errors import FlowceptionError
 
@@ -54,7 +54,7 @@ class FileLock:
                 f"{path} cannot be made or locked ({reason.strerror or reason}); choose a folder that can be written, "
                 "on a filesystem that is not mounted without flock"
             ) from reason
-        _close_in_children(self._stream)
+        _held.add(self)
 
     def _take(self, wait: bool) -> None:
         self._stream = self._path.open("a+")
@@ -63,6 +63,7 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back; the file stays, empty, so that waiters all wait for one file."""
+        _held.discard(self)
         self._stream.truncate(0)
         self._stream.close()
 
@@ -75,13 +76,15 @@ class FileLock:
         self.release()
 
 
-def _close_in_children(stream: TextIO) -> None:
-    """Keep forked processes from holding the lock: the kernel's lock lives until its last copy is closed."""
-    held = weakref.ref(stream)
+_held: weakref.WeakSet[FileLock] = weakref.WeakSet()
+"""Locks that this process holds."""
 
-    def close() -> None:
-        copy = held()
-        if copy is not None:
-            copy.close()
 
-    os.register_at_fork(after_in_child=close)
+def _close_in_child() -> None:
+    """Keep a forked process from holding locks: the kernel's lock lives until its last copy is closed."""
+    for lock in list(_held):
+        lock._stream.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -3,8 +3,9 @@
 An epoch's order is cut into segments. Each is planned alone and gives the same number of steps, all full; what its
 steps leave over is planned at the epoch's end, with the places behind the last segment. So any step is known without
 the steps before it: only its own segment is planned, and the cuts follow from what clips are expected to cost, which
-the index tells. A segment holds about ``SEGMENT_CLIPS`` clips, and four standard deviations more tokens than its steps
-can take (one to two percent of it), so that it does not run short. An epoch smaller than two segments has none.
+the index tells. A segment holds about ``SEGMENT_CLIPS`` clips, and four standard deviations and half a percent more
+tokens than its steps can take (one to three percent of it), so that it does not run short. An epoch smaller than two
+segments has none.
 
 Inside a segment steps are made in order. A step is offered the clips carried over and then the next in order, up to
 and with the clip that crosses the limit of ``(1 - headroom) G T`` tokens. All are packed longest first; what finds no
@@ -24,12 +25,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from flowception.data.expected import TOKEN_UNITS
 from flowception.data.packing import CARRIED, pack_clips
 from flowception.errors import PlanError
 
 SEGMENT_CLIPS = 65536
 _CHUNK_CLIPS = 4096
 _MARGIN_DEVIATIONS = 4.0
+_MARGIN_BIAS = 5e-3
+"""Share by which expected tokens may be off for every clip alike (``expected.py``)."""
 _KEPT_SEGMENTS = 3
 PATIENCE_STEPS = 2
 """A clip that so many steps left over is packed before all others, so none waits for ever. Not earlier: packing is
@@ -178,7 +182,7 @@ class EpochSteps:
 
     def __init__(
         self,
-        expected_tokens: NDArray[np.signedinteger],
+        expected_units: NDArray[np.signedinteger],
         token_variance: NDArray[np.floating],
         largest_clip: int,
         costs_of: CostsOf,
@@ -187,19 +191,19 @@ class EpochSteps:
         """Cut an epoch into segments.
 
         Args:
-            expected_tokens: [K] visible tokens that each clip has on average, at least 1.
+            expected_units: [K] visible tokens that each clip has on average, at least 1, in parts of ``TOKEN_UNITS``.
             token_variance: [K] their variance.
             largest_clip: Most tokens that a clip can have.
             costs_of: Costs of clips by place.
             sizes: What a step holds.
         """
-        self._costs_of, self._sizes, self._num_places = costs_of, sizes, len(expected_tokens)
-        total = np.cumsum(expected_tokens, dtype=np.int64)
+        self._costs_of, self._sizes, self._num_places = costs_of, sizes, len(expected_units)
+        total = np.cumsum(expected_units, dtype=np.int64) / TOKEN_UNITS
         clips_per_step = sizes.capacity / (total[-1] / len(total))
         self._steps_per_segment = max(1, round(SEGMENT_CLIPS / clips_per_step))
         most = self._steps_per_segment * min(sizes.capacity, sizes.limit + largest_clip) + largest_clip
-        spread = float((token_variance / expected_tokens).max())  # at least any segment's variance over its tokens
-        margin = _MARGIN_DEVIATIONS * np.sqrt(spread * most)
+        spread = TOKEN_UNITS * float((token_variance / expected_units).max())  # any segment's variance over its tokens
+        margin = _MARGIN_DEVIATIONS * np.sqrt(spread * most) + _MARGIN_BIAS * most
         tokens = int(np.ceil(most + margin))
         num_segments = int(total[-1] // tokens)
         if num_segments < 2:

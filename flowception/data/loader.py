@@ -58,8 +58,8 @@ class DataConfig:
     """Processes that read ahead, for each rank; 0 reads in the training process."""
     prefetch_steps: int = 2
     """Steps that each worker keeps ready."""
-    max_bad_clips: int | None = 100
-    """Unreadable clips a run puts up with in an epoch; more is a fault of the storage and stops the run. None puts up
+    max_bad_clips: int | None = 1000
+    """Unreadable clips a run puts up with in an epoch, a few lost shards; more is a fault of the storage and stops the run. None puts up
     with any number."""
 
     def __post_init__(self) -> None:

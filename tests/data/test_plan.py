@@ -360,3 +360,23 @@ def test_small_segments_hold_every_clip_once_and_full_steps(make_config, make_sp
     for _ in range(3):
         late.plan_left_over(1)
     assert late.step(Cursor(1, len(steps) - 2)).order_hash == steps[-2].order_hash
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "process",
+    [
+        {"num_start_frames": 1, "insertion_share": 1.0},
+        {"num_start_frames": 1, "insertion_share": 1.0, "tasks": {"t2v": 0.5, "completion": 0.5}},
+    ],
+)
+def test_segments_of_clips_of_one_length_do_not_run_short(process, make_config, make_spec):
+    """What expected tokens are off by is then off for every clip of the set in one direction."""
+    index = ClipIndex.from_arrays(frames=np.full(140_000, 4), height=8, width=8)
+    config = make_config(token_budget=8192, packs_per_step=8, **process)
+    _, steps = Plan(index, None, config, make_spec(), seed=0)._epoch(0)
+    assert steps.num_segments == 2
+    for segment in range(2):
+        steps.plan_segment(segment)
+        left = len(steps._left[segment])
+        assert 0 < left < 0.03 * 70_000
