@@ -59,8 +59,8 @@ class DataConfig:
     prefetch_steps: int = 2
     """Steps that each worker keeps ready."""
     max_bad_clips: int | None = 1000
-    """Unreadable clips a run puts up with in an epoch, a few lost shards; more is a fault of the storage and stops the run. None puts up
-    with any number."""
+    """Unreadable clips a run puts up with in an epoch, a few lost shards of the usual size; more is a fault of the
+    storage and stops the run. None puts up with any number."""
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
