@@ -5,13 +5,15 @@
 #
 # Every word after the script's name goes to train/main.py. Other sizes: sbatch --nodes=1 slurm/train_2b.sh ...
 # The same command submitted again resumes from the newest valid checkpoint. Before its time limit the job saves and
-# requeues itself, until max_steps are done.
+# requeues itself, until max_steps are done. After a failure it requeues itself too, at most MAX_FAILURES times in a row
+# (default: 3) without a newer checkpoint.
 #SBATCH --job-name=flowception-2b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
@@ -36,6 +38,20 @@ export MASTER_ADDR MASTER_PORT
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST," \
      "meeting at $MASTER_ADDR:$MASTER_PORT"
 
+# The step of the newest checkpoint; -1 where there is none, or none can be found.
+newest_step() {
+  local step
+  step=$(timeout 300 bash -c '
+    set -e
+    source "$FLOWCEPTION_SITE" >&2
+    exec python train/main.py --newest-step --config "$@"
+  ' newest "$CONFIG" "$@") || step=-1
+  echo "$step"
+}
+MAX_FAILURES=${MAX_FAILURES:-3}
+FAILURES=$FLOWCEPTION_HOME/flowception-$SLURM_JOB_ID.failures # how many in a row, while there are any
+first_step=$(newest_step "$@")
+
 # srun starts one Python per GPU, without the deepspeed launcher (which forwards no signals). All five variables that
 # torch.distributed reads must be set, or DeepSpeed looks for mpi4py. SLURM_WAIT: so many seconds after the first task has
 # ended the others are ended too, so a lost rank does not leave them in a collective; --kill-on-bad-exit would be faster,
@@ -44,15 +60,35 @@ export SLURM_WAIT=${SLURM_WAIT:-120}
 status=0
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
   set -euo pipefail
+  set +u # modules and conda fail under -u
   source "$FLOWCEPTION_SITE"
+  set -u
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
   exec python -u train/main.py --config "$@"
 ' train "$CONFIG" "$@" || status=$?
 
-# 85: the tasks got USR1 (300 s or more before the time limit) or SIGTERM, finished their step and saved. The same job
-# goes to the end of the queue and resumes. The requeue kills this script, hence the sleep.
-if [ "$status" = 85 ]; then
-  echo "job $SLURM_JOB_ID stopped by a signal and saved; requeueing"
+# 85: the tasks got USR1 (300 s or more before the time limit) or SIGTERM, finished their step and saved. 0 is complete,
+# 2 bad input, 130 and 143 somebody's SIGINT or SIGTERM. Anything else is a failure: a hang (86), a lost rank or too little
+# memory (137), an exception (1).
+why="" failures=0
+case $status in
+  0 | 2 | 130 | 143) ;;
+  85) why="stopped by a signal and saved" ;;
+  *)
+    step=$(newest_step "$@")
+    [ "$step" -gt "$first_step" ] || failures=$(($(cat "$FAILURES" 2>/dev/null || echo 0) + 1))
+    why="failed with exit code $status, newest checkpoint: $step (at its start $first_step)"
+    if [ "$failures" -gt "$MAX_FAILURES" ]; then
+      echo "job $SLURM_JOB_ID $why; failed $failures times in a row without a newer one: giving up"
+      why="" failures=0
+    fi
+    ;;
+esac
+if [ "$failures" -gt 0 ]; then echo "$failures" >"$FAILURES"; else rm -f "$FAILURES"; fi
+
+# The same job goes to the end of the queue and resumes. The requeue kills this script, hence the sleep.
+if [ -n "$why" ]; then
+  echo "job $SLURM_JOB_ID $why; requeueing"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$status"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flowception.training.samples import ClipSampler
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,6 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train/main.py", description="Train a Flowception model.")
     parser.add_argument("--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; key=value")
     parser.add_argument("words", nargs="*", metavar="key=value", help="more YAML files and overrides")
+    parser.add_argument("--newest-step", action="store_true", help="print the newest checkpoint's step, -1 without one")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
     dry = parser.add_argument_group("with --dry-run")
     dry.add_argument("--world-size", default="", metavar="W,...", help="ranks to size (default: those launched, 8, 64)")
@@ -84,11 +87,16 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
         raise
     if arguments.dry_run:
         return _dry_run(config, arguments)
+    if arguments.newest_step:
+        from flowception.checkpoint.format import list_steps
+
+        print(max(list_steps(config.run_dir), default=-1))
+        return 0
 
     import torch
 
     from flowception.progress import show_log
-    from flowception.training.distributed import init_distributed, shut_down
+    from flowception.training.distributed import init_distributed
     from flowception.training.trainer import train
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -97,7 +105,6 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     if ranks.is_main:
         show_log()
     complete = train(config, ranks, stop, _make_sampler if config.samples.every_steps else None)
-    shut_down()
     return 0 if complete else EXIT_STOPPED
 
 
@@ -142,5 +149,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def main_and_leave() -> NoReturn:
+    """Run the job and leave, also after an error that nobody expected, which leaves with 1.
+
+    The interpreter's own ending could wait for ever for a thread or for NCCL, and the other ranks for this one.
+    """
+    try:
+        code = main()
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
 if __name__ == "__main__":
-    leave(main())
+    main_and_leave()

@@ -36,10 +36,16 @@ def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
         reader = open_data(config.data)
     if reader is None:
         return None
-    with problems.collected():
-        run_directory.check_codec(config.run_dir, reader.meta)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=reader.latent_channels)
+    with problems.collected():
+        run_directory.check_codec(config.run_dir, reader.meta)
+    with problems.collected():
+        run_directory.check(config.run_dir, run_directory.identity(config.model, reader.meta))
+    with problems.collected():
+        weights = _initial_weights(config)
+        if weights is not None and list_steps(weights):
+            run_directory.check_codec(weights, reader.meta, new_is_fine=False)
     with problems.collected():
         check_widths(config.model.flop_spec(), reader)
     with problems.collected():
@@ -62,6 +68,8 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
             check_world_size(config.packs_per_step, world_size)
         with problems.collected():
             config.zero.check_world_size(world_size)
+        with problems.collected():
+            config.profile.check_world_size(world_size)
     with problems.collected():
         check_packages(config.logging)
     with problems.collected():
@@ -70,7 +78,12 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
     if package is not None:
         with problems.collected():
             require(package)
-    if config.init_from is not None:
-        with problems.collected():
-            if not list_steps(config.init_from):
-                raise CheckpointError(f"init_from={config.init_from} has no checkpoint; give the folder of a saved run")
+    with problems.collected():
+        weights = _initial_weights(config)
+        if weights is not None and not list_steps(weights):
+            raise CheckpointError(f"init_from={weights} has no checkpoint; give the folder of a saved run")
+
+
+def _initial_weights(config: TrainConfig) -> str | None:
+    """``init_from``, but None where the run has a checkpoint of its own: then it is not read."""
+    return None if list_steps(config.run_dir) else config.init_from

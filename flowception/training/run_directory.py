@@ -27,12 +27,16 @@ def describe(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:
     """The content of ``manifest.json``."""
     return {
         "format_version": 1,
-        "model": asdict(model.resolved()),
+        **identity(model, meta),
         "parameters": count_parameters(model),
-        "shards": json.loads(meta.to_json()),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git_revision": _git_revision(),
     }
+
+
+def identity(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:
+    """The part of ``manifest.json`` that ``check`` compares."""
+    return {"model": asdict(model.resolved()), "shards": json.loads(meta.to_json())}
 
 
 def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
@@ -40,7 +44,7 @@ def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
 
     Args:
         run_dir: The run; it may be new.
-        manifest: From ``describe``.
+        manifest: From ``describe`` or ``identity``.
 
     Raises:
         RunDirectoryError: If it does, or its manifest cannot be read.

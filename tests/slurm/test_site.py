@@ -1,9 +1,13 @@
 """``slurm/site.sh`` as a site would edit it, sourced without Slurm."""
 
+import os
 import subprocess
 from pathlib import Path
 
-SITE = Path(__file__).resolve().parents[2] / "slurm/site.sh"
+import pytest
+
+SLURM = Path(__file__).resolve().parents[2] / "slurm"
+SITE = SLURM / "site.sh"
 
 
 def test_a_sourced_copy_sets_what_sbatch_and_the_jobs_read(tmp_path):
@@ -24,3 +28,37 @@ def test_a_sourced_copy_sets_what_sbatch_and_the_jobs_read(tmp_path):
     expected = {"FLOWCEPTION_SITE": mine, "FLOWCEPTION_HOME": tmp_path, "SBATCH_PARTITION": "gpu"}
     expected |= {"SBATCH_ACCOUNT": "me", "NCCL_SOCKET_IFNAME": "ib0", "ACTIVATED": "yes", "OMP_NUM_THREADS": "4"}
     assert {f"{name}={value}" for name, value in expected.items()} <= set(shown)
+
+
+@pytest.mark.parametrize(
+    ("script", "program"),
+    [
+        ("train_2b.sh", "train/main.py --config"),
+        ("generate.sh", "flowception.cli generate"),
+        ("encode_shards.sh", "data_prep/encode_shards.py"),
+    ],
+)
+def test_a_site_may_read_variables_that_are_not_set(tmp_path, script, program):
+    """As modules and conda do. The stand-in for srun runs one task."""
+    stands_in = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo node1",
+        "python": 'echo "python $*, site says $SAID"',
+    }
+    for name, lines in stands_in.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "slurm").symlink_to(SLURM)
+    (tmp_path / "site.sh").write_text("export SAID=hello$NOT_SET_BY_ANYBODY\n")
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FLOWCEPTION_HOME": str(tmp_path)}
+    variables |= {"FLOWCEPTION_SITE": str(tmp_path / "site.sh"), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+    variables |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    variables |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
+    variables |= {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "0"}
+    job = subprocess.run(
+        ["bash", SLURM / script, "word"], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert job.returncode == 0, job.stderr
+    assert program in job.stdout
+    assert "word" in job.stdout
+    assert "site says hello" in job.stdout

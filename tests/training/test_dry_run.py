@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -6,9 +7,11 @@ from toy_set import write_config, write_set
 
 from flowception.config import load_config
 from flowception.data.plan import Cursor
+from flowception.data.schema import ShardMeta
 from flowception.errors import ConfigError, Problems
 from flowception.nn import count_parameters
 from flowception.nn.flops import training_flops
+from flowception.training import run_directory
 from flowception.training.dataset import open_data
 from flowception.training.dry_run import Assumptions, report, world_sizes
 from flowception.training.hardware import GIB
@@ -83,6 +86,67 @@ def test_problems_are_listed_all_at_once(config_path, tmp_path, monkeypatch):
     assert len(problems) == len(expected)
     assert all(f"problem {number}: {problem}" in text for number, problem in enumerate(problems, 1))
     assert row(text, "packs per rank") == ["refused"]
+
+
+def describe_run(folder, config, with_checkpoint=True, **model):
+    """What the start of a run of the given model leaves behind."""
+    folder.mkdir()
+    meta = ShardMeta.load(Path(config.data.path))
+    manifest = run_directory.describe(dataclasses.replace(config.model, **model), meta)
+    run_directory.write(folder, "", manifest)
+    if with_checkpoint:
+        (folder / "checkpoints/step_00000004").mkdir(parents=True)
+
+
+def found(config, sizes="2"):
+    return report(config, Assumptions(world_sizes=sizes))[1]
+
+
+def test_a_rank_to_profile_that_there_is_not_is_a_problem(config_path):
+    words = ["profile.active_steps=2", "profile.ranks=[0,2]"]
+    assert found(load_config([config_path], words), "3") == []
+    (problem,) = found(load_config([config_path], words), "2,3")
+    assert problem.startswith("profile.ranks is [0, 2] and there are 2 ranks")
+
+
+def test_a_run_directory_of_another_model_is_a_problem(config_path, tmp_path):
+    config = load_config([config_path])
+    describe_run(tmp_path / "run", config)
+    assert found(config) == []
+    (problem,) = found(load_config([config_path], ["model.num_layers=3"]))
+    assert "was made by another model: model.num_layers was 2 and is 3" in problem
+
+
+def test_a_run_directory_of_another_codec_is_one_problem(config_path, tmp_path):
+    describe_run(tmp_path / "run", load_config([config_path]))
+    other = write_set(tmp_path / "other", codec_fingerprint="e" * 64)
+    (problem,) = found(load_config([config_path], [f"data.path={other}"]))
+    assert f"trained on shards of codec_fingerprint {'f' * 64}" in problem
+
+
+def test_weights_of_another_codec_are_a_problem_until_the_run_has_its_own(config_path, tmp_path):
+    config = load_config([config_path])
+    describe_run(tmp_path / "weights", config)
+    init_from = f"init_from={tmp_path / 'weights'}"
+    assert found(load_config([config_path], [init_from])) == []
+    other = write_set(tmp_path / "other", codec_fingerprint="e" * 64)
+    words = [init_from, f"data.path={other}"]
+    (problem,) = found(load_config([config_path], words))
+    assert problem.startswith(f"{tmp_path / 'weights'} was trained on shards of codec_fingerprint {'f' * 64}")
+    (tmp_path / "weights/manifest.json").unlink()
+    (problem,) = found(load_config([config_path], words))
+    assert "has no manifest.json, which names its codec" in problem
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    assert found(load_config([config_path], words)) == []
+
+
+def test_weights_without_a_checkpoint_are_a_problem_until_the_run_has_its_own(config_path, tmp_path):
+    config = load_config([config_path], [f"init_from={tmp_path / 'weights'}"])
+    describe_run(tmp_path / "weights", config, with_checkpoint=False)
+    (problem,) = found(config)
+    assert problem.startswith(f"init_from={tmp_path / 'weights'} has no checkpoint")
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    assert found(config) == []
 
 
 def test_missing_data_is_a_problem_and_the_rest_is_still_reported(config_path, tmp_path):

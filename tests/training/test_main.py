@@ -1,6 +1,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,49 @@ def test_a_bad_configuration_is_one_line_for_each_node(main, monkeypatch, capsys
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert main.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.count("rank 9: error: configuration file") == lines
+
+
+def test_the_newest_step_is_printed(main, tmp_path, capsys):
+    words = [str(write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere")), "--newest-step"]
+    assert main.main(["--config", *words]) == 0
+    for step in (4, 12, 8):
+        (tmp_path / f"run/checkpoints/step_{step:08d}").mkdir(parents=True)
+    assert main.main(["--config", *words]) == 0
+    assert capsys.readouterr().out == "-1\n12\n"
+
+
+FAILING_MAIN = """
+import runpy, sys, threading
+from flowception.training.stop import StopFlag
+
+def fail(self):
+    threading.Thread(target=threading.Event().wait).start()  # the interpreter's ending waits for it for ever
+    raise {error}
+
+StopFlag.install = fail
+sys.argv = ["main.py"]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        ("RuntimeError('lost')", 1, "RuntimeError: lost"),
+        ("KeyboardInterrupt", 130, ""),
+        ("SystemExit(2)", 2, ""),
+        ("SystemExit", 0, ""),
+    ],
+)
+def test_any_error_ends_the_process_at_once(error, code, printed):
+    program = FAILING_MAIN.format(error=error, path=str(PATH))
+    environment = {**os.environ, "PYTHONPATH": str(PATH.parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.strip().endswith(printed)
+    assert ("Traceback" in done.stderr) == bool(printed)
 
 
 def test_a_signal_sets_the_flag():
