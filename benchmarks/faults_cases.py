@@ -171,7 +171,7 @@ class Deck:
         full = Injection(
             f"save:{save}", at, rank, "full_disk", operations[at - 1], self._chance.random(), events=events
         )
-        kill = Injection("batch", STEPS - SNAPSHOT_STEP, self._chance.randrange(world_size), "kill")
+        kill = Injection("batch", STEPS - SNAPSHOT_STEP, self._chance.randrange(world_size), "kill", after=1)
         attempt = {
             "goes on": Attempt(world_size, stage, (full,), "complete"),
             "then SIGKILL": Attempt(world_size, stage, (kill, full), "killed"),

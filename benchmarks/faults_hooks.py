@@ -64,6 +64,8 @@ class Injection:
     """Events in a row that ``full_disk`` meets."""
     number: int = signal.SIGUSR1
     """Signal of ``signal``."""
+    after: int | None = None
+    """Number of another injection of the job, on whatever rank, that this one waits for."""
 
 
 class Hooks:
@@ -117,6 +119,8 @@ class Hooks:
         if injection.action == "full_disk" and operation.split(" ")[0] in _NO_SPACE_NEEDED:
             return
         self._note(f"fired-{index}", operation)
+        if injection.after is not None:
+            _wait_for(self.notes / f"fired-{injection.after}")
         if injection.action == "signal":
             os.kill(os.getpid(), injection.number)
         elif injection.action == "pause":

@@ -30,8 +30,9 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_S = 0.005
 _JOB_TIMEOUT_S = 240.0
-_PORTS = (15_000, 32_000)
-"""Below the range from which the kernel takes ports for connections, so that none of these is in the way."""
+_PORTS = (15_000, 20_000)
+"""Below the range from which the kernel takes ports for connections, so that none of these is in the way; the tests'
+own ports follow (``tests/ports.py``)."""
 _PR_SET_PDEATHSIG = 1
 _KILLED = -signal.SIGKILL
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from ports import free_port
 
 _MARK = "RESULT "
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -39,7 +33,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_distributed(module_file: str, function: str, world_size: int, *, timeout_s: float = 120, **arguments):
+def run_distributed(module_file: str, function: str, world_size: int, *, timeout_s: float = 280, **arguments):
     """Call ``function(**arguments)`` of ``module_file`` in ``world_size`` processes; one result for each rank."""
     port = free_port()
     command = [sys.executable, __file__, module_file, function, json.dumps(arguments)]

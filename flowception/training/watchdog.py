@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import nn
 
@@ -42,6 +42,17 @@ _SILENT_POLLS = 24
 """A heart that has not beaten for so many looks has stopped."""
 _GRACE_POLLS = 20
 """Looks for which one waits for other ranks' stacks or report."""
+_LEAST_JOIN_S = 5.0
+"""What a thread has to end at least, however often it looks."""
+
+
+class _Progress(NamedTuple):
+    """Where the main thread is; one object, so that the threads never see one part new and another old."""
+
+    turn: int
+    """Phases entered."""
+    phase: str
+    step: int
 
 
 class Watchdog:
@@ -61,7 +72,7 @@ class Watchdog:
         shortest = min((t for t in (self.hang_timeout_s, self.data_stall_warning_s) if t is not None), default=0.0)
         self._poll_s = poll_s if poll_s is not None else min(max(shortest / 20, 0.05), 5.0)
         self.waiting_for: Callable[[], str] = lambda: "the next batch"
-        self._turn, self._phase, self._step = 0, "start", 0
+        self._progress = _Progress(0, "start", 0)
         self._idle_s, self._polls_hung = 0.0, 0
         self._closing, self._hung, self._may_leave = threading.Event(), threading.Event(), threading.Event()
         self._threads = [
@@ -78,8 +89,8 @@ class Watchdog:
             phase: data, forward, backward, optimizer, validation, samples, save, rollback.
             step: Number of the step that begins; None for the same as before.
         """
-        self._phase, self._step = phase, self._step if step is None else step
-        self._turn += 1
+        turn, _, before = self._progress
+        self._progress = _Progress(turn + 1, phase, before if step is None else step)
 
     @contextlib.contextmanager
     def each_forward(self, network: nn.Module, phase: str) -> Iterator[None]:
@@ -105,27 +116,29 @@ class Watchdog:
         self._closing.set()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(_GRACE_POLLS * self._poll_s)
+                thread.join(max(_LEAST_JOIN_S, _GRACE_POLLS * self._poll_s))
         with contextlib.suppress(OSError):
             heartbeats.path_of(self._folder, self._ranks.rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        turn, warned, last = self._turn, -1, time.monotonic()
+        progress, warned, last = self._progress, -1, time.monotonic()
         while not self._closing.wait(self._poll_s):
             now = time.monotonic()
             awake_s, last = min(now - last, _MOST_POLLS_A_GAP * self._poll_s), now
-            self._idle_s = self._idle_s + awake_s if turn == self._turn else 0.0
-            turn = self._turn
-            if self._phase == "data" and turn != warned and _exceeds(self._idle_s, self.data_stall_warning_s):
+            before, progress = progress, self._progress
+            self._idle_s = self._idle_s + awake_s if progress.turn == before.turn else 0.0
+            waits = progress.phase == "data" and progress.turn != warned
+            if waits and _exceeds(self._idle_s, self.data_stall_warning_s):
                 self._print(f"WARNING: no data for {self._idle_s:.0f} s; waiting for {self.waiting_for()}")
-                warned = turn
+                warned = progress.turn
             if _exceeds(self._idle_s, self.hang_timeout_s) or self._hung.is_set():
                 self._give_up()
 
     def _give_up(self) -> None:
         """Print the stacks, wait until everyone has, and end the process."""
-        what = f"step {self._step}, {self._phase}, no progress for {self._idle_s:.0f} s"
-        waits = f", waiting for {self.waiting_for()}" if self._phase == "data" else ""
+        _, phase, step = self._progress
+        what = f"step {step}, {phase}, no progress for {self._idle_s:.0f} s"
+        waits = f", waiting for {self.waiting_for()}" if phase == "data" else ""
         self._print(f"{what}{waits}\n{heartbeats.all_stacks()}")
         self._hung.set()
         self._may_leave.wait(3 * _GRACE_POLLS * self._poll_s)
@@ -164,12 +177,13 @@ class Watchdog:
     def _write_heartbeat(self, hung: bool) -> None:
         where, in_collective = heartbeats.main_thread()
         host, process = heartbeats.own_name()
+        turn, phase, step = self._progress
         beat = Beat(
             rank=self._ranks.rank,
             time_s=time.time(),
-            turn=self._turn,
-            phase=self._phase,
-            step=self._step,
+            turn=turn,
+            phase=phase,
+            step=step,
             idle_s=self._idle_s,
             where=where,
             in_collective=in_collective,

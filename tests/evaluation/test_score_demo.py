@@ -88,7 +88,7 @@ def test_the_demo_shows_both_tables_and_fails_at_the_end(tmp_path):
     def demo(broken):
         environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "BROKEN": broken}
         return subprocess.run(
-            ["bash", tmp_path / "benchmarks/demo.sh"], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", tmp_path / "benchmarks/demo.sh"], env=environment, capture_output=True, text=True, timeout=240
         )
 
     failed, fine = demo("--picture"), demo("no such word")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "tests", ROOT / "tests/training", ROOT / "tests/slurm"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from ports import free_ports  # noqa: E402
+
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NODES = 2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -27,7 +29,7 @@ class SlurmCluster:
     environment: dict[str, str]
     """For Slurm's commands and for jobs: this interpreter, this checkout."""
 
-    def run(self, *command, timeout_s=60, **environment):
+    def run(self, *command, timeout_s=240, **environment):
         """Output of one of Slurm's commands; an error is a failed test that shows it."""
         variables, words = {**self.environment, **environment}, list(map(str, command))
         done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
@@ -58,24 +60,11 @@ class SlurmCluster:
         return states
 
 
-def _free_ports(count: int) -> int:
-    """First of ``count`` consecutive ports that nobody listens on."""
-    for first in range(17000 + os.getpid() % 1000 * 10, 60000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    pytest.fail("no free ports for a test cluster")
-
-
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory):
     """A ``SlurmCluster``. Where Slurm can be neither found nor installed the test fails and says why."""
     folder = tmp_path_factory.mktemp("slurm")
-    settings = {"NODES": str(NODES), "CPUS": "2", "GPUS": "1", "PORT": str(_free_ports(NODES + 1))}
+    settings = {"NODES": str(NODES), "CPUS": "2", "GPUS": "1", "PORT": str(free_ports(NODES + 1))}
     environment = {**os.environ, **settings}
     started = subprocess.run(
         ["bash", SCRIPT, "up", folder], env=environment, capture_output=True, text=True, timeout=280
@@ -92,4 +81,4 @@ def slurm_cluster(tmp_path_factory):
         ours |= {"DS_ACCELERATOR": "cpu"}
         yield SlurmCluster({**os.environ, "SLURM_CONF": started.stdout.split()[-1], **ours})
     finally:
-        subprocess.run(["bash", SCRIPT, "down", folder], timeout=60, check=False)
+        subprocess.run(["bash", SCRIPT, "down", folder], timeout=240, check=False)

@@ -91,10 +91,10 @@ def test_an_array_that_is_not_whole_is_refused(tmp_path):
     (tmp_path / "srun").write_text('#!/bin/bash\necho "srun $*"\n')
     (tmp_path / "srun").chmod(0o755)
     command = ["bash", str(SCRIPT), "--config", "c.yaml"]
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert refused.returncode == 2
     assert "set NUM_PARTS" in refused.stderr
     allowed = subprocess.run(
-        command, env={**environment, "NUM_PARTS": "16"}, capture_output=True, text=True, timeout=60, check=True
+        command, env={**environment, "NUM_PARTS": "16"}, capture_output=True, text=True, timeout=240, check=True
     )
     assert "data_prep/encode_shards.py --config c.yaml part=3 num_parts=16" in allowed.stdout

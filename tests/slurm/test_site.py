@@ -23,7 +23,7 @@ def test_a_sourced_copy_sets_what_sbatch_and_the_jobs_read(tmp_path):
     mine.write_text(lines)
     shown = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "source ./site.mine.sh; env"],
-        cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True, timeout=60,
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True, timeout=240,
     ).stdout.splitlines()  # fmt: skip
     expected = {"FLOWCEPTION_SITE": mine, "FLOWCEPTION_HOME": tmp_path, "SBATCH_PARTITION": "gpu"}
     expected |= {"SBATCH_ACCOUNT": "me", "NCCL_SOCKET_IFNAME": "ib0", "ACTIVATED": "yes", "OMP_NUM_THREADS": "4"}

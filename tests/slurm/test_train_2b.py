@@ -31,7 +31,7 @@ def submit(tmp_path):
         variables |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
         variables |= {"FLOWCEPTION_HOME": str(tmp_path), "FLOWCEPTION_SITE": str(site), **environment}
         command = ["bash", SCRIPT, "run_dir=r"]
-        job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+        job = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
         assert job.returncode == srun_status, job.stderr
         return job.stdout
 

@@ -38,7 +38,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm_c
     step = slurm_cluster.run("scontrol", "--oneliner", "show", "step", f"{job.number}.0")
     assert "NodeList=node[1-2]" in step
     assert "Tasks=2" in step
-    assert "2 ranks x 2 packs of 96 tokens, ZeRO-3, bf16" in job.text()
+    job.wait_for_text("2 ranks x 2 packs of 96 tokens, ZeRO-3, bf16")
 
     with job.nodes_drained():
         slurm_cluster.run("scancel", "--signal=USR1", job.number)
@@ -81,7 +81,7 @@ def test_a_lost_rank_requeues_the_job_and_a_cancelled_one_saves(slurm_cluster, j
         assert f"exit code 137, newest checkpoint: {saved} (at its start -1); requeueing" in job.text()
 
     job.wait_for_checkpoint(saved + 3)
-    assert f"resuming {job.run_dir} at step {saved} of" in job.text()
+    job.wait_for_text(f"resuming {job.run_dir} at step {saved} of")
     slurm_cluster.run("scancel", job.number)
     assert job.wait_for_end() == "CANCELLED"
     assert job.record("Restarts") == "1"

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import yaml
-from distributed_worker import free_port, rank_environment
+from distributed_worker import rank_environment
+from ports import free_port
 
 from flowception.checkpoint.format import list_steps
 
@@ -81,6 +82,10 @@ class TrainingJob:
     def wait_for_checkpoint(self, step: int):
         """Until the run has saved that step or a later one, which it does in the background."""
         self.wait_until(lambda: self.newest_checkpoint() >= step, f"waiting for a checkpoint of step {step}")
+
+    def wait_for_text(self, text: str):
+        """Until the log has it: what a rank prints comes there through ``srun``, later than its files."""
+        self.wait_until(lambda: text in self.text(), f"waiting for {text!r} in the log")
 
     def wait_until_requeued(self, restarts: int):
         def waits():

@@ -1,7 +1,8 @@
 """``train/main.py`` with a SIGKILL at a place of a save: ``killed_main.py PLACE RANK SAVE --config ...``.
 
 PLACE is the operation of ``checkpoint.writing`` after which rank RANK dies, in its SAVE-th save, counted from 1. After
-``half_written`` its file holds half of its bytes.
+``half_written`` its file holds half of its bytes. The rank dies only when its saves before have been committed, which
+another rank does in its own time.
 """
 
 from __future__ import annotations
@@ -10,25 +11,41 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from flowception.checkpoint import writing
 
 MAIN = Path(__file__).parents[2] / "train" / "main.py"
+PATIENCE_S = 120
 
 
 def kill_after(name: str, save: int, before_the_end) -> None:
-    real, calls = getattr(writing, name), []
+    real, attempts = getattr(writing, name), []
 
     def watched(*arguments, **named):
         result = real(*arguments, **named)
-        calls.append(name)
-        if len(calls) == save:
+        attempts.append(attempt_of(arguments))
+        if len(attempts) == save:
             before_the_end(*arguments)
+            for attempt in attempts[:-1]:
+                wait_until_committed(attempt)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     setattr(writing, name, watched)
+
+
+def attempt_of(arguments) -> Path:
+    """The attempt's folder: the first argument, or where the file is that is the second."""
+    return Path(arguments[0]) if isinstance(arguments[0], Path) else Path(arguments[1]).parent
+
+
+def wait_until_committed(attempt: Path) -> None:
+    checkpoint, deadline = attempt.with_name(attempt.name.split(".")[0]), time.monotonic() + PATIENCE_S
+    while not checkpoint.is_dir():
+        assert time.monotonic() < deadline, f"{checkpoint} did not come in {PATIENCE_S} s"
+        time.sleep(0.01)
 
 
 def cut_in_half(tensors, path) -> None:

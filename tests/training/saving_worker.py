@@ -94,7 +94,7 @@ def snapshot(scene):
     may_write = threading.Event()
 
     def when_allowed(real, *arguments):
-        assert may_write.wait(60)
+        assert may_write.wait(240)
         return real(*arguments)
 
     saver = scene.saver("background")
@@ -144,7 +144,7 @@ def late(scene):
     may_write = threading.Event()
 
     def when_allowed(real, *arguments):
-        assert may_write.wait(60)
+        assert may_write.wait(240)
         return real(*arguments)
 
     with changed(writing, "make", only_rank(1, when_allowed)):

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed_worker import free_port, rank_environment
+from distributed_worker import rank_environment
+from ports import free_port
 from toy_set import write_config, write_set
 
 from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps
@@ -42,7 +43,7 @@ def steps_done(run_dir: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def wait_for_step(processes, run_dir, step, timeout_s=120):
+def wait_for_step(processes, run_dir, step, timeout_s=240):
     deadline = time.monotonic() + timeout_s
     while steps_done(run_dir) < step:
         assert time.monotonic() < deadline, f"step {step} did not come"
@@ -126,6 +127,7 @@ def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_85(tmp_path, number):
     config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
@@ -133,13 +135,14 @@ def test_a_signal_saves_and_leaves_with_85(tmp_path, number):
     try:
         wait_for_step(processes, tmp_path / "run", 3)
         processes[1].send_signal(number)
-        assert [process.wait(60) for process in processes] == [85, 85]
+        assert [process.wait(240) for process in processes] == [85, 85]
     finally:
         kill_all(processes)
     assert list_steps(tmp_path / "run")[-1] == steps_done(tmp_path / "run")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
     config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
     first = start(config, tmp_path / "first.log")
@@ -147,7 +150,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
     try:
         wait_for_step(first, tmp_path / "run", 1)
         second = start(config, tmp_path / "second.log")
-        assert [process.wait(60) for process in second] == [2, 2]
+        assert [process.wait(240) for process in second] == [2, 2]
         assert f"process {first[0].pid} on" in (tmp_path / "second.log").read_text()
         assert all(process.poll() is None for process in first)
     finally:

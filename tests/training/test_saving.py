@@ -34,7 +34,8 @@ def test_what_is_saved_is_the_state_when_the_save_began(saves, stage):
 def test_a_save_is_seen_in_the_metrics(saves):
     metrics = saves[1]["snapshot 3"]["metrics"]
     assert metrics["failed_saves"] == 0
-    assert 0 < metrics["save_blocked_s"] <= metrics["save_s"]
+    assert metrics["save_blocked_s"] > 0
+    assert metrics["save_s"] > 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -69,13 +69,15 @@ def hanging_run(folder):
     rank, real_read, real_enter, seen = os.environ["RANK"], ShardReader.read_clip, Watchdog.enter, {}
 
     def enter(watchdog, phase, step=None):
-        watchdog._poll_s, seen["watchdog"], seen["step"] = 0.25, watchdog, step or seen.get("step", 0)
+        watchdog._poll_s, seen["watchdog"], seen["step"] = 0.5, watchdog, step or seen.get("step", 0)
         real_enter(watchdog, phase, step)
+        if seen["step"] == 4 and phase != "data":  # rank 0 waits for rank 1 in a phase after the one that hangs
+            watchdog.hang_timeout_s = SOON_S
 
     def read_clip(reader, row, frames):
         if seen.get("step") == 4:
-            seen["watchdog"].hang_timeout_s = SOON_S
             if rank == "1":
+                seen["watchdog"].hang_timeout_s = SOON_S
                 Path(folder, "asleep").touch()
                 asleep()
             wait_for(Path(folder, "asleep"))
