@@ -7,7 +7,8 @@ under another name until it is whole. When the cache is full, shards that no pro
 longest ago first.
 
 A fetch that stalls, breaks off or ends early is tried again with growing pauses. If it fails for good, the clips of
-the shard are bad clips like any others; the shard is not asked for again for a while, so that they fail at once.
+the shard are bad clips like any others. The failure is noted beside the shard's place, so that for a while the shard
+is not asked for again, neither by this process nor by those that waited for it: their clips fail at once.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from flowception.data.reader import ShardReader
 from flowception.data.schema import META_NAME, ShardMeta
 from flowception.data.shards import shard_name
 from flowception.errors import ConfigError, DataError, FlowceptionError, require
-from flowception.files import FileLock
+from flowception.files import FileLock, write_atomically
 
 FIRST_PAUSE_S = 1.0
 """Before the second attempt; it doubles with each."""
 _FAILED_FOR_S = 60.0
+"""A failure holds for so long at least, and for twice as long as all attempts may take."""
 _MAX_OPEN = 4
 
 
@@ -85,7 +87,9 @@ class ShardCache:
                 f"data.cache.cache_dir={config.cache_dir} cannot be made ({error}); set another"
             ) from error
         self._filesystem: tuple[int, Any] | None = None
-        self._failed: dict[str, tuple[float, str]] = {}
+        self._since = time.time()  # a run that starts again does not take over what failed before
+        pauses_s = FIRST_PAUSE_S * 2**config.attempts
+        self._failed_for_s = max(_FAILED_FOR_S, 2 * (2 * config.timeout_s * config.attempts + pauses_s))
 
     def open_file(self, name: str, size: int) -> int:
         """A descriptor of a cached file, fetched if it is not there; until it is closed the file stays.
@@ -119,18 +123,27 @@ class ShardCache:
         with FileLock(self.folder / f".{name}.lock", DataError, wait=True):
             if size is not None and path.exists() and path.stat().st_size == size:
                 return path
-            self._raise_if_failed(name)
+            if reason := self._read_failure(name):
+                raise DataError(reason)
             if size is not None:
                 self._make_room(size)
             partial = self.folder / f".{name}.partial"
             self._fetch_patiently(name, partial, size)
             partial.replace(path)
+            self._failure(name).unlink(missing_ok=True)
         return path
 
-    def _raise_if_failed(self, name: str) -> None:
-        when, reason = self._failed.get(name, (-_FAILED_FOR_S, ""))
-        if time.monotonic() - when < _FAILED_FOR_S:
-            raise DataError(reason)
+    def _failure(self, name: str) -> Path:
+        """The note of a failure: when, and a line that says what. Read and written under the file's lock."""
+        return self.folder / f".{name}.failed"
+
+    def _read_failure(self, name: str) -> str:
+        """Why a file could not be fetched a short while ago; empty if that is not known."""
+        path = self._failure(name)
+        if not path.exists():
+            return ""
+        when, reason = path.read_text().split("\n", 1)
+        return reason if self._since <= float(when) and time.time() - float(when) < self._failed_for_s else ""
 
     def _fetch_patiently(self, name: str, partial: Path, size: int | None) -> None:
         pause_s, reason = FIRST_PAUSE_S, ""
@@ -153,7 +166,7 @@ class ShardCache:
                 reason = str(error) or type(error).__name__
         partial.unlink(missing_ok=True)
         text = f"{self.url}/{name} could not be fetched in {attempt + 1} attempts ({reason}); check the remote"
-        self._failed[name] = (time.monotonic(), text)
+        write_atomically(self._failure(name), f"{time.time()}\n{text}")
         raise DataError(text)
 
     def _remote(self) -> Any:
@@ -193,7 +206,7 @@ class ShardCache:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_filesystem": None, "_failed": {}}
+        return {**self.__dict__, "_filesystem": None}
 
 
 def _delete_unless_open(path: Path) -> bool:

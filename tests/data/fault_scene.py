@@ -184,7 +184,8 @@ def happens(entry: Fault, scratch: Path) -> str:
     if entry.stage == "remote":
         with serve(scene.folder) as server:
             remote_module.FIRST_PAUSE_S = 0.01
-            config = CacheConfig(cache_dir=str(scratch / "cache"), timeout_s=2.0, attempts=2)
+            timeout_s = 2.0 if "stall" in entry.name else 30.0
+            config = CacheConfig(cache_dir=str(scratch / "cache"), timeout_s=timeout_s, attempts=2)
             entry.inject(server)
             return _outcome_of_reading(scene, lambda: open_set(server.url, config), entry)
     if entry.stage == "signed":

@@ -38,15 +38,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         name, server = self.path.rsplit("/", 1)[-1], self.server
-        path = server.folder / name
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, fault = path.read_bytes(), None
+        path, fault = server.folder / name, None
         if body:
             with server.lock:
                 server.asked[name] += 1
                 fault = server.faults[name].pop(0) if server.faults.get(name) else None
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
         if fault == "error":
             self.send_error(503)
             return

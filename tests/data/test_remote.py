@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -171,6 +172,44 @@ def test_processes_of_a_node_fetch_a_shard_once(served, tmp_path):
         process.join()
         assert process.exitcode == 0
     assert server.asked["shard-000004.tar"] == 1
+
+
+@pytest.mark.parametrize("fault", ["stall", "reset", "missing"])
+def test_who_waited_for_a_fetch_that_failed_fails_with_it(served, fault):
+    server, _, open_remote = served
+    reader = open_remote(**time_limit(fault))
+    name, size = "shard-000004.tar", reader.meta.shards[4].size_bytes
+    server.faults[name] = [fault] * 100
+    if fault == "missing":
+        (server.folder / name).unlink()
+    caches = [ShardCache(server.url, reader.cache.config) for _ in range(4)]
+    with ThreadPoolExecutor(len(caches)) as pool:
+        reasons = {str(fetch.exception()) for fetch in [pool.submit(cache.fetch, name, size) for cache in caches]}
+    (reason,) = reasons
+    assert "shard-000004.tar could not be fetched in" in reason
+    attempts = 1 if fault == "missing" else 3
+    assert server.asked[name] == attempts
+    if fault == "missing":
+        with pytest.raises(DataError, match="it is not there"):  # a run that starts again asks again
+            ShardCache(server.url, reader.cache.config).fetch(name, size)
+        assert server.asked[name] == 2
+
+
+def test_a_failure_is_forgotten_after_a_while_and_by_success(served, monkeypatch):
+    server, records, open_remote = served
+    reader = open_remote()
+    server.faults["shard-000004.tar"] = ["reset"] * 3
+    with pytest.raises(DataError, match="in 3 attempts"):
+        reader.read(40, [0])
+    now = time.time()
+    # Longer than all attempts take at worst: 3 of connecting and reading, 30 s each, and their pauses.
+    monkeypatch.setattr(remote_module.time, "time", lambda: now + 180)
+    with pytest.raises(DataError, match="in 3 attempts"):
+        reader.read(40, [0])
+    assert server.asked["shard-000004.tar"] == 3
+    monkeypatch.setattr(remote_module.time, "time", lambda: now + 3600)
+    assert torch.equal(reader.read(40, [0]), records[40].latents[:1])
+    assert not list(reader.folder.glob("*.failed"))
 
 
 def test_shards_are_fetched_before_they_are_wanted(served):
