@@ -32,6 +32,10 @@ _SIZE_FIELD = slice(124, 136)
 """Where a tar header has the size of its payload, in octal."""
 
 
+class ChecksumError(DataError):
+    """The bytes of a clip are not those that were written."""
+
+
 class ClipReader(Protocol):
     """What building a pack needs of a reader."""
 
@@ -256,12 +260,12 @@ class ShardReader:
             done += size
         prefix, latents = content[:prefix_bytes], content[prefix_bytes:]
         if with_prefix and checksum(prefix) != clip.prefix_checksum:
-            raise DataError(f"{self.describe(row)}: headers, metadata or text do not match their checksum")
+            raise ChecksumError(f"{self.describe(row)}: headers, metadata or text do not match their checksum")
         expected = self.index.frame_checksum[wanted + clip.checksum_start].tolist()
         found = checksums(latents, frame_bytes)
         if found != expected:
             frame = next(number for number, *pair in zip(numbers, found, expected) if pair[0] != pair[1])
-            raise DataError(f"{self.describe(row)}: latent frame {frame} does not match its checksum")
+            raise ChecksumError(f"{self.describe(row)}: latent frame {frame} does not match its checksum")
         return prefix, out[prefix_bytes // _BYTES_PER_VALUE :].view(len(numbers), *shape)
 
     def _text(self, row: int, clip: ClipRow, prefix: memoryview) -> Tensor | None:

@@ -26,10 +26,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from flowception.data.index import INDEX_NAMES
-from flowception.data.reader import ShardReader
+from flowception.data.index import INDEX_NAMES, ClipRow
+from flowception.data.reader import ChecksumError, ShardReader
 from flowception.data.schema import META_NAME, ShardMeta
 from flowception.data.shards import shard_name
 from flowception.errors import ConfigError, DataError, FlowceptionError, require
@@ -70,16 +71,17 @@ def is_url(path: str) -> bool:
 class ShardCache:
     """The cached files of one remote folder."""
 
-    def __init__(self, url: str, config: CacheConfig) -> None:
+    def __init__(self, url: str, config: CacheConfig, version: str = "") -> None:
         """Make the cache's folder.
 
         Args:
             url: The remote folder.
             config: Where and how much.
+            version: What tells apart the sets that were behind this URL at one time or another.
         """
         self.url, self.config = url.rstrip("/"), config
         self._root = Path(config.cache_dir).expanduser()
-        self.folder = self._root / sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = self._root / sha256(f"{self.url}\n{version}".encode()).hexdigest()[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,6 +131,7 @@ class ShardCache:
                 self._make_room(size)
             partial = self.folder / f".{name}.partial"
             self._fetch_patiently(name, partial, size)
+            _sync(partial)
             partial.replace(path)
             self._failure(name).unlink(missing_ok=True)
         return path
@@ -144,6 +147,15 @@ class ShardCache:
             return ""
         when, reason = path.read_text().split("\n", 1)
         return reason if self._since <= float(when) and time.time() - float(when) < self._failed_for_s else ""
+
+    def drop(self, name: str) -> None:
+        """Delete a file whose bytes are wrong, so that it is fetched again; once for each run and node."""
+        dropped = self.folder / f".{name}.dropped"
+        with FileLock(self.folder / f".{name}.lock", DataError, wait=True):
+            if dropped.exists() and float(dropped.read_text()) >= self._since:
+                return
+            write_atomically(dropped, str(time.time()))
+            (self.folder / name).unlink(missing_ok=True)
 
     def _fetch_patiently(self, name: str, partial: Path, size: int | None) -> None:
         pause_s, reason = FIRST_PAUSE_S, ""
@@ -209,6 +221,12 @@ class ShardCache:
         return {**self.__dict__, "_filesystem": None}
 
 
+def _sync(path: Path) -> None:
+    """Wait until a file is on disk: after a crash of the node a name must not stand for half a shard."""
+    with _descriptor(path) as descriptor:
+        os.fsync(descriptor)
+
+
 def _delete_unless_open(path: Path) -> bool:
     with _descriptor(path) as descriptor:
         try:
@@ -244,7 +262,8 @@ class RemoteReader(ShardReader):
             codec: See ``ShardReader``.
             codec_fingerprint: See ``ShardReader``.
         """
-        self.cache = ShardCache(url, config)
+        described = ShardCache(url, config).fetch(META_NAME, None).parent
+        self.cache = ShardCache(url, config, version=ShardMeta.load(described).index_sha256)
         for name in (META_NAME, *INDEX_NAMES):
             self.cache.fetch(name, None)
         self._wanted: SimpleQueue[int] | None = None
@@ -256,6 +275,16 @@ class RemoteReader(ShardReader):
     def open_shard(self, shard: int) -> int:
         """A descriptor of a shard in the cache."""
         return self.cache.open_file(shard_name(shard), self._sizes[shard])
+
+    def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
+        """What ``ShardReader`` reads; a shard with wrong bytes is fetched once more, for the copy may be to blame."""
+        try:
+            return super()._read(row, clip, frames, with_prefix)
+        except ChecksumError:
+            self.cache.drop(shard_name(clip.shard))
+            if clip.shard in self._open:
+                os.close(self._open.pop(clip.shard))
+            return super()._read(row, clip, frames, with_prefix)
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Fetch the shards of some clips in the background, as they are wanted soon."""

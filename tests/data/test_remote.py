@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from flowception.data.opening import open_data, open_set
 from flowception.data.plan import Plan
 from flowception.data.reader import ShardReader
 from flowception.data.remote import CacheConfig, RemoteReader, ShardCache
+from flowception.data.schema import ShardMeta
+from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
 from tests.data.conftest import NULL_TEXT_TOKENS
 from tests.data.faulty_http_server import serve
@@ -129,6 +132,40 @@ def test_a_flipped_byte_on_the_way_is_found(served):
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"clip {records[3].key} in .*latent frame 0 does not match"):
         open_remote().read(3, [0])
+    assert server.asked["shard-000000.tar"] == 2  # fetched once more, for the copy could have been to blame
+
+
+def test_a_damaged_copy_is_fetched_once_more(served):
+    server, records, open_remote = served
+    readers = [open_remote(), open_remote()]
+    for reader in readers:
+        reader.read(4, [0])
+    copy = readers[0].folder / "shard-000000.tar"
+    with copy.open("r+b") as file:
+        file.seek(int(readers[0].index.clips["latents_offset"][3]))
+        file.write(b"\x55" * 64)
+    for reader in readers:
+        assert torch.equal(reader.read(3, [0]), records[3].latents[:1])
+    assert server.asked["shard-000000.tar"] == 2
+
+
+def test_a_set_encoded_again_behind_one_url_is_fetched_anew(served):
+    server, records, open_remote = served
+    assert torch.equal(open_remote().read(0, [0]), records[0].latents[:1])
+    sizes = {path.name: path.stat().st_size for path in server.folder.glob("*.tar")}
+    meta = ShardMeta.load(server.folder)
+    for path in server.folder.iterdir():
+        path.unlink()
+    writer = ShardSetWriter(server.folder, meta)
+    for shard in range(6):
+        part = records[10 * shard : 10 * shard + 10]
+        writer.write_shard(shard, [replace(each, latents=each.latents + 1) for each in part])
+    writer.finish()
+    assert {path.name: path.stat().st_size for path in server.folder.glob("*.tar")} == sizes
+    again = open_remote()
+    assert torch.equal(again.read(0, [0]), records[0].latents[:1] + 1)
+    assert server.asked["shard-000000.tar"] == 2
+    assert not list(again.folder.glob("*.dropped"))
 
 
 def test_the_cache_stays_within_its_size_and_keeps_what_is_open(served):
