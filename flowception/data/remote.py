@@ -13,6 +13,7 @@ is not asked for again, neither by this process nor by those that waited for it:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -41,6 +42,8 @@ FIRST_PAUSE_S = 1.0
 _FAILED_FOR_S = 60.0
 """A failure holds for so long at least, and for twice as long as all attempts may take."""
 _MAX_OPEN = 4
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What no remote raises: the local disk is full or cannot be written."""
 
 
 @dataclass(kw_only=True)
@@ -102,7 +105,7 @@ class ShardCache:
 
         Raises:
             DataError: If it cannot be fetched.
-            ConfigError: If the cache is too small for the files that are open at one time.
+            ConfigError: If the cache is too small for the files that are open at one time, or its disk is full.
         """
         path = self.folder / name
         while True:
@@ -121,20 +124,31 @@ class ShardCache:
 
     def fetch(self, name: str, size: int | None) -> Path:
         """Make sure that a file is in the cache; with no known size it is fetched anew."""
-        path = self.folder / name
-        with FileLock(self.folder / f".{name}.lock", DataError, wait=True):
+        path, partial = self.folder / name, self.folder / f".{name}.partial"
+        with FileLock(_lock_of(path), DataError, wait=True), self._disk_is_to_blame():
             if size is not None and path.exists() and path.stat().st_size == size:
                 return path
             if reason := self._read_failure(name):
                 raise DataError(reason)
+            partial.unlink(missing_ok=True)
             if size is not None:
                 self._make_room(size)
-            partial = self.folder / f".{name}.partial"
             self._fetch_patiently(name, partial, size)
             _sync(partial)
             partial.replace(path)
             self._failure(name).unlink(missing_ok=True)
         return path
+
+    @contextmanager
+    def _disk_is_to_blame(self) -> Iterator[None]:
+        """Turn an ``OSError`` of the local disk into an error that names it."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"the disk of the cache in {self._root} fails ({error.strerror or error}); free space there, lower "
+                "data.cache.cache_gb, or set another data.cache.cache_dir"
+            ) from error
 
     def _failure(self, name: str) -> Path:
         """The note of a failure: when, and a line that says what. Read and written under the file's lock."""
@@ -151,7 +165,7 @@ class ShardCache:
     def drop(self, name: str) -> None:
         """Delete a file whose bytes are wrong, so that it is fetched again; once for each run and node."""
         dropped = self.folder / f".{name}.dropped"
-        with FileLock(self.folder / f".{name}.lock", DataError, wait=True):
+        with FileLock(_lock_of(self.folder / name), DataError, wait=True), self._disk_is_to_blame():
             if dropped.exists() and float(dropped.read_text()) >= self._since:
                 return
             write_atomically(dropped, str(time.time()))
@@ -173,7 +187,8 @@ class ShardCache:
                 reason = "it is not there"
                 break
             except Exception as error:  # every remote filesystem has errors of its own
-                if isinstance(error, FlowceptionError):
+                if isinstance(error, FlowceptionError) or getattr(error, "errno", None) in _DISK_ERRORS:
+                    partial.unlink(missing_ok=True)
                     raise
                 reason = str(error) or type(error).__name__
         partial.unlink(missing_ok=True)
@@ -203,13 +218,12 @@ class ShardCache:
         """Delete shards that no process has open, those used longest ago first, until ``size`` more bytes fit."""
         limit = int(self.config.cache_gb * 1e9)
         with FileLock(self._root / ".evict.lock", DataError, wait=True):
-            files = [path for path in self._root.glob("*/*.tar")]
-            known = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in files)
+            known = sorted(_held(path) for path in (*self._root.glob("*/*.tar"), *self._root.glob("*/.*.tar.partial")))
             total = sum(entry[1] for entry in known)
             for _, held, path in known:
                 if total + size <= limit:
                     return
-                if _delete_unless_open(path):
+                if _delete_stale_partial(path) if path.suffix == ".partial" else _delete_unless_open(path):
                     total -= held
         if total + size > limit:
             raise ConfigError(
@@ -227,14 +241,41 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
 
 
+def _lock_of(path: Path) -> Path:
+    """The lock of who fetches or drops a file."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def _held(path: Path) -> tuple[float, int, Path]:
+    """When a file was used last, its bytes, and itself; nothing if another process has deleted it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0.0, 0, path
+    return found.st_mtime, found.st_size, path
+
+
 def _delete_unless_open(path: Path) -> bool:
-    with _descriptor(path) as descriptor:
-        try:
+    try:
+        with _descriptor(path) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        path.unlink(missing_ok=True)
-        return True
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass  # another process was faster
+    return True
+
+
+def _delete_stale_partial(path: Path) -> bool:
+    """Delete what a killed process left half fetched; not what one is fetching now."""
+    whole = path.with_name(path.name.removeprefix(".").removesuffix(".partial"))
+    try:
+        with FileLock(_lock_of(whole), DataError):
+            path.unlink(missing_ok=True)
+    except DataError:
+        return False
+    return True
 
 
 @contextmanager
@@ -299,7 +340,7 @@ class RemoteReader(ShardReader):
             shard = wanted.get()
             try:
                 self.cache.fetch(shard_name(shard), self._sizes[shard])
-            except FlowceptionError:
+            except (FlowceptionError, OSError):
                 continue  # who needs the shard meets the error again, and names the clip
 
     def __getstate__(self) -> dict[str, Any]:

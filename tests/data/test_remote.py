@@ -1,9 +1,13 @@
 """Remote shards from a real HTTP server on the loopback interface, with its faults."""
 
+import errno
 import multiprocessing
+import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from flowception.data.remote import CacheConfig, RemoteReader, ShardCache
 from flowception.data.schema import ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
+from flowception.files import FileLock
 from tests.data.conftest import NULL_TEXT_TOKENS
 from tests.data.faulty_http_server import serve
 
@@ -45,6 +50,13 @@ def read_all(reader):
     return [
         (reader.read(row, np.arange(reader.index.clips["frames"][row])), reader.read_text(row)) for row in range(60)
     ]
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
 
 
 def test_a_remote_set_reads_like_a_local_one_and_each_shard_is_fetched_once(served, make_config, make_spec):
@@ -184,6 +196,47 @@ def test_the_cache_stays_within_its_size_and_keeps_what_is_open(served):
         read_all(small)
 
 
+def test_half_fetched_shards_count_and_those_of_killed_processes_are_deleted(served):
+    server, records, open_remote = served
+    largest = max(path.stat().st_size for path in server.folder.glob("*.tar"))
+    reader = open_remote(cache_gb=2.5 * largest / 1e9)
+    stale, current = (reader.folder / f".shard-00000{number}.tar.partial" for number in (4, 5))
+    stale.write_bytes(bytes(largest))
+    current.write_bytes(bytes(largest))
+    with FileLock(reader.folder / ".shard-000005.tar.lock", DataError):
+        assert torch.equal(reader.read(0, [0]), records[0].latents[:1])
+        assert current.exists()
+        assert not stale.exists()
+        with pytest.raises(ConfigError, match="full of shards in use"):
+            reader.read(10, [0])
+    assert torch.equal(reader.read(10, [0]), records[10].latents[:1])
+    assert not current.exists()
+
+
+def test_a_full_local_disk_is_named_and_does_not_end_prefetching(served, monkeypatch):
+    server, records, open_remote = served
+    reader = open_remote()
+    remote = reader.cache._remote()
+    real, tried = remote.get_file, threading.Event()
+
+    def disk_full(source, target):
+        if "shard-000001" in source:
+            tried.set()
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(remote, "get_file", disk_full)
+    with pytest.raises(ConfigError, match=r"the disk of the cache in .*cache fails \(No space left on device\); free"):
+        reader.read(10, [0])
+    assert not list(reader.folder.glob(".shard*.partial"))
+    tried.clear()
+    reader.prefetch(np.array([10]))
+    assert tried.wait(60)
+    reader.prefetch(np.array([20]))
+    wait_for(reader.folder / "shard-000002.tar")
+
+
 def test_a_shard_deleted_while_it_is_open_still_reads(served):
     _, records, open_remote = served
     reader = open_remote()
@@ -253,11 +306,8 @@ def test_shards_are_fetched_before_they_are_wanted(served):
     server, _, open_remote = served
     reader = open_remote()
     reader.prefetch(np.array([20, 55]))
-    deadline = time.monotonic() + 60
-    wanted = [reader.folder / f"shard-00000{number}.tar" for number in (2, 5)]
-    while not all(path.exists() for path in wanted):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    for number in (2, 5):
+        wait_for(reader.folder / f"shard-00000{number}.tar")
     assert set(server.asked) >= {"shard-000002.tar", "shard-000005.tar"}
     assert server.asked["shard-000000.tar"] == 0
 
