@@ -11,6 +11,7 @@ Shape legend: ``M`` clips of all sets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from flowception.data.index import ClipIndex
 from flowception.data.reader import ClipReader
-from flowception.data.schema import ShardMeta
+from flowception.data.schema import NO_CLASS, ShardMeta, same_text
 from flowception.errors import ConfigError, DataError
 
 
@@ -43,22 +44,14 @@ class MixtureReader:
 
         Raises:
             ConfigError: If a weight is not a positive number.
-            DataError: If the sets are of different codecs or text encoders, or two of them share a key.
+            DataError: If the sets are of different codecs or text encoders, name classes differently, or share a key.
         """
         for name, weight in zip(names, weights, strict=True):
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"the weight of {name} is {weight}; give a positive number, or leave the set out")
-        self.meta = readers[0].meta
         for reader, name in zip(readers, names, strict=True):
-            for field in ("codec", "codec_fingerprint", "latent_channels", "text_width", "null_text"):
-                ours, theirs = getattr(self.meta, field), getattr(reader.meta, field)
-                if ours != theirs:
-                    raise DataError(
-                        f"{name} has {field} {theirs!r} and {names[0]} has {ours!r}; sets of a mixture must be encoded "
-                        "alike"
-                    )
-            if reader.meta.class_names != self.meta.class_names:
-                raise DataError(f"{name} names its classes otherwise than {names[0]}: a label would mean two things")
+            _check_alike(readers[0], reader, names[0], name)
+        self.meta = replace(readers[0].meta, class_names=_common_class_names(readers, names))
         self._readers = list(readers)
         self._starts = np.cumsum([0, *(len(reader.index) for reader in readers)])
         self.index = _join([reader.index for reader in readers])
@@ -112,6 +105,41 @@ class MixtureReader:
         """A clip and the file it is in, for a message."""
         reader, own = self._find(row)
         return reader.describe(own)
+
+
+def _check_alike(first: SetReader, other: SetReader, first_name: str, other_name: str) -> None:
+    """Refuse two sets of different codecs or text encoders."""
+    for field in ("codec", "codec_fingerprint", "latent_channels", "text_width"):
+        ours, theirs = getattr(first.meta, field), getattr(other.meta, field)
+        if ours != theirs:
+            raise DataError(
+                f"{other_name} has {field} {theirs!r} and {first_name} has {ours!r}; sets of a mixture must be encoded "
+                "alike"
+            )
+    ours, theirs = first.null_text, other.null_text
+    if ours is not None and theirs is not None and not same_text(ours, theirs):
+        raise DataError(
+            f"the null text (the embedding of the empty caption) of {other_name}, {tuple(theirs.shape)}, is not that "
+            f"of {first_name}, {tuple(ours.shape)}; sets of a mixture must be encoded alike, by one text encoder"
+        )
+
+
+def _common_class_names(readers: Sequence[SetReader], names: Sequence[str]) -> list[str]:
+    """The class names of the sets; a set without classes goes with any."""
+    named = [(reader.meta.class_names, name) for reader, name in zip(readers, names) if reader.meta.class_names]
+    if not named:
+        return []
+    (wanted, origin), *others = named
+    for found, name in others:
+        if found != wanted:
+            raise DataError(f"{name} names its classes otherwise than {origin}: a label would mean two things")
+    for reader, name in zip(readers, names):
+        if not reader.meta.class_names and np.any(reader.index.clips["class_label"] != NO_CLASS):
+            raise DataError(
+                f"{name} has class labels without class names, and {origin} has names: a label could mean two things; "
+                f"encode {name} again with the names"
+            )
+    return wanted
 
 
 def _join(parts: Sequence[ClipIndex]) -> ClipIndex:

@@ -1,5 +1,7 @@
 """Several sets as one, with weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from flowception.data.opening import open_data
 from flowception.data.order import repeat_ids, times_shown
 from flowception.data.plan import Cursor, Plan
 from flowception.data.reader import ShardReader
-from flowception.data.schema import ShardMeta
+from flowception.data.schema import NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
 
@@ -107,3 +109,41 @@ def test_sets_that_do_not_go_together_are_refused(two_sets, tmp_path):
         writer.finish()
         with pytest.raises(DataError, match="encoded alike|mean two things"):
             mixture_of((a, tmp_path / field), (1, 1))
+
+
+def set_with(folder, records, meta, **changes):
+    writer = ShardSetWriter(folder, replace(meta, **changes))
+    writer.write_shard(0, records)
+    writer.finish()
+    return folder
+
+
+def test_null_texts_may_differ_by_rounding_and_by_no_more(make_set, tmp_path):
+    folder, records = make_set(count=20, text=True, name="all")
+    meta = ShardMeta.load(folder)
+    null_text = meta.null_embedding()
+    a = set_with(tmp_path / "a", records[:10], meta)
+    rounded = set_with(tmp_path / "b", records[10:], meta, null_text=NullText.of(null_text * 1.01))
+    assert NullText.of(null_text * 1.01) != meta.null_text
+    assert torch.equal(mixture_of((a, rounded), (1, 1)).null_text, null_text)
+    for name, other in (("c", null_text * 2), ("d", torch.cat([null_text, null_text]))):
+        changed = set_with(tmp_path / name, records[10:], meta, null_text=NullText.of(other))
+        with pytest.raises(DataError, match=r"null text .* of .*, \(\d+, 6\), is not that of") as caught:
+            mixture_of((a, changed), (1, 1))
+        assert len(str(caught.value)) < 800
+
+
+def test_a_set_without_classes_goes_with_one_that_has_them(two_sets, tmp_path):
+    *_, records = two_sets
+    meta = ShardMeta.load(tmp_path / "a")
+    labelled = [replace(each, class_label=1) for each in records[:10]]
+    plain = [replace(each, class_label=None) for each in records[10:20]]
+    a = set_with(tmp_path / "named", labelled, meta, class_names=["x", "y"])
+    b = set_with(tmp_path / "none", plain, meta, class_names=[])
+    for folders in ((a, b), (b, a)):
+        reader = mixture_of(folders, (1, 1))
+        assert reader.meta.class_names == ["x", "y"]
+        assert sorted(set(reader.index.clips["class_label"].tolist())) == [-1, 1]
+    unnamed = set_with(tmp_path / "unnamed", [replace(each, class_label=0) for each in plain], meta, class_names=[])
+    with pytest.raises(DataError, match=r"unnamed has class labels without class names"):
+        mixture_of((a, unnamed), (1, 1))
