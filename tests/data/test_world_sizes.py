@@ -114,9 +114,10 @@ def test_what_goes_wrong_while_planning_ahead_is_raised_in_the_loader(world, mon
 
 def test_planning_ahead_ends_when_nobody_wants_it(world):
     plan, _ = world
+    before = set(threading.enumerate())  # loaders of other tests may still be planning
     ahead = steps_ahead(plan, Cursor(), 1)
     next(ahead)
-    (thread,) = [t for t in threading.enumerate() if t.name == "plan ahead"]
+    (thread,) = [t for t in threading.enumerate() if t.name == "plan ahead" and t not in before]
     ahead.close()
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     assert not thread.is_alive()
