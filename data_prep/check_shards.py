@@ -1,10 +1,13 @@
 """Check a shard set: read every clip, verify every checksum, and say what the set holds.
 
-    python data_prep/check_shards.py SET [--num-workers N] [--clips-per-pack K]
+    python data_prep/check_shards.py SET [--num-workers N] [--clips-per-pack K] [--cache-dir DIR]
+
+SET is what ``data.path`` takes: a folder of tars or of an MDS set, or a URL.
 
 Opening the set already checks its description, the index's hash, its keys and the size of every shard. Then each
 clip's headers, metadata, text and latent frames are read and compared to their checksums, to the index, and to what
-numbers can be. Exit code 1 if the set cannot be opened or a clip is bad.
+numbers can be. Exit code 1 if the set cannot be opened or a clip is bad, 2 if that cannot be told, as
+when the disk of the cache is full.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flowception.data.mds import MdsReader
+from flowception.data.opening import open_set
 from flowception.data.reader import ShardReader
+from flowception.data.remote import CacheConfig
 from flowception.data.schema import NO_CLASS
 from flowception.errors import DataError, FlowceptionError
 from flowception.generation.load import codec_of
@@ -34,7 +39,7 @@ _VISIBLE_SHARE = 0.75
 _SHOWN = 20
 
 
-def check_clip(reader: ShardReader, row: int) -> str | None:
+def check_clip(reader: ShardReader | MdsReader, row: int) -> str | None:
     """Why a clip is bad; None if it is good."""
     clip = reader.index.clips[row]
     try:
@@ -59,27 +64,28 @@ def check_clip(reader: ShardReader, row: int) -> str | None:
     return None
 
 
-def _check_rows(folder: Path, rows: NDArray[np.int64]) -> list[tuple[int, str]]:
-    reader = _reader(folder)
+def _check_rows(path: str, cache: CacheConfig, rows: NDArray[np.int64]) -> list[tuple[int, str]]:
+    reader = _reader(path, cache)
     found = ((int(row), check_clip(reader, int(row))) for row in rows)
     return [(row, reason) for row, reason in found if reason is not None]
 
 
-_READERS: dict[Path, ShardReader] = {}
+_READERS: dict[str, ShardReader | MdsReader] = {}
 
 
-def _reader(folder: Path) -> ShardReader:
+def _reader(path: str, cache: CacheConfig) -> ShardReader | MdsReader:
     """One reader a process: opening a set of millions takes seconds."""
-    if folder not in _READERS:
-        _READERS[folder] = ShardReader(folder)
-    return _READERS[folder]
+    if path not in _READERS:
+        _READERS[path] = open_set(path, cache)
+    return _READERS[path]
 
 
-def find_bad_clips(folder: Path, clips: int, num_workers: int) -> Iterator[tuple[int, str]]:
+def find_bad_clips(path: str, cache: CacheConfig, clips: int, num_workers: int) -> Iterator[tuple[int, str]]:
     """Read every clip.
 
     Args:
-        folder: The set.
+        path: The set.
+        cache: Where remote shards are kept.
         clips: How many it has.
         num_workers: Processes; 0 reads in this one.
 
@@ -87,7 +93,7 @@ def find_bad_clips(folder: Path, clips: int, num_workers: int) -> Iterator[tuple
         Row and reason of each bad clip.
     """
     chunks = [np.arange(first, min(first + _CHUNK_CLIPS, clips)) for first in range(0, clips, _CHUNK_CLIPS)]
-    check = partial(_check_rows, folder)
+    check = partial(_check_rows, path, cache)
     with Progress(clips, "reading clips") as progress:
         if num_workers == 0:
             for chunk in chunks:
@@ -100,7 +106,7 @@ def find_bad_clips(folder: Path, clips: int, num_workers: int) -> Iterator[tuple
                     progress.advance(len(chunk))
 
 
-def suggested_token_budget(reader: ShardReader, clips_per_pack: int) -> tuple[int, int]:
+def suggested_token_budget(reader: ShardReader | MdsReader, clips_per_pack: int) -> tuple[int, int]:
     """Tokens of a pack that holds so many clips, on average, and the least that holds the longest clip.
 
     A clip brings its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
@@ -114,7 +120,7 @@ def suggested_token_budget(reader: ShardReader, clips_per_pack: int) -> tuple[in
     return int(np.ceil(wanted / _BUDGET_STEP)) * _BUDGET_STEP, least
 
 
-def describe(reader: ShardReader, clips_per_pack: int) -> str:
+def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
     """What a set holds, for people."""
     meta, clips = reader.meta, reader.index.clips
     size = sum(shard.size_bytes for shard in meta.shards)
@@ -146,7 +152,7 @@ def describe(reader: ShardReader, clips_per_pack: int) -> str:
     return "\n".join(lines)
 
 
-def _codec_state(reader: ShardReader) -> str:
+def _codec_state(reader: ShardReader | MdsReader) -> str:
     """Whether the codec that made the set can be had here."""
     try:
         codec_of(reader.meta)
@@ -162,21 +168,28 @@ def _spread(values: NDArray[np.uint32]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and check."""
     parser = argparse.ArgumentParser(description="Verify every clip of a shard set and say what it holds.")
-    parser.add_argument("set", type=Path, metavar="SET", help="folder of the set")
+    parser.add_argument("set", metavar="SET", help="folder or URL of the set")
     parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: none)")
     parser.add_argument(
         "--clips-per-pack", type=int, default=16, metavar="K", help="for the token budget (default: 16)"
     )
+    parser.add_argument(
+        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.num_workers < 0 or arguments.clips_per_pack < 1:
         parser.error("--num-workers must be at least 0 and --clips-per-pack at least 1")
+    cache = CacheConfig(cache_dir=arguments.cache_dir)
     try:
-        reader = ShardReader(arguments.set)
+        reader = open_set(arguments.set, cache)
+        print(describe(reader, arguments.clips_per_pack), flush=True)
+        bad = list(find_bad_clips(arguments.set, cache, len(reader.index), arguments.num_workers))
     except DataError as error:
         print(f"BAD SET: {error}", file=sys.stderr)
         return 1
-    print(describe(reader, arguments.clips_per_pack), flush=True)
-    bad = list(find_bad_clips(arguments.set, len(reader.index), arguments.num_workers))
+    except FlowceptionError as error:
+        print(f"check_shards: error: {error}", file=sys.stderr)
+        return 2
     for row, reason in bad[:_SHOWN]:
         print(f"BAD {reader.index.key(row)}: {reason}")
     if len(bad) > _SHOWN:

@@ -1,6 +1,8 @@
 """Look into a shard set: decode some of its clips to one picture, a row a clip.
 
-    python data_prep/show_shards.py SET --num N --out FILE.png [--seed S]
+    python data_prep/show_shards.py SET --num N --out FILE.png [--seed S] [--cache-dir DIR]
+
+SET is what ``data.path`` takes: a folder of tars or of an MDS set, or a URL.
 
 The clips are spread evenly over the set, or drawn at random with ``--seed``. Each row has the clip's key, length, size,
 class and caption; long clips show frames spread over their length.
@@ -17,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowception.data.reader import ShardReader
+from flowception.data.opening import open_set
+from flowception.data.remote import CacheConfig
 from flowception.errors import FlowceptionError
 from flowception.generation.load import codec_of
 from flowception.generation.video import write_contact_sheet
@@ -34,15 +37,18 @@ def choose_rows(clips: int, num: int, seed: int | None) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(clips, num, replace=False)).astype(np.int64)
 
 
-def show(folder: Path, num: int, out: Path, seed: int | None = None, device: str = "cpu") -> list[str]:
+def show(
+    path: str, num: int, out: Path, seed: int | None = None, device: str = "cpu", cache: CacheConfig | None = None
+) -> list[str]:
     """Decode clips and write the picture.
 
     Args:
-        folder: The set.
+        path: The set.
         num: Clips at most.
         out: Picture to write.
         seed: Draws the clips; None spreads them evenly.
         device: Where the codec computes.
+        cache: Where remote shards are kept.
 
     Returns:
         The rows' labels.
@@ -50,7 +56,7 @@ def show(folder: Path, num: int, out: Path, seed: int | None = None, device: str
     Raises:
         FlowceptionError: If the set or a clip cannot be read, or its codec cannot be built.
     """
-    reader = ShardReader(folder)
+    reader = open_set(path, cache)
     codec = codec_of(reader.meta, device)
     rows = choose_rows(len(reader.index), num, seed)
     frames = reader.index.clips["frames"]
@@ -72,16 +78,20 @@ def _label(about: dict[str, Any], class_names: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and show."""
     parser = argparse.ArgumentParser(description="Decode some clips of a shard set to a contact sheet.")
-    parser.add_argument("set", type=Path, metavar="SET", help="folder of the set")
+    parser.add_argument("set", metavar="SET", help="folder or URL of the set")
     parser.add_argument("--num", type=int, required=True, metavar="N", help="clips to show, at least 1")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write")
     parser.add_argument("--seed", type=int, metavar="S", help="draw the clips (default: spread evenly over the set)")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where the codec computes (default: cpu)")
+    parser.add_argument(
+        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.num < 1 or (arguments.seed is not None and arguments.seed < 0):
         parser.error("--num must be at least 1 and --seed at least 0")
     try:
-        labels = show(arguments.set, arguments.num, arguments.out, arguments.seed, arguments.device)
+        cache = CacheConfig(cache_dir=arguments.cache_dir)
+        labels = show(arguments.set, arguments.num, arguments.out, arguments.seed, arguments.device, cache)
     except (FlowceptionError, OSError, ValueError) as error:
         print(f"show_shards: error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,9 @@ import pytest
 from data_prep.check_shards import main, suggested_token_budget
 from data_prep.encode_config import EncodeConfig
 from data_prep.encoding import ShardEncoder
+from data_prep.show_shards import main as show
 from flowception.data.reader import ShardReader
+from tests.data.faulty_http_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,20 @@ def test_the_suggested_budget_holds_the_longest_clip_and_so_many_on_average(good
     assert least == 17 * frames.max()
     assert 0 <= budget - 16 * 0.75 * 17 * frames.mean() < 256
     assert suggested_token_budget(reader, 1)[0] == 256
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_set_is_checked_like_a_local_one(copied, tmp_path, capsys, workers):
+    reader = ShardReader(copied)
+    with (copied / "shard-000000.tar").open("r+b") as file:
+        file.seek(int(reader.index.clips["latents_offset"][2]))
+        file.write(b"\x55" * 16)
+    with serve(copied) as server:
+        words = [server.url, "--num-workers", str(workers), "--cache-dir", str(tmp_path / "cache")]
+        assert main(words) == 1
+        assert "11 of 12 clips are good, 1 bad" in capsys.readouterr().out
+        assert show([server.url, "--num", "2", "--out", str(tmp_path / "sheet.png"), *words[3:]]) == 0
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert main([server.url, "--cache-dir", str(blocked)]) == 2
+    assert "cannot be made" in capsys.readouterr().err
