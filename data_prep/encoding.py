@@ -24,6 +24,7 @@ from data_prep.manifest import Manifest, VideoEntry, read_manifest
 from data_prep.video import CutClip, CutSettings
 from flowception.codecs.base import Codec, build_codec
 from flowception.codecs.text import TextEncoder
+from flowception.codecs.video_file import Frame
 from flowception.data.schema import ClipRecord, NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
@@ -174,7 +175,7 @@ class ShardEncoder:
         for entry, found in zip(entries, islice(decoded, len(entries)), strict=True):
             waiting.append((entry, found))
             waiting_clips += 0 if isinstance(found, str) else len(found)
-            if waiting_clips >= self.config.clips_per_batch:
+            if max(waiting_clips, len(waiting)) >= self.config.clips_per_batch:
                 yield from self._encode(waiting, skipped)
                 waiting, waiting_clips = [], 0
             advance()
@@ -184,13 +185,13 @@ class ShardEncoder:
     def _encode(self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str]) -> Iterator[ClipRecord]:
         """The clips of some videos in their order; of each video all, or a line in ``skipped`` with the reason."""
         clips = [self._usable_clips(entry, found) for entry, found in videos]
-        latents = iter(self.codec.encode_many([clip.frames for found in clips if found for clip in found]))
+        latents = self._encode_in_groups([clip.frames for found in clips if found for clip in found])
         texts = self._encode_captions([entry.caption for entry, _ in videos])
         for (entry, found), usable, text in zip(videos, clips, texts, strict=True):
+            encoded = list(islice(latents, len(usable or ())))
             try:
                 if usable is None:
                     raise DataError(self._reason(entry, found))
-                encoded = list(islice(latents, len(usable)))
                 yield from [
                     self._record(entry, number, clip, latent, text)
                     for number, (clip, latent) in enumerate(zip(usable, encoded, strict=True))
@@ -198,6 +199,12 @@ class ShardEncoder:
             except DataError as error:
                 reason = str(error).replace(str(entry.path), entry.source)
                 skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
+
+    def _encode_in_groups(self, clips: list[Frame]) -> Iterator[torch.Tensor]:
+        """Latents of each clip; ``clips_per_batch`` at a time, however many one long video gave, bound the memory."""
+        size = self.config.clips_per_batch
+        for first in range(0, len(clips), size):
+            yield from self.codec.encode_many(clips[first : first + size])
 
     def _usable_clips(self, entry: VideoEntry, found: Decoded) -> list[CutClip] | None:
         """Clips trimmed to what the codec accepts; None if there are none."""

@@ -305,6 +305,30 @@ def test_batches_do_not_show(tmp_path, write_counting_video):
     assert [(grid["height"], grid["width"]) for grid in ShardReader(out).meta.tokens_per_frame] == [(4, 4), (5, 3)]
 
 
+def test_a_long_video_goes_through_the_codec_in_groups(tmp_path, write_counting_video, monkeypatch):
+    """Ten pieces of one video, an unreadable one, and three more pieces: no call is larger than a batch, or empty."""
+    videos, groups = tmp_path / "videos", list[int]()
+    videos.mkdir()
+    write_counting_video(videos / "a.mp4", 20)
+    (videos / "b.mp4").write_text("no")
+    write_counting_video(videos / "c.mp4", 6)
+    encode_many = PatchifyCodec.encode_many
+
+    def spy(codec, clips):
+        groups.append(len(clips))
+        return encode_many(codec, clips)
+
+    monkeypatch.setattr(PatchifyCodec, "encode_many", spy)
+    sets = []
+    for batch, expected in ((1, [1] * 13), (4, [4, 4, 2, 3]), (100, [13])):
+        groups.clear()
+        out = tmp_path / f"set{batch}"
+        assert ShardEncoder(toy_config(videos, out, max_frames=2, clips_per_batch=batch)).run().clips == 13
+        assert groups == expected
+        sets.append({name: content for name, content in bytes_of(out).items() if name != "encode_settings.json"})
+    assert sets[0] == sets[1] == sets[2]
+
+
 def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):
     (tmp_path / "video").mkdir()
     write_counting_video(tmp_path / "video" / "a.mp4", 4)
