@@ -15,11 +15,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from data_prep.video import CutClip, CutSettings, cut_video
+from data_prep.video import CutSettings, CutVideo, cut_video
 from flowception.errors import DataError
 
-Decoder = Callable[[Path, CutSettings], list[CutClip]]
-Decoded = list[CutClip] | str
+Decoder = Callable[[Path, CutSettings], CutVideo]
+Decoded = CutVideo | str
 """A video's clips, or the reason why there are none."""
 _AHEAD = 2
 """Videos decoded or waiting for each worker; bounds the memory."""

@@ -3,8 +3,9 @@
     python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...] [--status]
 
 Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
-with the reason, in ``unreadable.jsonl`` of the set. The keys are in ``data_prep/encode_config.py``. ``--status`` says
-how far all jobs of the set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
+with the reason, in ``unreadable.jsonl`` of the set, and pieces that ``min_frames`` and ``min_motion`` dropped are
+counted in ``dropped.json``. The keys are in ``data_prep/encode_config.py``. ``--status`` says how far all jobs of the
+set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{summary.clips} clips of {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
+    for setting, pieces in sorted(summary.dropped.items()):
+        print(f"{pieces} pieces of these videos were dropped by {setting}")
     if summary.open_shards:
         print(f"{summary.open_shards} shards are left to other parts; the last part to end finishes the set")
     elif summary.unreadable:

@@ -1,14 +1,15 @@
 """Encodes a manifest of videos into a shard set, and goes on where an earlier run stopped.
 
 Shard k holds the clips of entries ``k V .. (k + 1) V - 1`` of the manifest, V = ``videos_per_shard``. A shard is
-written complete or not at all, and beside it a list of the entries that gave no clip with the reason. So a job that
-was killed and run again ends with the same bytes as one that was not. While a shard is written its lock is held, so two
-jobs never write one, however the parts were numbered.
+written complete or not at all, and beside it a list of the entries that gave no clip with the reason, and how many
+pieces of the others were dropped. So a job that was killed and run again ends with the same bytes as one that was not.
+While a shard is written its lock is held, so two jobs never write one, however the parts were numbered.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -21,16 +22,17 @@ import torch
 from data_prep.decode_pool import Decoded, decode_videos
 from data_prep.encode_config import EncodeConfig
 from data_prep.manifest import Manifest, VideoEntry, read_manifest
-from data_prep.video import CutClip, CutSettings
+from data_prep.video import DROP_REASONS, CutClip, CutSettings, CutVideo
 from flowception.codecs.base import Codec, build_codec
 from flowception.codecs.text import TextEncoder
+from flowception.codecs.video_file import Frame
 from flowception.data.schema import ClipRecord, NullText, ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock, write_atomically
 from flowception.progress import Progress
 
-UNREADABLE_NAME = "unreadable.jsonl"
+UNREADABLE_NAME, DROPPED_NAME = "unreadable.jsonl", "dropped.json"
 SETTINGS_NAME = "encode_settings.json"
 MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
@@ -57,6 +59,8 @@ class EncodeSummary:
     """Videos that gave none."""
     clips: int
     """Clips of the whole set so far."""
+    dropped: Counter[str]
+    """Pieces of the videos that gave clips which are none, by the setting that dropped them."""
     open_shards: int
     """Shards that other parts still have to encode; the set is finished at 0."""
 
@@ -164,53 +168,70 @@ class ShardEncoder:
     def _skipped_path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.unreadable.jsonl"
 
+    def _dropped_path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.dropped.json"
+
     def _records(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> Iterator[ClipRecord]:
         """The clips of a shard, of the next videos of ``decoded``.
 
-        The list of skipped entries is on disk when the last clip was taken, so before the shard counts as finished.
+        The skipped entries and the counts of dropped pieces are on disk when the last clip was taken, so before the
+        shard counts as finished.
         """
-        entries, skipped = self._entries(shard), list[str]()
+        entries, skipped, dropped = self._entries(shard), list[str](), Counter[str]()
         waiting, waiting_clips = list[tuple[VideoEntry, Decoded]](), 0
         for entry, found in zip(entries, islice(decoded, len(entries)), strict=True):
             waiting.append((entry, found))
-            waiting_clips += 0 if isinstance(found, str) else len(found)
-            if waiting_clips >= self.config.clips_per_batch:
-                yield from self._encode(waiting, skipped)
+            waiting_clips += 0 if isinstance(found, str) else len(found.clips)
+            if max(waiting_clips, len(waiting)) >= self.config.clips_per_batch:
+                yield from self._encode(waiting, skipped, dropped)
                 waiting, waiting_clips = [], 0
             advance()
-        yield from self._encode(waiting, skipped)
+        yield from self._encode(waiting, skipped, dropped)
         write_atomically(self._skipped_path(shard), "".join(skipped))
+        write_atomically(self._dropped_path(shard), _dropped_json(dropped))
 
-    def _encode(self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str]) -> Iterator[ClipRecord]:
+    def _encode(
+        self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str], dropped: Counter[str]
+    ) -> Iterator[ClipRecord]:
         """The clips of some videos in their order; of each video all, or a line in ``skipped`` with the reason."""
-        clips = [self._usable_clips(entry, found) for entry, found in videos]
-        latents = iter(self.codec.encode_many([clip.frames for found in clips if found for clip in found]))
+        cut = [self._usable_part(found) for _, found in videos]
+        latents = self._encode_in_groups([clip.frames for usable in cut if usable for clip in usable.clips])
         texts = self._encode_captions([entry.caption for entry, _ in videos])
-        for (entry, found), usable, text in zip(videos, clips, texts, strict=True):
+        for (entry, found), usable, text in zip(videos, cut, texts, strict=True):
+            encoded = list(islice(latents, len(usable.clips) if usable else 0))
             try:
                 if usable is None:
                     raise DataError(self._reason(entry, found))
-                encoded = list(islice(latents, len(usable)))
                 yield from [
                     self._record(entry, number, clip, latent, text)
-                    for number, (clip, latent) in enumerate(zip(usable, encoded, strict=True))
+                    for number, (clip, latent) in enumerate(zip(usable.clips, encoded, strict=True))
                 ]
+                dropped.update(usable.dropped)
             except DataError as error:
                 reason = str(error).replace(str(entry.path), entry.source)
                 skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
 
-    def _usable_clips(self, entry: VideoEntry, found: Decoded) -> list[CutClip] | None:
+    def _encode_in_groups(self, clips: list[Frame]) -> Iterator[torch.Tensor]:
+        """Latents of each clip; ``clips_per_batch`` at a time, however many one long video gave, bound the memory."""
+        size = self.config.clips_per_batch
+        for first in range(0, len(clips), size):
+            yield from self.codec.encode_many(clips[first : first + size])
+
+    def _usable_part(self, found: Decoded) -> CutVideo | None:
         """Clips trimmed to what the codec accepts; None if there are none."""
         if isinstance(found, str):
             return None
-        trimmed = [replace(clip, frames=clip.frames[: self.codec.usable_frames(len(clip.frames))]) for clip in found]
-        return [clip for clip in trimmed if len(clip.frames) >= max(1, self.config.min_frames)] or None
+        usable = self.codec.usable_frames
+        trimmed = [replace(clip, frames=clip.frames[: usable(len(clip.frames))]) for clip in found.clips]
+        clips = [clip for clip in trimmed if len(clip.frames) >= max(1, self.config.min_frames)]
+        too_short = Counter(min_frames=len(trimmed) - len(clips))
+        return CutVideo(clips, found.dropped + too_short) if clips else None
 
     def _reason(self, entry: VideoEntry, found: Decoded) -> str:
         """Why a video gave no clip."""
         if isinstance(found, str):
             return found
-        frames = len(found[0].frames)
+        frames = len(found.clips[0].frames)
         return (
             f"{entry.path} has {frames} frames, of which the {self.codec.name} codec can use "
             f"{self.codec.usable_frames(frames)}; min_frames is {self.config.min_frames}"
@@ -244,8 +265,12 @@ class ShardEncoder:
         skipped = "".join(self._skipped_path(k).read_text() for k in finished)
         unreadable = skipped.count("\n")
         clips = sum(len(self.writer.finished_keys(k)) for k in finished)
+        dropped = Counter[str]()
+        for shard in finished:
+            dropped.update(json.loads(self._dropped_path(shard).read_text()))
         if len(finished) == self.num_shards:
             write_atomically(self.folder / UNREADABLE_NAME, skipped)
+            write_atomically(self.folder / DROPPED_NAME, _dropped_json(dropped))
             if clips == 0:
                 raise DataError(
                     f"none of the {unreadable} videos of {self.config.source} could be read; "
@@ -255,7 +280,11 @@ class ShardEncoder:
             for shard in finished:
                 shard_lock(self.folder, shard).unlink(missing_ok=True)
         videos = sum(len(self._entries(k)) for k in finished) - unreadable
-        return EncodeSummary(videos, unreadable, clips, self.num_shards - len(finished))
+        return EncodeSummary(videos, unreadable, clips, +dropped, self.num_shards - len(finished))
+
+
+def _dropped_json(dropped: Counter[str]) -> str:
+    return json.dumps({reason: dropped[reason] for reason in DROP_REASONS}) + "\n"
 
 
 def _check_settings(path: Path, config: EncodeConfig, manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ Shape legend: frames are uint8 ``[H, W, 3]``, a clip ``[n, H, W, 3]``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,8 @@ from data_prep.sizes import fitted_size
 from flowception.codecs.video_file import Frame, TimedFrame, cover_and_crop, decode_frames, resample, stretch
 from flowception.errors import DataError
 
+DROP_REASONS = ("min_frames", "min_motion")
+"""Settings that drop pieces of a video that gives others."""
 _TIME_TOLERANCE_S = 1e-4
 
 
@@ -61,7 +64,17 @@ class CutClip:
     """Seconds from the video's first frame."""
 
 
-def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
+@dataclass(frozen=True)
+class CutVideo:
+    """What a video was cut into."""
+
+    clips: list[CutClip]
+    """At least one, in order."""
+    dropped: Counter[str]
+    """Pieces left out by the setting that they fell short of, one of ``DROP_REASONS``."""
+
+
+def cut_video(path: Path, settings: CutSettings) -> CutVideo:
     """Decode a video and cut it into clips.
 
     Args:
@@ -69,18 +82,20 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
         settings: How to cut.
 
     Returns:
-        At least one clip, in order.
+        Its clips, and how many pieces were dropped.
 
     Raises:
         DataError: If the video cannot be decoded or is too short; the message is the reason to record.
     """
-    clips: list[CutClip] = []
+    clips, dropped = list[CutClip](), Counter[str]()
     piece: list[Frame] = []
     start_s, rate, count, held_bytes = 0.0, settings.fps, 0, 0
 
     def close() -> None:
         if len(piece) >= settings.min_frames:
             clips.append(CutClip(np.stack(piece), float(rate or 0.0), start_s))
+        else:
+            dropped["min_frames"] += 1
         piece.clear()
 
     part = select_part(decode_frames(path, settings.start_s), settings.start_s, settings.end_s)
@@ -104,11 +119,15 @@ def cut_video(path: Path, settings: CutSettings) -> list[CutClip]:
         close()
     if not clips:
         raise DataError(f"{path} has {count} frames at the clips' rate, fewer than min_frames = {settings.min_frames}")
-    return clips if settings.min_motion is None else _moving(path, clips, settings.min_motion)
+    moving = _moving(path, clips, settings.min_motion)
+    dropped["min_motion"] = len(clips) - len(moving)
+    return CutVideo(moving, +dropped)
 
 
-def _moving(path: Path, clips: list[CutClip], min_motion: float) -> list[CutClip]:
+def _moving(path: Path, clips: list[CutClip], min_motion: float | None) -> list[CutClip]:
     """The clips that move enough."""
+    if min_motion is None:
+        return clips
     found = [motion(clip.frames) for clip in clips]
     if max(found) < min_motion:
         raise DataError(f"{path} moves by {max(found):.3g} at most, less than min_motion = {min_motion:g}")

@@ -2,7 +2,8 @@
 
 A shard is written under a temporary name, synced and renamed; then its part of the index is, and only then does the
 shard count as finished. So an encoder that was killed starts again at the first unfinished shard. ``finish`` joins
-the parts and writes ``meta.json`` last: a set without it is not a set.
+the parts and writes ``meta.json`` last: a set without it is not a set. Writing a shard of a finished set again takes
+``meta.json`` away first.
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ class ShardSetWriter:
             How many clips were written.
         """
         path, partial = self.folder / shard_name(shard), self.folder / f".{shard_name(shard)}.partial"
+        (self.folder / META_NAME).unlink(missing_ok=True)
         self._part_path(shard).unlink(missing_ok=True)
         with partial.open("wb") as file:
             writer = _ShardWriter(file, shard, self.meta)
@@ -189,6 +191,7 @@ class ShardSetWriter:
             partial.replace(path)
         else:
             partial.unlink()
+            path.unlink(missing_ok=True)
         size = path.stat().st_size if len(part) else 0
         buffer = io.BytesIO()
         np.savez(

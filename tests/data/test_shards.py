@@ -91,6 +91,29 @@ def test_a_killed_encoder_goes_on_at_the_first_unfinished_shard(tmp_path, make_s
         assert (tmp_path / "again" / name).read_bytes() == (reference / name).read_bytes()
 
 
+def test_a_finished_set_is_no_set_while_a_shard_of_it_is_written_again(make_set):
+    folder, records = make_set(count=6, per_shard=3)
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    writer = ShardSetWriter(folder, ShardReader(folder).meta)
+
+    def dying():
+        assert not (folder / "meta.json").exists()
+        yield records[3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_shard(1, dying())
+    assert not (folder / "meta.json").exists()
+    assert (writer.is_finished(0), writer.is_finished(1)) == (True, False)
+    writer.write_shard(1, records[3:])
+    writer.finish()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+    writer.write_shard(1, [])
+    writer.finish()
+    assert [path.name for path in folder.glob("*.tar")] == ["shard-000000.tar"]
+    assert len(ShardReader(folder).index) == 3
+
+
 def test_a_folder_of_another_codec_is_not_continued(tmp_path):
     ShardSetWriter(tmp_path, ShardMeta(codec="ltx", codec_fingerprint="1", latent_channels=128))
     with pytest.raises(DataError, match="codec was ltx, is patchify"):

@@ -23,7 +23,7 @@ def test_without_workers(tmp_path, write_counting_video):
     good, bad = write_counting_video(tmp_path / "a.mp4", 2), tmp_path / "missing.mp4"
     found = list(decode_videos([(path, CutSettings()) for path in (bad, good, bad)], 0))
     assert "missing.mp4" in found[0]
-    assert len(found[1][0].frames) == 2
+    assert len(found[1].clips[0].frames) == 2
     assert isinstance(found[2], str)
 
 

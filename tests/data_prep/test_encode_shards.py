@@ -20,7 +20,7 @@ from data_prep.status import read_status
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.patchify import PatchifyCodec
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
-from flowception.codecs.video_file import read_video
+from flowception.codecs.video_file import read_video, write_video
 from flowception.data.reader import ShardReader
 from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock
@@ -205,7 +205,7 @@ def test_pieces_are_trimmed_to_what_the_codec_accepts(tmp_path, write_counting_v
     write_counting_video(tmp_path / "a.mp4", 11)
     write_counting_video(tmp_path / "b.mp4", 2)
     summary = ShardEncoder(toy_config(tmp_path, tmp_path / "set", max_frames=6)).run()
-    assert (summary.videos, summary.unreadable, summary.clips) == (1, 1, 2)
+    assert (summary.videos, summary.unreadable, summary.clips, summary.dropped) == (1, 1, 2, {})
     reader = ShardReader(tmp_path / "set")
     shown = [frame_numbers(PatchifyCodec(4).decode(reader.read(row, np.arange(n)))) for row, n in ((0, 6), (1, 3))]
     assert shown == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
@@ -303,6 +303,54 @@ def test_batches_do_not_show(tmp_path, write_counting_video):
         sets.append({**bytes_of(out), "encode_settings.json": json.dumps(settings)})
     assert sets[0] == sets[1] == sets[2]
     assert [(grid["height"], grid["width"]) for grid in ShardReader(out).meta.tokens_per_frame] == [(4, 4), (5, 3)]
+
+
+def test_a_long_video_goes_through_the_codec_in_groups(tmp_path, write_counting_video, monkeypatch):
+    """Ten pieces of one video, an unreadable one, and three more pieces: no call is larger than a batch, or empty."""
+    videos, groups = tmp_path / "videos", list[int]()
+    videos.mkdir()
+    write_counting_video(videos / "a.mp4", 20)
+    (videos / "b.mp4").write_text("no")
+    write_counting_video(videos / "c.mp4", 6)
+    encode_many = PatchifyCodec.encode_many
+
+    def spy(codec, clips):
+        groups.append(len(clips))
+        return encode_many(codec, clips)
+
+    monkeypatch.setattr(PatchifyCodec, "encode_many", spy)
+    sets = []
+    for batch, expected in ((1, [1] * 13), (4, [4, 4, 2, 3]), (100, [13])):
+        groups.clear()
+        out = tmp_path / f"set{batch}"
+        assert ShardEncoder(toy_config(videos, out, max_frames=2, clips_per_batch=batch)).run().clips == 13
+        assert groups == expected
+        sets.append({name: content for name, content in bytes_of(out).items() if name != "encode_settings.json"})
+    assert sets[0] == sets[1] == sets[2]
+
+
+def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, capsys):
+    """Pieces of four frames that move (m) or stand still (s), and rests of one frame; c gives no clip at all."""
+    videos, levels = tmp_path / "videos", {"m": [40, 90, 140, 190], "s": [128] * 4, "r": [128]}
+    videos.mkdir()
+    for name, pieces in (("a", "msmsr"), ("b", "mmr"), ("c", "ssr"), ("d", "ms")):
+        grey = np.array([level for piece in pieces for level in levels[piece]], dtype=np.uint8)
+        write_video(videos / f"{name}.mp4", np.broadcast_to(grey[:, None, None, None], (len(grey), 16, 16, 3)), fps=10)
+    config = EncodeConfig(
+        source=str(videos), out=str(tmp_path / "one"), max_frames=4, min_frames=2, min_motion=10, videos_per_shard=2
+    )
+    summary = ShardEncoder(config).run()
+    assert (summary.clips, summary.unreadable, summary.dropped) == (5, 1, {"min_frames": 2, "min_motion": 3})
+    shards = [json.loads((tmp_path / "one" / f"shard-00000{k}.dropped.json").read_text()) for k in (0, 1)]
+    assert shards == [{"min_frames": 2, "min_motion": 2}, {"min_frames": 0, "min_motion": 1}]
+    assert json.loads((tmp_path / "one" / "dropped.json").read_text()) == {"min_frames": 2, "min_motion": 3}
+    for part in (1, 0):
+        ShardEncoder(replace(config, out=str(tmp_path / "two"), part=part, num_parts=2)).run()
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    words = [f"source={videos}", f"out={tmp_path / 'one'}", "max_frames=4", "min_frames=2", "min_motion=10"]
+    assert main(["--config", *words, "videos_per_shard=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 pieces of these videos were dropped by min_frames\n3 pieces of these videos were dropped by" in printed
 
 
 def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):

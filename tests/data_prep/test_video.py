@@ -8,17 +8,19 @@ from flowception.errors import DataError
 
 def test_frames_are_counted_by_decoding(tmp_path, write_counting_video, frame_numbers):
     path = write_counting_video(tmp_path / "a.mp4", 7)
-    (clip,) = cut_video(path, CutSettings())
+    (clip,) = cut_video(path, CutSettings()).clips
     assert frame_numbers(clip.frames) == list(range(7))
     assert (clip.fps, clip.start_s) == (10.0, 0.0)
 
 
 def test_cut_into_pieces_and_a_short_rest_is_dropped(tmp_path, write_counting_video, frame_numbers):
     path = write_counting_video(tmp_path / "a.mp4", 11)
-    pieces = cut_video(path, CutSettings(max_frames=4, min_frames=3))
+    pieces = cut_video(path, CutSettings(max_frames=4, min_frames=3)).clips
     assert [frame_numbers(p.frames) for p in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert [p.start_s for p in pieces] == pytest.approx([0.0, 0.4, 0.8])
-    assert len(cut_video(path, CutSettings(max_frames=4, min_frames=4))) == 2
+    assert cut_video(path, CutSettings(max_frames=4, min_frames=3)).dropped == {}
+    cut = cut_video(path, CutSettings(max_frames=4, min_frames=4))
+    assert (len(cut.clips), cut.dropped) == (2, {"min_frames": 1})
 
 
 @pytest.mark.parametrize(
@@ -32,16 +34,18 @@ def test_cut_into_pieces_and_a_short_rest_is_dropped(tmp_path, write_counting_vi
 )
 def test_resampling_shows_what_is_on_screen(tmp_path, write_counting_video, frame_numbers, fps, expected):
     path = write_counting_video(tmp_path / "a.mp4", 6)
-    (clip,) = cut_video(path, CutSettings(fps=fps))
+    (clip,) = cut_video(path, CutSettings(fps=fps)).clips
     assert frame_numbers(clip.frames) == expected
     assert clip.fps == fps
 
 
 def test_sizes(tmp_path, write_counting_video):
     path = write_counting_video(tmp_path / "a.mp4", 2, height=36, width=50)
-    shape = {multiple: cut_video(path, CutSettings(size_multiple=multiple))[0].frames.shape for multiple in (1, 4, 32)}
+    shape = {
+        multiple: cut_video(path, CutSettings(size_multiple=multiple)).clips[0].frames.shape for multiple in (1, 4, 32)
+    }
     assert shape == {1: (2, 36, 50, 3), 4: (2, 36, 48, 3), 32: (2, 32, 32, 3)}
-    assert cut_video(path, CutSettings(height=16, width=64))[0].frames.shape == (2, 16, 64, 3)
+    assert cut_video(path, CutSettings(height=16, width=64)).clips[0].frames.shape == (2, 16, 64, 3)
     with pytest.raises(DataError, match="smaller than the codec's 64 px"):
         cut_video(path, CutSettings(size_multiple=64))
 
@@ -57,7 +61,7 @@ def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
     path = write_counting_video(tmp_path / "a.mp4", 25)
 
     def shown(**settings):
-        (clip,) = cut_video(path, CutSettings(**settings))
+        (clip,) = cut_video(path, CutSettings(**settings)).clips
         return frame_numbers(clip.frames)
 
     assert shown(start_s=1.0, end_s=1.5) == [10, 11, 12, 13, 14]
@@ -65,7 +69,7 @@ def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
     assert shown(start_s=2.2) == [22, 23, 24]
     assert shown(start_s=1.0, end_s=2.0, fps=5.0) == [10, 12, 14, 16, 18]
     assert shown(start_s=1.05, end_s=1.45, fps=20.0) == [10, 11, 11, 12, 12, 13, 13, 14]
-    first, second = cut_video(path, CutSettings(start_s=0.5, end_s=1.1, max_frames=3))
+    first, second = cut_video(path, CutSettings(start_s=0.5, end_s=1.1, max_frames=3)).clips
     assert (first.start_s, second.start_s) == (pytest.approx(0.5), pytest.approx(0.8))
     with pytest.raises(DataError, match="has 0 frames"):
         cut_video(path, CutSettings(start_s=9.0))
@@ -102,7 +106,7 @@ def test_a_video_of_any_shape_is_kept_whole(tmp_path):
     write_video(tmp_path / "wide.mp4", np.stack([image] * 2), fps=8)
     write_video(tmp_path / "tall.mp4", np.stack([image.transpose(1, 0, 2)] * 2), fps=8)
     for name, shape in (("wide", (24, 40)), ("tall", (40, 24))):
-        (clip,) = cut_video(tmp_path / f"{name}.mp4", CutSettings(max_pixels=1024, size_multiple=8))
+        (clip,) = cut_video(tmp_path / f"{name}.mp4", CutSettings(max_pixels=1024, size_multiple=8)).clips
         assert clip.frames.shape == (2, *shape, 3)
         assert clip.frames[:, :, 0].mean() > 200
         assert clip.frames[:, 0, :].mean() > 200
@@ -111,8 +115,8 @@ def test_a_video_of_any_shape_is_kept_whole(tmp_path):
 
 def test_a_video_too_large_for_the_memory_is_refused_with_advice(tmp_path, write_counting_video):
     path = write_counting_video(tmp_path / "a.mp4", 6)
-    frame_bytes = cut_video(path, CutSettings())[0].frames[0].nbytes
-    assert len(cut_video(path, CutSettings(max_video_bytes=6 * frame_bytes))[0].frames) == 6
+    frame_bytes = cut_video(path, CutSettings()).clips[0].frames[0].nbytes
+    assert len(cut_video(path, CutSettings(max_video_bytes=6 * frame_bytes)).clips[0].frames) == 6
     with pytest.raises(DataError, match="list it in parts"):
         cut_video(path, CutSettings(max_video_bytes=5 * frame_bytes))
 
@@ -129,7 +133,8 @@ def test_pieces_that_stand_still_are_dropped(tmp_path):
     grey = np.array([*moving, *still, *moving], dtype=np.uint8)
     frames = np.broadcast_to(grey[:, None, None, None], (12, 32, 32, 3)).copy()
     write_video(tmp_path / "a.mp4", frames, fps=10)
-    pieces = cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=10))
-    assert [round(piece.start_s, 3) for piece in pieces] == [0.0, 0.8]
+    cut = cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=10))
+    assert [round(piece.start_s, 3) for piece in cut.clips] == [0.0, 0.8]
+    assert cut.dropped == {"min_motion": 1}
     with pytest.raises(DataError, match=r"moves by (49|5\d)(\.\d+)? at most, less than min_motion = 100"):
         cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=100))
