@@ -27,7 +27,7 @@ from flowception.codecs.base import Codec, build_codec
 from flowception.codecs.text import TextEncoder
 from flowception.codecs.video_file import Frame
 from flowception.data.schema import ClipRecord, NullText, ShardMeta
-from flowception.data.shards import ShardSetWriter
+from flowception.data.shards import ShardSetWriter, refused_writes_named
 from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock, write_atomically
 from flowception.progress import Progress
@@ -90,7 +90,8 @@ class ShardEncoder:
             max_video_bytes=config.max_video_gib * 2**30,
         )
         self.num_shards = -(-len(self.manifest.entries) // config.videos_per_shard)
-        with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may begin at the same time
+        set_lock = FileLock(self.folder / _SET_LOCK, ConfigError, wait=True)  # parts may begin at the same time
+        with set_lock, refused_writes_named(self.folder):
             _check_settings(self.folder / SETTINGS_NAME, config, self.manifest)
             write_atomically(self.folder / MANIFEST_REPORT_NAME, self.manifest.report.to_json())
             missing = "".join(f"{name}\n" for name in self.manifest.report.missing)
@@ -269,8 +270,9 @@ class ShardEncoder:
         for shard in finished:
             dropped.update(json.loads(self._dropped_path(shard).read_text()))
         if len(finished) == self.num_shards:
-            write_atomically(self.folder / UNREADABLE_NAME, skipped)
-            write_atomically(self.folder / DROPPED_NAME, _dropped_json(dropped))
+            with refused_writes_named(self.folder):
+                write_atomically(self.folder / UNREADABLE_NAME, skipped)
+                write_atomically(self.folder / DROPPED_NAME, _dropped_json(dropped))
             if clips == 0:
                 raise DataError(
                     f"none of the {unreadable} videos of {self.config.source} could be read; "

@@ -13,7 +13,8 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,25 @@ def padded_bytes(size: int) -> int:
 def bf16_bytes(values: Tensor) -> bytes:
     """Little-endian bfloat16 bytes of a tensor."""
     return values.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def refused_writes_named(path: Path) -> Iterator[None]:
+    """Turn a write that the filesystem refuses (full, read-only, broken) into an error for people.
+
+    Args:
+        path: What is being written, named where the system names no file.
+
+    Raises:
+        DataError: In place of ``OSError``; with the file, the reason and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} cannot be written ({error.strerror or error}); free or mend the disk and run "
+            "the same command again: it goes on at the first unfinished shard"
+        ) from error
 
 
 def _member(name: str, payload: bytes) -> bytes:
@@ -129,7 +149,8 @@ class ShardSetWriter:
         """
         self.folder, self.meta = Path(folder), replace(meta)
         null_text = meta.null_embedding()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with refused_writes_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _IDENTITY_NAME
         if path.exists():
             found, wanted = json.loads(path.read_text()), meta.identity()
@@ -141,7 +162,8 @@ class ShardSetWriter:
                     )
             self._keep_null_text(found, null_text)
         begun = {**meta.identity(), "null_text": asdict(self.meta.null_text) if self.meta.null_text else None}
-        write_atomically(path, json.dumps(begun, sort_keys=True).encode())
+        with refused_writes_named(path):
+            write_atomically(path, json.dumps(begun, sort_keys=True).encode())
 
     def _keep_null_text(self, found: dict[str, Any], null_text: Tensor | None) -> None:
         """Take the null text of the job that began the set: another device may round it otherwise."""
@@ -175,7 +197,14 @@ class ShardSetWriter:
 
         Returns:
             How many clips were written.
+
+        Raises:
+            DataError: If a clip does not belong to the set, or the filesystem refuses a write (it is full, say).
         """
+        with refused_writes_named(self.folder / shard_name(shard)):
+            return self._write_shard(shard, clips)
+
+    def _write_shard(self, shard: int, clips: Iterable[ClipRecord]) -> int:
         path, partial = self.folder / shard_name(shard), self.folder / f".{shard_name(shard)}.partial"
         (self.folder / META_NAME).unlink(missing_ok=True)
         self._part_path(shard).unlink(missing_ok=True)
@@ -215,7 +244,7 @@ class ShardSetWriter:
             The finished description.
 
         Raises:
-            DataError: If no shard has a clip, or two clips share a key.
+            DataError: If no shard has a clip, two clips share a key, or the filesystem refuses a write.
         """
         numbers = sorted(int(path.name[6:12]) for path in self.folder.glob("shard-??????.index.npz"))
         parts = [self._read_part(number) for number in numbers]
@@ -223,7 +252,8 @@ class ShardSetWriter:
         if not len(index):
             raise DataError(f"no clip was written to {self.folder}: nothing can be trained on it")
         index.check()
-        index.save(self.folder)
+        with refused_writes_named(self.folder):
+            index.save(self.folder)
         grids = Counter(zip(index.clips["height"].tolist(), index.clips["width"].tolist()))
         meta = replace(
             self.meta,
@@ -239,5 +269,6 @@ class ShardSetWriter:
             ],
             index_sha256=index.fingerprint(),
         )
-        write_atomically(self.folder / META_NAME, meta.to_json().encode())
+        with refused_writes_named(self.folder / META_NAME):
+            write_atomically(self.folder / META_NAME, meta.to_json().encode())
         return meta

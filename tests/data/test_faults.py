@@ -10,6 +10,7 @@ import pytest
 
 from flowception.data import shards as shards_module
 from flowception.data.shards import ShardSetWriter
+from flowception.errors import DataError
 from tests.data.fault_scene import META, Scene, happens
 from tests.data.faults import FAULTS
 
@@ -93,8 +94,9 @@ def test_an_encoder_that_runs_out_of_disk_says_so_and_goes_on_when_there_is_room
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 _encode(folder, scene.records)
-            except OSError as error:
-                os._exit(3 if error.errno == errno.EFBIG else 4)
+            except DataError as error:
+                named = str(error).startswith(str(folder)) and "cannot be written (File too large); free" in str(error)
+                os._exit(3 if named and error.__cause__.errno == errno.EFBIG else 4)
 
         assert _in_child(work) == 3
         assert not (folder / "meta.json").exists()

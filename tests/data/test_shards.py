@@ -114,6 +114,23 @@ def test_a_finished_set_is_no_set_while_a_shard_of_it_is_written_again(make_set)
     assert len(ShardReader(folder).index) == 3
 
 
+def test_a_full_disk_is_said_with_the_file_and_the_way_on(tmp_path, make_set):
+    """``/dev/full`` refuses every write as a full disk does."""
+    _, records = make_set(count=4, per_shard=4)
+    meta = ShardMeta(codec="patchify", codec_fingerprint="abc", latent_channels=4)
+    writer = ShardSetWriter(tmp_path / "full", meta)
+    (tmp_path / "full" / ".shard-000000.tar.partial").symlink_to("/dev/full")
+    with pytest.raises(DataError) as refusal:
+        writer.write_shard(0, records)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'full' / 'shard-000000.tar'} cannot be written (No space left on device); free or mend the disk "
+        "and run the same command again: it goes on at the first unfinished shard"
+    )
+    (tmp_path / "full" / ".shard-000000.tar.partial").unlink()
+    assert writer.write_shard(0, records) == 4
+    assert writer.finish().clips == 4
+
+
 def test_a_folder_of_another_codec_is_not_continued(tmp_path):
     ShardSetWriter(tmp_path, ShardMeta(codec="ltx", codec_fingerprint="1", latent_channels=128))
     with pytest.raises(DataError, match="codec was ltx, is patchify"):

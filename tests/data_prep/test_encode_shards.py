@@ -353,6 +353,22 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     assert "2 pieces of these videos were dropped by min_frames\n3 pieces of these videos were dropped by" in printed
 
 
+def test_a_full_disk_ends_the_job_with_one_line(toy_folder, tmp_path, capsys):
+    """The second shard's counts go to ``/dev/full``, which refuses them; with room the job goes on there."""
+    words = ["--config", str(ROOT / "configs/encode_toy.yaml"), f"source={toy_folder / 'manifest.jsonl'}"]
+    words += [f"out={tmp_path / 'set'}", "videos_per_shard=5"]
+    partial = tmp_path / "set" / ".shard-000001.dropped.json.partial"
+    partial.parent.mkdir()
+    partial.symlink_to("/dev/full")
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "shard-000001.tar cannot be written (No space left on device)" in line
+    assert "run the same command again" in line
+    partial.unlink()
+    assert main(words) == 0
+    assert "1 of 3 shards are finished already" in capsys.readouterr().out
+
+
 def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):
     (tmp_path / "video").mkdir()
     write_counting_video(tmp_path / "video" / "a.mp4", 4)
