@@ -70,9 +70,21 @@ def require_path(path: Path, source_format: str, wanted: str) -> Path:
 
 
 def files_below(folder: Path) -> dict[str, str]:
-    """Every file below a folder: name to path relative to it. One listing, so that a million look-ups are cheap."""
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            found[name] = os.path.relpath(os.path.join(parent, name), folder)
+    """Every file below a folder: name to path relative to it. One listing, so that a million look-ups are cheap.
+
+    Of files of one name the first counts, a folder's own before those of its sub-folders, all in order of their names:
+    every task of a job array sees the same. How many others there are is printed.
+    """
+    found, doubles = dict[str, str](), list[str]()
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.relpath(os.path.join(parent, name), folder)
+            if found.setdefault(name, path) != path:
+                doubles.append(path)
+    if doubles:
+        print(
+            f"{folder}: {len(doubles)} files have the name of another and are left out, such as {doubles[0]}",
+            flush=True,
+        )
     return found
