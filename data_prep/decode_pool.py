@@ -1,4 +1,4 @@
-"""Decodes many videos in several processes, in order, and survives videos that kill a decoder.
+"""Decodes many videos in several processes, in order, and survives videos that kill a decoder or hang it.
 
 With no workers it decodes in this process, one video after another.
 """
@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,10 +25,18 @@ Decoded = CutVideo | str
 _AHEAD = 2
 """Videos decoded or waiting for each worker; bounds the memory."""
 CRASHED = "the decoder crashed on it"
+HUNG = "the decoder was stopped, it took longer than decode_timeout_s"
+
+
+class _HungDecoderError(Exception):
+    """A decoder took too long; the processes of its pool are dead."""
 
 
 def decode_videos(
-    videos: Sequence[tuple[Path, CutSettings]], num_workers: int, decoder: Decoder = cut_video
+    videos: Sequence[tuple[Path, CutSettings]],
+    num_workers: int,
+    decoder: Decoder = cut_video,
+    timeout_s: float | None = None,
 ) -> Generator[Decoded, None, None]:
     """Decode videos.
 
@@ -35,6 +44,8 @@ def decode_videos(
         videos: Video files, and how to cut each.
         num_workers: Processes; 0 decodes in this one, where a crash of the decoder is a crash of the job.
         decoder: What cuts one video; a function that can be pickled.
+        timeout_s: How long one video may hold up the others; then its decoder is killed. None waits for ever, and so
+            does decoding in this process.
 
     Yields:
         For each video, in order, its clips or the reason why there are none.
@@ -50,11 +61,13 @@ def decode_videos(
                 at += 1
             video, future = waiting.popleft()
             try:
-                yield future.result()
-            except BrokenProcessPool:
-                # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
+                yield _result(pool, future, timeout_s)
+            except (BrokenProcessPool, _HungDecoderError) as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                yield _decode_alone(decoder, *video)
+                if isinstance(error, _HungDecoderError):
+                    yield f"{video[0]}: {HUNG}"
+                else:  # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
+                    yield _decode_alone(decoder, *video, timeout_s)
                 pool = _new_pool(num_workers)
                 waiting = deque((v, f if _succeeded(f) else _submit(pool, decoder, *v)) for v, f in waiting)
     finally:
@@ -68,12 +81,24 @@ def _decode(decoder: Decoder, path: Path, settings: CutSettings) -> Decoded:
         return str(error)
 
 
-def _decode_alone(decoder: Decoder, path: Path, settings: CutSettings) -> Decoded:
+def _decode_alone(decoder: Decoder, path: Path, settings: CutSettings, timeout_s: float | None) -> Decoded:
     with _new_pool(1) as pool:
         try:
-            return pool.submit(_decode, decoder, path, settings).result()
+            return _result(pool, pool.submit(_decode, decoder, path, settings), timeout_s)
         except BrokenProcessPool:
             return f"{path}: {CRASHED}"
+        except _HungDecoderError:
+            return f"{path}: {HUNG}"
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Decoded], timeout_s: float | None) -> Decoded:
+    """What a video gave; if it takes too long, the pool's processes are killed: one that hangs heeds nothing else."""
+    wait_for([future], timeout_s)
+    if future.done():
+        return future.result()
+    for process in list(pool._processes.values()):
+        process.kill()
+    raise _HungDecoderError
 
 
 def _submit(pool: ProcessPoolExecutor, decoder: Decoder, path: Path, settings: CutSettings) -> Future[Decoded]:

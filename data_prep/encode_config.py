@@ -58,6 +58,9 @@ class EncodeConfig:
     on a GPU and takes its memory."""
     num_workers: int = 0
     """Processes that decode; 0 decodes in the main process."""
+    decode_timeout_s: float = 3600.0
+    """How long the others wait for one video; then its decoder is killed and the video listed as unreadable. Needs
+    ``num_workers`` above 0."""
     device: str | None = None
     """Where the codec computes; None is CUDA where there is one."""
     part: int = 0
@@ -74,6 +77,8 @@ class EncodeConfig:
         self._check_size()
         if not self.max_video_gib > 0:
             raise ConfigError(f"max_video_gib is {self.max_video_gib}; give a number above 0")
+        if not self.decode_timeout_s > 0:
+            raise ConfigError(f"decode_timeout_s is {self.decode_timeout_s}; give a number of seconds above 0")
         if self.min_motion is not None and not 0 < self.min_motion <= 255:
             raise ConfigError(f"min_motion is {self.min_motion}; give a number above 0, at most 255, or null for off")
         if self.num_workers < 0:

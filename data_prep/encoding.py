@@ -36,8 +36,8 @@ UNREADABLE_NAME, DROPPED_NAME = "unreadable.jsonl", "dropped.json"
 SETTINGS_NAME = "encode_settings.json"
 MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
-_FREE_TO_CHANGE = ("source", "out", "num_workers", "device", "part", "num_parts")
-"""Settings that do not show in the bytes of the set."""
+_FREE_TO_CHANGE = ("source", "out", "num_workers", "decode_timeout_s", "device", "part", "num_parts")
+"""Settings that do not show in the clips of the set."""
 
 
 class ShardInUse(ConfigError):
@@ -141,7 +141,7 @@ class ShardEncoder:
         ]
         with (
             Progress(len(videos), "encoding videos") as progress,
-            closing(decode_videos(videos, self.config.num_workers)) as decoded,
+            closing(decode_videos(videos, self.config.num_workers, timeout_s=self.config.decode_timeout_s)) as decoded,
         ):
             for shard in todo:
                 self._encode_shard(shard, decoded, progress.advance)

@@ -1,9 +1,12 @@
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from data_prep.decode_pool import CRASHED, decode_videos
+from data_prep import decode_pool
+from data_prep.decode_pool import CRASHED, HUNG, decode_videos
 from data_prep.video import CutSettings, cut_video
 from flowception.errors import DataError
 
@@ -15,6 +18,15 @@ def decode(path, settings):
         os._exit(11)
     if path.name == "broken":
         raise DataError("cannot read it")
+    return [path.name]
+"""
+
+HANGING_DECODER = """
+import os, threading
+def decode(path, settings):
+    if path.name == "hanger":
+        (path.parent / f"{os.getpid()}.hanging").touch()
+        threading.Event().wait()
     return [path.name]
 """
 
@@ -35,6 +47,32 @@ def test_a_video_that_kills_its_decoder_costs_only_itself(tmp_path, monkeypatch)
     names = ["a", "killer", "broken", "b", "c"]
     found = list(decode_videos([(Path(name), CutSettings()) for name in names], 2, decode))
     assert found == [["a"], f"killer: {CRASHED}", "cannot read it", ["b"], ["c"]]
+
+
+def test_a_video_that_hangs_its_decoder_is_listed_and_the_decoder_killed(tmp_path, monkeypatch):
+    """The second wait ends when the decoder is known to hang, as if its time were over; the others need no end."""
+    (tmp_path / "hanging_decoder.py").write_text(HANGING_DECODER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from hanging_decoder import decode
+
+    wait_for, timeouts = decode_pool.wait_for, []
+
+    def wait(futures, timeout):
+        timeouts.append(timeout)
+        if len(timeouts) != 2:
+            wait_for(futures)
+            return
+        while not list(tmp_path.glob("*.hanging")):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(decode_pool, "wait_for", wait)
+    videos = [(tmp_path / name, CutSettings()) for name in ("a", "hanger", "b", "c")]
+    found = list(decode_videos(videos, 2, decode, timeout_s=1234.0))
+    assert found == [["a"], f"{tmp_path / 'hanger'}: {HUNG}", ["b"], ["c"]]
+    assert timeouts == [1234.0] * 4
+    (hanging,) = tmp_path.glob("*.hanging")
+    while int(hanging.stem) in [process.pid for process in multiprocessing.active_children()]:
+        time.sleep(0.01)
 
 
 def test_other_errors_are_not_swallowed():
