@@ -8,7 +8,6 @@ until they have seen as many frames in flow as Flowception, and are measured the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -156,8 +155,3 @@ def _cost_of(plan: Plan, step: StepPlan) -> tuple[float, int]:
         flops += float(training_flops(plan.flop_spec, visible, clips["height"], clips["width"], text).sum())
         flow_frames += int(draws.flow_mask.sum())
     return flops, flow_frames
-
-
-def choose_arms(names: Sequence[str] | None) -> list[Arm]:
-    """Arms by name, in the table's order; None takes all."""
-    return [arm for name, arm in ARMS.items() if names is None or name in names]
