@@ -90,6 +90,8 @@ CASES = (
 )
 MAX_STEP_MS = 40.0
 MAX_START_S = 5.0
+RANKS_OF_NODE, MAX_NODE_MB = 8, 600.0
+"""What the plans of all ranks of a node may hold, the index apart."""
 
 
 def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
@@ -147,9 +149,15 @@ class _Zeros:
         return f"clip {self._index.key(row)}"
 
 
+def own_memory_mb() -> float:
+    """Memory that this process shares with no other: not the index, which a node's ranks map together."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:")) / 1024
+
+
 def first_pack(case: Case, folder: Path) -> dict[str, float]:
-    """In a new process: from the files of an index to the first pack of a cursor far into a run."""
-    begin, cpu = time.perf_counter(), time.process_time()
+    """In a new process: from the files of an index to the first pack of a cursor far into a run; then memory."""
+    begin, cpu, memory_mb = time.perf_counter(), time.process_time(), own_memory_mb()
     index = ClipIndex.load(folder)
     index.fingerprint()
     index.check(ids=False)
@@ -162,13 +170,17 @@ def first_pack(case: Case, folder: Path) -> dict[str, float]:
     if pack is None:
         raise SystemExit("rank 0 has no pack")
     build_pack(plan, pack, _Zeros(index))
-    done = time.perf_counter()
+    done, done_cpu = time.perf_counter(), time.process_time()
+    for epoch in (FAR_EPOCH, FAR_EPOCH + 1):
+        for number in range(10):
+            plan.step(Cursor(epoch, number))
     return {
         "open_s": opened - begin,
         "plan_s": planned - opened,
         "build_pack_s": done - planned,
         "total_s": done - begin,
-        "total_cpu_s": time.process_time() - cpu,
+        "total_cpu_s": done_cpu - cpu,
+        "plan_memory_mb": own_memory_mb() - memory_mb,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "index_mb": sum(path.stat().st_size for path in folder.glob("index-*.npy")) / 2**20,
     }
@@ -198,6 +210,8 @@ def misses(results: Sequence[dict[str, Any]], start: dict[str, float]) -> list[s
                 found.append(f"{case['name']}: {what}")
     if start["total_s"] > MAX_START_S:
         found.append(f"start took {start['total_s']:.1f} s")
+    if RANKS_OF_NODE * start["plan_memory_mb"] > MAX_NODE_MB:
+        found.append(f"the plan holds {start['plan_memory_mb']:.0f} MB a rank")
     return found
 
 

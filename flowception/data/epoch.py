@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowception.data.expected import TOKEN_UNITS
+from flowception.data.memory import give_back_freed_memory
 from flowception.data.packing import CARRIED, pack_clips
 from flowception.errors import PlanError
 
@@ -34,7 +35,7 @@ _CHUNK_CLIPS = 4096
 _MARGIN_DEVIATIONS = 4.0
 _MARGIN_BIAS = 5e-3
 """Share by which expected tokens may be off for every clip alike (``expected.py``)."""
-_KEPT_SEGMENTS = 3
+_KEPT_SEGMENTS = 2
 PATIENCE_STEPS = 2
 """A clip that so many steps left over is packed before all others, so none waits for ever. Not earlier: packing is
 best when the smallest clips come last, and those are the ones left over."""
@@ -183,7 +184,7 @@ class EpochSteps:
     def __init__(
         self,
         expected_units: NDArray[np.signedinteger],
-        token_variance: NDArray[np.floating],
+        variance_per_token: float,
         largest_clip: int,
         costs_of: CostsOf,
         sizes: StepSizes,
@@ -192,7 +193,7 @@ class EpochSteps:
 
         Args:
             expected_units: [K] visible tokens that each clip has on average, at least 1, in parts of ``TOKEN_UNITS``.
-            token_variance: [K] their variance.
+            variance_per_token: The most, over clips, that the variance of a clip's tokens is times their mean.
             largest_clip: Most tokens that a clip can have.
             costs_of: Costs of clips by place.
             sizes: What a step holds.
@@ -202,8 +203,7 @@ class EpochSteps:
         clips_per_step = sizes.capacity / (total[-1] / len(total))
         self._steps_per_segment = max(1, round(SEGMENT_CLIPS / clips_per_step))
         most = self._steps_per_segment * min(sizes.capacity, sizes.limit + largest_clip) + largest_clip
-        spread = TOKEN_UNITS * float((token_variance / expected_units).max())  # any segment's variance over its tokens
-        margin = _MARGIN_DEVIATIONS * np.sqrt(spread * most) + _MARGIN_BIAS * most
+        margin = _MARGIN_DEVIATIONS * np.sqrt(variance_per_token * most) + _MARGIN_BIAS * most
         tokens = int(np.ceil(most + margin))
         num_segments = int(total[-1] // tokens)
         if num_segments < 2:
@@ -251,6 +251,7 @@ class EpochSteps:
         """Find what a segment leaves over for the epoch's end, if that is not known yet."""
         if segment not in self._left:
             self._left[segment] = self._segment(segment).left_after(self._steps_per_segment)
+            give_back_freed_memory()
 
     def _segment(self, segment: int) -> StepMaker:
         if segment not in self._segments:

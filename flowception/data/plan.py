@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from flowception import rng
 from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes
-from flowception.data.expected import token_moments
+from flowception.data.expected import TOKEN_UNITS, token_moments
 from flowception.data.index import ClipIndex
+from flowception.data.memory import give_back_freed_memory
 from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
 from flowception.data.packing import imbalance
 from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
@@ -169,7 +170,7 @@ class Plan:
         process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
         process["tasks"] = self.process.task_probabilities().tolist()
         content = {
-            "version": 4,
+            "version": 5,
             "seed": self.seed,
             "index": self.index.fingerprint(),
             "rows": _digest(self._all_rows.astype("<i8")),
@@ -256,14 +257,14 @@ class Plan:
         )
 
     @cached_property
-    def _token_moments(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Mean and variance of the visible tokens of each clip of the index."""
+    def _token_moments(self) -> tuple[NDArray[np.int32], float]:
+        """Mean of the visible tokens of each clip of the index, in parts of ``TOKEN_UNITS``; most variance a token."""
         clips = self.index.clips
         text = clips["text_tokens"].astype(np.int64) if self.uses_text else np.zeros(len(clips), np.int64)
         null = self.null_text_tokens if self.uses_text else 0
         frames = clips["frames"].astype(np.int64)
         mean, variance = token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
-        return mean.astype(np.int32), variance.astype(np.float32)
+        return mean.astype(np.int32), TOKEN_UNITS * float((variance / mean).max())
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int32], EpochSteps]:
         """Rows by place, and steps, of an epoch; the last few are kept."""
@@ -273,20 +274,15 @@ class Plan:
         clips, config = self.index.clips, self.config
         times = self._times_shown(epoch)
         rows = np.repeat(self.rows, times)
-        order = rows[
-            epoch_order(
-                repeat_ids(clips["clip_id"][self.rows], times),
-                clips["shard"][rows],
-                int(clips["shard"].max()) + 1,
-                seed=self.seed,
-                epoch=epoch,
-                shuffle_block_shards=config.shuffle_block_shards,
-            )
-        ]
-        mean, variance = self._token_moments
+        ids, shards, block = repeat_ids(clips["clip_id"][self.rows], times), clips["shard"], config.shuffle_block_shards
+        by_place = epoch_order(
+            ids, shards[rows], int(shards.max()) + 1, seed=self.seed, epoch=epoch, shuffle_block_shards=block
+        )
+        order = rows[by_place]
+        mean, variance_per_token = self._token_moments
         steps = EpochSteps(
             mean[order],
-            variance[order],
+            variance_per_token,
             self.pack_shape.max_seqlen,
             lambda places: self._costs(epoch, order[places].astype(np.int64), places),
             StepSizes(config.token_budget, config.packs_per_step, config.headroom),
@@ -294,6 +290,7 @@ class Plan:
         self._epochs[epoch] = (order, steps)
         if len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
+        give_back_freed_memory()
         return order, steps
 
     def __getstate__(self) -> dict[str, object]:

@@ -253,8 +253,7 @@ class ShardReader:
         shape = (self.latent_channels, clip.height, clip.width)
         frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
         prefix_bytes = clip.latents_offset - clip.start if with_prefix else 0
-        out = torch.empty((prefix_bytes + len(numbers) * frame_bytes) // _BYTES_PER_VALUE, dtype=torch.bfloat16)
-        content, done = out.view(torch.uint8).numpy().data, 0
+        content, done = np.empty(prefix_bytes + len(numbers) * frame_bytes, dtype=np.uint8).data, 0
         for offset, size in _pieces(clip, numbers, frame_bytes, with_prefix):
             self._read_into(content[done : done + size], row, clip.shard, offset)
             done += size
@@ -266,7 +265,9 @@ class ShardReader:
         if found != expected:
             frame = next(number for number, *pair in zip(numbers, found, expected) if pair[0] != pair[1])
             raise ChecksumError(f"{self.describe(row)}: latent frame {frame} does not match its checksum")
-        return prefix, out[prefix_bytes // _BYTES_PER_VALUE :].view(len(numbers), *shape)
+        if not numbers:
+            return prefix, torch.empty(0, *shape, dtype=torch.bfloat16)
+        return prefix, torch.frombuffer(content, dtype=torch.bfloat16, offset=prefix_bytes).view(len(numbers), *shape)
 
     def _text(self, row: int, clip: ClipRow, prefix: memoryview) -> Tensor | None:
         tokens, width = clip.text_tokens, self.meta.text_width

@@ -16,6 +16,7 @@ from flowception.codecs.video_file import read_video
 from flowception.config import load_config
 from flowception.errors import ConfigError
 from flowception.generation.during_training import TrainingSampler
+from flowception.generation.video import write_mp4
 from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
 from flowception.training.dataset import heldout_plan, open_data
@@ -110,7 +111,15 @@ def alone(tmp_path_factory):
     return run
 
 
-def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone):
+def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone, monkeypatch):
+    """Compared before H.264, where one pixel that rounds the other way would move its whole block."""
+    written = {}
+
+    def keep_and_write(path, video, *, fps):
+        written[path] = video.astype(int)
+        write_mp4(path, video, fps=fps)
+
+    monkeypatch.setattr("flowception.generation.during_training.write_mp4", keep_and_write)
     _, records, folder, calls = alone(0, 1)
     assert [record["seed"] for record in records] == list(range(5))
     assert len({record["task"] for record in records}) > 1
@@ -120,8 +129,11 @@ def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone):
     assert [record["seed"] for record, _ in together] == list(range(5))
     for whole, (record, part) in zip(records, together, strict=True):
         assert {**record} == {**whole}
-        ours, theirs = read_video(folder / whole["file"]).astype(int), read_video(part / record["file"]).astype(int)
-        assert np.abs(ours - theirs).max() <= 2
+        ours, theirs = written[folder / whole["file"]], written[part / record["file"]]
+        assert ours.shape == theirs.shape
+        assert (
+            np.abs(ours - theirs).max() <= 1
+        )  # latents agree to 1e-4 (test_predictor), so a level may round either way
 
 
 def test_given_frames_are_those_of_the_held_out_clip(alone):
