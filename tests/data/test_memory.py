@@ -1,0 +1,29 @@
+"""Freed memory goes back to the system."""
+
+import subprocess
+import sys
+
+import pytest
+
+HOLES = """
+from pathlib import Path
+from flowception.data.memory import give_back_freed_memory
+
+def own_mb():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
+
+blocks = [bytes([number % 255 + 1]) * 4096 for number in range(25_000)]
+last = blocks.pop()  # lies above the others, so that the heap cannot simply end earlier
+del blocks
+before = own_mb()
+give_back_freed_memory()
+print(before - own_mb(), len(last))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_blocks_below_a_live_one_are_given_back():
+    done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True, timeout=240)
+    given_back_mb, _ = done.stdout.split()
+    assert float(given_back_mb) > 80  # of 98
