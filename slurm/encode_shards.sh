@@ -1,7 +1,7 @@
 #!/bin/bash
 # Encode videos to shards of latents with a job array, one GPU a task. Submit from the repository's folder:
 #
-#   sbatch slurm/encode_shards.sh --config configs/encode_ltx.yaml source=/shared/videos out=/shared/shards fps=16
+#   sbatch slurm/encode_shards.sh --config configs/encode_ltx.yaml source=/shared/videos out=/shared/shards
 #   sbatch --array=0-63 --partition=gpu slurm/encode_shards.sh ...       # more tasks
 #   python data_prep/encode_shards.py --config ... out=/shared/shards --status
 #

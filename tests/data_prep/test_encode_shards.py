@@ -249,6 +249,7 @@ def test_configs_in_the_repository_are_valid():
     load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"])
     ltx = load(EncodeConfig, [ROOT / "configs/encode_ltx.yaml"], ["source=a", "out=b"])
     assert (ltx.codec.name, ltx.max_frames) == ("ltx", 145)
+    assert (ltx.fps, ltx.height, ltx.width) == (16, 256, 256)  # what configs/*_2b.yaml say of their shards
 
 
 def test_a_shard_that_another_job_writes_is_left_to_it(toy_folder, tmp_path):
