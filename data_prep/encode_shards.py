@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown words: {' '.join(rest)}")
     # Here and not at the top: processes that decode import this file again and need none of it.
     from data_prep.encode_config import EncodeConfig
-    from data_prep.encoding import UNREADABLE_NAME, ShardEncoder
+    from data_prep.encoding import ShardEncoder
+    from data_prep.left_out import UNREADABLE_NAME
     from data_prep.status import read_status
     from flowception.config import load
     from flowception.errors import FlowceptionError
@@ -54,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{summary.clips} clips of {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
-    for setting, pieces in sorted(summary.dropped.items()):
-        print(f"{pieces} pieces of these videos were dropped by {setting}")
+    for line in summary.dropped.lines():
+        print(line)
     if summary.open_shards:
         print(f"{summary.open_shards} shards are left to other parts; the last part to end finishes the set")
     elif summary.unreadable:

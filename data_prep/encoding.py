@@ -21,8 +21,16 @@ import torch
 
 from data_prep.decode_pool import Decoded, decode_videos
 from data_prep.encode_config import EncodeConfig
+from data_prep.left_out import (
+    DROPPED_NAME,
+    UNREADABLE_NAME,
+    DroppedPieces,
+    read_dropped,
+    read_unreadable,
+    write_left_out,
+)
 from data_prep.manifest import Manifest, VideoEntry, read_manifest
-from data_prep.video import DROP_REASONS, CutClip, CutSettings, CutVideo
+from data_prep.video import CutClip, CutSettings, CutVideo
 from flowception.codecs.base import Codec, build_codec
 from flowception.codecs.text import TextEncoder
 from flowception.codecs.video_file import Frame
@@ -32,7 +40,6 @@ from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock, write_atomically
 from flowception.progress import Progress
 
-UNREADABLE_NAME, DROPPED_NAME = "unreadable.jsonl", "dropped.json"
 SETTINGS_NAME = "encode_settings.json"
 MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
@@ -59,8 +66,8 @@ class EncodeSummary:
     """Videos that gave none."""
     clips: int
     """Clips of the whole set so far."""
-    dropped: Counter[str]
-    """Pieces of the videos that gave clips which are none, by the setting that dropped them."""
+    dropped: DroppedPieces
+    """Pieces of the videos that gave clips which are none."""
     open_shards: int
     """Shards that other parts still have to encode; the set is finished at 0."""
 
@@ -166,12 +173,6 @@ class ShardEncoder:
         size = self.config.videos_per_shard
         return self.manifest.entries[shard * size : (shard + 1) * size]
 
-    def _skipped_path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}.unreadable.jsonl"
-
-    def _dropped_path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}.dropped.json"
-
     def _records(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> Iterator[ClipRecord]:
         """The clips of a shard, of the next videos of ``decoded``.
 
@@ -188,8 +189,7 @@ class ShardEncoder:
                 waiting, waiting_clips = [], 0
             advance()
         yield from self._encode(waiting, skipped, dropped)
-        write_atomically(self._skipped_path(shard), "".join(skipped))
-        write_atomically(self._dropped_path(shard), _dropped_json(dropped))
+        write_left_out(self.folder, shard, "".join(skipped), dropped)
 
     def _encode(
         self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str], dropped: Counter[str]
@@ -263,16 +263,13 @@ class ShardEncoder:
 
     def _finish(self) -> EncodeSummary:
         finished = [k for k in range(self.num_shards) if self.writer.is_finished(k)]
-        skipped = "".join(self._skipped_path(k).read_text() for k in finished)
+        skipped, dropped = read_unreadable(self.folder, finished), read_dropped(self.folder, finished)
         unreadable = skipped.count("\n")
         clips = sum(len(self.writer.finished_keys(k)) for k in finished)
-        dropped = Counter[str]()
-        for shard in finished:
-            dropped.update(json.loads(self._dropped_path(shard).read_text()))
         if len(finished) == self.num_shards:
             with refused_writes_named(self.folder):
                 write_atomically(self.folder / UNREADABLE_NAME, skipped)
-                write_atomically(self.folder / DROPPED_NAME, _dropped_json(dropped))
+                write_atomically(self.folder / DROPPED_NAME, dropped.to_json())
             if clips == 0:
                 raise DataError(
                     f"none of the {unreadable} videos of {self.config.source} could be read; "
@@ -282,11 +279,7 @@ class ShardEncoder:
             for shard in finished:
                 shard_lock(self.folder, shard).unlink(missing_ok=True)
         videos = sum(len(self._entries(k)) for k in finished) - unreadable
-        return EncodeSummary(videos, unreadable, clips, +dropped, self.num_shards - len(finished))
-
-
-def _dropped_json(dropped: Counter[str]) -> str:
-    return json.dumps({reason: dropped[reason] for reason in DROP_REASONS}) + "\n"
+        return EncodeSummary(videos, unreadable, clips, dropped, self.num_shards - len(finished))
 
 
 def _check_settings(path: Path, config: EncodeConfig, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.encoding import SETTINGS_NAME, shard_lock
+from data_prep.left_out import DroppedPieces, read_dropped, read_unreadable
 from flowception.data.schema import META_NAME
 from flowception.data.shards import shard_name
 from flowception.errors import DataError
@@ -37,6 +38,8 @@ class EncodeStatus:
     """Clips in the shards that are done."""
     unreadable: int
     """Videos that gave no clip, in the shards that are done."""
+    dropped: DroppedPieces
+    """Pieces of the other videos that are no clips, in the shards that are done."""
     clips_per_s: float | None
     """None before two shards are done."""
     seconds_left: float | None
@@ -51,6 +54,7 @@ class EncodeStatus:
             f"shards: {self.done} of {self.shards} done, {len(self.running)} running, {len(self.failed)} failed, "
             f"{waiting} waiting",
             f"clips: {self.clips} so far; {self.unreadable} videos unreadable",
+            *self.dropped.lines(),
         ]
         if self.failed:
             named = ", ".join(map(str, self.failed[:_SHOWN_FAILED]))
@@ -78,7 +82,7 @@ def read_status(folder: Path) -> EncodeStatus:
         shards = -(-int(settings["videos"]) // int(settings["videos_per_shard"]))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} has no encoding job ({error}); start one, or give its out") from error
-    finished_at, clips_in, unreadable = dict[int, float](), dict[int, int](), 0
+    finished_at, clips_in = dict[int, float](), dict[int, int]()
     running, failed = list[int](), list[int]()
     for shard in range(shards):
         part = folder / f"shard-{shard:06d}.index.npz"
@@ -86,7 +90,6 @@ def read_status(folder: Path) -> EncodeStatus:
             finished_at[shard] = part.stat().st_mtime
             with np.load(part, allow_pickle=False) as arrays:
                 clips_in[shard] = len(arrays["clips"])
-            unreadable += (folder / f"shard-{shard:06d}.unreadable.jsonl").read_text().count("\n")
         elif _is_locked(shard_lock(folder, shard)):
             running.append(shard)
         elif (folder / f".{shard_name(shard)}.partial").exists():
@@ -100,7 +103,8 @@ def read_status(folder: Path) -> EncodeStatus:
         running=tuple(running),
         failed=tuple(failed),
         clips=total,
-        unreadable=unreadable,
+        unreadable=read_unreadable(folder, clips_in).count("\n"),
+        dropped=read_dropped(folder, clips_in),
         clips_per_s=speed,
         seconds_left=left / speed if speed else None,
         finished=(folder / META_NAME).exists() and len(clips_in) == shards,

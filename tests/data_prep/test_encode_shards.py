@@ -205,7 +205,7 @@ def test_pieces_are_trimmed_to_what_the_codec_accepts(tmp_path, write_counting_v
     write_counting_video(tmp_path / "a.mp4", 11)
     write_counting_video(tmp_path / "b.mp4", 2)
     summary = ShardEncoder(toy_config(tmp_path, tmp_path / "set", max_frames=6)).run()
-    assert (summary.videos, summary.unreadable, summary.clips, summary.dropped) == (1, 1, 2, {})
+    assert (summary.videos, summary.unreadable, summary.clips, summary.dropped.pieces) == (1, 1, 2, {})
     reader = ShardReader(tmp_path / "set")
     shown = [frame_numbers(PatchifyCodec(4).decode(reader.read(row, np.arange(n)))) for row, n in ((0, 6), (1, 3))]
     assert shown == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
@@ -341,7 +341,7 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
         source=str(videos), out=str(tmp_path / "one"), max_frames=4, min_frames=2, min_motion=10, videos_per_shard=2
     )
     summary = ShardEncoder(config).run()
-    assert (summary.clips, summary.unreadable, summary.dropped) == (5, 1, {"min_frames": 2, "min_motion": 3})
+    assert (summary.clips, summary.unreadable, summary.dropped.pieces) == (5, 1, {"min_frames": 2, "min_motion": 3})
     shards = [json.loads((tmp_path / "one" / f"shard-00000{k}.dropped.json").read_text()) for k in (0, 1)]
     assert shards == [{"min_frames": 2, "min_motion": 2}, {"min_frames": 0, "min_motion": 1}]
     assert json.loads((tmp_path / "one" / "dropped.json").read_text()) == {"min_frames": 2, "min_motion": 3}
@@ -351,7 +351,30 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     words = [f"source={videos}", f"out={tmp_path / 'one'}", "max_frames=4", "min_frames=2", "min_motion=10"]
     assert main(["--config", *words, "videos_per_shard=2"]) == 0
     printed = capsys.readouterr().out
-    assert "2 pieces of these videos were dropped by min_frames\n3 pieces of these videos were dropped by" in printed
+    said = "2 pieces of these videos were dropped by min_frames\n3 pieces of these videos were dropped by min_motion\n"
+    assert said in printed
+    assert main(["--config", *words, "videos_per_shard=2", "--status"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_set_begun_before_dropped_pieces_were_counted_goes_on(toy_folder, tmp_path, capsys):
+    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set", videos_per_shard=4, max_frames=8, min_frames=8)
+    whole = ShardEncoder(replace(config, out=str(tmp_path / "whole"))).run()
+    ShardEncoder(replace(config, num_parts=3)).run()
+    (tmp_path / "set" / "shard-000000.dropped.json").unlink()
+    assert read_status(tmp_path / "set").describe().splitlines()[2:3] == [
+        "dropped pieces are not known of 1 shard that an earlier version encoded"
+    ]
+    summary = ShardEncoder(config).run()
+    later = [json.loads((tmp_path / "whole" / f"shard-00000{k}.dropped.json").read_text()) for k in (1, 2)]
+    counted = {"min_frames": sum(shard["min_frames"] for shard in later)}
+    assert 0 < counted["min_frames"] < whole.dropped.pieces["min_frames"]
+    assert (summary.clips, summary.dropped.pieces) == (whole.clips, counted)
+    assert json.loads((tmp_path / "set" / "dropped.json").read_text()) == {
+        **counted,
+        "min_motion": 0,
+        "shards_not_counted": 1,
+    }
 
 
 def test_a_full_disk_ends_the_job_with_one_line(toy_folder, tmp_path, capsys):
