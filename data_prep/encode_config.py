@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -32,6 +33,9 @@ class EncodeConfig:
     """What turns pixels into latents."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """What turns captions into embeddings; ``text.model=null`` is nothing."""
+    frame_folder_fps: float | None = None
+    """Frames per second of videos that are folders of png or jpg frames, where the manifest has no column of this name.
+    A ``folder`` source is searched for such folders only if it is given."""
     fps: float | None = None
     """Frames per second of the clips; None keeps every frame."""
     height: int | None = None
@@ -72,8 +76,7 @@ class EncodeConfig:
         for name in ("min_frames", "videos_per_shard", "num_parts", "clips_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise ConfigError(f"fps is {self.fps}; give a positive number, or null to keep every frame")
+        self._check_rates()
         self._check_size()
         if not self.max_video_gib > 0:
             raise ConfigError(f"max_video_gib is {self.max_video_gib}; give a number above 0")
@@ -87,6 +90,12 @@ class EncodeConfig:
             raise ConfigError(f"part is {self.part}; give 0 to num_parts - 1 = {self.num_parts - 1}")
         if self.max_frames is not None and self.max_frames < self.min_frames:
             raise ConfigError(f"max_frames is {self.max_frames}, below min_frames = {self.min_frames}")
+
+    def _check_rates(self) -> None:
+        for name, absent in (("fps", "keep every frame"), ("frame_folder_fps", "have no folders of frames")):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ConfigError(f"{name} is {rate}; give a positive number, or null to {absent}")
 
     def _check_size(self) -> None:
         if (self.height is None) != (self.width is None):

@@ -78,7 +78,9 @@ class ShardEncoder:
     def __init__(self, config: EncodeConfig) -> None:
         """Read the manifest, load the codec and check that the folder belongs to this job."""
         self.config = config
-        self.manifest: Manifest = read_manifest(config.source, config.source_format, config.split, config.filters)
+        self.manifest: Manifest = read_manifest(
+            config.source, config.source_format, config.split, config.filters, config.frame_folder_fps
+        )
         print("\n".join(self.manifest.report.lines()), flush=True)
         self.folder = Path(config.out)
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +144,10 @@ class ShardEncoder:
         if len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} shards are finished already", flush=True)
         videos = [
-            (entry.path, replace(self.cut, start_s=entry.start_s, end_s=entry.end_s))
+            (
+                entry.path,
+                replace(self.cut, start_s=entry.start_s, end_s=entry.end_s, frame_folder_fps=entry.frame_folder_fps),
+            )
             for k in todo
             for entry in self._entries(k)
         ]

@@ -58,13 +58,13 @@ class FilterCount:
 
 
 def apply_filters(
-    rows: Sequence[dict[str, Any]], paths: Sequence[Path], filters: dict[str, FilterRange]
+    rows: Sequence[dict[str, Any]], videos: Sequence[tuple[Path, float | None]], filters: dict[str, FilterRange]
 ) -> tuple[list[int], list[FilterCount]]:
     """Choose the videos that pass all filters.
 
     Args:
         rows: Columns of each video.
-        paths: File of each video.
+        videos: Path of each video, and its frame rate if it is a folder of frames.
         filters: Ranges by column, applied in this order.
 
     Returns:
@@ -75,7 +75,7 @@ def apply_filters(
     """
     kept, counts = list(range(len(rows))), []
     for column, wanted in filters.items():
-        values = _column(column, rows, paths, kept)
+        values = _column(column, rows, videos, kept)
         passing = [k for k in kept if not math.isnan(values[k]) and wanted.keeps(values[k])]
         unknown = sum(math.isnan(values[k]) for k in kept)
         counts.append(FilterCount(column, wanted.min, wanted.max, len(kept) - len(passing), unknown))
@@ -84,7 +84,7 @@ def apply_filters(
 
 
 def _column(
-    column: str, rows: Sequence[dict[str, Any]], paths: Sequence[Path], kept: Sequence[int]
+    column: str, rows: Sequence[dict[str, Any]], videos: Sequence[tuple[Path, float | None]], kept: Sequence[int]
 ) -> dict[int, float]:
     """A column's numbers for some videos; nan where there is none."""
     if any(column in row for row in rows):
@@ -96,13 +96,13 @@ def _column(
             f"{', '.join(numeric) or 'none'}, and of the files {', '.join(_HEADER_COLUMNS)}"
         )
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        headers = pool.map(_header, [paths[k] for k in kept])
+        headers = pool.map(_header, [videos[k] for k in kept])
         return {k: math.nan if h is None else float(getattr(h, column)) for k, h in zip(kept, headers, strict=True)}
 
 
-def _header(path: Path) -> VideoHeader | None:
+def _header(video: tuple[Path, float | None]) -> VideoHeader | None:
     try:
-        return read_header(path)
+        return read_header(*video)
     except DataError:
         return None
 

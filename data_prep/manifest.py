@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from data_prep.manifests import kinetics600, openvid, realestate10k, taichi
 from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows
 from data_prep.manifests.table import read_csv_file, read_folder, read_jsonl_file
 from data_prep.source_format import SourceFormat
+from flowception.codecs.video_file import no_rate
 from flowception.data.schema import check_key
 from flowception.errors import ConfigError, DataError
 
@@ -27,10 +29,10 @@ _DATA_SETS: dict[str, Callable[[Path, str | None], SourceRows]] = {
     module.FORMAT: module.read for module in (taichi, realestate10k, kinetics600, openvid)
 }
 _TABLES: dict[str, Callable[[Path], SourceRows]] = {
-    "folder": read_folder,
     "csv": read_csv_file,
     "jsonl": read_jsonl_file,
 }
+_FOLDER = "folder"
 _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _MAX_STEM = 48
 _CLIP_SUFFIX = "-0000"
@@ -54,6 +56,8 @@ class VideoEntry:
     """Seconds from the video's first frame; what lies before is left out."""
     end_s: float | None = None
     """Likewise, what lies at or after it; None is the video's end."""
+    frame_folder_fps: float | None = None
+    """Frames per second, if the video is a folder of frames."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ class Manifest:
 
     def sha256(self) -> str:
         """Hash of everything that goes from the manifest into the shards."""
-        rows = [[e.key, e.source, e.caption, e.class_label, e.start_s, e.end_s] for e in self.entries]
+        rows = [
+            [e.key, e.source, e.caption, e.class_label, e.start_s, e.end_s]
+            + ([e.frame_folder_fps] if e.frame_folder_fps is not None else [])  # so that older sets keep their hash
+            for e in self.entries
+        ]
         return hashlib.sha256(json.dumps([rows, list(self.class_names)]).encode()).hexdigest()
 
 
@@ -101,6 +109,7 @@ def read_manifest(
     source_format: SourceFormat = "auto",
     split: str | None = None,
     filters: Mapping[str, FilterRange] | None = None,
+    frame_folder_fps: float | None = None,
 ) -> Manifest:
     """Read a source.
 
@@ -109,26 +118,32 @@ def read_manifest(
         source_format: How it is laid out; ``auto`` takes a folder, a ``.csv`` or a ``.jsonl`` for what it is.
         split: Which part of a data set; None is its training part.
         filters: Ranges by column.
+        frame_folder_fps: Frames per second of folders of frames, where the source does not say.
 
     Returns:
         The entries, in the source's own order (a folder's is sorted).
 
     Raises:
-        DataError: If the source does not exist, is malformed, names no video, or one video twice.
+        DataError: If the source does not exist, is malformed, names no video, or one video twice, or if a folder of
+            frames has no frame rate.
         ConfigError: If there is no such format, or no such column.
     """
     source = Path(source)
     chosen = _guess_format(source) if source_format == "auto" else source_format
-    found = _read_rows(source, chosen, split)
-    entries = [_entry(row, found.root, f"{source}, video {number}") for number, row in enumerate(found.rows, start=1)]
+    found = _read_rows(source, chosen, split, frame_folder_fps)
+    entries = [
+        _entry(row, found, frame_folder_fps, f"{source}, video {number}")
+        for number, row in enumerate(found.rows, start=1)
+    ]
     if not entries:
         reason = f"all {len(found.missing)} that it lists are missing" if found.missing else "it names no video"
         raise DataError(
-            f"source {source}, read as {chosen}: {reason}; files must end in one of {' '.join(VIDEO_SUFFIXES)}"
+            f"source {source}, read as {chosen}: {reason}; files must end in one of {' '.join(VIDEO_SUFFIXES)}; "
+            "folders of frames must lie below the source and need frame_folder_fps"
         )
     _refuse_doubles(entries)
     entries, class_names = _number_classes(entries)
-    kept, counts = apply_filters(found.rows, [e.path for e in entries], dict(filters or {}))
+    kept, counts = apply_filters(found.rows, [(e.path, e.frame_folder_fps) for e in entries], dict(filters or {}))
     if not kept:
         raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
     listed = len(entries) + len(found.missing)
@@ -138,7 +153,7 @@ def read_manifest(
 
 def _guess_format(source: Path) -> str:
     if source.is_dir():
-        return "folder"
+        return _FOLDER
     if not source.is_file():
         raise DataError(f"source {source} does not exist; give a folder of videos, a .csv or a .jsonl file")
     if source.suffix.lower() in _SUFFIXES:
@@ -146,22 +161,22 @@ def _guess_format(source: Path) -> str:
     raise DataError(f"source {source} is a {source.suffix or 'nameless'} file; give a folder, a .csv or a .jsonl")
 
 
-def _read_rows(source: Path, source_format: str, split: str | None) -> SourceRows:
+def _read_rows(source: Path, source_format: str, split: str | None, frame_folder_fps: float | None) -> SourceRows:
     if not source.exists():
         raise DataError(f"source {source} does not exist; give what source_format {source_format} describes")
     if source_format in _DATA_SETS:
         return _DATA_SETS[source_format](source, split)
-    if source_format not in _TABLES:
+    if source_format not in (_FOLDER, *_TABLES):
         raise ConfigError(f"source_format is {source_format!r}; give one of {', '.join(get_args(SourceFormat))}")
     if split is not None:
         raise ConfigError(f"split is {split!r} and source_format {source_format} has no splits; leave it out")
-    if source.is_dir() != (source_format == "folder"):
+    if source.is_dir() != (source_format == _FOLDER):
         kind = "folder" if source.is_dir() else "file"
         raise DataError(f"source {source} is a {kind}, and source_format is {source_format}; give the other")
-    return _TABLES[source_format](source)
+    return read_folder(source, frame_folder_fps) if source.is_dir() else _TABLES[source_format](source)
 
 
-def _entry(row: dict[str, Any], root: Path, where: str) -> VideoEntry:
+def _entry(row: dict[str, Any], found: SourceRows, frame_folder_fps: float | None, where: str) -> VideoEntry:
     if not isinstance(row.get("path"), str):
         raise DataError(f"{where} has path {row.get('path')!r}; give the video's file name")
     label = row.get("class_label")
@@ -171,30 +186,42 @@ def _entry(row: dict[str, Any], root: Path, where: str) -> VideoEntry:
         label = -1
     if label is not None and label < 0:
         raise DataError(f"{where} has class_label {row['class_label']!r}; give a whole number from 0, or class_name")
-    start_s, end_s = _seconds(row, "start_s", where) or 0.0, _seconds(row, "end_s", where)
+    start_s, end_s = _number(row, "start_s", where) or 0.0, _number(row, "end_s", where)
     if start_s < 0 or (end_s is not None and end_s <= start_s):
         raise DataError(f"{where} goes from start_s {start_s} to end_s {end_s}; give 0 <= start_s < end_s")
     named = row["path"] if "start_s" not in row else f"{row['path']}@{start_s}"
     key = str(row.get("key") or make_key(row["path"], named))
     check_key(key + _CLIP_SUFFIX)
-    name = row.get("class_name")
+    name, path = row.get("class_name"), found.root / row["path"]
     return VideoEntry(
         key=key,
-        path=root / row["path"],
+        path=path,
         source=row["path"],
         caption=str(row.get("caption", "")),
         class_label=label,
         class_name=None if name is None else str(name),
         start_s=start_s,
         end_s=end_s,
+        frame_folder_fps=_frame_rate(row, path, row["path"] in found.frame_folders, frame_folder_fps, where),
     )
 
 
-def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
+def _frame_rate(row: dict[str, Any], path: Path, is_folder: bool, given: float | None, where: str) -> float | None:
+    """The rate of a folder of frames; None for what is none as far as can be told without asking after every file."""
+    fps = _number(row, "frame_folder_fps", where, "frames per second")
+    if fps is not None and not 0 < fps < math.inf:
+        raise DataError(f"{where} has frame_folder_fps {fps}; give a positive number of frames per second")
+    fps = given if fps is None else fps
+    if fps is None and (is_folder or (path.suffix.lower() not in VIDEO_SUFFIXES and path.is_dir())):
+        raise DataError(f"{where}: {no_rate(path)}")
+    return fps
+
+
+def _number(row: dict[str, Any], name: str, where: str, unit: str = "seconds") -> float | None:
     try:
         return None if row.get(name) is None else float(row[name])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} has {name} {row[name]!r}; give seconds") from error
+        raise DataError(f"{where} has {name} {row[name]!r}; give {unit}") from error
 
 
 def make_key(path: str, named: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Cuts a video file into clips: frame rate, size, length.
+"""Cuts a video, a file or a folder of frames, into clips: frame rate, size, length.
 
 Frames are counted as they decode; what a file says of its own length is never used.
 
@@ -51,6 +51,8 @@ class CutSettings:
     """Seconds from the video's first frame; the clip begins with the frame that is on screen then."""
     end_s: float | None = None
     """Frames at or after this time are left out; None is the video's end."""
+    frame_folder_fps: float | None = None
+    """Frames per second of a video that is a folder of frames."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def cut_video(path: Path, settings: CutSettings) -> CutVideo:
     """Decode a video and cut it into clips.
 
     Args:
-        path: Video file.
+        path: Video file, or folder of frames.
         settings: How to cut.
 
     Returns:
@@ -98,7 +100,9 @@ def cut_video(path: Path, settings: CutSettings) -> CutVideo:
             dropped["min_frames"] += 1
         piece.clear()
 
-    part = select_part(decode_frames(path, settings.start_s), settings.start_s, settings.end_s)
+    part = select_part(
+        decode_frames(path, settings.start_s, settings.frame_folder_fps), settings.start_s, settings.end_s
+    )
     for frame in resample(part, settings.fps):
         rate = rate or 1.0 / frame.duration_s
         if not piece:

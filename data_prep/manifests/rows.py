@@ -20,13 +20,16 @@ class SourceRows:
     """The videos of a source."""
 
     rows: list[dict[str, Any]]
-    """``path`` and optionally ``caption, class_label, class_name, key, start_s, end_s``, and any other column."""
+    """``path`` and optionally ``caption, class_label, class_name, key, start_s, end_s, frame_folder_fps``; any other
+    column too."""
     root: Path
     """What relative paths are relative to."""
     missing: list[str] = field(default_factory=list)
     """What the data set lists and this copy of it lacks."""
     class_names: tuple[str, ...] = ()
     """All classes of the data set, in order of their numbers, where it says so itself."""
+    frame_folders: frozenset[str] = frozenset()
+    """Paths of which the reader has seen that they are folders of frames."""
 
 
 def read_text(path: Path) -> str:

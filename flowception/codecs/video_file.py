@@ -2,6 +2,7 @@
 
 A file's own claims about its length are never believed: frames are counted by decoding them. A frame is on screen
 from its time until the next one's, so resampling to another rate takes, at every tick, the frame that is shown then.
+A folder of images is read like a file, at a rate that the caller must know.
 
 Shape legend: frames are uint8 ``[H, W, 3]`` RGB arrays, a video ``[n, H, W, 3]``.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flowception.codecs.frame_folder import frame_paths, read_frame, read_frame_size
 from flowception.errors import DataError
 
 Frame = NDArray[np.uint8]
@@ -48,12 +50,19 @@ class VideoHeader:
     """0 if the file does not say."""
 
 
-def read_header(path: str | Path) -> VideoHeader:
+def read_header(path: str | Path, frame_folder_fps: float | None = None) -> VideoHeader:
     """Read a video's header without decoding a frame.
+
+    Args:
+        path: Video file, or folder of frames.
+        frame_folder_fps: Frames per second of a folder.
 
     Raises:
         DataError: If the file cannot be opened or has no video.
     """
+    if Path(path).is_dir():
+        frames, fps = _open_folder(Path(path), frame_folder_fps)
+        return VideoHeader(*read_frame_size(frames[0]), fps, len(frames) / fps)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -67,20 +76,27 @@ def read_header(path: str | Path) -> VideoHeader:
         raise DataError(f"{path} cannot be opened: {type(error).__name__}: {error}") from error
 
 
-def decode_frames(path: str | Path, start_s: float = 0.0) -> Iterator[TimedFrame]:
+def decode_frames(
+    path: str | Path, start_s: float = 0.0, frame_folder_fps: float | None = None
+) -> Iterator[TimedFrame]:
     """Decode a video's frames in the order in which they are shown.
 
     Args:
-        path: Video file.
+        path: Video file, or folder of frames (``frame_folder``).
         start_s: Seconds from the first frame; decoding may begin at any frame up to this time, which saves decoding
             what nobody wants.
+        frame_folder_fps: Frames per second of a folder; a file has its own.
 
     Yields:
         Every frame that decodes, from the beginning or a key frame at or before ``start_s``.
 
     Raises:
-        DataError: If the file cannot be opened, has no video, or stops decoding; the reason is in the message.
+        DataError: If the file cannot be opened, has no video, or stops decoding; if a folder has no frames, no rate, or
+            frames of several sizes. The reason is in the message.
     """
+    if Path(path).is_dir():
+        yield from _decode_folder(Path(path), start_s, frame_folder_fps)
+        return
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -95,6 +111,32 @@ def decode_frames(path: str | Path, start_s: float = 0.0) -> Iterator[TimedFrame
                 yield TimedFrame(shown - first, 1.0 / float(rate), _upright(frame))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _open_folder(folder: Path, fps: float | None) -> tuple[list[Path], float]:
+    """The frames of a folder and their rate."""
+    frames = frame_paths(folder)
+    if fps is None:
+        raise DataError(no_rate(folder))
+    return frames, fps
+
+
+def no_rate(folder: Path) -> str:
+    """What to say of a folder of frames whose rate nobody gave."""
+    return f"{folder} is a folder of frames, which has no frame rate of its own; give it as frame_folder_fps"
+
+
+def _decode_folder(folder: Path, start_s: float, fps: float | None) -> Iterator[TimedFrame]:
+    paths, fps = _open_folder(folder, fps)
+    size: tuple[int, ...] | None = None
+    for number in range(max(0, int(start_s * fps)), len(paths)):
+        image = read_frame(paths[number])
+        size = size or image.shape[:2]
+        if image.shape[:2] != size:
+            raise DataError(
+                f"frame {paths[number]} has {image.shape[:2]} px, those before it {size}; all need one size"
+            )
+        yield TimedFrame(number / fps, 1.0 / fps, image)
 
 
 def _seek(container: Any, stream: Any, start_s: float) -> float | None:

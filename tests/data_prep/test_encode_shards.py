@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_prep.encode_config import EncodeConfig
 from data_prep.encode_shards import main
@@ -355,6 +356,24 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     assert said in printed
     assert main(["--config", *words, "videos_per_shard=2", "--status"]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp_path):
+    images = np.random.default_rng(6).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    for name in ("good", "bad", "empty"):
+        (tmp_path / name).mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "good" / f"{number}.png")
+        Image.fromarray(image).resize((16 + number, 16)).save(tmp_path / "bad" / f"{number}.png")
+    (tmp_path / "m.csv").write_text("path\ngood\nbad\nempty\n")
+    summary = ShardEncoder(toy_config(tmp_path / "m.csv", tmp_path / "set", frame_folder_fps=4.0, num_workers=1)).run()
+    assert (summary.videos, summary.unreadable, summary.clips) == (1, 2, 1)
+    reader = ShardReader(tmp_path / "set")
+    assert reader.read_metadata(0) | {"source": "good@0.000s", "fps": 4.0, "pixel_frames": 9} == reader.read_metadata(0)
+    assert torch.equal(reader.read(0, np.arange(9)), PatchifyCodec(4).encode(images).bfloat16())
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "set" / "unreadable.jsonl").read_text().splitlines()]
+    assert reasons[0].startswith("frame bad/1.png has (16, 17) px")
+    assert reasons[1].startswith("empty is a folder without frames")
 
 
 def test_a_set_begun_before_dropped_pieces_were_counted_goes_on(toy_folder, tmp_path, capsys):

@@ -21,6 +21,38 @@ def test_folder_is_searched_in_order_of_names(tmp_path):
     assert len({e.key for e in manifest.entries}) == 4
 
 
+def test_folders_of_frames_count_where_their_rate_is_known(tmp_path):
+    touch(tmp_path, "top.png", "a.mp4", "b/1.png", "c/2.JPG", "d/x.mp4", "d/thumb.png", "e/f/1.png", "g/notes.txt")
+    assert [e.source for e in read_manifest(tmp_path).entries] == ["a.mp4", "d/x.mp4"]
+    manifest = read_manifest(tmp_path, frame_folder_fps=25.0)
+    assert [e.source for e in manifest.entries] == ["a.mp4", "b", "c", "d/x.mp4", "e/f"]
+    assert {e.frame_folder_fps for e in manifest.entries} == {25.0}
+    with pytest.raises(DataError, match="names no video; .* folders of frames must lie below .* need frame_folder_fps"):
+        read_manifest(tmp_path / "e")
+
+
+def test_folders_of_frames_in_a_table(tmp_path):
+    touch(tmp_path, "clips/b/1.png", "clips/a.mp4", "clips/c/1.png")
+    table = tmp_path / "m.csv"
+    table.write_text("path,frame_folder_fps\nclips/a.mp4,\nclips/b,12.5\nclips/c,\n")
+    assert [e.frame_folder_fps for e in read_manifest(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
+    with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames, .*give it as frame_folder_"):
+        read_manifest(table)
+    for wrong, message in (("fast", "'fast'; give frames per second"), ("0", "0.0; give a positive number of frames")):
+        table.write_text(f"path,frame_folder_fps\nclips/b,{wrong}\n")
+        with pytest.raises(DataError, match=message):
+            read_manifest(table)
+
+
+def test_only_a_frame_rate_of_its_own_changes_what_a_source_is(tmp_path):
+    touch(tmp_path, "b/1.png")
+    table, hashes = tmp_path / "m.csv", set()
+    for text in ("path\nb.mp4\n", "path,frame_folder_fps\nb.mp4,\n", "path,frame_folder_fps\nb.mp4,25\n"):
+        table.write_text(text)
+        hashes.add(read_manifest(table).sha256())
+    assert len(hashes) == 2
+
+
 def test_csv_with_class_names_and_a_byte_order_mark(tmp_path):
     text = '\ufeffpath,caption,class_name,extra\nb.mp4,"a dog, running",dog,1\na.mp4,,cat,2\nc.mp4,,,3\n'
     (tmp_path / "m.csv").write_text(text, encoding="utf-8")

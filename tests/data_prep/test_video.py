@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.video import CutSettings, cut_video, motion, select_part
 from flowception.codecs.video_file import decode_frames, write_video
@@ -73,6 +74,45 @@ def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
     assert (first.start_s, second.start_s) == (pytest.approx(0.5), pytest.approx(0.8))
     with pytest.raises(DataError, match="has 0 frames"):
         cut_video(path, CutSettings(start_s=9.0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fps": 5.0},
+        {"fps": 16.0, "start_s": 0.3, "end_s": 1.45},
+        {"start_s": 0.75, "max_frames": 4, "min_frames": 3},
+        {"height": 16, "width": 32, "min_motion": 1.0},
+        {"max_pixels": 600, "size_multiple": 4},
+    ],
+)
+def test_a_folder_of_frames_is_cut_like_the_video_that_equals_it(tmp_path, settings):
+    frames = np.random.default_rng(4).integers(0, 256, (13, 20, 36, 3), dtype=np.uint8)
+    write_lossless(tmp_path / "a.mkv", frames, fps=8)
+    (tmp_path / "a").mkdir()
+    for number, image in enumerate(frames):
+        Image.fromarray(image).save(tmp_path / "a" / f"{number}.png")
+    file = cut_video(tmp_path / "a.mkv", CutSettings(**settings))
+    folder = cut_video(tmp_path / "a", CutSettings(frame_folder_fps=8.0, **settings))
+    if not settings:
+        assert np.array_equal(file.clips[0].frames, frames)
+    assert (len(folder.clips), folder.dropped) == (len(file.clips), file.dropped)
+    for ours, theirs in zip(folder.clips, file.clips, strict=True):
+        assert np.array_equal(ours.frames, theirs.frames)
+        assert (ours.fps, ours.start_s) == (pytest.approx(theirs.fps), pytest.approx(theirs.start_s))
+
+
+def write_lossless(path, frames, fps):
+    """FFV1 in RGB: decodes to the very same bytes."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def test_seeking_gives_the_frames_that_decoding_everything_gives(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_prep.filters import FilterRange
 from data_prep.manifest import read_manifest
 from flowception.errors import ConfigError, DataError
 
@@ -27,9 +28,31 @@ def test_taichi(tmp_path):
     manifest = read_manifest(tmp_path, "taichi")
     assert manifest.report.missing == ("train/gone#000005#000070.mp4",)
     assert (manifest.report.listed, manifest.report.kept) == (3, 2)
-    (tmp_path / "frames" / "train" / "ab#000010#000050.png").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"folders of frames: run load_videos.py with --format .mp4"):
-        read_manifest(tmp_path / "frames", "taichi")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="has neither .mp4 files nor folders of frames"):
+        read_manifest(tmp_path / "empty", "taichi")
+
+
+def test_taichi_as_folders_of_frames(tmp_path):
+    """``load_videos.py`` writes folders of frames by default, which are called ``.mp4`` all the same."""
+    for name in ("ab#000010#000050.mp4/0000000.png", "cd#000000#000128.png/0000000.png", "ef#000000#000009.mp4"):
+        touch(tmp_path / "train" / name)
+    with pytest.raises(DataError, match="ab#000010#000050.mp4 is a folder of frames, which has no frame rate of its"):
+        read_manifest(tmp_path, "taichi")
+    entries = read_manifest(tmp_path, "taichi", frame_folder_fps=24.0).entries
+    assert [e.source for e in entries] == [
+        "train/ab#000010#000050.mp4",
+        "train/cd#000000#000128.png",
+        "train/ef#000000#000009.mp4",
+    ]
+    assert [e.frame_folder_fps for e in entries] == [24.0] * 3
+    header = "video_id,start,end,fps,partition\n"
+    touch(tmp_path / "taichi-metadata.csv", f"{header}ab,10,50,29.97,train\ncd,0,128,,train\nef,0,9,25,train\n")
+    manifest = read_manifest(tmp_path, "taichi", frame_folder_fps=24.0, filters={"frames": FilterRange(min=20)})
+    assert [e.frame_folder_fps for e in manifest.entries] == [29.97, 24.0]
+    assert manifest.report.missing == ()
+    with pytest.raises(DataError, match="cd#000000#000128.png is a folder of frames"):
+        read_manifest(tmp_path, "taichi")
 
 
 def trajectory(video, times):
