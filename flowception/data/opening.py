@@ -8,7 +8,8 @@ from flowception.data.loader import DataConfig
 from flowception.data.mds import MDS_FORMAT, MdsReader
 from flowception.data.mixture import MixtureReader
 from flowception.data.reader import ShardReader
-from flowception.data.remote import CacheConfig, RemoteReader, is_url
+from flowception.data.remote import CacheConfig, is_url
+from flowception.data.remote_reader import RemoteReader
 from flowception.data.schema import ShardMeta
 
 DataReader = ShardReader | MdsReader | MixtureReader

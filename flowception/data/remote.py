@@ -1,10 +1,14 @@
-"""Sets behind a URL: whole shards are fetched into a local cache that the processes of a node share.
+"""The cache of sets behind a URL: whole shards on a disk of the node, whose processes share it.
 
 Any URL that fsspec knows (``http://``, ``s3://``, ``gs://`` ...; extra ``remote``). The description and the index are
 fetched when the set is opened and verified as always; shards follow when a clip of them is wanted, or a little earlier
-because the loader says which come next. A shard is fetched by one process while the others wait for it (``flock``),
+because the loader says which come next. A file is fetched by one process while the others wait for it (``flock``),
 under another name until it is whole. When the cache is full, shards that no process has open are deleted, those used
 longest ago first.
+
+``meta.json`` may change behind its URL. A process takes a copy that another one has begun to fetch since it began
+itself, so the ranks of a node, which all begin before the first one opens a set, fetch it once, and a run that starts
+again fetches it anew. The index has its hash in ``meta.json``: a copy with that hash is never fetched again.
 
 A fetch that stalls, breaks off or ends early is tried again with growing pauses. If it fails for good, the clips of
 the shard are bad clips like any others. The failure is noted beside the shard's place, so that for a while the shard
@@ -16,24 +20,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
-
-from flowception.data.index import INDEX_NAMES, ClipRow
-from flowception.data.reader import ChecksumError, ShardReader
-from flowception.data.schema import META_NAME, ShardMeta
-from flowception.data.shards import shard_name
 from flowception.errors import ConfigError, DataError, FlowceptionError, require
 from flowception.files import FileLock, write_atomically
 
@@ -41,7 +35,10 @@ FIRST_PAUSE_S = 1.0
 """Before the second attempt; it doubles with each."""
 _FAILED_FOR_S = 60.0
 """A failure holds for so long at least, and for twice as long as all attempts may take."""
-_MAX_OPEN = 4
+_BEGAN = time.time()
+"""When this process began."""
+_taken: dict[Path, float] = {}
+"""When this process last took a copy of a file that may change."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What no remote raises: the local disk is full or cannot be written."""
 
@@ -122,22 +119,51 @@ class ShardCache:
             if path.exists() and path.stat().st_size != size:
                 path.unlink(missing_ok=True)
 
-    def fetch(self, name: str, size: int | None) -> Path:
-        """Make sure that a file is in the cache; with no known size it is fetched anew."""
+    def fetch(self, name: str, size: int | None = None, *, since: float = 0.0) -> Path:
+        """Make sure that a file is in the cache.
+
+        Args:
+            name: The file in the remote folder.
+            size: Its bytes; None where they are not known.
+            since: A copy whose fetching began before this time is fetched anew.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            DataError: If it cannot be fetched.
+            ConfigError: If the cache is full or its disk fails.
+        """
         path, partial = self.folder / name, self.folder / f".{name}.partial"
         with FileLock(_lock_of(path), DataError, wait=True), self._disk_is_to_blame():
-            if size is not None and path.exists() and path.stat().st_size == size:
+            if path.exists() and size in (None, path.stat().st_size) and (not since or path.stat().st_mtime >= since):
                 return path
             if reason := self._read_failure(name):
                 raise DataError(reason)
             partial.unlink(missing_ok=True)
             if size is not None:
                 self._make_room(size)
+            began = time.time()
             self._fetch_patiently(name, partial, size)
+            os.utime(partial, (began, began))
             _sync(partial)
             partial.replace(path)
             self._failure(name).unlink(missing_ok=True)
         return path
+
+    def read_newest(self, name: str) -> bytes:
+        """A file that may change, as it was at some time since this process began, or since it last read it."""
+        path = self.folder / name
+        content = self.fetch(name, since=_taken.get(path, _BEGAN)).read_bytes()
+        _taken[path] = time.time()
+        return content
+
+    def place(self, name: str, content: bytes) -> None:
+        """Put a file into the cache that was fetched already."""
+        path = self.folder / name
+        with FileLock(_lock_of(path), DataError, wait=True), self._disk_is_to_blame():
+            if not path.exists() or path.read_bytes() != content:
+                write_atomically(path, content)
 
     @contextmanager
     def _disk_is_to_blame(self) -> Iterator[None]:
@@ -285,63 +311,3 @@ def _descriptor(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-class RemoteReader(ShardReader):
-    """A ``ShardReader`` of a set behind a URL."""
-
-    max_open_shards = _MAX_OPEN
-
-    def __init__(
-        self, url: str, config: CacheConfig, *, codec: str | None = None, codec_fingerprint: str | None = None
-    ) -> None:
-        """Fetch the description and the index, and open the set.
-
-        Args:
-            url: The set's remote folder.
-            config: Where shards are kept.
-            codec: See ``ShardReader``.
-            codec_fingerprint: See ``ShardReader``.
-        """
-        described = ShardCache(url, config).fetch(META_NAME, None).parent
-        self.cache = ShardCache(url, config, version=ShardMeta.load(described).index_sha256)
-        for name in (META_NAME, *INDEX_NAMES):
-            self.cache.fetch(name, None)
-        self._wanted: SimpleQueue[int] | None = None
-        super().__init__(self.cache.folder, codec=codec, codec_fingerprint=codec_fingerprint)
-
-    def check_files(self, meta: ShardMeta) -> None:
-        """Nothing: shards are fetched, and their sizes checked, when they are wanted."""
-
-    def open_shard(self, shard: int) -> int:
-        """A descriptor of a shard in the cache."""
-        return self.cache.open_file(shard_name(shard), self._sizes[shard])
-
-    def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
-        """What ``ShardReader`` reads; a shard with wrong bytes is fetched once more, for the copy may be to blame."""
-        try:
-            return super()._read(row, clip, frames, with_prefix)
-        except ChecksumError:
-            self.cache.drop(shard_name(clip.shard))
-            if clip.shard in self._open:
-                os.close(self._open.pop(clip.shard))
-            return super()._read(row, clip, frames, with_prefix)
-
-    def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Fetch the shards of some clips in the background, as they are wanted soon."""
-        if self._wanted is None:
-            self._wanted = SimpleQueue()
-            threading.Thread(target=self._prefetch_all, args=(self._wanted,), name="prefetch", daemon=True).start()
-        for shard in np.unique(self.index.clips["shard"][rows]).tolist():
-            self._wanted.put(shard)
-
-    def _prefetch_all(self, wanted: SimpleQueue[int]) -> None:
-        while True:
-            shard = wanted.get()
-            try:
-                self.cache.fetch(shard_name(shard), self._sizes[shard])
-            except (FlowceptionError, OSError):
-                continue  # who needs the shard meets the error again, and names the clip
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_wanted": None}

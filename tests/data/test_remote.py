@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from flowception.data import remote as remote_module
+from flowception.data.index import INDEX_NAMES
 from flowception.data.loader import DataConfig, PackLoader
 from flowception.data.opening import open_data, open_set
 from flowception.data.plan import Plan
 from flowception.data.reader import ShardReader
-from flowception.data.remote import CacheConfig, RemoteReader, ShardCache
+from flowception.data.remote import CacheConfig, ShardCache
+from flowception.data.remote_reader import RemoteReader
 from flowception.data.schema import ShardMeta
 from flowception.data.shards import ShardSetWriter
 from flowception.errors import ConfigError, DataError
@@ -264,6 +266,66 @@ def test_processes_of_a_node_fetch_a_shard_once(served, tmp_path):
     assert server.asked["shard-000004.tar"] == 1
 
 
+def _open(url, config, barrier):
+    barrier.wait(600)
+    reader = RemoteReader(url, config)
+    assert len(reader.index) == 60
+    reader.read(0, [0])
+
+
+def open_in_processes(url, config, count):
+    """Processes that have all begun when the first opens the set, as the ranks of a node have."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(count)
+    processes = [spawn.Process(target=_open, args=(url, config, barrier)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def test_processes_of_a_node_fetch_description_and_index_once(served, tmp_path, monkeypatch):
+    server, _, open_remote = served
+    config = CacheConfig(cache_dir=str(tmp_path / "cache"), timeout_s=60)
+    open_in_processes(server.url, config, 3)
+    once = {"meta.json": 1, **dict.fromkeys(INDEX_NAMES, 1), "shard-000000.tar": 1}
+    assert server.asked == once
+    monkeypatch.setattr(remote_module, "_BEGAN", time.time())  # as in another run, which fetches what may have changed
+    open_remote()
+    assert server.asked == once | {"meta.json": 2}
+
+
+def test_a_process_never_takes_one_copy_of_the_description_twice(served):
+    server, _, open_remote = served
+    for times in (1, 2, 3):
+        open_remote()
+        assert server.asked == {"meta.json": times, **dict.fromkeys(INDEX_NAMES, 1)}
+
+
+def test_a_description_that_another_process_began_to_fetch_before_is_fetched_anew(served, monkeypatch):
+    server, _, open_remote = served
+    path = ShardCache(server.url, open_remote().cache.config).folder / "meta.json"
+    for since, asked in ((path.stat().st_mtime, 1), (path.stat().st_mtime + 1e-3, 2)):
+        monkeypatch.setattr(remote_module, "_taken", {})
+        monkeypatch.setattr(remote_module, "_BEGAN", since)
+        open_remote()
+        assert server.asked["meta.json"] == asked
+
+
+@pytest.mark.parametrize("name", INDEX_NAMES)
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_copy_of_the_index_is_fetched_once_more(served, name, damage):
+    server, records, open_remote = served
+    path = open_remote().folder / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:100] if damage == "cut" else content)
+    for _ in range(2):
+        assert torch.equal(open_remote().read(3, [0]), records[3].latents[:1])
+    assert [server.asked[each] for each in INDEX_NAMES] == [2] * 3
+
+
 @pytest.mark.parametrize("fault", ["stall", "reset", "missing"])
 def test_who_waited_for_a_fetch_that_failed_fails_with_it(served, fault):
     server, _, open_remote = served
@@ -320,6 +382,7 @@ def test_a_changed_remote_index_is_refused(served):
     path.write_bytes(content)
     with pytest.raises(DataError, match="not the one meta.json was written with"):
         open_remote()
+    assert server.asked["index-clips.npy"] == 2  # the copy could have been to blame
 
 
 def test_what_cannot_be_opened_is_named(served, tmp_path):
