@@ -21,6 +21,7 @@ import torch
 
 from data_prep.decode_pool import Decoded, decode_videos
 from data_prep.encode_config import EncodeConfig
+from data_prep.headers import HeaderReader
 from data_prep.left_out import (
     DROPPED_NAME,
     UNREADABLE_NAME,
@@ -78,11 +79,16 @@ class ShardEncoder:
     def __init__(self, config: EncodeConfig) -> None:
         """Read the manifest, load the codec and check that the folder belongs to this job."""
         self.config = config
+        self.folder = Path(config.out)
         self.manifest: Manifest = read_manifest(
-            config.source, config.source_format, config.split, config.filters, config.frame_folder_fps
+            config.source,
+            config.source_format,
+            config.split,
+            config.filters,
+            config.frame_folder_fps,
+            HeaderReader(self.folder),
         )
         print("\n".join(self.manifest.report.lines()), flush=True)
-        self.folder = Path(config.out)
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.codec: Codec = build_codec(config.codec, device)
         config.check_codec(self.codec)

@@ -1,23 +1,20 @@
 """Leaves out videos by numbers that are known of them before they are decoded: length, size, motion, any score.
 
 A filter names a column of the manifest. ``duration_s``, ``height``, ``width`` and ``fps`` are read from the video
-files' headers where the manifest has no such column; that opens every file once.
+files' headers where the manifest has no such column; that opens every file once (``headers``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from flowception.codecs.video_file import VideoHeader, read_header
-from flowception.errors import ConfigError, DataError
+from data_prep.headers import HeaderReader, Video
+from flowception.errors import ConfigError
 
 _HEADER_COLUMNS = ("duration_s", "height", "width", "fps")
-_HEADER_THREADS = 8
 
 
 @dataclass(kw_only=True)
@@ -58,7 +55,10 @@ class FilterCount:
 
 
 def apply_filters(
-    rows: Sequence[dict[str, Any]], videos: Sequence[tuple[Path, float | None]], filters: dict[str, FilterRange]
+    rows: Sequence[dict[str, Any]],
+    videos: Sequence[Video],
+    filters: dict[str, FilterRange],
+    headers: HeaderReader,
 ) -> tuple[list[int], list[FilterCount]]:
     """Choose the videos that pass all filters.
 
@@ -66,6 +66,7 @@ def apply_filters(
         rows: Columns of each video.
         videos: Path of each video, and its frame rate if it is a folder of frames.
         filters: Ranges by column, applied in this order.
+        headers: Reads what no column says.
 
     Returns:
         Numbers of the videos kept, and what each filter removed.
@@ -75,7 +76,7 @@ def apply_filters(
     """
     kept, counts = list(range(len(rows))), []
     for column, wanted in filters.items():
-        values = _column(column, rows, videos, kept)
+        values = _column(column, rows, videos, kept, headers)
         passing = [k for k in kept if not math.isnan(values[k]) and wanted.keeps(values[k])]
         unknown = sum(math.isnan(values[k]) for k in kept)
         counts.append(FilterCount(column, wanted.min, wanted.max, len(kept) - len(passing), unknown))
@@ -84,7 +85,7 @@ def apply_filters(
 
 
 def _column(
-    column: str, rows: Sequence[dict[str, Any]], videos: Sequence[tuple[Path, float | None]], kept: Sequence[int]
+    column: str, rows: Sequence[dict[str, Any]], videos: Sequence[Video], kept: Sequence[int], headers: HeaderReader
 ) -> dict[int, float]:
     """A column's numbers for some videos; nan where there is none."""
     if any(column in row for row in rows):
@@ -95,16 +96,8 @@ def _column(
             f"filters name the column {column!r}, which no video has; columns with numbers are "
             f"{', '.join(numeric) or 'none'}, and of the files {', '.join(_HEADER_COLUMNS)}"
         )
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        headers = pool.map(_header, [videos[k] for k in kept])
-        return {k: math.nan if h is None else float(getattr(h, column)) for k, h in zip(kept, headers, strict=True)}
-
-
-def _header(video: tuple[Path, float | None]) -> VideoHeader | None:
-    try:
-        return read_header(*video)
-    except DataError:
-        return None
+    found = headers.read([videos[k] for k in kept])
+    return {k: math.nan if h is None else float(getattr(h, column)) for k, h in zip(kept, found, strict=True)}
 
 
 def _number(value: Any) -> float:

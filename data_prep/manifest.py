@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep.filters import FilterCount, FilterRange, apply_filters
+from data_prep.headers import HeaderReader
 from data_prep.manifests import kinetics600, openvid, realestate10k, taichi
 from data_prep.manifests.rows import VIDEO_SUFFIXES, SourceRows
 from data_prep.manifests.table import read_csv_file, read_folder, read_jsonl_file
@@ -110,6 +111,7 @@ def read_manifest(
     split: str | None = None,
     filters: Mapping[str, FilterRange] | None = None,
     frame_folder_fps: float | None = None,
+    headers: HeaderReader | None = None,
 ) -> Manifest:
     """Read a source.
 
@@ -119,6 +121,7 @@ def read_manifest(
         split: Which part of a data set; None is its training part.
         filters: Ranges by column.
         frame_folder_fps: Frames per second of folders of frames, where the source does not say.
+        headers: What reads the headers of files for filters; None reads them for this call alone.
 
     Returns:
         The entries, in the source's own order (a folder's is sorted).
@@ -143,7 +146,8 @@ def read_manifest(
         )
     _refuse_doubles(entries)
     entries, class_names = _number_classes(entries)
-    kept, counts = apply_filters(found.rows, [(e.path, e.frame_folder_fps) for e in entries], dict(filters or {}))
+    videos = [(entry.path, entry.frame_folder_fps) for entry in entries]
+    kept, counts = apply_filters(found.rows, videos, dict(filters or {}), headers or HeaderReader())
     if not kept:
         raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
     listed = len(entries) + len(found.missing)

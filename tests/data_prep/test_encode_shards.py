@@ -366,7 +366,7 @@ def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp
         Image.fromarray(image).save(tmp_path / "good" / f"{number}.png")
         Image.fromarray(image).resize((16 + number, 16)).save(tmp_path / "bad" / f"{number}.png")
     (tmp_path / "m.csv").write_text("path\ngood\nbad\nempty\n")
-    summary = ShardEncoder(toy_config(tmp_path / "m.csv", tmp_path / "set", frame_folder_fps=4.0, num_workers=1)).run()
+    summary = ShardEncoder(toy_config(tmp_path / "m.csv", tmp_path / "set", frame_folder_fps=4.0)).run()
     assert (summary.videos, summary.unreadable, summary.clips) == (1, 2, 1)
     reader = ShardReader(tmp_path / "set")
     assert reader.read_metadata(0) | {"source": "good@0.000s", "fps": 4.0, "pixel_frames": 9} == reader.read_metadata(0)

@@ -1,8 +1,10 @@
 import math
+from pathlib import Path
 
 import pytest
 
 from data_prep.filters import FilterRange, apply_filters
+from data_prep.headers import HeaderReader
 from data_prep.manifest import read_manifest
 from flowception.errors import ConfigError, DataError
 
@@ -57,5 +59,5 @@ def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
 
 def test_a_filter_without_bounds_asks_for_a_number():
     rows = [{"a": "1"}, {"a": "x"}, {}, {"a": math.nan}]
-    kept, (count,) = apply_filters(rows, [], {"a": FilterRange()})
+    kept, (count,) = apply_filters(rows, [(Path("x"), None)] * 4, {"a": FilterRange()}, HeaderReader())
     assert (kept, count.removed, count.without_number) == ([0], 3, 3)
