@@ -381,6 +381,9 @@ def test_a_set_begun_before_dropped_pieces_were_counted_goes_on(toy_folder, tmp_
     whole = ShardEncoder(replace(config, out=str(tmp_path / "whole"))).run()
     ShardEncoder(replace(config, num_parts=3)).run()
     (tmp_path / "set" / "shard-000000.dropped.json").unlink()
+    settings = json.loads((tmp_path / "set" / "encode_settings.json").read_text())
+    del settings["min_motion"], settings["frame_folder_fps"]  # which there were not either
+    (tmp_path / "set" / "encode_settings.json").write_text(json.dumps(settings))
     assert read_status(tmp_path / "set").describe().splitlines()[2:3] == [
         "dropped pieces are not known of 1 shard that an earlier version encoded"
     ]
