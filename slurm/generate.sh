@@ -19,11 +19,5 @@
 set -euo pipefail
 
 export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
-cd "$FLOWCEPTION_HOME"
-set +u # modules and conda fail under -u
-source "$FLOWCEPTION_SITE"
-set -u
-source "$FLOWCEPTION_HOME/slurm/parts.sh"
-export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
+source "$FLOWCEPTION_HOME/slurm/parts.sh" # sources the site; sets NUM_PARTS
 exec srun python -u -m flowception.cli generate "$@" --part "$SLURM_ARRAY_TASK_ID" --num-parts "$NUM_PARTS"
