@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flowception.data.index import CLIP_DTYPE, ClipIndex
-from flowception.data.reader import ShardReader, check_codec, check_files, frames_refused, load_index
+from flowception.data.reader import FolderReader, ShardReader, frames_refused
 from flowception.data.schema import META_NAME, ShardFile, ShardMeta, checksum
 from flowception.data.shards import bf16_bytes
 from flowception.errors import DataError, MissingDependencyError
@@ -100,27 +100,18 @@ def write_mds(source: ShardReader, folder: Path, shard_bytes: int) -> ShardMeta:
     return meta
 
 
-class MdsReader:
+class MdsReader(FolderReader):
     """Reads clips of an MDS set; what ``ShardReader`` is for tars."""
 
-    def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
-        """Open a set.
+    format = MDS_FORMAT
 
-        Args:
-            folder: The set's folder.
-            codec: Name of the codec the run uses; None accepts any.
-            codec_fingerprint: Its fingerprint; None accepts any.
+    def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
+        """Open a set; see ``FolderReader``.
 
         Raises:
-            DataError: If the set was made by another codec, is incomplete, or one of its indices is damaged.
             MissingDependencyError: If mosaicml-streaming is not installed.
         """
-        self.folder = Path(folder)
-        self.meta = ShardMeta.load(self.folder)
-        check_codec(self.folder, self.meta, codec, codec_fingerprint)
-        self._null_text = self.meta.null_embedding()
-        self.index = load_index(self.folder, self.meta)
-        check_files(self.folder, self.meta)
+        super().__init__(folder, codec=codec, codec_fingerprint=codec_fingerprint)
         try:
             self._samples = import_streaming().LocalDataset(str(self.folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -129,21 +120,6 @@ class MdsReader:
         if found != [(s.name, s.size_bytes, s.clips) for s in self.meta.shards]:
             raise DataError(f"{self.folder}/index.json and meta.json list other shards; convert the set again")
         self._last: tuple[int, dict[str, bytes]] | None = None
-
-    @property
-    def text_width(self) -> int | None:
-        """D of text embeddings; None if the set has no text."""
-        return self.meta.text_width
-
-    @property
-    def null_text(self) -> Tensor | None:
-        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
-        return self._null_text
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-        return self.meta.latent_channels
 
     def describe(self, row: int) -> str:
         """A clip and the file it is in, for a message."""
@@ -169,9 +145,6 @@ class MdsReader:
             raise DataError(f"{self.describe(row)}: key, metadata or text do not match their checksum")
         self._last = (row, sample)
         return sample
-
-    def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Nothing: what is on disk needs no fetching."""
 
     def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
         """Some latent frames of a clip and its text; see ``ShardReader.read_clip``."""

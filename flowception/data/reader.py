@@ -15,7 +15,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -61,43 +61,6 @@ class ClipReader(Protocol):
         """A clip and the file it is in, for a message."""
 
 
-def check_codec(where: object, meta: ShardMeta, codec: str | None, codec_fingerprint: str | None) -> None:
-    """Refuse a set of another codec than a run uses; None accepts any."""
-    for name, wanted, found in (
-        ("codec", codec, meta.codec),
-        ("codec fingerprint", codec_fingerprint, meta.codec_fingerprint),
-    ):
-        if wanted is not None and wanted != found:
-            raise DataError(
-                f"{where} was encoded with {name} {found!r} ({meta.codec}), this run uses {wanted!r}; "
-                "encode the videos again, or choose the codec of the set"
-            )
-
-
-def load_index(folder: Path, meta: ShardMeta) -> ClipIndex:
-    """The index of a set, verified."""
-    index = ClipIndex.load(folder)
-    if index.fingerprint() != meta.index_sha256:
-        raise DataError(f"the index in {folder} is not the one meta.json was written with; encode it again")
-    index.check(ids=False)
-    return index
-
-
-def check_files(folder: Path, meta: ShardMeta) -> None:
-    """Refuse a set with a shard that is missing or has another size than when it was written."""
-    for shard in meta.shards:
-        path = folder / shard.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"shard {path} is missing ({error.strerror}); restore it or encode it again") from error
-        if size != shard.size_bytes:
-            raise DataError(
-                f"shard {path} has {size} bytes and should have {shard.size_bytes}: it was cut short or changed; "
-                "restore it or encode it again"
-            )
-
-
 def frames_refused(wanted: NDArray[np.int64], num_frames: int) -> str:
     """What is wrong with frame numbers, which must increase and be those of frames of the clip; empty if nothing is."""
     numbers = wanted.tolist() if wanted.ndim == 1 else [-1]
@@ -106,10 +69,11 @@ def frames_refused(wanted: NDArray[np.int64], num_frames: int) -> str:
     return f"frames {wanted.tolist()} are not increasing in 0..{num_frames - 1}"
 
 
-class ShardReader:
-    """Reads clips of one set. Safe to fork: reads are positioned and share no file cursor."""
+class FolderReader:
+    """What readers of either format share: they open a folder, verified, and say what set it is."""
 
-    max_open_shards = 64
+    format: ClassVar[str]
+    """The format read, by the name it has in ``meta.json``."""
 
     def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
         """Open a set.
@@ -120,19 +84,19 @@ class ShardReader:
             codec_fingerprint: Its fingerprint; None accepts any.
 
         Raises:
-            DataError: If the set was made by another codec, is incomplete, or its index is damaged.
+            DataError: If the set was made by another codec, is incomplete, or an index of it is damaged.
         """
         self.folder = Path(folder)
         self.meta = ShardMeta.load(self.folder)
-        if self.meta.format != FORMAT:
-            raise DataError(f"{self.folder} has the format {self.meta.format!r}, this reader reads {FORMAT!r}")
-        check_codec(self.folder, self.meta, codec, codec_fingerprint)
+        if self.meta.format != self.format:
+            raise DataError(f"{self.folder} has the format {self.meta.format!r}, this reader reads {self.format!r}")
+        self._check_codec(codec, codec_fingerprint)
         self._null_text = self.meta.null_embedding()
-        self.index = load_index(self.folder, self.meta)
+        self.index = ClipIndex.load(self.folder)
+        if self.index.fingerprint() != self.meta.index_sha256:
+            raise DataError(f"the index in {self.folder} is not the one meta.json was written with; encode it again")
+        self.index.check(ids=False)
         self.check_files(self.meta)
-        self._sizes = {int(shard.name[6:12]): shard.size_bytes for shard in self.meta.shards}
-        self._check_bounds()
-        self._open: OrderedDict[int, int] = OrderedDict()
 
     @property
     def text_width(self) -> int | None:
@@ -148,6 +112,48 @@ class ShardReader:
     def null_text(self) -> Tensor | None:
         """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
         return self._null_text
+
+    def _check_codec(self, codec: str | None, codec_fingerprint: str | None) -> None:
+        for name, wanted, found in (
+            ("codec", codec, self.meta.codec),
+            ("codec fingerprint", codec_fingerprint, self.meta.codec_fingerprint),
+        ):
+            if wanted is not None and wanted != found:
+                raise DataError(
+                    f"{self.folder} was encoded with {name} {found!r} ({self.meta.codec}), this run uses {wanted!r}; "
+                    "encode the videos again, or choose the codec of the set"
+                )
+
+    def check_files(self, meta: ShardMeta) -> None:
+        """Refuse the set if a shard is missing or has another size than when it was written."""
+        for shard in meta.shards:
+            path = self.folder / shard.name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"shard {path} is missing ({error.strerror}); restore it or encode it again") from error
+            if size != shard.size_bytes:
+                raise DataError(
+                    f"shard {path} has {size} bytes and should have {shard.size_bytes}: it was cut short or changed; "
+                    "restore it or encode it again"
+                )
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Nothing: what is on disk needs no fetching."""
+
+
+class ShardReader(FolderReader):
+    """Reads clips of a set of tars. Safe to fork: reads are positioned and share no file cursor."""
+
+    format = FORMAT
+    max_open_shards = 64
+
+    def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
+        """Open a set; see ``FolderReader``. A row that lies outside its shard is a ``DataError`` too."""
+        super().__init__(folder, codec=codec, codec_fingerprint=codec_fingerprint)
+        self._sizes = {int(shard.name[6:12]): shard.size_bytes for shard in self.meta.shards}
+        self._check_bounds()
+        self._open: OrderedDict[int, int] = OrderedDict()
 
     def _check_bounds(self) -> None:
         clips = self.index.clips
@@ -166,16 +172,9 @@ class ShardReader:
             row = int(np.flatnonzero(outside)[0])
             raise DataError(f"{self.describe(row)} lies outside its shard according to the index; encode the set again")
 
-    def check_files(self, meta: ShardMeta) -> None:
-        """Refuse the set if a shard is missing or has another size."""
-        check_files(self.folder, meta)
-
     def open_shard(self, shard: int) -> int:
         """A descriptor of a shard; the reader closes it."""
         return os.open(self.folder / shard_name(shard), os.O_RDONLY | os.O_CLOEXEC)
-
-    def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Nothing: what is on disk needs no fetching."""
 
     def describe(self, row: int) -> str:
         """A clip and the file it is in, for a message."""
