@@ -21,7 +21,7 @@ from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
 from flowception.nn.presets import DiTConfig
 from flowception.training.checkpoint import CheckpointConfig
-from flowception.training.distributed import init_distributed, shut_down
+from flowception.training.distributed import init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
 from flowception.training.saving import Saver
 from flowception.training.shards import ShardedState
@@ -75,7 +75,7 @@ def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str
         "save_blocked_s": statistics.median(blocked_s[1:]),
         "save_s": statistics.median(whole_s[1:]),
     }
-    shut_down()
+    torch.distributed.destroy_process_group()
     return result
 
 

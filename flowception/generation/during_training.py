@@ -64,6 +64,7 @@ class TrainingSampler:
         self.config, self.reader, self.device = config, reader, device
         self.folder = Path(config.run_dir) / "samples"
         self.law = build_delay_law(config.delay_law)
+        self.fps = data_fps(config.data) or DEFAULT_FPS
         clips = plan.index.clips
         grids = np.stack([clips["height"][plan.rows], clips["width"][plan.rows]], axis=1)
         kinds, which, counts = np.unique(grids, axis=0, return_inverse=True, return_counts=True)
@@ -167,11 +168,11 @@ class TrainingSampler:
         folder.mkdir(parents=True, exist_ok=True)
         codec = codec_of(self.reader.meta, self.device)
         videos = codec.decode_many([latents.cpu() for latents in result.clips()[: len(numbers)]])
-        fps, records = data_fps(self.config.data) or DEFAULT_FPS, []
+        records = []
         for slot, (number, video) in enumerate(zip(numbers, videos)):
             given = self.given[slot]
             name = f"clip_{number:04d}.mp4"
-            write_mp4(folder / name, np.asarray(video), fps=fps)
+            write_mp4(folder / name, np.asarray(video), fps=self.fps)
             records.append(
                 {
                     "file": name,

@@ -175,9 +175,3 @@ def of_all_ranks(error: FlowceptionError) -> FlowceptionError:
     """Note on an error that every rank raises it; the first rank alone will print it."""
     error.on_all_ranks = True
     return error
-
-
-def shut_down() -> None:
-    """Leave the process group when all ranks are done."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
