@@ -66,5 +66,6 @@ def test_train_and_generate_by_prompt(command, tmp_path):
     def redness(name):  # red minus blue, over all first frames
         return float(np.mean([frame[..., 0].mean() - frame[..., 2].mean() for frame in first[name]]))
 
-    assert redness("red") > redness("none") > redness("cyan")
-    assert not np.array_equal(first["cyan"], first["guided"])
+    # Measured 1.17, -0.41, -1.94 and -5.0 levels of 255, with every kind of the CPU's kernels.
+    gaps = np.diff([redness(name) for name in ("guided", "cyan", "none", "red")])
+    assert np.all(gaps > (1.0, 0.5, 0.5)), gaps
