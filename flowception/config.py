@@ -84,6 +84,13 @@ class TrainConfig(ProcessConfig, PlanConfig):
             raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
         if self.max_steps < 1:
             raise ConfigError(f"max_steps is {self.max_steps}; give at least 1")
+        save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
+        if hang_s is not None and save_s >= hang_s:
+            raise ConfigError(
+                f"checkpoint.save_timeout_s is {save_s:g} and guard.hang_timeout_s {hang_s:g}: a save that still waits "
+                "for a slow rank would be taken for a hang; give guard.hang_timeout_s more, or "
+                "checkpoint.save_timeout_s less"
+            )
 
 
 def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:

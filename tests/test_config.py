@@ -83,6 +83,20 @@ def test_refusals_name_the_value(words, expected):
         load_config([], [*NEEDED, *words])
 
 
+@pytest.mark.parametrize(
+    ("save_timeout_s", "hang_timeout_s", "refused"),
+    [(600, 1200, False), (1199, 1200, False), (1200, 1200, True), (600, 300, True), (1500, "null", False)],
+)
+def test_a_save_may_not_wait_until_the_watchdog_gives_up(save_timeout_s, hang_timeout_s, refused):
+    words = [f"checkpoint.save_timeout_s={save_timeout_s}", f"guard.hang_timeout_s={hang_timeout_s}"]
+    if not refused:
+        load_config([], [*NEEDED, *words])
+        return
+    expected = f"save_timeout_s is {save_timeout_s} and guard.hang_timeout_s {hang_timeout_s}: a save that still waits"
+    with pytest.raises(ConfigError, match=expected):
+        load_config([], [*NEEDED, *words])
+
+
 def test_an_unknown_key_names_its_file_and_nothing_else(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("optim: {weight_deca: 0.5}\n")

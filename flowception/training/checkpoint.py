@@ -33,7 +33,7 @@ class CheckpointConfig:
     """Save step 0, the untrained model."""
     save_timeout_s: float = 600.0
     """Seconds that rank 0, when its own part is written, waits for the other ranks' parts; then the save has failed.
-    Below the half hour after which ranks that wait for rank 0 give up."""
+    Below ``guard.hang_timeout_s``, and below the half hour after which ranks that wait for rank 0 give up."""
 
     def __post_init__(self) -> None:
         if self.save_every_steps < 1:

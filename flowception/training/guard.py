@@ -52,7 +52,8 @@ class GuardConfig:
     """Rollbacks without getting any further before the run ends with an error."""
     hang_timeout_s: float | None = 1200.0
     """A rank that makes no progress for so long writes down its stacks, and the job ends with exit code 86; None is
-    off. Longer than the longest save, validation or compilation, shorter than the 30 minutes of a collective."""
+    off. Longer than the longest save (and than ``checkpoint.save_timeout_s``), validation or compilation, shorter than
+    the 30 minutes of a collective."""
     data_stall_warning_s: float | None = 60.0
     """A wait for the next batch that is longer is warned of, naming the clips and the worker; None is off."""
 
