@@ -1,6 +1,6 @@
 """Faults of many kinds in small training runs, each of which must end as if nothing had happened.
 
-    python benchmarks/faults.py --faults 200 --seed 0 --json benchmarks/results/faults.json --page docs/faults.md
+    python benchmarks/faults.py --faults 200 --seed 0 --json training_faults.json --page training_faults.md
 
 SIGKILL of a rank in every part of a step, at every file operation of a save, while loading and starting; damaged
 checkpoints; a full disk; preemption; left-overs of dead jobs; two jobs on one directory; other numbers of ranks. After

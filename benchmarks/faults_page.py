@@ -62,12 +62,12 @@ def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def page(result: Mapping[str, Any], command: str) -> str:
-    """``docs/faults.md``."""
+    """``docs/training_faults.md``."""
     records, plain = result["records"], result["uninterrupted_s"]
     changed = [record["loss_difference"] for record in records if record["kind"] == "other world size"]
     bound = f"{max(changed):.1e}" if changed else "not measured"
     lines = failures(records)
-    return f"""# Faults
+    return f"""# Training faults
 
 <!-- Written by benchmarks/faults.py. -->
 
