@@ -39,6 +39,6 @@ def test_videos_become_latents_that_decode_again(autoencoder_folder, tmp_path):
     for row, (name, frames) in enumerate((("a", 17), ("b", 9))):
         latents = reader.read(row, np.arange(reader.index.clips["frames"][row]))
         expected = codec.encode(torch.from_numpy(read_video(videos / f"{name}.mp4")[:frames]))
-        torch.testing.assert_close(latents, expected.bfloat16(), atol=0, rtol=0)
+        torch.testing.assert_close(latents.float(), expected, atol=1e-4, rtol=2**-8)  # bfloat16 rounds by 2^-9 at most
         assert reader.read_metadata(row)["pixel_frames"] == frames
         assert codec_of(reader.meta).decode(latents.float()).shape == (frames, 32, 64, 3)

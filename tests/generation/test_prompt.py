@@ -68,6 +68,6 @@ def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tm
         pairs = zip(written[name], written[other], strict=True)
         return max(255 if a.shape != b.shape else int(np.abs(a - b).max()) for a, b in pairs)
 
-    assert largest_difference("red", "cyan") > 8
-    assert largest_difference("red", "none") > 8
+    assert largest_difference("red", "cyan") > 4  # 9 and 16 were measured
+    assert largest_difference("red", "none") > 4
     assert largest_difference("empty", "none") <= 1  # the same text, but read back from the set: a level may round
