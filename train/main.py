@@ -103,6 +103,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
         torch.set_num_threads(1)
     ranks = init_distributed()
     if ranks.is_main:
+        print(ranks.everyone, flush=True)
         show_log()
     complete = train(config, ranks, stop, _make_sampler if config.samples.every_steps else None)
     return 0 if complete else EXIT_STOPPED

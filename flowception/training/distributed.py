@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 
 from flowception.errors import ConfigError, FlowceptionError
+from flowception.training.devices import check_places, describe_places, find_place, share_places
 
 Value = TypeVar("Value")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -28,6 +29,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    everyone: str = ""
+    """On how many nodes all ranks compute, on what, and how they talk; for a person."""
 
     @property
     def is_main(self) -> bool:
@@ -69,24 +72,34 @@ def _free_port() -> int:
 
 
 def init_distributed() -> Ranks:
-    """Join the process group.
+    """Choose this rank's device, see that those of all ranks fit together, and join the process group.
 
     Returns:
         This process's place in it.
+
+    Raises:
+        ConfigError: On all ranks, if one of them has no GPU that is meant to have one, or their devices differ.
     """
-    from flowception.training.zero import init_deepspeed
+    from flowception.training.zero import COLLECTIVE_TIMEOUT, init_deepspeed
 
     fill_environment()
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if use_cuda:
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    # The process group reuses this store, which must live until then.
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    places = share_places(find_place(local_rank), rank, world_size, store)
+    try:
+        check_places(places)
+    except ConfigError as error:
+        raise of_all_ranks(error) from None
+    device = torch.device(places[rank].device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the number of the device
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        device = torch.device("cpu")
-    init_deepspeed("nccl" if use_cuda else "gloo")
-    return Ranks(rank, local_rank, world_size, device)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    init_deepspeed(backend)
+    return Ranks(rank, local_rank, world_size, device, f"{describe_places(places)}, {backend}")
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:

@@ -30,7 +30,7 @@ from flowception.training.distributed import all_max
 
 Precision = Literal["bf16", "fp32"]
 GRADIENT_NOT_FINITE = "the gradient is not finite"
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(kw_only=True)
@@ -111,7 +111,7 @@ def init_deepspeed(backend: str) -> None:
     if backend == "gloo":
         # DeepSpeed would compile a shared-memory all-reduce for a minute, which only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
 
 def deepspeed_config(
