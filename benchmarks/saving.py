@@ -44,8 +44,9 @@ def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str
     config = DiTConfig(preset=preset)
     engine = build_engine(
         lambda: build_backbone(config),
-        lambda model: build_optimizer(model, OptimConfig()),
+        lambda model: build_optimizer(model, OptimConfig(), ranks.device),
         deepspeed_config(ZeroConfig(stage=stage), "fp32", 1, None, ranks.device),
+        ranks.device,
     )
     shards = ShardedState(engine)
     with torch.device("meta"):

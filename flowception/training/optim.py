@@ -95,13 +95,22 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the two groups; the learning rate is set before each step. Fused on CUDA: no temporary copies."""
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the two groups; the learning rate is set before each step. Fused on CUDA: no temporary copies.
+
+    Args:
+        model: Its parameters, which need not be where they will be trained.
+        config: The optimizer.
+        device: Where they will be trained.
+
+    Returns:
+        The optimizer.
+    """
     first, second = config.betas
     return torch.optim.AdamW(
         parameter_groups(model, config),
         lr=config.lr,
         betas=(first, second),
         eps=config.eps,
-        fused=torch.cuda.is_available() and next(model.parameters()).is_cuda,
+        fused=device.type == "cuda",
     )

@@ -102,10 +102,11 @@ class Trainer:
         self.micro_steps = -(-config.packs_per_step // ranks.world_size)
         self.engine = build_engine(
             lambda: build_backbone(config.model),
-            lambda model: build_optimizer(model, config.optim),
+            lambda model: build_optimizer(model, config.optim, ranks.device),
             deepspeed_config(
                 config.zero, config.precision, self.micro_steps, config.optim.clip_grad_norm, ranks.device
             ),
+            ranks.device,
         )
         self.shards = ShardedState(self.engine)
         self.saver = Saver(config.run_dir, config.checkpoint, self.shards, self._say)

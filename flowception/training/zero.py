@@ -163,6 +163,7 @@ def build_engine(
     build_model: Callable[[], nn.Module],
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     config: dict[str, Any],
+    device: torch.device,
 ) -> Any:
     """Build the model and hand it to DeepSpeed. Its weights have no meaning before ``ShardedState`` gives them one.
 
@@ -170,13 +171,15 @@ def build_engine(
         build_model: Makes the module; under stage 3 its weights are partitioned as they are made.
         build_optimizer: Makes the optimizer of the model.
         config: From ``deepspeed_config``.
+        device: Where the run computes; the weights are made there, in float32 at first.
 
     Returns:
         The DeepSpeed engine.
     """
     import deepspeed
 
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=config["zero_optimization"]["stage"] == 3):
+    partitioned = config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.Init(config_dict_or_path=config) if partitioned else device:
         model = build_model()
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
     return engine

@@ -100,7 +100,9 @@ def measure(stage: int, precision: str, group: int | None = None, accumulation: 
     )
     optim = OptimConfig(warmup_steps=0)
     config = deepspeed_config(zero, precision, accumulation, optim.clip_grad_norm, ranks.device)
-    engine = build_engine(lambda: build_backbone(MODEL), lambda model: build_optimizer(model, optim), config)
+    engine = build_engine(
+        lambda: build_backbone(MODEL), lambda model: build_optimizer(model, optim, ranks.device), config, ranks.device
+    )
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint = build_backbone(MODEL)

@@ -78,7 +78,7 @@ def make_engine(stage, precision="fp32", accumulation_steps=1, optim=OPTIM):
     torch.set_num_threads(1)
     zero = ZeroConfig(stage=stage, param_persistence_threshold=30, bucket_elements=100_000)
     config = deepspeed_config(zero, precision, accumulation_steps, optim.clip_grad_norm, ranks.device)
-    engine = build_engine(Small, lambda model: build_optimizer(model, optim), config)
+    engine = build_engine(Small, lambda model: build_optimizer(model, optim, ranks.device), config, ranks.device)
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint = Small()

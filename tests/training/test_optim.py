@@ -8,6 +8,8 @@ from flowception.errors import ConfigError
 from flowception.training.ema import EmaConfig, decay_at, update
 from flowception.training.optim import OptimConfig, build_optimizer, learning_rate
 
+CPU = torch.device("cpu")
+
 
 def test_warm_up_then_constant():
     config = OptimConfig(lr=1.0, warmup_steps=4)
@@ -30,17 +32,23 @@ def test_cosine_is_a_cosine():
 
 def test_only_matrices_that_are_no_embeddings_decay():
     model = nn.ModuleDict({"table": nn.Embedding(3, 4), "linear": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
-    decaying, plain = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    decaying, plain = build_optimizer(model, OptimConfig(weight_decay=0.3), CPU).param_groups
     assert [p is model["linear"].weight for p in decaying["params"]] == [True]
     assert len(plain["params"]) == 4
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+
+
+def test_it_is_fused_where_the_run_will_compute_on_cuda_wherever_the_weights_are_now():
+    model = nn.Linear(4, 2)
+    assert build_optimizer(model, OptimConfig(), torch.device("cuda", 0)).defaults["fused"]
+    assert not build_optimizer(model, OptimConfig(), CPU).defaults["fused"]
 
 
 def test_partitioned_weights_are_grouped_by_their_full_shape():
     model = nn.Linear(4, 2)
     model.weight.ds_shape, model.bias.ds_shape = model.weight.shape, model.bias.shape
     model.weight.data = torch.empty(0)
-    decaying, plain = build_optimizer(model, OptimConfig()).param_groups
+    decaying, plain = build_optimizer(model, OptimConfig(), CPU).param_groups
     assert decaying["params"][0] is model.weight
     assert plain["params"][0] is model.bias
 

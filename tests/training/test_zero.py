@@ -5,7 +5,7 @@ from small_engine import EMA_DECAY, OPTIM, WIDTH, Small, initialise, micro_batch
 
 from flowception.errors import ConfigError
 from flowception.training.optim import build_optimizer
-from flowception.training.zero import ZeroConfig
+from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -18,7 +18,7 @@ def plain():
     torch.set_num_threads(1)
     model = Small()
     initialise(model)
-    optimizer = build_optimizer(model, OPTIM)
+    optimizer = build_optimizer(model, OPTIM, torch.device("cpu"))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(11):
@@ -103,6 +103,18 @@ def test_the_refused_norm_is_the_gradient_s(stages, plain, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_of_a_refused_gradient_is_left_in_the_next_step(stages, plain, stage):
     assert stages[stage]["after"] == pytest.approx((plain[0][10], plain[1][10]), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_model_is_made_where_the_run_computes(monkeypatch, stage):
+    """The meta device stands for a GPU. Stage 3 partitions weights as they are made, on DeepSpeed's own device."""
+    import deepspeed
+
+    meta = torch.device("meta")
+    monkeypatch.setattr(deepspeed, "initialize", lambda model, optimizer, config: (model, optimizer))
+    config = deepspeed_config(ZeroConfig(stage=stage), "fp32", 1, None, meta)
+    model = build_engine(Small, lambda model: build_optimizer(model, OPTIM, meta), config, meta)
+    assert {parameter.device for parameter in model.parameters()} == {meta}
 
 
 def test_config_refuses_what_is_out_of_range():
