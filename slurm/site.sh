@@ -23,9 +23,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # export GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5
 
-# NCCL: turn a hung collective into an error instead of waiting for ever.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# NCCL. An error or a timeout of a collective ends the process by torch's defaults (TORCH_NCCL_ASYNC_ERROR_HANDLING=3: without
+# cleaning up communicators, which can itself hang); a hang ends the job earlier (docs/training.md, Hangs).
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Where torch writes its record of collectives after a timeout of its own, where guard.hang_timeout_s is off.
+# export TORCH_FR_DUMP_TEMP_FILE=/shared/$USER/collectives_rank_
 
 # Compiled extensions and wandb's offline runs, on storage that all nodes see.
 # export TORCH_EXTENSIONS_DIR=/shared/$USER/torch_extensions
