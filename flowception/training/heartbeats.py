@@ -44,14 +44,22 @@ class Beat:
     """Innermost line of its main thread."""
     in_collective: bool
     """Whether its main thread waits for other ranks."""
+    gpu_is_busy: bool
+    """Whether its GPU has work left, which may be a collective. Known once a hang is suspected."""
     hung: bool
     """Whether it has written down its stacks."""
     host: str
     process: int
 
+    @property
+    def waits(self) -> bool:
+        """Whether it may be other ranks that it waits for."""
+        return self.in_collective or self.gpu_is_busy
+
     def describe(self) -> str:
         """For a person."""
-        return f"step {self.step}, {self.phase}, no progress for {self.idle_s:.0f} s, at {self.where}"
+        busy = ", its GPU is busy" * self.gpu_is_busy
+        return f"step {self.step}, {self.phase}, no progress for {self.idle_s:.0f} s, at {self.where}{busy}"
 
 
 def folder_of(run_dir: str | Path) -> Path:
@@ -141,7 +149,8 @@ def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
     """Who is behind, and what the others wait for.
 
     Behind are the ranks whose heart has stopped; else those that have entered the fewest phases; else, where all are in
-    the same one, those that wait for no other rank.
+    the same one, those that wait for no other rank. On CUDA that is a rank whose GPU is idle; where all are busy, none
+    can be named.
 
     Args:
         beats: The newest heartbeat of every rank; None for a rank that has none.
@@ -156,8 +165,9 @@ def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
     if not behind and len(turns) > 1:
         behind = [rank for rank, beat in beating.items() if beat.turn == min(turns)]
     elif not behind:
-        behind = [rank for rank, beat in beating.items() if not beat.in_collective]
-    lines = [f"hang: {_ranks(behind)} behind" if behind else "hang: all ranks wait for one another"]
+        behind = [rank for rank, beat in beating.items() if not beat.waits]
+    everyone = "all ranks wait for one another" + " or for a GPU" * any(beat.gpu_is_busy for beat in beating.values())
+    lines = [f"hang: {_ranks(behind)} behind" if behind else f"hang: {everyone}"]
     for rank in behind or beating:
         beat = beats[rank]
         if beat is None:

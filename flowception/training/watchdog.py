@@ -31,6 +31,7 @@ from torch import nn
 from flowception.files import write_atomically
 from flowception.training import heartbeats
 from flowception.training.distributed import Ranks, on_main
+from flowception.training.gpu_hang import gpu_is_busy, write_flight_record
 from flowception.training.guard import GuardConfig
 from flowception.training.heartbeats import Beat
 
@@ -38,6 +39,8 @@ EXIT_HUNG = 86
 """Exit code of a rank that ended because some rank hung."""
 _MOST_POLLS_A_GAP = 3
 """A longer time between two looks is one in which the process was stopped."""
+_POLLS_A_BEAT = 6
+"""Looks between two heartbeats while all is well: every rank writes a file that the whole job's storage has to take."""
 _SILENT_POLLS = 24
 """A heart that has not beaten for so many looks has stopped."""
 _GRACE_POLLS = 20
@@ -73,7 +76,7 @@ class Watchdog:
         self._poll_s = poll_s if poll_s is not None else min(max(shortest / 20, 0.05), 5.0)
         self.waiting_for: Callable[[], str] = lambda: "the next batch"
         self._progress = _Progress(0, "start", 0)
-        self._idle_s, self._polls_hung = 0.0, 0
+        self._idle_s, self._polls, self._polls_hung = 0.0, 0, 0
         self._closing, self._hung, self._may_leave = threading.Event(), threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -156,14 +159,20 @@ class Watchdog:
                 self._print(f"heartbeats cannot be written or read ({error})")
 
     def _beat_once(self) -> None:
-        """Write this rank's heartbeat and, once nothing moves, act on those of the others."""
+        """Write this rank's heartbeat, seldom while all is well; once nothing moves, act on those of the others."""
+        suspected = self._hung.is_set() or _exceeds(2 * self._idle_s, self.hang_timeout_s)
+        self._polls += 1
+        if not suspected and self._polls % _POLLS_A_BEAT != 1:
+            return
         report, leave = self._folder / heartbeats.REPORT, self._folder / "leave"
         written_down = self._hung.is_set()
-        if written_down and not self._polls_hung:
+        first, self._polls_hung = written_down and not self._polls_hung, self._polls_hung + written_down
+        if first:
             heartbeats.stacks_of(self._folder, self._ranks.rank).write_text(heartbeats.all_stacks())
-        self._polls_hung += written_down
-        self._write_heartbeat(written_down)
-        if not written_down and not _exceeds(2 * self._idle_s, self.hang_timeout_s):
+        self._write_heartbeat(written_down, suspected and gpu_is_busy(self._ranks.device))
+        if first:
+            write_flight_record(self._folder, self._ranks.rank)
+        if not suspected:
             return
         if leave.exists():
             self._may_leave.set()
@@ -174,7 +183,7 @@ class Watchdog:
         elif self._is_reporter():
             self._report_a_hang(report)
 
-    def _write_heartbeat(self, hung: bool) -> None:
+    def _write_heartbeat(self, hung: bool, busy: bool) -> None:
         where, in_collective = heartbeats.main_thread()
         host, process = heartbeats.own_name()
         turn, phase, step = self._progress
@@ -187,6 +196,7 @@ class Watchdog:
             idle_s=self._idle_s,
             where=where,
             in_collective=in_collective,
+            gpu_is_busy=busy,
             hung=hung,
             host=host,
             process=process,

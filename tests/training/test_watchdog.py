@@ -117,7 +117,7 @@ def test_a_healthy_job_leaves_no_trace(tmp_path):
     assert run_distributed(WORKER, "healthy", 2, folder=str(tmp_path)) == [[], []]
 
 
-def a_beat(rank, turn, *, in_collective=True, idle_s=700.0):
+def a_beat(rank, turn, *, in_collective=True, gpu_is_busy=False, idle_s=700.0):
     return Beat(
         rank=rank,
         time_s=0.0,
@@ -127,6 +127,7 @@ def a_beat(rank, turn, *, in_collective=True, idle_s=700.0):
         idle_s=idle_s,
         where=f"line_of_{rank}",
         in_collective=in_collective,
+        gpu_is_busy=gpu_is_busy,
         hung=False,
         host="node",
         process=100 + rank,
@@ -147,6 +148,18 @@ def test_behind_are_silent_ranks_then_those_with_fewer_phases_then_those_that_wa
     assert "12 others wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
         heartbeats.report(many, [])
     )
+
+
+def test_on_cuda_every_rank_waits_for_its_gpu_and_only_one_with_an_idle_gpu_is_behind():
+    """Collectives return at once there: no rank is seen in one."""
+    beats = {rank: a_beat(rank, turn=40, in_collective=False, gpu_is_busy=True) for rank in range(4)}
+    said = heartbeats.report(beats, [])
+    assert said.startswith("hang: all ranks wait for one another or for a GPU\nrank 0 (process 100 on node): step 12")
+    assert said.count("its GPU is busy") == 4
+    asleep = beats | {2: a_beat(2, turn=40, in_collective=False)}
+    assert heartbeats.report(asleep, []).startswith("hang: rank 2 is behind\nrank 2 (process 102 on node): step 12")
+    late = beats | {1: a_beat(1, turn=39, in_collective=False, gpu_is_busy=True)}
+    assert heartbeats.report(late, []).startswith("hang: rank 1 is behind\n")
 
 
 def test_what_a_hang_left_is_set_aside_and_the_rest_removed(tmp_path):
