@@ -30,7 +30,7 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
     """Checkpoints at multiples of this are never removed; None is off."""
     save_at_start: bool = True
-    """Save step 0, the untrained model."""
+    """Save step 0, the untrained model: a rollback before the first checkpoint goes there, and the storage is tried."""
     save_timeout_s: float = 600.0
     """Seconds that rank 0, when its own part is written, waits for the other ranks' parts; then the save has failed.
     Below ``guard.hang_timeout_s``, and below the half hour after which ranks that wait for rank 0 give up."""

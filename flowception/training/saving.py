@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -32,13 +32,35 @@ from flowception.training.shards import ShardedState
 
 _LEAVING_TIMEOUT_S = 30.0
 """How long a job that ends with an error still waits for the receipts of others."""
+_PIECE_ELEMENTS = 2**26
+"""Elements of a piece of the host's memory (256 MiB). torch rounds what it pins up to a power of two, which can nearly
+double a single large buffer."""
+
+
+def lay_out(sizes: Sequence[int], piece_elements: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Divide vectors over pieces of memory, none of them over two.
+
+    Args:
+        sizes: Elements of each vector.
+        piece_elements: Elements of a piece; a longer vector has a piece of its own.
+
+    Returns:
+        Piece and offset of each vector, and the elements used of each piece.
+    """
+    places, used = list[tuple[int, int]](), list[int]()
+    for size in sizes:
+        if not used or used[-1] + size > piece_elements:
+            used.append(0)
+        places.append((len(used) - 1, used[-1]))
+        used[-1] += size
+    return places, used
 
 
 class HostCopy:
-    """This rank's slices in host memory; the same buffer is filled again for each save."""
+    """This rank's slices in host memory; the same memory is filled again for each save."""
 
     def __init__(self, shards: ShardedState) -> None:
-        """Take the memory, pinned where the state lives on a GPU."""
+        """Take the memory, piece by piece, pinned where the state lives on a GPU."""
         self._shards = shards
         self.ranges: dict[str, tuple[tuple[int, ...], int, int]] = {}
         """Parameter to (full shape, start, stop)."""
@@ -46,15 +68,14 @@ class HostCopy:
             start, stop = shards.saved_range(fragment)
             if stop > start:
                 self.ranges[fragment.name] = (fragment.shape, start, stop)
-        elements = sum(stop - start for _, start, stop in self.ranges.values())
-        buffer = torch.empty(len(KINDS) * elements, pin_memory=shards.device.type == "cuda")
-        self.tensors: dict[str, Tensor] = {}
-        """``KIND/PARAMETER`` to its part of the buffer, float32 ``[stop - start]``."""
-        offset = 0
-        for kind in KINDS:
-            for name, (_, start, stop) in self.ranges.items():
-                self.tensors[f"{kind}/{name}"] = buffer[offset : offset + stop - start]
-                offset += stop - start
+        sizes = {f"{kind}/{name}": stop - start for kind in KINDS for name, (_, start, stop) in self.ranges.items()}
+        places, used = lay_out(list(sizes.values()), _PIECE_ELEMENTS)
+        pieces = [torch.empty(elements, pin_memory=shards.device.type == "cuda") for elements in used]
+        self.tensors: dict[str, Tensor] = {
+            title: pieces[piece][offset : offset + size]
+            for (title, size), (piece, offset) in zip(sizes.items(), places, strict=True)
+        }
+        """``KIND/PARAMETER`` to its part of the memory, float32 ``[stop - start]``."""
 
     @torch.no_grad()
     def fill(self) -> None:

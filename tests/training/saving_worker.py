@@ -20,6 +20,7 @@ from flowception.training.distributed import gather_values
 from flowception.training.saving import HostCopy, Saver
 
 RANK = int(os.environ.get("RANK", 0))
+saving._PIECE_ELEMENTS = 64  # many pieces, and vectors longer than one
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from distributed_worker import run_distributed
 from flowception.checkpoint.format import checkpoint_dir, hashes, read_manifest
 from flowception.errors import ConfigError
 from flowception.training.checkpoint import CheckpointConfig
+from flowception.training.saving import lay_out
 
 pytestmark = pytest.mark.xdist_group("saves")
 
@@ -17,6 +18,13 @@ def saves(tmp_path_factory):
     """Two ranks' scenarios: (folder, what rank 0 saw)."""
     folder = tmp_path_factory.mktemp("saves")
     return folder, run_distributed(WORKER, "scenarios", 2, folder=str(folder))[0]
+
+
+def test_vectors_are_laid_side_by_side_and_none_over_two_pieces():
+    places, used = lay_out([3, 4, 5, 3, 20, 1, 0], 8)
+    assert places == [(0, 0), (0, 3), (1, 0), (1, 5), (2, 0), (3, 0), (3, 1)]
+    assert used == [7, 8, 20, 1]
+    assert lay_out([], 8) == ([], [])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
