@@ -36,8 +36,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
     dry = parser.add_argument_group("with --dry-run")
     dry.add_argument("--world-size", default="", metavar="W,...", help="ranks to size (default: those launched, 8, 64)")
-    dry.add_argument("--mfu", type=float, default=0.4, metavar="M", help="share of the peak reached (default: 0.4)")
+    dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="share of the peak while computing (0.4)")
     dry.add_argument("--peak-tflops", type=float, metavar="P", help="of a rank (default: logging's, or an H100's 989)")
+    dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s a GPU between nodes (25)")
+    dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="which share its network (8)")
     dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of so many latent frames, rows and columns")
     dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens of each (default: 0)")
     dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="how many (default: 20000)")
@@ -128,8 +130,10 @@ def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
         config,
         Assumptions(
             world_sizes=arguments.world_size,
-            mfu=arguments.mfu,
+            hfu=arguments.hfu,
             peak_tflops=arguments.peak_tflops,
+            bandwidth_gb_per_s=arguments.bandwidth,
+            gpus_per_node=arguments.gpus_per_node,
             clip=arguments.clip,
             text_tokens=arguments.text_tokens,
             num_clips=arguments.num_clips,

@@ -16,6 +16,7 @@ from flowception.nn.backbone import count_parameters
 from flowception.training.hardware import GIB, PEAK_TFLOPS_BF16
 from flowception.training.memory import MemoryPerRank, checkpoint_bytes, memory_per_rank
 from flowception.training.problems import check_data, check_run
+from flowception.training.step_time import DAY_S, StepTime, bytes_between_nodes, compute_s
 from flowception.training.traffic import TrafficPerStep, traffic_per_step
 from flowception.training.zero import ZeroConfig
 
@@ -30,10 +31,14 @@ class Assumptions:
 
     world_sizes: str = ""
     """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
-    mfu: float = 0.4
-    """Share of the peak that training will reach."""
+    hfu: float = 0.4
+    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilisation)."""
     peak_tflops: float | None = None
     """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
+    bandwidth_gb_per_s: float = 25.0
+    """GB/s that a GPU's share of the network between nodes carries each way; 25 is half of a 400 Gb/s adapter a GPU."""
+    gpus_per_node: int = 8
+    """GPUs of a node, which share its network."""
     clip: str | None = None
     """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
     text_tokens: int = 0
@@ -42,8 +47,12 @@ class Assumptions:
     """How many such clips."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mfu <= 1:
-            raise ConfigError(f"--mfu is {self.mfu}; give a share above 0 and at most 1, such as 0.4")
+        if not 0 < self.hfu <= 1:
+            raise ConfigError(f"--hfu is {self.hfu}; give a share above 0 and at most 1, such as 0.4")
+        if not 0 < self.bandwidth_gb_per_s < float("inf"):
+            raise ConfigError(f"--bandwidth is {self.bandwidth_gb_per_s}; give GB/s above 0, such as 25")
+        if self.gpus_per_node < 1:
+            raise ConfigError(f"--gpus-per-node is {self.gpus_per_node}; give 1 or more")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
             raise ConfigError(f"--peak-tflops is {self.peak_tflops}; give a number above 0, such as 989")
         if self.num_clips < 1 or self.text_tokens < 0:
@@ -105,9 +114,10 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         *_plan_lines(config, plan, assumed),
         "",
         *_memory_table(config, parameters, sizes),
-        *_days(config, plan, sizes, assumed),
         "",
-        *_stage_table(config, parameters, sizes),
+        *_times(config, plan, parameters, sizes, assumed),
+        "",
+        *_stage_table(config, parameters, sizes, assumed),
         "",
         *(f"problem {number}: {problem}" for number, problem in enumerate(problems.found, 1)),
         "dry run: nothing was started",
@@ -157,8 +167,10 @@ def _memory_table(config: TrainConfig, parameters: int, sizes: list[int]) -> lis
     return lines
 
 
-def _days(config: TrainConfig, plan: Plan | None, sizes: list[int], assumed: Assumptions) -> list[str]:
-    """Days of the whole run; ranks without a pack in a step's last micro-step wait."""
+def _times(
+    config: TrainConfig, plan: Plan | None, parameters: int, sizes: list[int], assumed: Assumptions
+) -> list[str]:
+    """A step's time and the days of the whole run; ranks without a pack in a step's last micro-step wait."""
     if plan is None:
         return []
     peak, source = assumed.peak_tflops, "as given"
@@ -166,12 +178,54 @@ def _days(config: TrainConfig, plan: Plan | None, sizes: list[int], assumed: Ass
         peak, source = config.logging.peak_tflops, "logging.peak_tflops"
     if peak is None:
         peak, source = PEAK_TFLOPS_BF16[_PEAK_GPU], f"{_PEAK_GPU}, dense bf16"
-    flops, values = plan.mean_step_flops(0), []
+    flops, again = plan.mean_step_flops(0), 1.0 if config.model.activation_checkpointing else 0.0
+    columns: list[list[str]] = []
     for size in sizes:
         packs = _packs(config, size)
-        step_s = 0.0 if packs is None else packs * flops / config.packs_per_step / (assumed.mfu * peak * 1e12)
-        values.append("refused" if packs is None else f"{step_s * config.max_steps / 86400:.2f}")
-    return [_row("days", values) + f"   at MFU {assumed.mfu:g} of {peak:g} TFLOP/s a rank ({source})"]
+        if packs is None:
+            columns.append(["refused"] * 6)
+            continue
+        crossing = _crossing(config, config.zero, parameters, size, packs, assumed)
+        time = StepTime(
+            compute_s(packs * flops / config.packs_per_step, assumed.hfu * peak, again),
+            crossing / (assumed.bandwidth_gb_per_s * 1e9),
+        )
+        days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.in_turn_s)]
+        mfu = flops / (time.in_turn_s * size * peak * 1e12)
+        columns.append(
+            [f"{time.compute_s:.3f}", f"{crossing / 1e9:.2f}", f"{time.communication_s:.3f}"]
+            + [f"{days[0]:.2f}", f"{days[1]:.2f}", f"{mfu:.3f}"]
+        )
+    recomputed = ", blocks computed again" if again else ""
+    notes = [
+        f"a step, at HFU {assumed.hfu:g} of {peak:g} TFLOP/s a rank ({source}){recomputed}",
+        f"a step and GPU, {assumed.gpus_per_node} GPUs a node",
+        f"a step, at {assumed.bandwidth_gb_per_s:g} GB/s a GPU between nodes; inside a node it is not counted",
+        "if all communication runs beside the computing",
+        "if none does",
+        "what the log would show then",
+    ]
+    names = [
+        "computing, s",
+        "between nodes, GB",
+        "communication, s",
+        "days, overlapped",
+        "days, in turn",
+        "MFU, in turn",
+    ]
+    return [_row(name, list(row)) + f"   {note}" for name, row, note in zip(names, zip(*columns), notes, strict=True)]
+
+
+def _crossing(
+    config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int, packs: int, assumed: Assumptions
+) -> float:
+    """Bytes of a step that a GPU's share of the network between nodes carries."""
+    return bytes_between_nodes(
+        _traffic(config, zero, parameters, world_size, packs),
+        world_size=world_size,
+        gpus_per_node=assumed.gpus_per_node,
+        group_size=zero.hierarchical_partition_size,
+    )
 
 
 def _stage_name(zero: ZeroConfig) -> str:
@@ -179,14 +233,16 @@ def _stage_name(zero: ZeroConfig) -> str:
     return f"ZeRO-{zero.stage}" + (f" in groups of {group}" if group else "")
 
 
-def _stage_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list[str]:
+def _stage_table(config: TrainConfig, parameters: int, sizes: list[int], assumed: Assumptions) -> list[str]:
     """Every way to shard beside the configured one: memory, and what a rank sends in a step."""
     group = config.zero.hierarchical_partition_size or _USUAL_GROUP
     ways = [replace(config.zero, stage=stage, hierarchical_partition_size=None) for stage in range(4)]
     ways.append(replace(config.zero, stage=3, hierarchical_partition_size=group))
     lines = [
-        "memory of a rank, and what it sends in a step, by way to shard (* as configured):",
-        f"{'':<26}{'ranks':>6}{'memory GiB':>12}{'gathered GB':>13}{'in group GB':>13}{'reduced GB':>12}",
+        "memory of a rank, what it sends in a step, and what its share of the network between nodes carries, by way to "
+        "shard (* as configured):",
+        f"{'':<26}{'ranks':>6}{'memory GiB':>12}{'gathered GB':>13}{'in group GB':>13}{'reduced GB':>12}"
+        f"{'between nodes GB':>18}",
     ]
     for size in sizes:
         packs = _packs(config, size)
@@ -197,7 +253,8 @@ def _stage_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list
             sent = "".join(f"{value / 1e9:>{width}.2f}" for value, width in zip(vars(traffic).values(), (13, 13, 12)))
             mark = "*" if zero == config.zero else " "
             memory = _memory(config, zero, parameters, size).total / GIB
-            lines.append(f"{mark + ' ' + _stage_name(zero):<26}{size:>6}{memory:>12.2f}{sent}")
+            crossing = _crossing(config, zero, parameters, size, packs, assumed) / 1e9
+            lines.append(f"{mark + ' ' + _stage_name(zero):<26}{size:>6}{memory:>12.2f}{sent}{crossing:>18.2f}")
     return lines
 
 

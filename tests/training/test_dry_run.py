@@ -52,14 +52,35 @@ def test_flops_are_those_of_the_clips_that_an_epoch_shows(config_path):
     assert [step.flops for step in steps] == pytest.approx(by_hand)
     mean = sum(by_hand) / len(by_hand)
     assert plan.mean_step_flops(0) == pytest.approx(mean)
-    text, _ = report(config, Assumptions(world_sizes="1,2", mfu=0.5, peak_tflops=1e-6))
+    text, _ = report(config, Assumptions(world_sizes="1,2", hfu=0.5, peak_tflops=1e-6))
     assert f"FLOPs per step: {mean:.4g}" in text
     one_rank_days = 12 * mean / (0.5 * 1e-6 * 1e12) / 86400
     # three packs on two ranks: one of them waits for a third of their time
-    assert [float(value) for value in row(text, "days")[:2]] == pytest.approx(
-        [one_rank_days, one_rank_days * 2 / 3], abs=0.006
-    )
-    assert "MFU 0.5 of 1e-06 TFLOP/s a rank (as given)" in text
+    for overlap in ("overlapped", "in turn"):
+        assert [float(value) for value in row(text, f"days, {overlap}")[:2]] == pytest.approx(
+            [one_rank_days, one_rank_days * 2 / 3], abs=0.006
+        )
+    assert "HFU 0.5 of 1e-06 TFLOP/s a rank (as given)" in text
+    assert [float(value) for value in row(text, "MFU, in turn")[:2]] == pytest.approx([0.5, 0.375], abs=0.001)
+
+
+def test_a_step_takes_its_communication_and_recomputation_too(config_path):
+    """One GPU a node, a slow network, and a rank whose blocks are computed again."""
+    words = ["model.activation_checkpointing=true", "zero.stage=1"]
+    slow = Assumptions(world_sizes="3", hfu=0.5, peak_tflops=1e-6, bandwidth_gb_per_s=1e-6, gpus_per_node=1)
+    config, plain = load_config([config_path], words), load_config([config_path])
+    text, without = report(config, slow)[0], report(plain, slow)[0]
+    computing = float(row(text, "computing, s")[0])
+    assert computing == pytest.approx(4 / 3 * float(row(without, "computing, s")[0]), abs=0.001)
+    assert "blocks computed again" in text
+    assert "blocks computed again" not in without
+    sent_s = 3 * 4 * count_parameters(config.model) * (2 / 3) / (1e-6 * 1e9)  # gradients there and back, weights back
+    assert float(row(text, "communication, s")[0]) == pytest.approx(sent_s, abs=0.001)
+    overlapped, in_turn = (float(row(text, f"days, {overlap}")[0]) for overlap in ("overlapped", "in turn"))
+    assert overlapped == pytest.approx(12 * max(sent_s, computing) / 86400, abs=0.006)
+    assert in_turn == pytest.approx(12 * (sent_s + computing) / 86400, abs=0.006)
+    fast = report(config, dataclasses.replace(slow, gpus_per_node=4))[0]
+    assert float(row(fast, "between nodes, GB")[0]) == 0
 
 
 def test_clips_of_a_size_stand_in_for_a_set(config_path, tmp_path):
@@ -194,7 +215,9 @@ def test_world_sizes(monkeypatch):
             world_sizes(wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 1.5}, {"peak_tflops": -1.0}, {"num_clips": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"hfu": 0.0}, {"hfu": 1.5}, {"gpus_per_node": 0}, {"peak_tflops": -1.0}, {"num_clips": 0}]
+)
 def test_assumptions_refuse(wrong):
     with pytest.raises(ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         dataclasses.replace(Assumptions(), **wrong)

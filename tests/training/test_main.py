@@ -64,10 +64,10 @@ def test_dry_run_fails_with_a_problem_and_needs_no_data_where_clips_are_given(ma
     words = ["--config", str(path), "--dry-run", "--world-size", "2"]
     assert main.main(words) == 2
     assert "problem 1: " in capsys.readouterr().out
-    assert main.main([*words, "--clip", "6x2x2", "--num-clips", "300", "--mfu", "0.3"]) == 0
-    assert "at MFU 0.3 of 989 TFLOP/s a rank (H100, dense bf16)" in capsys.readouterr().out
-    assert main.main([*words, "--mfu", "3"]) == 2
-    assert "--mfu is 3.0" in capsys.readouterr().err
+    assert main.main([*words, "--clip", "6x2x2", "--num-clips", "300", "--hfu", "0.3"]) == 0
+    assert "at HFU 0.3 of 989 TFLOP/s a rank (H100, dense bf16)" in capsys.readouterr().out
+    assert main.main([*words, "--hfu", "3"]) == 2
+    assert "--hfu is 3.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+import pytest
+
+from flowception.training.step_time import StepTime, bytes_between_nodes, compute_s
+from flowception.training.traffic import TrafficPerStep
+
+
+def test_recomputation_is_a_forward_pass_more():
+    forward, backward = 1e12, 2e12
+    assert compute_s(forward + backward, 1.0, 0.0) == 3.0
+    assert compute_s(forward + backward, 1.0, 1.0) == 4.0
+    assert compute_s(forward + backward, 2.0, 0.5) == 1.75
+
+
+def test_a_step_is_as_long_as_the_longer_part_or_as_both():
+    assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).in_turn_s) == (3.0, 4.0)
+    assert StepTime(1.0, 5.0).overlapped_s == 5.0
+
+
+def ring(world_size, gpus_per_node, pieces=1):
+    """Bytes of an all-gather that leave the first node, counted hop by hop.
+
+    One ring for each GPU of a node, each with its share of the tensor; ring r leaves a node by its GPU r.
+    """
+    leaving = [0.0] * gpus_per_node
+    for number in range(gpus_per_node):
+        order = [
+            node * gpus_per_node + (number + 1 + k) % gpus_per_node
+            for node in range(world_size // gpus_per_node)
+            for k in range(gpus_per_node)
+        ]
+        for here, there in zip(order, [*order[1:], order[0]]):
+            if here < gpus_per_node <= there:
+                assert here % gpus_per_node == number
+                # every rank passes on all parts but the one that its neighbour began with
+                leaving[number] += pieces * (world_size - 1) / world_size / gpus_per_node
+    return leaving
+
+
+@pytest.mark.parametrize("world_size", [8, 16, 64])
+def test_a_gpu_s_share_of_the_network_is_what_leaves_a_node_by_its_ring(world_size):
+    sent = (world_size - 1) / world_size
+    traffic = TrafficPerStep(gathered=sent, gathered_in_group=7.0, reduced=2 * sent)
+    crossing = bytes_between_nodes(traffic, world_size=world_size, gpus_per_node=8, group_size=8)
+    assert crossing == pytest.approx(ring(world_size, 8, pieces=3)[0])
+    assert (crossing == 0) == (world_size == 8)
+
+
+def test_only_a_group_larger_than_a_node_crosses_nodes():
+    traffic = TrafficPerStep(gathered=8.0, gathered_in_group=16.0, reduced=0.0)
+    assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=8) == 1.0
+    assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=16) == 3.0
