@@ -286,10 +286,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from flowception.doctor import report
+    from flowception.training.devices import find_place
 
-    for name, value in report():
+    findings = report(find_place(local_rank=0).problem)
+    for name, value in findings:
         print(f"{name:<24}{value}")
-    return 0
+    return int(any(value.startswith(("FAILED", "MISSING")) for _, value in findings))
 
 
 if __name__ == "__main__":

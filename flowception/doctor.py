@@ -19,17 +19,26 @@ from flowception import __version__
 
 PACKAGES = ("torch", "numpy", "deepspeed", "safetensors", "omegaconf", "webdataset", "av")
 OPTIONAL_PACKAGES = ("flash-attn", "diffusers", "transformers", "wandb")
+_ATTENTION_TOLERANCE = (1e-4, 0.05)
+"""Largest error over largest value, in float32 and in bfloat16, whose numbers lie 2^-8 apart."""
 
 
-def report() -> list[tuple[str, str]]:
-    """Name and finding of every check. A check that fails says so in its finding; none raises."""
+def report(gpu_problem: str = "") -> list[tuple[str, str]]:
+    """Name and finding of every check. A check that fails says so in its finding; none raises.
+
+    Args:
+        gpu_problem: Why training would refuse this machine's GPUs; empty if it would not.
+
+    Returns:
+        The checks, in order; what is missing begins with MISSING, and what does not work with FAILED.
+    """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("flowception", lambda: __version__),
         ("python", lambda: f"{platform.python_version()} ({sys.executable})"),
         *((name, partial(_version, name)) for name in PACKAGES),
         *((name, partial(_version, name, optional=True)) for name in OPTIONAL_PACKAGES),
         ("torch build", _torch_build),
-        ("gpus", _gpus),
+        ("gpus", partial(_gpus, gpu_problem)),
         ("attention", _attention),
         ("deepspeed import", lambda: f"ok, {importlib.import_module('deepspeed').__version__}"),
         ("h264", _h264),
@@ -62,11 +71,15 @@ def _torch_build() -> str:
     return f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads, process groups: {', '.join(backends)}"
 
 
-def _gpus() -> str:
+def _gpus(problem: str) -> str:
+    """The GPUs that torch sees; fails where one is meant and none is seen."""
     import torch
 
+    if problem:
+        raise RuntimeError(problem)
     if not torch.cuda.is_available():
-        return "none (training and generation run on the CPU)"
+        built = f"torch is built for CUDA {torch.version.cuda} and SEES NO GPU HERE" if torch.version.cuda else "none"
+        return f"{built} (training and generation run on the CPU)"
     names = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -75,13 +88,30 @@ def _gpus() -> str:
 
 
 def _attention() -> str:
+    """Run the backend that training takes, forward and backward, and hold it against plain float64."""
     import torch
 
-    from flowception.nn.attention import choose_backend
+    from flowception.nn.attention import attention, choose_backend
+    from flowception.nn.layout import ClipShape, build_layout
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return f"{choose_backend(device, dtype, 'auto')} for {device.type} in {str(dtype).removeprefix('torch.')}"
+    layout = build_layout([ClipShape(2, 4, 4, 3), ClipShape(3, 4, 4, 0)])
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(layout.shape.token_budget, 2, 64, generator=generator) for _ in range(3)]
+
+    def run(device: torch.device, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        query, key, value = (tensor.to(device, dtype, copy=True).requires_grad_() for tensor in given)
+        output = attention(query, key, value, layout.to(device), backend=backend)
+        gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
+        return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
+
+    found, expected = run(device, dtype, "auto"), run(torch.device("cpu"), torch.float64, "sdpa")
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    where = f"{choose_backend(device, dtype, 'auto')} for {device.type} in {str(dtype).removeprefix('torch.')}"
+    if not error < _ATTENTION_TOLERANCE[dtype == torch.bfloat16]:
+        raise ValueError(f"{where} is off by {error:.2g} of the largest value, forward or backward")
+    return f"{where}, forward and backward within {error:.1g}"
 
 
 def _h264() -> str:

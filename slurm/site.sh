@@ -12,7 +12,7 @@ export FLOWCEPTION_HOME=${FLOWCEPTION_HOME:-$PWD}
 # export SBATCH_ACCOUNT=me
 
 # Environment: modules first, then `make setup`'s .venv; a container's start-up line can stand here instead.
-# module load cuda/12.8
+# module load python/3.11   # torch brings CUDA's libraries along: a CUDA module would only put others before them
 source "$FLOWCEPTION_HOME/.venv/bin/activate"
 
 # Threads of the host-side part of each rank.

@@ -1,5 +1,6 @@
 """The command: what each subcommand prints and writes, and one line with exit code 2 for what is wrong."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -186,3 +187,33 @@ def test_doctor_says_what_there_is(capsys):
     assert "for cpu" in found["attention"] or torch.cuda.is_available()
     assert "GiB" in found["free disk here"]
     assert not [name for name, value in found.items() if value.startswith("FAILED")]
+
+
+def test_doctor_runs_attention_there_and_back(monkeypatch, capsys):
+    assert main(["doctor"]) == 0
+    assert "forward and backward within" in capsys.readouterr().out
+    module = importlib.import_module("flowception.nn.attention")
+    real = module.attention
+
+    def a_little_wrong(query, *rest, **named):
+        return real(query * 1.01 if query.dtype != torch.float64 else query, *rest, **named)
+
+    monkeypatch.setattr(module, "attention", a_little_wrong)
+    assert main(["doctor"]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention")]
+    assert "FAILED" in line
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_GPUS_ON_NODE": "1"}, {"CUDA_VISIBLE_DEVICES": ""}])
+def test_doctor_fails_where_a_gpu_is_meant_and_none_is_seen(monkeypatch, capsys, variables):
+    for name in ("DS_ACCELERATOR", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    meant = "SLURM_GPUS_ON_NODE" in variables
+    assert main(["doctor"]) == int(meant)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gpus")]
+    assert ("FAILED: RuntimeError: no GPU can be used, though Slurm gave GPUs" in line) == meant
+    assert ("torch is built for CUDA 13.0 and SEES NO GPU HERE" in line) != meant

@@ -95,7 +95,8 @@ def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> 
             return Place(host=host, device="cpu")
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         text = (
-            f"no GPU can be used, though {reason}: torch {torch.__version__} is built {built} and sees none. Install "
+            f"no GPU can be used, though {reason}: torch {torch.__version__} is built {built} and sees none "
+            f"({_cuda_error()}). Install "
             "a torch that fits the driver (`nvidia-smi`, `flowception doctor`), or set DS_ACCELERATOR=cpu to train on "
             "the CPU"
         )
@@ -107,6 +108,15 @@ def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> 
     number = local_rank if count > 1 else 0
     properties = torch.cuda.get_device_properties(number)
     return Place(host=host, device=f"cuda:{number}", name=properties.name, uuid=str(getattr(properties, "uuid", "")))
+
+
+def _cuda_error() -> str:
+    """What CUDA says when it is asked to begin, such as that the driver is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return "CUDA begins, but there is no device"
 
 
 def share_places(own: Place, rank: int, world_size: int, store: Store) -> list[Place]:

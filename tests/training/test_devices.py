@@ -58,6 +58,14 @@ def test_the_cpu_is_taken_where_it_is_wanted_or_nothing_else_is_meant(monkeypatc
     assert place.device == ""
     assert f"no GPU can be used, though CUDA_VISIBLE_DEVICES=0: torch {torch.__version__}" in place.problem
     assert "DS_ACCELERATOR=cpu" in place.problem
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old.\n Update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert "sees none (The NVIDIA driver on your system is too old. Update it). Install" in (
+        find_place(0, {"CUDA_VISIBLE_DEVICES": "0"}).problem
+    )
     see(monkeypatch, "a", "b")
     assert find_place(1, {"DS_ACCELERATOR": "cpu"}) == Place(host=HOST, device="cpu")
 
