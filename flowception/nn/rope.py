@@ -15,6 +15,7 @@ Positions come from a frame's rank in its own clip alone, so nothing else in the
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,12 +37,21 @@ class VideoRoPE:
             raise ConfigError(f"a head has width {head_dim}; choose hidden_size / num_heads even and at least 8")
         pairs = head_dim // 2
         self.frame_spacing = frame_spacing
-        self.frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        """float64 [d / 2], falling."""
-        axis = 1 + torch.arange(pairs) % 2
+        self.frequency = base ** (-np.arange(pairs, dtype=np.float64) / pairs)
+        """float64 [d / 2], falling. NumPy's: while ``deepspeed.zero.Init`` builds a network, torch's own factories give
+        bfloat16."""
+        axis = 1 + np.arange(pairs, dtype=np.int64) % 2
         axis[pairs - pairs // 4 :] = 0
         self.axis = axis
         """int64 [d / 2]: 0 time, 1 row, 2 column."""
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Frequency, float32, and axis on a device: copied there once, so that a forward waits for no copy."""
+        if device not in self._on_device:
+            frequency = torch.from_numpy(self.frequency.astype(np.float32))
+            self._on_device[device] = (frequency.to(device), torch.from_numpy(self.axis).to(device))
+        return self._on_device[device]
 
     def positions(self, layout: PackLayout) -> Tensor:
         """Coordinates (t, y, x) of every token, float32 ``[T, 3]``."""
@@ -53,8 +63,8 @@ class VideoRoPE:
     def rotations(self, layout: PackLayout) -> Tensor:
         """The unit complex number that turns each pair of a token, complex64 ``[T, 1, d / 2]``."""
         positions = self.positions(layout)
-        frequency = self.frequency.to(positions)
-        angles = positions[:, self.axis.to(positions.device)] * frequency
+        frequency, axis = self._constants(positions.device)
+        angles = positions.index_select(1, axis) * frequency
         return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 

@@ -160,7 +160,7 @@ def test_queries_and_keys_are_normed_and_turned_by_position_and_values_are_not(s
     block.query_key_value.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
     single(pack)
     position = single.rope.positions(pack.layout)
-    angle = position[:, single.rope.axis] * single.rope.frequency.float()
+    angle = position[:, single.rope.axis] * torch.from_numpy(single.rope.frequency).float()
     parts = (entered[0] @ block.query_key_value.weight.T).unflatten(-1, (3, 2, 16)).unbind(1)
     for found, part, norm in zip(attended, parts, (block.query_norm, block.key_norm, None)):
         expected = part

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,8 +20,8 @@ def test_space_moves_along_the_diagonal_of_time_and_text_continues_it():
 def test_time_turns_the_lowest_frequencies_and_rows_and_columns_take_turns_in_the_others():
     rope = VideoRoPE(16, frame_spacing=2.0, base=100.0)
     assert rope.axis.tolist() == [1, 2, 1, 2, 1, 2, 0, 0]
-    torch.testing.assert_close(rope.frequency[[0, 4]], torch.tensor([1.0, 0.1], dtype=torch.float64))
-    assert (rope.frequency.diff() < 0).all()
+    assert rope.frequency[[0, 4]] == pytest.approx([1.0, 0.1], rel=1e-15)
+    assert (np.diff(rope.frequency) < 0).all()
 
 
 def test_angles_by_hand():
@@ -61,3 +62,12 @@ def test_a_frame_keeps_its_positions_when_frames_come_after_it():
 def test_a_head_too_narrow_or_odd_is_refused(head_dim):
     with pytest.raises(ConfigError, match=f"a head has width {head_dim}"):
         VideoRoPE(head_dim, 2.0, 100.0)
+
+
+def test_constants_go_to_a_device_once():
+    rope, layout = VideoRoPE(16, 2.0, 100.0), build_layout([ClipShape(3, 2, 3, 2)])
+    rope.rotations(layout)
+    first = rope._constants(torch.device("cpu"))
+    rope.rotations(layout)
+    assert all(again is once for again, once in zip(rope._constants(torch.device("cpu")), first, strict=True))
+    assert [part.dtype for part in first] == [torch.float32, torch.int64]
