@@ -38,6 +38,20 @@ class Linear(nn.Linear):
         return torch.randn(shape, generator=generator) / math.sqrt(self.in_features)
 
 
+class Float32Linear(Linear):
+    """A linear layer that computes in float32 whatever its weights are and under autocast too.
+
+    For the few outputs that must be resolved more finely than bfloat16's 2^-8. The weights are cast in the forward of
+    the module that owns them: there ZeRO-3 has gathered them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` of any float dtype to float32 ``[..., out_features]``."""
+        bias: Tensor | None = self.bias
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if bias is None else bias.float())
+
+
 class Embedding(nn.Embedding):
     """A table of learnt vectors."""
 

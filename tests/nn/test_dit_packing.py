@@ -9,6 +9,7 @@ import torch
 
 from flowception.errors import DataError
 from flowception.nn import FlowceptionDiT, PackShape, TokenKind
+from flowception.nn.layers import Float32Linear
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -113,6 +114,28 @@ def test_output_is_float32_and_has_no_meaning_but_at_its_tokens(model, mixed_cli
     assert output.velocity[~pack.layout.latent_mask].eq(0).all()
     assert output.velocity[pack.layout.latent_mask].ne(0).all()
     assert torch.isfinite(output.velocity).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_rates_of_a_bf16_network_are_not_rounded_to_bf16(model, mixed_clips, make_pack, monkeypatch, autocast):
+    """And are nearer the float32 network's than those of a rate head in bf16."""
+    pack = make_pack(mixed_clips)
+    with torch.no_grad():
+        model.heads.rate.bias += 2.8
+        model.bfloat16().float()
+        exact = model(pack).log_rate
+
+        def low() -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return (model if autocast else model.bfloat16())(pack).log_rate.float()
+
+        ours = low()
+        linear = torch.nn.Linear.forward
+        monkeypatch.setattr(Float32Linear, "forward", lambda layer, x: linear(layer, x.to(layer.weight.dtype)))
+        rounded = low()
+    assert (ours != ours.bfloat16().float()).float().mean() > 0.9
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert (ours - exact).abs().mean() < 0.6 * (rounded - exact).abs().mean()
 
 
 def test_activation_checkpointing_changes_nothing(model, mixed_clips, make_pack):

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowception.nn.initialise import initialise
-from flowception.nn.layers import CountEmbedding, RMSNorm, SwiGLU, TimeEmbedding, modulate, take_rows, waves
+from flowception.nn.layers import (
+    CountEmbedding,
+    Float32Linear,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedding,
+    modulate,
+    take_rows,
+    waves,
+)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():
@@ -13,6 +23,24 @@ def test_rms_norm_divides_by_the_root_mean_square():
     norm.weight.data = torch.tensor([1.0, 10.0])
     rms = (12.5 + 1e-6) ** 0.5
     torch.testing.assert_close(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[3 / rms, 40 / rms]]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_float32_linear_computes_in_float32(weights, inputs, autocast):
+    layer = Float32Linear(300, 7, bias_value=2.8)
+    initialise(layer, 0)
+    layer.to(weights)
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = layer(x)
+    assert out.dtype == torch.float32
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    assert layer.weight.grad.dtype == weights
+    torch.testing.assert_close(layer.bias.grad.float(), torch.full((7,), 5.0))
 
 
 def test_swiglu_is_its_formula():

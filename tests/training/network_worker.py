@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
-from flowception.nn.layers import FeatureMLP
+from flowception.nn.layers import FeatureMLP, Linear
 from flowception.nn.layout import ClipShape, PackInput, build_layout
 from flowception.nn.presets import DiTConfig
 from flowception.training.distributed import init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
 from flowception.training.shards import ShardedState
-from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config
+from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
 
 MODEL = DiTConfig(preset=None, in_channels=4, hidden_size=64, num_layers=2, num_heads=2, text_dim=6, num_classes=3)
 
@@ -36,19 +34,33 @@ def make_pack(seed: int = 0) -> PackInput:
     )
 
 
-def make_engine(config: DiTConfig, precision: str, param_persistence_threshold: int = 0):
-    """The network under ZeRO-3, its weights from the seed."""
+def nothing_zero(model: nn.Module) -> nn.Module:
+    """The network, told to begin its zero layers as the others."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.zero = False
+    return model
+
+
+def make_engine(config: DiTConfig, precision: str):
+    """The network under ZeRO-3 with every weight partitioned, its values from the seed."""
     ranks = init_distributed()
     torch.set_num_threads(1)
-    zero = ZeroConfig(stage=3, param_persistence_threshold=param_persistence_threshold, bucket_elements=100_000)
+    zero = ZeroConfig(stage=3, param_persistence_threshold=0, bucket_elements=100_000)
     optim = OptimConfig(warmup_steps=0)
     ds_config = deepspeed_config(zero, precision, 1, optim.clip_grad_norm, ranks.device)
     engine = build_engine(lambda: build_backbone(config), lambda model: build_optimizer(model, optim), ds_config)
     with torch.device("meta"):
-        blueprint = build_backbone(config)
-    shards = ShardedState(engine)
-    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
-    return engine, shards
+        blueprint = nothing_zero(build_backbone(config))
+    ShardedState(engine).initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    return engine
+
+
+def make_plain(config: DiTConfig, precision: str) -> nn.Module:
+    """The same network in plain PyTorch."""
+    model = nothing_zero(build_backbone(config))
+    initialise(model, 0)
+    return model.bfloat16() if precision == "bf16" else model
 
 
 def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
@@ -76,8 +88,7 @@ def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
 
 def constants() -> dict:
     """What the forward makes of positions, times and counts, built under ``zero.Init`` in bf16 and built plainly."""
-    engine, _ = make_engine(MODEL, "bf16")
-    plain = build_backbone(replace(MODEL)).bfloat16()
+    engine, plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
     under_zero, alone = constants_seen(engine.module, engine), constants_seen(plain, plain)
     rope, plain_rope = engine.module.rope, plain.rope
     return {
@@ -87,4 +98,28 @@ def constants() -> dict:
         "frequency": [str(rope.frequency.dtype), bool((rope.frequency == plain_rope.frequency).all())],
         "axis": [str(rope.axis.dtype), bool((rope.axis == plain_rope.axis).all())],
         "buffers": [name for name, _ in engine.module.named_buffers()],
+        "one_step": [one_step(MODEL, "bf16", engine), one_step_alone(MODEL, "bf16")],
     }
+
+
+def loss_of(output) -> Tensor:
+    """Of both heads, each to a mean of order 1."""
+    return (output.velocity - 1.0).square().mean() + (output.log_rate - 1.0).square().mean()
+
+
+def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
+    """Log-rates, velocities and gradient norm of a step under ZeRO-3."""
+    engine = engine or make_engine(config, precision)
+    output = engine(make_pack())
+    engine.backward(loss_of(output))
+    norm = optimizer_step(engine, None, lambda _: None, torch.device("cpu")).grad_norm
+    return {"log_rate": output.log_rate.tolist(), "velocity": output.velocity.tolist(), "grad_norm": norm}
+
+
+def one_step_alone(config: DiTConfig, precision: str) -> dict:
+    """The same in plain PyTorch."""
+    model = make_plain(config, precision)
+    output = model(make_pack())
+    loss_of(output).backward()
+    norm = torch.nn.utils.get_total_norm([weight.grad.float() for weight in model.parameters()])
+    return {"log_rate": output.log_rate.tolist(), "velocity": output.velocity.tolist(), "grad_norm": float(norm)}

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
 from distributed_worker import run_distributed
 
 WORKER = str(Path(__file__).parent / "network_worker.py")
+pytestmark = pytest.mark.xdist_group("network")
 
 
-def test_constants_are_exact_in_a_network_built_under_zero_init_in_bf16():
+@pytest.fixture(scope="module")
+def found():
+    """The network under ZeRO-3 in bf16, one process."""
+    return run_distributed(WORKER, "constants", 1)[0]
+
+
+def test_constants_are_exact_in_a_network_built_under_zero_init_in_bf16(found):
     """``zero.Init`` patches ``torch.arange`` and its like to give bfloat16, and sampling builds without it."""
-    (found,) = run_distributed(WORKER, "constants", 1)
     assert found["dtypes"] == ["torch.bfloat16"], "nothing was built in bf16, so nothing is proved"
     assert found["frequency"] == ["float64", True]
     assert found["axis"] == ["int64", True]
@@ -27,3 +35,12 @@ def test_constants_are_exact_in_a_network_built_under_zero_init_in_bf16():
         ],
         True,
     )
+
+
+def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
+    """The rate head casts its weights where ZeRO-3 has gathered them; gradients reach the partitions."""
+    here, alone = found["one_step"]
+    log_rate = torch.tensor(here["log_rate"])
+    assert (log_rate != log_rate.bfloat16().float()).float().mean() > 0.9
+    torch.testing.assert_close(log_rate, torch.tensor(alone["log_rate"]), rtol=0.0, atol=0.02)
+    assert here["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
