@@ -139,7 +139,7 @@ class Block(nn.Module):
             frame_condition: ``[F, d]``.
             text_condition: ``[B, d]``; None for a network without text.
             row: int64 ``[T]``: row of (frames, then clips) whose modulation a token takes.
-            rotations: complex64 ``[T, 1, d / H / 2]``.
+            rotations: float32 ``[T, 1, d / H / 2, 2]``, from ``VideoRoPE``.
             layout: Where everything lies.
             attend: Attention within segments.
 

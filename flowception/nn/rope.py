@@ -61,11 +61,11 @@ class VideoRoPE:
         return torch.stack([time, time + row, time + column], dim=-1)
 
     def rotations(self, layout: PackLayout) -> Tensor:
-        """The unit complex number that turns each pair of a token, complex64 ``[T, 1, d / 2]``."""
+        """Cosine and sine of the angle by which each pair of a token turns, float32 ``[T, 1, d / 2, 2]``."""
         positions = self.positions(layout)
         frequency, axis = self._constants(positions.device)
         angles = positions.index_select(1, axis) * frequency
-        return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).unsqueeze(1)
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
@@ -73,10 +73,15 @@ def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
 
     Args:
         heads: ``[T, H, d]``.
-        rotations: complex64 ``[T, 1, d / 2]``.
+        rotations: float32 ``[T, 1, d / 2, 2]``, cosines and sines.
 
     Returns:
         float32 ``[T, H, d]``.
     """
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2)
+    pairs = heads.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (x, y), (cosine, sine) = pairs.unbind(-1), rotations.unbind(-1)
+        turned = torch.stack([x * cosine - y * sine, x * sine + y * cosine], dim=-1)
+    else:  # the same as one product of complex numbers, which is one kernel; Inductor would not fuse it
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations))
+    return turned.flatten(-2)

@@ -27,8 +27,9 @@ def test_time_turns_the_lowest_frequencies_and_rows_and_columns_take_turns_in_th
 def test_angles_by_hand():
     layout = build_layout([ClipShape(2, 1, 2)])
     rotations = VideoRoPE(8, frame_spacing=2.0, base=16.0).rotations(layout)
-    last_latent = rotations[4, 0].angle()  # frame 1, row 0, column 0.5: (t, y, x) = (2, 2, 2.5)
-    torch.testing.assert_close(last_latent, torch.tensor([2.0, 2.5 / 2, 2.0 / 4, 2.0 / 8]))
+    cosine, sine = rotations[4, 0].unbind(-1)  # frame 1, row 0, column 0.5: (t, y, x) = (2, 2, 2.5)
+    torch.testing.assert_close(torch.atan2(sine, cosine), torch.tensor([2.0, 2.5 / 2, 2.0 / 4, 2.0 / 8]))
+    torch.testing.assert_close(cosine.square() + sine.square(), torch.ones(4))
 
 
 def test_rotation_turns_pairs_and_keeps_scores_of_equal_distance():
@@ -40,6 +41,23 @@ def test_rotation_turns_pairs_and_keeps_scores_of_equal_distance():
     later = torch.einsum("qhd,khd->qk", rotate(query.expand(30, 1, 16), rotations), rotate(key, rotations[10:11]))
     torch.testing.assert_close(scores[:20], later[10:], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scores[:20], scores[10:], atol=1e-3)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotation_is_its_formula_in_both_forms(compiling, monkeypatch):
+    """The complex product of eager mode, and the real one that Inductor is given; and their gradients."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    generator = torch.Generator().manual_seed(1)
+    heads = torch.randn(12, 3, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(12, 3, 16, generator=generator)
+    rotations = VideoRoPE(16, 2.0, 100.0).rotations(build_layout([ClipShape(2, 1, 5)]))
+    cosine, sine = rotations.double().unbind(-1)
+    x, y = heads.double()[..., ::2], heads.double()[..., 1::2]
+    expected = torch.stack([x * cosine - y * sine, x * sine + y * cosine], dim=-1).flatten(-2)
+    turned = rotate(heads, rotations)
+    torch.testing.assert_close(turned.double(), expected, rtol=0.0, atol=1e-6)
+    ours, exact = (torch.autograd.grad((out * weight).sum(), heads)[0] for out in (turned, expected))
+    torch.testing.assert_close(ours, exact, rtol=0.0, atol=1e-6)
 
 
 def test_rotations_of_a_clip_do_not_depend_on_what_else_is_in_the_pack():
