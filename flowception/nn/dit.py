@@ -33,16 +33,15 @@ from flowception.nn.layers import (
     Float32Linear,
     InsertionToken,
     Linear,
-    RMSNorm,
+    RotaryNorm,
     SwiGLU,
     TimeEmbedding,
     grid_features,
-    modulate,
-    take_rows,
 )
 from flowception.nn.layout import ModelOutput, ModelRole, PackInput, PackLayout, TokenKind
+from flowception.nn.leaves import EAGER, Leaves, compiled_leaves, modulate, take_rows
 from flowception.nn.presets import DiTConfig
-from flowception.nn.rope import VideoRoPE, rotate
+from flowception.nn.rope import VideoRoPE
 
 MODULATIONS = 6
 """Shift, scale and gate of attention, shift, scale and gate of the MLP."""
@@ -111,16 +110,17 @@ class TextEmbedding(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
 
-    def __init__(self, spec: FlopSpec) -> None:
+    def __init__(self, spec: FlopSpec, leaves: Leaves) -> None:
         super().__init__()
+        self.leaves = leaves
         size, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
         self.head_shape = (spec.num_heads, head_dim)
         self.frame_modulation = Linear(size, MODULATIONS * size, zero=True)
         self.text_modulation = Linear(size, MODULATIONS * size, zero=True) if spec.text_modulation else None
         self.query_key_value = Linear(size, 3 * size, bias=False)
-        self.query_norm, self.key_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.query_norm, self.key_norm = RotaryNorm(head_dim, leaves), RotaryNorm(head_dim, leaves)
         self.attention_output = Linear(size, size, bias=False)
-        self.mlp = SwiGLU(size, spec.mlp_hidden_size)
+        self.mlp = SwiGLU(size, spec.mlp_hidden_size, leaves)
 
     def forward(
         self,
@@ -150,14 +150,14 @@ class Block(nn.Module):
         if self.text_modulation is not None:
             table = torch.cat([table, self.text_modulation(text_condition)])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.chunk(MODULATIONS, dim=-1)
-        attended = self._attention(modulate(tokens, shift_1, scale_1, row), rotations, layout, attend)
-        tokens = torch.addcmul(tokens, attended, take_rows(gate_1, row))
-        return torch.addcmul(tokens, self.mlp(modulate(tokens, shift_2, scale_2, row)), take_rows(gate_2, row))
+        leaves = self.leaves
+        attended = self._attention(leaves.modulate(tokens, shift_1, scale_1, row), rotations, layout, attend)
+        tokens = leaves.add_gated(tokens, attended, gate_1, row)
+        return leaves.add_gated(tokens, self.mlp(leaves.modulate(tokens, shift_2, scale_2, row)), gate_2, row)
 
     def _attention(self, x: Tensor, rotations: Tensor, layout: PackLayout, attend: Attend) -> Tensor:
         query, key, value = (part.unflatten(-1, self.head_shape) for part in self.query_key_value(x).chunk(3, dim=-1))
-        query = rotate(self.query_norm(query), rotations).to(value.dtype)
-        key = rotate(self.key_norm(key), rotations).to(value.dtype)
+        query, key = self.query_norm(query, rotations), self.key_norm(key, rotations)
         return self.attention_output(attend(query, key, value, layout).flatten(1))
 
 
@@ -206,7 +206,8 @@ class FlowceptionDiT(nn.Module):
         self.time_embedding = TimeEmbedding(size)
         self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)
         self.class_embedding = Embedding(spec.num_classes + 1, size) if spec.num_classes else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        leaves = compiled_leaves() if config.compile else EAGER
+        self.blocks = nn.ModuleList(Block(spec, leaves) for _ in range(spec.num_layers))
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
     def initialise(self, seed: int, gather: Gather | None = None) -> Self:

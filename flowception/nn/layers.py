@@ -1,21 +1,19 @@
 """The small parts of the Flowception DiT. Each says how its own parameters begin (``flowception.nn.initialise``).
 
-Shape legend: ``T`` tokens, ``F`` frames, ``R`` rows of a modulation table (frames, then clips for their text), ``d``
-hidden size.
+Shape legend: ``T`` tokens, ``F`` frames, ``H`` heads.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowception.nn.flops import COUNT_FEATURES, GRID_FEATURES, TIME_FEATURES
+from flowception.nn.leaves import Leaves
 
-NORM_EPSILON = 1e-6
 SMALLEST_REMAINDER = 1e-3
 """Added to 1 - t before its logarithm; a twentieth of a step of a 50-step sampler."""
 
@@ -60,34 +58,36 @@ class Embedding(nn.Embedding):
         return 0.02 * torch.randn(shape, generator=generator)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm of the last dimension with a learnt weight (for queries and keys)."""
+class RotaryNorm(nn.Module):
+    """Root mean square norm of each head with a learnt weight, then the rotation (for queries and keys)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, head_dim: int, leaves: Leaves) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.norm_and_rotate = leaves.norm_and_rotate
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """One."""
         return torch.ones(shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., size]`` to the same shape, float32: what follows (the rotation) is done in float32."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), NORM_EPSILON)
+    def forward(self, heads: Tensor, rotations: Tensor) -> Tensor:
+        """``[T, H, head_dim]`` and float32 rotations ``[T, 1, head_dim / 2, 2]`` to the shape and dtype of heads."""
+        return self.norm_and_rotate(heads, self.weight, rotations)
 
 
 class SwiGLU(nn.Module):
     """``W_out (silu(W_gate x) * W_value x)`` with both inputs in one matrix."""
 
-    def __init__(self, size: int, hidden_size: int) -> None:
+    def __init__(self, size: int, hidden_size: int, leaves: Leaves) -> None:
         super().__init__()
         self.gate_and_value = Linear(size, 2 * hidden_size, bias=False)
         self.output = Linear(hidden_size, size, bias=False)
+        self.swiglu = leaves.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` to the same shape."""
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
-        return self.output(F.silu(gate) * value)
+        output: Tensor = self.output(self.swiglu(self.gate_and_value(x)))
+        return output
 
 
 def waves(x: Tensor, lowest: float, highest: float, features: int) -> Tensor:
@@ -183,42 +183,3 @@ class InsertionToken(nn.Module):
         if self.counts is None:
             return self.vector.repeat(rank.shape[0], 1)
         return self.vector + self.counts(rank, visible_frames)
-
-
-class _TakeRows(torch.autograd.Function):
-    """Rows of a table; the many gradients of one row are added up in float32, also when they are bfloat16."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(row)
-        ctx.table_rows = table.shape[0]
-        return table.index_select(0, row)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        (row,) = ctx.saved_tensors
-        total = torch.zeros(ctx.table_rows, gradient.shape[1], device=gradient.device)
-        return total.index_add_(0, row, gradient.float()).to(gradient.dtype), None
-
-
-def take_rows(table: Tensor, row: Tensor) -> Tensor:
-    """``table[row]``: table ``[R, d]`` and int64 row ``[T]`` to ``[T, d]``."""
-    rows: Tensor = _TakeRows.apply(table, row)
-    return rows
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor) -> Tensor:
-    """Norm without weights, then each token's own scale and shift (AdaLN).
-
-    Args:
-        x: ``[T, d]``.
-        shift: ``[R, d]``, zero for none.
-        scale: ``[R, d]``, zero for none.
-        row: int64 ``[T]``: which row of the tables each token takes.
-
-    Returns:
-        ``[T, d]``.
-    """
-    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
-    return torch.addcmul(take_rows(shift, row), normed, take_rows(1.0 + scale, row))

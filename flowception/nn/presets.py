@@ -76,6 +76,9 @@ class DiTConfig:
     """K: a token of the window pattern sees frames at most K away; None for the other patterns."""
     attention_backend: str = "auto"
     """auto, sdpa, flex, varlen or flash. varlen and flash have the full pattern only, flex needs CUDA."""
+    compile: bool = False
+    """Whether what a block computes between its matrix products (norms, modulation, rotation, SwiGLU, gates) is fused
+    by torch.compile. The first steps take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass instead of kept."""
 

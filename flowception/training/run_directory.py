@@ -19,7 +19,7 @@ from flowception.files import FileLock, write_atomically
 from flowception.nn.backbone import count_parameters
 from flowception.nn.presets import DiTConfig
 
-_MAY_CHANGE = {"attention_backend", "activation_checkpointing", "initial_log_rate"}
+_MAY_CHANGE = {"attention_backend", "compile", "activation_checkpointing", "initial_log_rate"}
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 

@@ -3,26 +3,30 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowception.nn.initialise import initialise
 from flowception.nn.layers import (
     CountEmbedding,
     Float32Linear,
-    RMSNorm,
+    RotaryNorm,
     SwiGLU,
     TimeEmbedding,
-    modulate,
-    take_rows,
     waves,
 )
+from flowception.nn.leaves import EAGER
 
 
-def test_rms_norm_divides_by_the_root_mean_square():
-    norm = RMSNorm(2)
+def test_rotary_norm_divides_by_the_root_mean_square_and_turns():
+    norm = RotaryNorm(2, EAGER)
     norm.weight.data = torch.tensor([1.0, 10.0])
     rms = (12.5 + 1e-6) ** 0.5
-    torch.testing.assert_close(norm(torch.tensor([[3.0, 4.0]])), torch.tensor([[3 / rms, 40 / rms]]))
+    heads, unturned, quarter = (
+        torch.tensor([[[3.0, 4.0]]]),
+        torch.tensor([[[[1.0, 0.0]]]]),
+        torch.tensor([[[[0.0, 1.0]]]]),
+    )
+    torch.testing.assert_close(norm(heads, unturned), torch.tensor([[[3 / rms, 40 / rms]]]))
+    torch.testing.assert_close(norm(heads, quarter), torch.tensor([[[-40 / rms, 3 / rms]]]))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -44,52 +48,10 @@ def test_float32_linear_computes_in_float32(weights, inputs, autocast):
 
 
 def test_swiglu_is_its_formula():
-    mlp = SwiGLU(3, 5)
+    mlp = SwiGLU(3, 5, EAGER)
     x = torch.randn(4, 3)
     gate, value = mlp.gate_and_value.weight[:5], mlp.gate_and_value.weight[5:]
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ value.T)) @ mlp.output.weight.T)
-
-
-def test_modulate_without_shift_and_scale_is_the_norm_and_each_token_takes_its_row():
-    x, row = torch.randn(5, 4), torch.tensor([1, 0, 0, 1, 1])
-    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    zero = torch.zeros(2, 4)
-    torch.testing.assert_close(modulate(x, zero, zero, row), normed)
-    shift, scale = torch.randn(2, 2, 4)
-    torch.testing.assert_close(modulate(x, shift, scale, row), normed * (1 + scale[row]) + shift[row])
-
-
-def test_gradient_of_take_rows_is_that_of_indexing():
-    table = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    row = torch.tensor([2, 0, 2, 2, 1])
-    weight = torch.randn(5, 3, dtype=torch.float64)
-    (ours,) = torch.autograd.grad((take_rows(table, row) * weight).sum(), table)
-    (expected,) = torch.autograd.grad((table[row] * weight).sum(), table)
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    assert ours[3].eq(0).all()
-
-
-class Additions(TorchDispatchMode):
-    """Notes the dtype of every sum by index (a CPU is exact in bfloat16 too, a GPU's atomic sum stops at 256)."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.index_add_.default:
-            self.dtypes.append(args[0].dtype)
-        return function(*args, **(kwargs or {}))
-
-
-def test_gradient_of_take_rows_is_added_up_in_float32():
-    table = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    rows = take_rows(table, torch.zeros(1000, dtype=torch.int64))
-    with Additions() as additions:
-        (gradient,) = torch.autograd.grad(rows.sum(), table)
-    assert additions.dtypes == [torch.float32]
-    assert gradient.dtype == torch.bfloat16
-    assert gradient.item() == 1000.0
 
 
 def test_waves_by_hand():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -123,3 +125,13 @@ def one_step_alone(config: DiTConfig, precision: str) -> dict:
     loss_of(output).backward()
     norm = torch.nn.utils.get_total_norm([weight.grad.float() for weight in model.parameters()])
     return {"log_rate": output.log_rate.tolist(), "velocity": output.velocity.tolist(), "grad_norm": float(norm)}
+
+
+def compiled() -> dict[str, dict]:
+    """A step under ZeRO-3 with compiled leaves, plain and with every block computed again, and the eager one."""
+    ways = {"eager": {}, "compiled": {"compile": True}, "again": {"compile": True, "activation_checkpointing": True}}
+    return {
+        f"{way} {precision}": one_step(replace(MODEL, **changes), precision)
+        for way, changes in ways.items()
+        for precision in ("fp32", "bf16")
+    }

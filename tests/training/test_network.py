@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,23 @@ def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
     assert (log_rate != log_rate.bfloat16().float()).float().mean() > 0.9
     torch.testing.assert_close(log_rate, torch.tensor(alone["log_rate"]), rtol=0.0, atol=0.02)
     assert here["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile on a CPU needs a C++ compiler",
+)
+def test_compiled_leaves_are_safe_under_zero_3():
+    """Weights are released after each forward and gathered again for the backward; compiled code must not mind."""
+    (steps,) = run_distributed(WORKER, "compiled", 1, timeout_s=1100)
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
+        eager = steps[f"eager {precision}"]
+        for way in ("compiled", "again"):
+            step = steps[f"{way} {precision}"]
+            for head in ("velocity", "log_rate"):
+                torch.testing.assert_close(
+                    torch.tensor(step[head]), torch.tensor(eager[head]), rtol=0.0, atol=tolerance
+                )
+            assert step["grad_norm"] == pytest.approx(eager["grad_norm"], rel=tolerance)

@@ -1,0 +1,109 @@
+"""What a block computes between its matrix products, as functions of tensors alone: these may be compiled.
+
+Eager PyTorch runs each of them as several kernels that read and write whole activations; ``torch.compile`` makes one
+or two of them. They own no weights, so the hooks with which ZeRO-3 gathers a module's weights never run inside
+compiled code.
+
+Shape legend: ``T`` tokens, ``R`` rows of a modulation table (frames, then clips for their text), ``d`` hidden size,
+``H`` heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowception.nn.rope import rotate
+
+NORM_EPSILON = 1e-6
+
+
+class Leaves(NamedTuple):
+    """The functions of this module, eager or compiled."""
+
+    modulate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    add_gated: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    norm_and_rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows of a table; the many gradients of one row are added up in float32, also when they are bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.table_rows = table.shape[0]
+        return table.index_select(0, row)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (row,) = ctx.saved_tensors
+        total = torch.zeros(ctx.table_rows, gradient.shape[1], device=gradient.device)
+        return total.index_add_(0, row, gradient.float()).to(gradient.dtype), None
+
+
+def take_rows(table: Tensor, row: Tensor) -> Tensor:
+    """``table[row]``: table ``[R, d]`` and int64 row ``[T]`` to ``[T, d]``."""
+    rows: Tensor = _TakeRows.apply(table, row)
+    return rows
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor) -> Tensor:
+    """Norm without weights, then each token's own scale and shift (AdaLN).
+
+    Args:
+        x: ``[T, d]``.
+        shift: ``[R, d]``, zero for none.
+        scale: ``[R, d]``, zero for none.
+        row: int64 ``[T]``: which row of the tables each token takes.
+
+    Returns:
+        ``[T, d]``.
+    """
+    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
+    return torch.addcmul(take_rows(shift, row), normed, take_rows(1.0 + scale, row))
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor, row: Tensor) -> Tensor:
+    """``x + gate[row] * update``: x and update ``[T, d]``, gate ``[R, d]``, int64 row ``[T]``; gives ``[T, d]``."""
+    return torch.addcmul(x, update, take_rows(gate, row))
+
+
+def norm_and_rotate(heads: Tensor, weight: Tensor, rotations: Tensor) -> Tensor:
+    """Root mean square norm of each head, then its rotation; both in float32.
+
+    Args:
+        heads: ``[T, H, d / H]``.
+        weight: ``[d / H]`` of the norm.
+        rotations: float32 ``[T, 1, d / H / 2, 2]``.
+
+    Returns:
+        ``[T, H, d / H]`` in the dtype of ``heads``.
+    """
+    normed = F.rms_norm(heads.float(), (heads.shape[-1],), weight.float(), NORM_EPSILON)
+    return rotate(normed, rotations).to(heads.dtype)
+
+
+def swiglu(gate_and_value: Tensor) -> Tensor:
+    """``silu(gate) * value`` of both beside each other: ``[..., 2 n]`` to ``[..., n]``."""
+    gate, value = gate_and_value.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+EAGER = Leaves(modulate=modulate, add_gated=add_gated, norm_and_rotate=norm_and_rotate, swiglu=swiglu)
+
+
+@lru_cache(maxsize=1)
+def compiled_leaves() -> Leaves:
+    """The same functions behind ``torch.compile``: compiled once for the process, at their first call.
+
+    A pack's shape is constant in a run; where a second one comes, sizes become symbols.
+    """
+    return Leaves(*(torch.compile(function) for function in EAGER))
