@@ -248,12 +248,11 @@ class FlowceptionDiT(nn.Module):
         frame_condition = F.silu(frame_condition)
         tokens = self.embedding(pack, text_tokens)
         rotations = self.rope.rotations(layout)
-        for block, attend in zip(self.blocks, attends or [self.attend] * len(self.blocks), strict=True):
-            arguments = (tokens, frame_condition, text_condition, row, rotations, layout, attend)
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                tokens = block(*arguments)
+        checkpointed = self.config.checkpointed_blocks() if torch.is_grad_enabled() else 0
+        blocks = zip(self.blocks, attends or [self.attend] * len(self.blocks), strict=True)
+        for number, (block, attend) in enumerate(blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if number < checkpointed else block
+            tokens = run(tokens, frame_condition, text_condition, row, rotations, layout, attend)
         return self.heads(tokens, frame_condition, layout)
 
     def _check_text(self, pack: PackInput) -> None:

@@ -79,8 +79,9 @@ class DiTConfig:
     compile: bool = False
     """Whether what a block computes between its matrix products (norms, modulation, rotation, SwiGLU, gates) is fused
     by torch.compile. The first steps take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
-    activation_checkpointing: bool = False
-    """Whether blocks are computed again in the backward pass instead of kept."""
+    activation_checkpointing: bool | int = False
+    """Blocks that are computed again in the backward pass instead of kept: true for all, false for none, or how many,
+    counted from the first. Fewer cost less time and more memory; ``--dry-run`` says how much memory."""
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
@@ -94,6 +95,11 @@ class DiTConfig:
             if value is not None and value < 0:
                 raise ConfigError(f"model.{name} is {value}; give 0 for none, or the number")
         check_backend(self.attention_backend, self.pattern())
+        blocks = self.activation_checkpointing
+        if blocks < 0:
+            raise ConfigError(
+                f"model.activation_checkpointing is {blocks}; give true for all blocks, false for none, or how many"
+            )
         if self.frame_spacing <= 0:
             raise ConfigError(f"model.frame_spacing is {self.frame_spacing}; give a positive number")
         if self.rope_base <= 1:
@@ -102,6 +108,25 @@ class DiTConfig:
     def pattern(self) -> AttentionPattern:
         """Which tokens see each other."""
         return AttentionPattern(self.attention_pattern, self.attention_window_frames)
+
+    def checkpointed_blocks(self) -> int:
+        """How many blocks, the first ones, are computed again in the backward pass.
+
+        The first, because the backward pass comes to them last: what the others kept is free by then, and what the one
+        at work keeps for a moment adds nothing to the peak.
+
+        Raises:
+            ConfigError: If there are fewer blocks than that.
+        """
+        blocks, given = self._size("num_layers"), self.activation_checkpointing
+        if given is True:
+            return blocks
+        if given > blocks:
+            raise ConfigError(
+                f"model.activation_checkpointing is {given} and the network has {blocks} blocks; give at most that, or "
+                "true for all"
+            )
+        return int(given)
 
     def resolved(self) -> DiTConfig:
         """The same network with every size written out and no preset."""
@@ -125,6 +150,7 @@ class DiTConfig:
         hidden_size, num_heads = self._size("hidden_size"), self._size("num_heads")
         if hidden_size % num_heads:
             raise ConfigError(f"model.hidden_size {hidden_size} is not a multiple of model.num_heads {num_heads}")
+        self.checkpointed_blocks()  # refuses more than there are
         text_dim = self.text_dim
         if text_dim is None and self.preset is not None:
             text_dim = PRESETS[self.preset].text_dim

@@ -14,7 +14,7 @@ from flowception.data.plan import Plan
 from flowception.errors import ConfigError, Problems
 from flowception.nn.backbone import count_parameters
 from flowception.training.hardware import GIB, PEAK_TFLOPS_BF16
-from flowception.training.memory import MemoryPerRank, checkpoint_bytes, memory_per_rank
+from flowception.training.memory import MemoryPerRank, block_activations, checkpoint_bytes, memory_per_rank
 from flowception.training.problems import check_data, check_run
 from flowception.training.step_time import DAY_S, StepTime, bytes_between_nodes, compute_s
 from flowception.training.traffic import TrafficPerStep, traffic_per_step
@@ -153,11 +153,13 @@ def _row(name: str, values: list[str]) -> str:
 
 def _memory_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list[str]:
     columns = [_memory(config, config.zero, parameters, size) for size in sizes]
-    checkpointing = "with" if config.model.activation_checkpointing else "without"
+    spec, stage = config.model.flop_spec(), config.zero.stage
+    kept, block_input = block_activations(spec, config.token_budget, stage, config.precision)
     packs = [_packs(config, size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, {_stage_name(config.zero)}, {config.precision}, activations estimated "
-        f"{checkpointing} checkpointing:",
+        f"memory per rank in GiB, {_stage_name(config.zero)}, {config.precision}, activations estimated with "
+        f"{config.model.checkpointed_blocks()} of {spec.num_layers} blocks checkpointed "
+        f"({(kept - block_input) / GIB:.2f} more for each that is not):",
         _row("ranks", [str(size) for size in sizes]),
         _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
     ]
@@ -277,7 +279,7 @@ def _memory(config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: 
         spec=config.model.flop_spec(),
         token_budget=config.token_budget,
         precision=config.precision,
-        activation_checkpointing=config.model.activation_checkpointing,
+        checkpointed_blocks=config.model.checkpointed_blocks(),
         bucket_elements=zero.bucket_elements,
         max_live_elements=zero.max_live_elements,
         group_size=zero.hierarchical_partition_size,

@@ -52,6 +52,20 @@ def checkpoint_bytes(parameters: int) -> int:
     return 4 * FP32_BYTES * parameters
 
 
+def block_activations(spec: FlopSpec, token_budget: int, stage: int, precision: str) -> tuple[float, float]:
+    """Bytes that a block keeps for its backward pass, and those of its input, all that a checkpointed one keeps.
+
+    Args:
+        spec: Sizes of the network.
+        token_budget: T.
+        stage: ZeRO stage.
+        precision: ``bf16`` or ``fp32``.
+    """
+    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage >= 2 else "autocast"
+    elements = token_budget * spec.hidden_size
+    return elements * KEPT_BYTES[arithmetic], elements * kept_weight_bytes(stage, precision)
+
+
 def memory_per_rank(
     *,
     parameters: int,
@@ -60,7 +74,7 @@ def memory_per_rank(
     spec: FlopSpec,
     token_budget: int,
     precision: str,
-    activation_checkpointing: bool,
+    checkpointed_blocks: int,
     bucket_elements: int,
     max_live_elements: int,
     group_size: int | None = None,
@@ -74,7 +88,7 @@ def memory_per_rank(
         spec: Sizes of the network.
         token_budget: T.
         precision: ``bf16`` or ``fp32``.
-        activation_checkpointing: Whether blocks are computed again in the backward pass.
+        checkpointed_blocks: How many blocks, the first ones, are computed again in the backward pass.
         bucket_elements: Elements of a communication bucket.
         max_live_elements: Stage 3: gathered weights that may be live at once.
         group_size: Stage 3: ranks of a group with a second copy of the weights (hpZ); None for off.
@@ -83,15 +97,14 @@ def memory_per_rank(
         Bytes by part.
     """
     whole, share = FP32_BYTES * parameters, FP32_BYTES * parameters / world_size
-    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage >= 2 else "autocast"
     element_bytes = kept_weight_bytes(stage, precision)
     kept_weights = element_bytes * parameters
     second_copy = kept_weights / group_size if group_size else 0.0
     at_work = element_bytes * min(
         max(max_live_elements, 2 * parameters / spec.num_layers + bucket_elements), parameters
     )
-    kept = token_budget * spec.hidden_size * KEPT_BYTES[arithmetic]
-    between_blocks = token_budget * spec.hidden_size * element_bytes * spec.num_layers
+    kept, block_input = block_activations(spec, token_budget, stage, precision)
+    kept_blocks = max(spec.num_layers - checkpointed_blocks, 1)  # where none is kept, the one that is computed again
     return MemoryPerRank(
         weights={
             0: whole,
@@ -99,10 +112,10 @@ def memory_per_rank(
             2: kept_weights + share,
             3: kept_weights / world_size + share + second_copy,
         }[stage],
-        working_weights=at_work if stage == 3 else BF16_BYTES * parameters * (arithmetic == "autocast"),
+        working_weights=at_work if stage == 3 else BF16_BYTES * parameters * (precision == "bf16" and stage < 2),
         gradients=whole if stage < 2 else share,
         buckets=(1 if stage < 2 else 2) * FP32_BYTES * min(bucket_elements, parameters),
         optimizer=2 * (whole if stage == 0 else share),
         ema=whole if stage == 0 else share,
-        activations=kept + between_blocks if activation_checkpointing else kept * spec.num_layers,
+        activations=kept * kept_blocks + block_input * (spec.num_layers - kept_blocks),
     )

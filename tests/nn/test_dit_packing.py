@@ -138,16 +138,27 @@ def test_log_rates_of_a_bf16_network_are_not_rounded_to_bf16(model, mixed_clips,
     assert (ours - exact).abs().mean() < 0.6 * (rounded - exact).abs().mean()
 
 
-def test_activation_checkpointing_changes_nothing(model, mixed_clips, make_pack):
+@pytest.mark.parametrize(
+    ("activation_checkpointing", "runs"), [(False, [1, 1]), (1, [2, 1]), (2, [2, 2]), (True, [2, 2])]
+)
+def test_activation_checkpointing_changes_nothing(model, mixed_clips, make_pack, activation_checkpointing, runs):
+    """The first blocks run twice, and outputs and gradients are equal to the bit."""
     pack = make_pack(mixed_clips)
-    weights = weights_like(model(pack))
+    output = model(pack)
+    weights = weights_like(output)
 
-    def loss():
-        return sum((part * weight).sum() for part, weight in zip(model(pack), weights))
+    def loss(output):
+        return sum((part * weight).sum() for part, weight in zip(output, weights))
 
-    plain = gradients(model, loss())
-    model.config.activation_checkpointing = True
-    again = gradients(model, loss())
+    plain = gradients(model, loss(output))
+    model.config.activation_checkpointing = activation_checkpointing
+    ran = [0, 0]
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: ran.__setitem__(number, ran[number] + 1))
+    output_again = model(pack)
+    again = gradients(model, loss(output_again))
+    assert ran == runs
+    assert all(torch.equal(*parts) for parts in zip(output, output_again, strict=True))
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 

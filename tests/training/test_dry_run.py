@@ -206,6 +206,22 @@ def test_dry_run_of_two_billion_parameters(tmp_path):
     assert f"checkpoint: {16 * parameters / 1e9:.2f} GB" in text
 
 
+def test_activations_fall_with_the_blocks_that_are_checkpointed(tmp_path):
+    path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
+    words = ["precision=bf16", "packs_per_step=64", "token_budget=16384"]
+    texts = [
+        report(
+            load_config([path], [*words, f"model.activation_checkpointing={blocks}"]), Assumptions(world_sizes="64")
+        )[0]
+        for blocks in ("false", "20", "true")
+    ]
+    for text, blocks in zip(texts, (0, 20, 38)):
+        assert f"with {blocks} of 38 blocks checkpointed (1.78 more for each that is not):" in text
+    none, some, every = (float(row(text, "activations")[0]) for text in texts)
+    assert none - some == pytest.approx(20 * 16384 * 1536 * (78 - 2) / GIB, abs=0.011)
+    assert some - every == pytest.approx(17 * 16384 * 1536 * (78 - 2) / GIB, abs=0.011)  # one is at work
+
+
 def test_world_sizes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert world_sizes("") == [2, 8, 64]

@@ -15,9 +15,10 @@ CASES = [f"{stage} {precision}" for stage in range(4) for precision in ("fp32", 
 WORLD_SIZE, MICRO_STEPS = 2, 2
 
 
-def kept_bytes(num_layers, arithmetic, width=128):
+def kept_bytes(num_layers, arithmetic, width=128, checkpointed=0):
     """What autograd keeps for the backward pass of a pack, parameters left out; and the pack's tokens."""
-    config = DiTConfig(preset=None, in_channels=8, hidden_size=width, num_layers=num_layers, num_heads=2)
+    sizes = {"in_channels": 8, "hidden_size": width, "num_layers": num_layers, "num_heads": 2}
+    config = DiTConfig(preset=None, activation_checkpointing=checkpointed, **sizes)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
     model = FlowceptionDiT(config).initialise(0).to(dtype)
     layout = build_layout([ClipShape(8, 8, 8)] * 2)
@@ -52,7 +53,16 @@ def test_activation_estimate_is_what_autograd_keeps(arithmetic):
     assert (four - two) / 2 / tokens / 128 == pytest.approx(KEPT_BYTES[arithmetic], rel=0.08)
 
 
-def sizes(stage, world_size, precision="bf16", parameters=10**9, group_size=None):
+@pytest.mark.parametrize("arithmetic", list(KEPT_BYTES))
+def test_a_checkpointed_block_keeps_its_input_alone(arithmetic):
+    input_bytes = 2 if arithmetic == "bf16" else 4
+    (all_kept, tokens), *fewer = (kept_bytes(4, arithmetic, checkpointed=blocks) for blocks in (0, 1, 2, 4))
+    saved = [(all_kept - kept) / tokens / 128 for kept, _ in fewer]
+    per_block = KEPT_BYTES[arithmetic] - input_bytes
+    assert saved == pytest.approx([per_block, 2 * per_block, 4 * per_block], rel=0.08)
+
+
+def sizes(stage, world_size, precision="bf16", parameters=10**9, group_size=None, checkpointed_blocks=38):
     spec = DiTConfig(preset="2b").flop_spec()
     return memory_per_rank(
         parameters=parameters,
@@ -61,7 +71,7 @@ def sizes(stage, world_size, precision="bf16", parameters=10**9, group_size=None
         spec=spec,
         token_budget=1000,
         precision=precision,
-        activation_checkpointing=True,
+        checkpointed_blocks=checkpointed_blocks,
         bucket_elements=10**6,
         max_live_elements=10**8,
         group_size=group_size,
@@ -81,6 +91,17 @@ def test_stages_shard_what_they_say():
     totals = [sizes(stage, 8).total for stage in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert sizes(3, 64).total < sizes(3, 8).total
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (3, "bf16")])
+def test_activations_fall_with_every_checkpointed_block(stage, precision):
+    activations = [sizes(stage, 8, precision, checkpointed_blocks=n).activations for n in range(39)]
+    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage == 3 else "autocast"
+    per_block, block_input = 1000 * 1536 * KEPT_BYTES[arithmetic], 1000 * 1536 * (2 if stage == 3 else 4)
+    assert activations[0] == 38 * per_block
+    assert activations[1:38] == pytest.approx([(38 - n) * per_block + n * block_input for n in range(1, 38)])
+    assert activations[38] == activations[37]  # the last block is computed again at once: nothing is saved
+    assert activations == sorted(activations, reverse=True)
 
 
 @pytest.fixture(scope="module")
