@@ -8,7 +8,8 @@ Frames are counted among the visible ones, and an insertion token belongs to its
 text is seen by every token and sees text alone: text that saw frames would carry what a later or a far frame holds to
 everyone in the next layer.
 
-Shape legend: ``T`` tokens of a pack, ``S`` segments.
+Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighbouring tokens that see alike (a frame, a
+clip's text, a padding segment), ``N`` blocks of tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowception.errors import ConfigError
@@ -72,3 +74,34 @@ def token_segments(layout: PackLayout) -> Tensor:
     """Segment of each token, int64 [T]."""
     places = torch.arange(layout.token_kind.shape[0], device=layout.cu_seqlens.device, dtype=torch.int32)
     return torch.searchsorted(layout.cu_seqlens[1:].contiguous(), places, right=True)
+
+
+def visible_blocks(layout: PackLayout, pattern: AttentionPattern, block_tokens: int) -> tuple[Tensor, Tensor]:
+    """Which blocks of token pairs hold a pair that sees, and in which every pair does; without a table of all pairs.
+
+    The tokens of a run see alike and are seen alike, so a table of runs says it all, and sums over rectangles of that
+    table count the pairs of runs that see in each block.
+
+    Args:
+        layout: Of the pack.
+        pattern: Which tokens of a clip see each other.
+        block_tokens: Tokens of a block; the last one may have fewer and then counts as not wholly seen.
+
+    Returns:
+        Two bool tables ``[N, N]``: looking block, looked at block.
+    """
+    segment, rank = token_segments(layout), token_ranks(layout)
+    begins = (segment.diff() != 0) | (rank.diff() != 0)
+    run = F.pad(begins.cumsum(0), (1, 0))
+    shape, tokens = layout.shape, len(run)
+    runs = shape.max_frames + shape.max_clips + shape.max_segments
+    run_segment, run_rank = (part.new_zeros(runs).scatter(0, run, part) for part in (segment, rank))
+    seen = (run_segment[:, None] == run_segment) & pattern.sees(run_rank[:, None], run_rank)
+    pairs = F.pad(seen.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))
+    first = torch.arange(0, tokens, block_tokens, device=run.device)
+    last = (first + block_tokens - 1).clamp(max=tokens - 1)
+    start, stop = run[first], run[last] + 1
+    count = (pairs[stop] - pairs[start])[:, stop] - (pairs[stop] - pairs[start])[:, start]
+    whole = first + block_tokens <= tokens
+    every = (count == (stop - start)[:, None] * (stop - start)) & whole[:, None] & whole
+    return count > 0, every

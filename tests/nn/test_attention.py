@@ -6,7 +6,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowception.errors import ConfigError, MissingDependencyError
 from flowception.nn import (
@@ -123,6 +124,65 @@ def test_flex_sees_what_the_pattern_says(pattern, monkeypatch):
         inputs = torch.randn(3, layout.shape.token_budget, 2, 16, generator=torch.Generator().manual_seed(seed))
         expected = dense_reference(*inputs, layout, pattern)
         torch.testing.assert_close(module._flex(*inputs, layout, pattern), expected, rtol=1e-4, atol=1e-5)
+
+
+def large_layout(seed):
+    """Some blocks of 128 tokens lie inside a frame, some hold many clips; text, padding and a last block cut short."""
+    draw = random.Random(seed)
+    kinds = [(2, 12, 15, 3), (5, 2, 3, 150), (9, 5, 5, 0), (1, 1, 1, 2), (3, 3, 4, 0)]
+    clips = [ClipShape(2, 16, 16, 5), *(ClipShape(*draw.choice(kinds)) for _ in range(4))]
+    tight = vars(PackShape.tight(clips))
+    return build_layout(
+        clips, PackShape(**{**tight, "token_budget": tight["token_budget"] + draw.choice([0, 200, 77])})
+    )
+
+
+@pytest.mark.parametrize("pattern", EVERY_PATTERN, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_of_the_flex_mask_are_those_of_the_dense_mask(pattern, seed):
+    """Blocks with a pair, and blocks of pairs that all count, which skip the mask; also as torch itself counts them."""
+    module = import_module("flowception.nn.attention")
+    layout = large_layout(seed)
+    mask, side = module._block_mask(layout, pattern), module.FLEX_BLOCK_TOKENS
+    places = torch.arange(layout.shape.token_budget)
+    dense = mask.mask_mod(None, None, places[:, None], places)
+    missing = -len(dense) % side
+    blocks = torch.nn.functional.pad(dense, (0, missing, 0, missing)).unflatten(1, (-1, side)).unflatten(0, (-1, side))
+    some, every = blocks.any(3).any(1), blocks.all(3).all(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), some)
+    assert torch.equal(mask.full_kv_num_blocks[0, 0], every.sum(1))
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == some.sum()
+    assert every.any()
+    for row, (number, columns) in enumerate(
+        zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)
+    ):
+        assert columns[:number].tolist() == every[row].nonzero().flatten().tolist()
+    theirs = create_block_mask(mask.mask_mod, None, None, len(dense), len(dense), device="cpu")
+    assert mask.shape == theirs.shape
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(mask, name), getattr(theirs, name)), name
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("pattern", EVERY_PATTERN[1:], ids=str)
+def test_no_table_of_all_pairs_is_made_for_the_flex_mask(pattern):
+    layout = build_layout([ClipShape(19, 8, 8, 20)] * 5)
+    with Largest() as largest:
+        import_module("flowception.nn.attention")._block_mask(layout, pattern)
+    tokens = layout.shape.token_budget
+    assert tokens > 6000
+    assert largest.elements < tokens**2 / 100
 
 
 @pytest.mark.parametrize("pattern", EVERY_PATTERN[1:], ids=str)
