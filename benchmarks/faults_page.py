@@ -76,7 +76,8 @@ def page(result: Mapping[str, Any], command: str) -> str:
 puts {len(records)} faults into runs of a toy model and starts the same command again until each run is complete. A run
 of {result["steps"]} steps saves every {result["save_every_steps"]}; it passes epochs, warm-up and held-out losses. Its
 last checkpoint is then compared with that of a run without a fault: weights, EMA and optimizer to the bit at the same
-number of ranks; so are the loss of every step, and keys and content of every pack that was trained on. At another
+number of ranks; so are the loss of every step, and keys and content of every pack that was trained on. (All on a CPU.
+CUDA adds some gradients up in any order, so there even two runs without a fault differ in the last bits.) At another
 number of ranks the packs must be the same and the losses within 1e-4 relative; the largest difference was {bound}.
 
 {table(records)}
