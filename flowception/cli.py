@@ -98,16 +98,33 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "interpolation the first and the last, completion the first and the last quarter)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="caption, for a model trained with text")
-    parser.add_argument("--text-encoder", metavar="MODEL", help="T5 encoder for the prompt: a folder or hub id")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a caption a line, blank lines passed over; or .jsonl, an object a line: prompt and, where wanted, seed "
+        "and class_label. Clips cycle over them, as over --context: clip i has prompt i, and after the last the first",
+    )
+    parser.add_argument("--text-encoder", metavar="MODEL", help="T5 encoder for prompts: a folder or hub id")
     parser.add_argument(
         "--class-label",
         metavar="K|NAME",
         help="class number or name; null for none (default: t2v cycles over the classes, other tasks none)",
     )
-    parser.add_argument("--num", type=_positive, required=True, metavar="N", help="clips to generate")
+    parser.add_argument(
+        "--num",
+        type=_positive,
+        metavar="N",
+        help="clips to generate; with --prompts, of each prompt (default there: 1)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
     parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="clip i has seed S + i (default: 0)")
     parser.add_argument("--checkpoint", type=_natural, metavar="STEP", help="default: the newest valid one")
+    _add_sampling(parser)
+    parser.set_defaults(command=_generate)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale (default: off)")
     parser.add_argument(
         "--rate-guidance", type=float, metavar="G", help="the same for the insertion rate (default: off)"
@@ -134,7 +151,6 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", help="pixels; needed where the run was trained at several sizes")
     parser.add_argument("--fps", type=float, metavar="FPS", help="of the written files (default: the data's)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
-    parser.set_defaults(command=_generate)
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -254,15 +270,18 @@ def _generate(arguments: argparse.Namespace) -> int:
     from flowception.progress import show_log
 
     show_log()
+    if arguments.num is None and arguments.prompts is None:
+        raise ConfigError("--num is missing; give the number of clips to generate")
     options = GenerateOptions(
         run_dir=arguments.run,
         out_dir=arguments.out,
         task=arguments.task,
-        num_clips=arguments.num,
+        num_clips=arguments.num or 1,
         context_files=tuple(arguments.context),
         keep=parse_keep(arguments.keep) if arguments.keep else None,
         class_label=arguments.class_label,
         prompt=arguments.prompt,
+        prompts_file=arguments.prompts,
         text_encoder=arguments.text_encoder,
         seed=arguments.seed,
         checkpoint_step=arguments.checkpoint,

@@ -71,6 +71,15 @@ def test_what_is_no_run(tmp_path, capsys):
     assert "run directory" in fails_in_one_line(capsys, "generate", tmp_path, "--num", 1, "--out", tmp_path / "out")
 
 
+def test_clips_are_counted_by_num_or_by_prompts(tmp_path, capsys):
+    words = ("generate", tmp_path, "--out", tmp_path / "out")
+    assert "--num is missing" in fails_in_one_line(capsys, *words)
+    prompts = tmp_path / "prompts.txt"
+    assert "cannot be read" in fails_in_one_line(capsys, *words, "--prompts", prompts)
+    prompts.write_text("a red disc\n")
+    assert "is no run directory" in fails_in_one_line(capsys, *words, "--prompts", prompts)
+
+
 def test_a_step_that_is_not_there(run_dir, capsys):
     assert "no checkpoint of step 7" in fails_in_one_line(capsys, "checkpoint", run_dir, "--checkpoint", 7, "--hash")
 

@@ -170,7 +170,7 @@ def sample_states(
     batch_size: int,
     config: SamplerConfig,
     context: Sequence[Context | None] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     device: torch.device | str = "cpu",
     num_frames: Sequence[int] | None = None,
 ) -> Iterator[SamplerState]:
@@ -182,7 +182,7 @@ def sample_states(
         batch_size: B.
         config: The sampler's.
         context: One entry for each clip; None where, or if, nothing is given.
-        seed: Clip i has seed ``seed + i``.
+        seed: Clip i has seed ``seed + i``, or the i-th where a seed is given for each.
         device: Where frames live and ``predict`` works.
         num_frames: Length of each clip under a prescribed order; None takes the config's.
 
@@ -205,7 +205,7 @@ def sample(
     batch_size: int,
     config: SamplerConfig,
     context: Sequence[Context | None] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     device: torch.device | str = "cpu",
     num_frames: Sequence[int] | None = None,
     watch: Callable[[SamplerState], None] | None = None,
@@ -218,7 +218,7 @@ def sample(
         batch_size: B.
         config: The sampler's.
         context: One entry for each clip; None where, or if, nothing is given.
-        seed: Clip i has seed ``seed + i``.
+        seed: Clip i has seed ``seed + i``, or the i-th where a seed is given for each.
         device: Where frames live and ``predict`` works.
         num_frames: Length of each clip under a prescribed order; None takes the config's.
         watch: Is shown every state, to report progress.

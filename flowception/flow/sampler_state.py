@@ -304,7 +304,7 @@ def initial_state(
     batch_size: int,
     config: SamplerConfig,
     context: Sequence[Context | None] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     device: torch.device | str = "cpu",
     num_frames: Sequence[int] | None = None,
 ) -> SamplerState:
@@ -316,9 +316,11 @@ def initial_state(
         The state.
     """
     contexts = list(context) if context is not None else [None] * batch_size
-    if len(contexts) != batch_size or seed < 0:
-        raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}, and seed {seed}, at least 0")
-    seeds = seed + torch.arange(batch_size)
+    if len(contexts) != batch_size:
+        raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}; give as many")
+    seeds = seed + torch.arange(batch_size) if isinstance(seed, int) else torch.tensor(list(seed), dtype=torch.int64)
+    if len(seeds) != batch_size or bool((seeds < 0).any()):
+        raise ConfigError(f"seed is {seed} for batch_size {batch_size}; give one of at least 0, or one for each clip")
     plans = _plans(contexts, config, num_frames, seeds)
     if plans is None:
         opening = [_opening_roles(item, config) for item in contexts]

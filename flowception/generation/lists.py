@@ -79,7 +79,12 @@ def _join(folder: Path, num_parts: int) -> None:
     parts = [_part_path(folder, part, num_parts) for part in range(num_parts)]
     if all(path.is_file() for path in parts):
         lines = [line for path in parts for line in path.read_text().splitlines(keepends=True)]
-        write_atomically(folder / LIST_NAME, "".join(sorted(lines, key=lambda line: json.loads(line)["seed"])))
+        write_atomically(folder / LIST_NAME, "".join(sorted(lines, key=lambda line: _number(json.loads(line)))))
+
+
+def _number(record: dict[str, Any]) -> int:
+    """A clip's number."""
+    return int(record["file"].removesuffix(".mp4").removeprefix("clip_"))
 
 
 def condition_of(record: dict[str, Any]) -> str:
@@ -89,5 +94,4 @@ def condition_of(record: dict[str, Any]) -> str:
 
 
 def _contact_label(record: dict[str, Any]) -> str:
-    name = record["file"].removesuffix(".mp4").removeprefix("clip_")
-    return f"{name} {record['task']} {condition_of(record)}".rstrip()
+    return f"{_number(record):04d} {record['task']} {condition_of(record)}".rstrip()

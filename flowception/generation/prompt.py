@@ -1,11 +1,15 @@
-"""A prompt becomes text embeddings, by the encoder that made the run's shards.
+"""Prompts of a job: read from a file, and made text embeddings by the encoder that made the run's shards.
 
 Shape legend: ``L, D`` text tokens and their width.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,39 +19,124 @@ from flowception.data.schema import same_text
 from flowception.errors import ConfigError
 from flowception.generation.load import LoadedRun
 
+_KEYS = ("prompt", "seed", "class_label")
+_MOST_SEED = 2**62
 
-def encode_prompt(run: LoadedRun, prompt: str, text_encoder: str | None, device: torch.device) -> Tensor:
-    """Embed a prompt.
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A line of a prompts file."""
+
+    text: str
+    """The caption; an empty one is the null text, as in training."""
+    seed: int | None = None
+    """Of the prompt's first clip, the next ones count on from it; None: clip i of the job has the job's seed + i."""
+    class_label: str | None = None
+    """Number or name of a class, or ``null``; None: as for the job."""
+    place: str = "--prompts"
+    """Where it stands, for messages."""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a prompts file, in UTF-8, without its blank lines.
 
     Args:
-        run: A run that was trained with text.
-        prompt: The caption; an empty one is the null text, as in training.
+        path: With the suffix ``.jsonl`` every line is an object of ``prompt`` and, where wanted, ``seed`` and
+            ``class_label``, as in a ``clips.jsonl``; otherwise every line is a caption.
+
+    Returns:
+        The prompts in order, at least one.
+
+    Raises:
+        ConfigError: If the file cannot be read, has no prompt, or a line is no such object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ConfigError(f"--prompts {path} cannot be read ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path} is not UTF-8 ({error}); save it as UTF-8") from error
+    numbered = [(f"--prompts {path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
+    parse = _from_json if path.suffix == ".jsonl" else _from_text
+    prompts = [parse(line, place) for place, line in numbered if line]
+    if not prompts:
+        raise ConfigError(f"--prompts {path} has no prompt; write one a line")
+    return prompts
+
+
+def _from_text(line: str, place: str) -> Prompt:
+    return Prompt(text=line, place=place)
+
+
+def _from_json(line: str, place: str) -> Prompt:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON ({error}); a .jsonl file has an object a line") from error
+    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+        raise ConfigError(f'{place} is {line[:80]}; give an object with a text named prompt, {{"prompt": "..."}}')
+    if unknown := sorted(content.keys() - set(_KEYS)):
+        raise ConfigError(f"{place} has the unknown key {unknown[0]!r}; keys are {', '.join(_KEYS)}")
+    seed = content.get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MOST_SEED):
+        raise ConfigError(f"{place} has seed {seed!r}; give an integer from 0 to {_MOST_SEED}")
+    label = content.get("class_label")
+    if label is not None and (not isinstance(label, str | int) or isinstance(label, bool)):
+        raise ConfigError(f"{place} has class_label {label!r}; give a number, a name or null")
+    word = str("null" if label is None else label) if "class_label" in content else None
+    return Prompt(text=content["prompt"].strip(), seed=seed, class_label=word, place=place)
+
+
+def encode_prompts(
+    run: LoadedRun, prompts: Iterable[str | None], text_encoder: str | None, device: torch.device
+) -> dict[str | None, Tensor]:
+    """Embed the prompts of clips; warn where a model with text gets none.
+
+    Args:
+        run: The run.
+        prompts: Caption of each clip; an empty one and None are the null text, as in training. Each is encoded by
+            itself, so that it comes out the same to the bit whatever others there are.
         text_encoder: Folder or hub id of the T5 encoder; None takes the one that the shard set names.
         device: Where the encoder computes.
 
     Returns:
-        float32 [L, D].
+        bfloat16 [L, D] for each caption, on the CPU, as shards hold it; nothing for a model without text.
 
     Raises:
         ConfigError: If the model takes no text, or the encoder is not the one that made the shards.
     """
+    wanted = dict.fromkeys(prompts)
     if run.null_text is None:
-        raise ConfigError("--prompt was given and the model was trained without text; leave it out")
-    if not prompt.strip():
-        return run.null_text
+        if any(prompt is not None for prompt in wanted):
+            raise ConfigError("a prompt was given and the model was trained without text; leave it out")
+        return {}
+    if set(wanted) == {None}:
+        print("WARNING: clips are unconditional: the model takes text; give --prompt or --prompts", flush=True)
+    null_text = run.null_text.bfloat16()
+    captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
+    embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
+    if captions:
+        encoder = _matching_encoder(run, null_text, text_encoder, device)
+        embedded |= {caption: encoder.encode([caption])[0].bfloat16() for caption in captions}
+    return embedded
+
+
+def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | None, device: torch.device) -> TextEncoder:
+    """The encoder, checked by the embedding of the empty caption."""
     known = {field.name for field in fields(TextEncoderConfig)}
-    config = TextEncoderConfig(**{name: value for name, value in run.meta.text_config.items() if name in known})
+    settings: dict[str, Any] = {name: value for name, value in run.meta.text_config.items() if name in known}
+    config = TextEncoderConfig(**settings)
     if text_encoder is not None:
         config = replace(config, model=text_encoder)
     if config.model is None:
-        raise ConfigError("--prompt needs --text-encoder, a folder or hub id of the T5 encoder that made the shards")
+        raise ConfigError("prompts need --text-encoder, a folder or hub id of the T5 encoder that made the shards")
     encoder = TextEncoder.from_config(config, device)
-    width = run.null_text.shape[1]
+    width = null_text.shape[1]
     if encoder.text_dim != width:
         raise ConfigError(f"{config.model} gives text of width {encoder.text_dim}, the model was trained with {width}")
-    if not same_text(run.null_text, encoder.encode([""])[0]):
+    if not same_text(null_text, encoder.encode([""])[0]):
         raise ConfigError(
             f"{config.model} embeds the empty caption otherwise than the encoder that made the shards; "
             "give that encoder with --text-encoder"
         )
-    return encoder.encode([prompt])[0]
+    return encoder

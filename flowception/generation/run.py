@@ -1,8 +1,8 @@
 """The ``flowception generate`` job: a run directory and a few wishes become clips on disk.
 
 Writes ``clip_0000.mp4``, ``clip_0000.gif`` and ``clip_0000_growth.png`` ... , ``contact.png`` and ``clips.jsonl``
-(``generation.lists``, also for one set made by several jobs). Clip i has seed ``seed + i`` and comes out the same
-whatever the batch size.
+(``generation.lists``, also for one set made by several jobs). What a clip is asked to show and its seed follow from its
+number (``generation.wishes``), so it comes out the same whatever the batch size.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from flowception.generation.growth import draw_growth
 from flowception.generation.lists import begin_lists, check_part, condition_of, first_clips, write_lists
 from flowception.generation.load import LoadedRun, data_fps, load_run
 from flowception.generation.predictor import NetworkPredictor
-from flowception.generation.prompt import encode_prompt
+from flowception.generation.prompt import Prompt, encode_prompts, read_prompts
 from flowception.generation.video import Video, write_mp4, write_preview
+from flowception.generation.wishes import clip_wishes
 from flowception.nn.dit import FlowceptionDiT
 from flowception.progress import Progress
 
@@ -49,6 +50,7 @@ class GenerateOptions:
     run_dir: Path
     out_dir: Path
     num_clips: int
+    """Of each prompt, with ``prompts_file``."""
     task: str = "t2v"
     context_files: tuple[Path, ...] = ()
     """Images or videos, as the task takes them (``context``); clips cycle over them."""
@@ -58,9 +60,12 @@ class GenerateOptions:
     """Number or name of a class, or ``null`` for none; None cycles over the classes for t2v, and is none for the other
     tasks, where the context says what is seen."""
     prompt: str | None = None
+    prompts_file: Path | None = None
+    """A prompt a line (``generation.prompt``); clips cycle over them."""
     text_encoder: str | None = None
-    """Folder or hub id of the T5 encoder for the prompt; None takes the one that made the shards."""
+    """Folder or hub id of the T5 encoder for prompts; None takes the one that made the shards."""
     seed: int = 0
+    """Clip i has seed ``seed + i``, unless the prompts file names its own."""
     checkpoint_step: int | None = None
     """None takes the newest valid checkpoint."""
     guidance: float | None = None
@@ -108,7 +113,8 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
     where = f"{options.run_dir} at step {run.step} on {device}"
     share = f", batches {options.part}, {options.part + options.num_parts} ..." if options.num_parts > 1 else ""
     print(
-        f"generating {options.num_clips} clips ({options.task}){share} from {where} into {options.out_dir}", flush=True
+        f"generating {len(batches.wishes)} clips ({options.task}){share} from {where} into {options.out_dir}",
+        flush=True,
     )
     records: list[dict[str, Any]] = []
     videos: list[Video] = []
@@ -128,6 +134,9 @@ def check_options(options: GenerateOptions) -> None:
     task_number(options.task)
     check_part(options.part, options.num_parts)
     check_files(options.task, options.context_files, options.keep)
+    if options.prompt is not None and options.prompts_file is not None:
+        raise ConfigError("--prompt and --prompts were both given; give one of the two")
+    _prompts(options)
     if options.out_dir.exists() and not options.out_dir.is_dir():
         raise ConfigError(f"--out is {options.out_dir}, which is a file; give a folder")
 
@@ -155,32 +164,11 @@ def _make_folder(path: Path) -> None:
         raise ConfigError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
 
 
-def parse_class_labels(word: str | None, class_names: Sequence[str], num_classes: int, count: int) -> list[int]:
-    """Class of each clip to generate.
-
-    Args:
-        word: Number or name of a class, ``null`` for none, None to cycle over all.
-        class_names: Names, where the training set has them.
-        num_classes: Classes the model knows.
-        count: Clips.
-
-    Returns:
-        ``count`` class numbers; -1 is none.
-
-    Raises:
-        ConfigError: If the model has no such class.
-    """
-    if word is None:
-        return [i % num_classes if num_classes else NO_CLASS for i in range(count)]
-    if word.lower() in ("null", "none"):
-        return [NO_CLASS] * count
-    if not num_classes:
-        raise ConfigError(f"--class-label is {word!r} and the model was trained without classes; leave it out")
-    number = list(class_names).index(word) if word in class_names else int(word) if word.isdigit() else -1
-    if not 0 <= number < num_classes:
-        named = f" or one of {', '.join(class_names)}" if class_names else ""
-        raise ConfigError(f"--class-label is {word!r}; give a number from 0 to {num_classes - 1}{named}, or null")
-    return [number] * count
+def _prompts(options: GenerateOptions) -> list[Prompt]:
+    """What clips cycle over; none for clips without prompt."""
+    if options.prompts_file is not None:
+        return read_prompts(options.prompts_file)
+    return [] if options.prompt is None else [Prompt(text=options.prompt)]
 
 
 class GenerationBatches:
@@ -189,9 +177,14 @@ class GenerationBatches:
     def __init__(self, run: LoadedRun, options: GenerateOptions, device: torch.device) -> None:
         """Prepare conditions and context; every error of the options is raised here."""
         self.run, self.options, self.device = run, options, device
-        names, classes = run.meta.class_names, run.config.model.num_classes
-        wish = options.class_label or ("null" if options.context_files else None)
-        self.class_labels = parse_class_labels(wish, names, classes, options.num_clips)
+        self.wishes = clip_wishes(
+            options.num_clips,
+            _prompts(options),
+            seed=options.seed,
+            class_label=options.class_label or ("null" if options.context_files else None),
+            class_names=run.meta.class_names,
+            num_classes=run.config.model.num_classes,
+        )
         self.height, self.width = _choose_size(run, options)
         self.law = build_delay_law(run.config.delay_law)
         self.data_fps = data_fps(run.config.data)
@@ -199,16 +192,18 @@ class GenerationBatches:
         self.contexts = self._read_contexts() if options.context_files else []
         if warning := untrained(options.task, self.contexts, run.config, options.max_frames):
             print(f"WARNING: {warning}", flush=True)
-        self.null_text = run.null_text
-        self.text = run.null_text
-        if options.prompt is not None:
-            self.text = encode_prompt(run, options.prompt, options.text_encoder, device)
+        prompts = [self.wishes[number].prompt for first in self.first_clips for number in self.numbers(first)]
+        self.texts = encode_prompts(run, prompts, options.text_encoder, device)
 
     @property
     def first_clips(self) -> range:
         """Number of each batch's first clip."""
         options = self.options
-        return first_clips(options.num_clips, options.batch_size, options.part, options.num_parts)
+        return first_clips(len(self.wishes), options.batch_size, options.part, options.num_parts)
+
+    def numbers(self, first: int) -> range:
+        """Numbers of a batch's clips."""
+        return range(first, min(first + self.options.batch_size, len(self.wishes)))
 
     @property
     def most_evaluations(self) -> int:
@@ -272,11 +267,11 @@ class GenerationBatches:
 
     def results(self, progress: Progress) -> Iterator[tuple[int, SampleResult]]:
         """Number of a batch's first clip, and the batch's sample."""
-        options, stride = self.options, self.run.codec.spatial_stride
+        stride = self.run.codec.spatial_stride
         frame_shape = (self.run.codec.latent_channels, self.height // stride, self.width // stride)
         budget = self.most_evaluations
         for first in self.first_clips:
-            labels = self.class_labels[first : first + options.batch_size]
+            numbers = self.numbers(first)
             begun = progress.done
 
             def watch(state: SamplerState) -> None:
@@ -284,24 +279,26 @@ class GenerationBatches:
                     progress.advance(note=f"{len(state.frames)} frames in {len(state.cu_frames) - 1} clips")
 
             result = sample(
-                self.predictor(labels),
+                self.predictor(numbers),
                 frame_shape=frame_shape,
-                batch_size=len(labels),
+                batch_size=len(numbers),
                 config=self.config,
-                context=self._contexts(first, len(labels)),
-                seed=options.seed + first,
+                context=self._contexts(numbers),
+                seed=[self.wishes[number].seed for number in numbers],
                 device=self.device,
                 watch=watch,
             )
             progress.advance(budget - (progress.done - begun))
             yield first, result
 
-    def predictor(self, class_labels: Sequence[int]) -> NetworkPredictor:
-        """The network for clips of the given classes."""
+    def predictor(self, numbers: Sequence[int]) -> NetworkPredictor:
+        """The network for clips of the given numbers."""
+        wishes = [self.wishes[number] for number in numbers]
+        class_labels, null_text = [wish.class_label for wish in wishes], self.run.null_text
         half = self.device.type == "cuda" and self.run.config.precision == "bf16"
         settings: dict[str, Any] = {
-            "texts": None if self.text is None else [self.text] * len(class_labels),
-            "null_text": self.null_text,
+            "texts": None if null_text is None else [self.texts[wish.prompt] for wish in wishes],
+            "null_text": null_text,
             "guidance": self.options.guidance,
             "rate_guidance": self.options.rate_guidance,
             "autocast_dtype": torch.bfloat16 if half else None,
@@ -313,10 +310,10 @@ class GenerationBatches:
         refresh_steps = self.options.cache_refresh_steps
         return FrozenFramePredictor(self.run.model, class_labels, refresh_steps=refresh_steps, **settings)
 
-    def _contexts(self, first: int, count: int) -> list[Context] | None:
+    def _contexts(self, numbers: Sequence[int]) -> list[Context] | None:
         if not self.contexts:
             return None
-        return [self.contexts[i % len(self.contexts)] for i in range(first, first + count)]
+        return [self.contexts[number % len(self.contexts)] for number in numbers]
 
 
 def _spread(count: int, last: int) -> list[int]:
@@ -350,19 +347,19 @@ def _write_batch(
     for slot, video_pixels in enumerate(videos):
         number, here = first + slot, slice(edges[slot], edges[slot + 1])
         born_at = result.born_at[here].tolist()
-        label = batches.class_labels[number]
+        wish = batches.wishes[number]
         video = np.asarray(video_pixels)
         name = f"clip_{number:04d}"
         record = {
             "file": f"{name}.mp4",
             "task": options.task,
-            "class_label": None if label == NO_CLASS else label,
-            "class_name": batches.class_name(label),
-            "prompt": options.prompt,
+            "class_label": None if wish.class_label == NO_CLASS else wish.class_label,
+            "class_name": batches.class_name(wish.class_label),
+            "prompt": wish.prompt,
             "frames": len(video),
             "latent_frames": len(born_at),
             "roles": [Role(role).name.lower() for role in result.roles[here].tolist()],
-            "seed": options.seed + number,
+            "seed": wish.seed,
             "evaluations": round(options.num_inference_steps * (1 + max(born_at))),
             "flops": None if result.clip_flops is None else float(result.clip_flops[slot]),
             "checkpoint_step": run.step,

@@ -93,6 +93,18 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, inse
         assert torch.equal(alone.roles, together.roles[here])
 
 
+def test_each_clip_can_have_a_seed_of_its_own(own_frame_predictor):
+    seeds = [7, 3, 7]
+    together = run(own_frame_predictor, 3, seed=seeds, num_inference_steps=5).clips()
+    alone = [run(own_frame_predictor, 1, seed=seed, num_inference_steps=5).clips()[0] for seed in seeds]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert not torch.isin(together[0], together[1]).any()
+    with pytest.raises(ConfigError, match=r"seed is \[1, 2\] for batch_size 3"):
+        run(own_frame_predictor, 3, seed=[1, 2])
+    with pytest.raises(ConfigError, match="seed is -1 for batch_size 3"):
+        run(own_frame_predictor, 3, seed=-1)
+
+
 def test_clips_of_one_batch_differ(own_frame_predictor):
     first, second = run(own_frame_predictor, 2, num_inference_steps=5).clips()
     assert not torch.isin(first, second).any()

@@ -1,17 +1,19 @@
-"""Prompts on a run trained with text: the encoder that made the shards, another one, and none."""
+"""Prompts on a run trained with text: the encoder that made the shards, another one, and none; files of prompts."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_prep.make_toy_text_encoder import make_text_encoder
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.data.schema import NullText
 from flowception.errors import ConfigError
 from flowception.generation.load import load_run
-from flowception.generation.prompt import encode_prompt
+from flowception.generation.prompt import Prompt, encode_prompts, read_prompts
 from flowception.generation.run import GenerateOptions, generate
 
 pytest.importorskip("transformers")
@@ -33,10 +35,14 @@ def run_with_text(make_run, encoder_folder):
 
 def test_the_encoder_of_the_shards_is_taken(run_with_text, encoder_folder):
     run = load_run(run_with_text)
-    prompt = encode_prompt(run, "a red disc moving left and up", None, torch.device("cpu"))
-    assert prompt.shape == (8, 16)
-    named = encode_prompt(run, "a red disc moving left and up", str(encoder_folder), torch.device("cpu"))
-    assert torch.equal(prompt, named)
+    captions = ["a red disc moving left and up", "a disc", "", None]
+    found = encode_prompts(run, captions, None, torch.device("cpu"))
+    assert set(found) == set(captions)
+    assert found[captions[0]].shape == (8, 16)
+    assert torch.equal(found[""], found[None])
+    assert torch.equal(found[None].float(), run.null_text)
+    named = encode_prompts(run, captions[:1], str(encoder_folder), torch.device("cpu"))
+    assert torch.equal(found[captions[0]], named[captions[0]]), "whatever other captions there are"
     assert run.null_text.shape == (1, 16)
 
 
@@ -44,30 +50,176 @@ def test_another_encoder_is_refused(run_with_text, tmp_path):
     run = load_run(run_with_text)
     other = make_text_encoder(tmp_path / "other", width=16, seed=1)
     with pytest.raises(ConfigError, match="otherwise than the encoder that made the shards"):
-        encode_prompt(run, "a red disc", str(other), torch.device("cpu"))
+        encode_prompts(run, ["a red disc"], str(other), torch.device("cpu"))
     wide = make_text_encoder(tmp_path / "wide", width=32)
     with pytest.raises(ConfigError, match="text of width 32, the model was trained with 16"):
-        encode_prompt(run, "a red disc", str(wide), torch.device("cpu"))
+        encode_prompts(run, ["a red disc"], str(wide), torch.device("cpu"))
 
 
-def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, monkeypatch):
-    """Compared before H.264, where one pixel that rounds the other way would move its whole block."""
-    written = {}
+@pytest.fixture
+def written(monkeypatch):
+    """Folder to its clips before H.264, where one pixel that rounds the other way would move its whole block."""
+    clips = {}
 
     def write_mp4(path, video, *, fps):
-        written.setdefault(path.parent.name, []).append(video.astype(int))
+        clips.setdefault(path.parent.name, {})[path.name] = video.astype(int)
 
     monkeypatch.setattr("flowception.generation.run.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.run.draw_growth", lambda *arguments, **options: None)
+    return clips
+
+
+def largest_difference(clips, others):
+    return max(
+        255 if clips[name].shape != others[name].shape else int(np.abs(clips[name] - others[name]).max())
+        for name in sorted(clips.keys() | others.keys())
+    )
+
+
+SETTINGS = {"num_inference_steps": 4, "max_frames": 6, "device": "cpu", "class_label": "null"}
+
+
+def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, capsys):
     for name, prompt in (("red", "a red disc"), ("cyan", "a cyan disc"), ("none", None), ("empty", "")):
-        options = {"num_clips": 2, "num_inference_steps": 4, "max_frames": 6, "device": "cpu", "class_label": "null"}
         out = tmp_path / name
-        records = generate(GenerateOptions(run_dir=run_with_text, out_dir=out, prompt=prompt, guidance=3.0, **options))
+        records = generate(
+            GenerateOptions(run_dir=run_with_text, out_dir=out, prompt=prompt, guidance=3.0, num_clips=2, **SETTINGS)
+        )
         assert [record["prompt"] for record in records] == [prompt] * 2
+        assert ("WARNING: clips are unconditional" in capsys.readouterr().out) == (prompt is None)
+    assert largest_difference(written["red"], written["cyan"]) > 4  # 9 and 16 were measured
+    assert largest_difference(written["red"], written["none"]) > 4
+    assert largest_difference(written["empty"], written["none"]) <= 1  # the same text, but read back from the set: a level may round
 
-    def largest_difference(name, other):
-        pairs = zip(written[name], written[other], strict=True)
-        return max(255 if a.shape != b.shape else int(np.abs(a - b).max()) for a, b in pairs)
 
-    assert largest_difference("red", "cyan") > 4  # 9 and 16 were measured
-    assert largest_difference("red", "none") > 4
-    assert largest_difference("empty", "none") <= 1  # the same text, but read back from the set: a level may round
+RED, CYAN, GREEN = (f"a {colour} disc moving left and up" for colour in ("red", "cyan", "green"))
+
+
+@pytest.mark.parametrize("cache_refresh_steps", [None, 2])
+def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tmp_path, written, cache_refresh_steps):
+    """Two rounds over three prompts of different lengths, with guidance: clip i is what --prompt makes of its seed."""
+    captions = [RED, "a disc", CYAN]
+    (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n\n" for caption in captions))
+    settings = {**SETTINGS, "guidance": 3.0, "cache_refresh_steps": cache_refresh_steps, "run_dir": run_with_text}
+    together = GenerateOptions(
+        out_dir=tmp_path / "together", prompts_file=tmp_path / "prompts.txt", num_clips=2, batch_size=4, **settings
+    )
+    records = generate(together)
+    assert [(record["prompt"], record["seed"]) for record in records] == list(zip(captions * 2, range(6)))
+    for number, caption in enumerate(captions * 2):
+        generate(GenerateOptions(out_dir=tmp_path / "alone", prompt=caption, num_clips=1, seed=number, **settings))
+        alone, clip = written["alone"]["clip_0000.mp4"], written["together"][f"clip_{number:04d}.mp4"]
+        assert alone.shape == clip.shape
+        # Latents agree to 1e-4 (test_predictor), so a level may round either way.
+        assert np.abs(alone - clip).max() <= 1
+    first, second = ({name: written["together"][name]} for name in ("clip_0000.mp4", "clip_0002.mp4"))
+    assert largest_difference(first, {"clip_0000.mp4": second["clip_0002.mp4"]}) > 8
+
+
+def test_tasks_share_the_prompts(run_with_text, tmp_path, written):
+    """Five clips with seeds in disorder, in batches of two: the set of one job, in the order of clips."""
+    lines = [{"prompt": RED, "seed": 9}, {"prompt": CYAN}, {"prompt": GREEN, "seed": 3, "class_label": "blue"},
+             {"prompt": "", "seed": 9}, {"prompt": RED, "class_label": None}]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for out, num_parts in (("whole", 1), ("parts", 2)):
+        for part in range(num_parts):
+            generate(
+                GenerateOptions(
+                    run_dir=run_with_text,
+                    out_dir=tmp_path / out,
+                    prompts_file=tmp_path / "prompts.jsonl",
+                    num_clips=1,
+                    batch_size=2,
+                    seed=20,
+                    part=part,
+                    num_parts=num_parts,
+                    **SETTINGS,
+                )  # fmt: skip
+            )
+    listed = [(tmp_path / out / "clips.jsonl").read_text() for out in ("whole", "parts")]
+    assert listed[0] == listed[1]
+    records = [json.loads(line) for line in listed[0].splitlines()]
+    assert [record["file"] for record in records] == [f"clip_{number:04d}.mp4" for number in range(5)]
+    assert [record["seed"] for record in records] == [9, 21, 3, 9, 24]
+    assert [record["prompt"] for record in records] == [RED, CYAN, GREEN, "", RED]
+    assert [record["class_name"] for record in records] == [None, None, "blue", None, None]
+    assert largest_difference(written["whole"], written["parts"]) <= 1
+
+
+def test_each_context_file_meets_its_prompt(run_with_text, tmp_path, written):
+    """Two images and two prompts, each pair twice."""
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
+    for image, file in zip(images, files):
+        Image.fromarray(image).save(file)
+    (tmp_path / "prompts.txt").write_text(f"{RED}\n{CYAN}\n")
+    records = generate(
+        GenerateOptions(
+            run_dir=run_with_text,
+            out_dir=tmp_path / "out",
+            task="i2v",
+            context_files=tuple(files),
+            prompts_file=tmp_path / "prompts.txt",
+            num_clips=2,
+            batch_size=3,
+            **SETTINGS,
+        )  # fmt: skip
+    )
+    assert [record["prompt"] for record in records] == [RED, CYAN, RED, CYAN]
+    for number, record in enumerate(records):
+        assert np.array_equal(written["out"][record["file"]][0], images[number % 2])
+
+
+def test_lines_become_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes('\ufeffein Hündchen, {"a"}\r\n \n\n  two  \nlast'.encode())
+    assert [prompt.text for prompt in read_prompts(path)] == ['ein Hündchen, {"a"}', "two", "last"]
+    assert [prompt.place for prompt in read_prompts(path)] == [f"--prompts {path}, line {k}" for k in (1, 4, 5)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": ""}\n\n{"class_label": 2, "prompt": " b ", "seed": 0}\n{"prompt": "c", "class_label": null}'
+    )
+    places = [f"--prompts {path}, line {k}" for k in (1, 3, 4)]
+    assert read_prompts(path) == [
+        Prompt(text="", place=places[0]),
+        Prompt(text="b", seed=0, class_label="2", place=places[1]),
+        Prompt(text="c", class_label="null", place=places[2]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt has no prompt"),
+        ("blank.jsonl", b"\n \n", "blank.jsonl has no prompt"),
+        ("latin.txt", "Hündchen".encode("latin-1"), "is not UTF-8"),
+        ("a.jsonl", b"\na red disc", "line 2 is not JSON"),
+        ("a.jsonl", b'["a red disc"]', "give an object with a text named prompt"),
+        ("a.jsonl", b'{"prompt": 3}', "give an object with a text named prompt"),
+        ("a.jsonl", b'{"prompt": "a", "sed": 3}', "unknown key 'sed'"),
+        ("a.jsonl", b'{"prompt": "a", "seed": -1}', "has seed -1"),
+        ("a.jsonl", b'{"prompt": "a", "seed": 0.5}', "has seed 0.5"),
+        ("a.jsonl", b'{"prompt": "a", "seed": 1e400}', "has seed inf"),
+        ("a.jsonl", b'{"prompt": "a", "class_label": ["red"]}', "has class_label"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "class_label": "purple"}', "line 2: class is 'purple'"),
+    ],
+)
+def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    options = {"run_dir": run_with_text, "out_dir": tmp_path / "out", "prompts_file": tmp_path / name, "num_clips": 1}
+    with pytest.raises(ConfigError, match=message):
+        generate(GenerateOptions(**options, **SETTINGS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wishes_that_contradict_each_other_write_nothing(make_run, run_with_text, tmp_path):
+    file = tmp_path / "prompts.txt"
+    options = {"out_dir": tmp_path / "out", "prompts_file": file, "num_clips": 1, **SETTINGS}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        generate(GenerateOptions(run_dir=run_with_text, **options))
+    file.write_text("a red disc\n")
+    with pytest.raises(ConfigError, match="one of the two"):
+        generate(GenerateOptions(run_dir=run_with_text, prompt="a red disc", **options))
+    with pytest.raises(ConfigError, match="trained without text"):
+        generate(GenerateOptions(run_dir=make_run(), **options))
+    assert not (tmp_path / "out").exists()

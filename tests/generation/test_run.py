@@ -9,7 +9,7 @@ from PIL import Image
 from flowception.codecs.video_file import read_video, write_video
 from flowception.errors import ConfigError
 from flowception.flow.delays import PRESCRIBED_LAWS
-from flowception.generation.run import GenerateOptions, generate, parse_class_labels
+from flowception.generation.run import GenerateOptions, generate
 
 
 @pytest.fixture
@@ -157,20 +157,6 @@ def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law)
         job(changes)
     with pytest.raises(ConfigError, match="chooses the length itself"):
         job(num_frames=7)
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [(None, [0, 1, 2, 0]), ("green", [1] * 4), ("2", [2] * 4), ("null", [-1] * 4)],
-)
-def test_class_labels(word, expected):
-    assert parse_class_labels(word, ["red", "green", "blue"], 3, 4) == expected
-
-
-def test_class_labels_of_a_model_without_classes():
-    assert parse_class_labels(None, [], 0, 2) == [-1, -1]
-    with pytest.raises(ConfigError, match="without classes"):
-        parse_class_labels("1", [], 0, 2)
 
 
 @pytest.mark.parametrize(
