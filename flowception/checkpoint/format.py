@@ -5,12 +5,13 @@
     RUN/checkpoints/step_00001000/
         rank_00000.safetensors    flat float32 slices named KIND/PARAMETER, KIND one of ``KINDS``
         rank_00001.safetensors    ...
-        manifest.json             every parameter's shape and slices, every file's size and sha256, the run's state
+        manifest.json             every parameter's shape and slices, every file's size and hashes, the run's state
 
 A slice holds elements ``start`` to ``stop`` of the flattened parameter, without padding; the slices of a parameter
 cover it exactly. So a checkpoint says nothing about ranks: any world size and any ZeRO stage reads the ranges it
 needs. A directory of this name is complete: it was written under another name, synced and renamed. Which checkpoint is
-the latest is found by verifying, never read from a pointer. Nothing here needs a process group, and nothing is pickled.
+the latest is found by verifying, never read from a pointer. Each kind in a file has a sha256 of its own (``pieces``):
+generation verifies and reads EMA weights alone. Nothing here needs a process group, and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowception.checkpoint.pieces import WHOLE, Piece, cover, is_read, sha256_bytes
 from flowception.errors import CheckpointError, CheckpointUnreadableError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had one sha256 a file; it is read too."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
-_BLOCK_BYTES = 1 << 22
 
 
 class Slice(NamedTuple):
@@ -59,7 +61,8 @@ class FileRecord:
     """What a file must be."""
 
     size_bytes: int
-    sha256: str
+    pieces: tuple[Piece, ...]
+    """They cover the file."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "state": self.state,
-            "files": [[name, self.files[name].size_bytes, self.files[name].sha256] for name in order],
+            "files": [[name, self.files[name].size_bytes, list(map(list, self.files[name].pieces))] for name in order],
             "parameters": {
                 name: {"shape": list(p.shape), "slices": [[number[s.file], s.start, s.stop] for s in p.slices]}
                 for name, p in sorted(self.parameters.items())
@@ -117,15 +120,6 @@ def list_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in map(_STEP_NAME.fullmatch, names) if match)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
@@ -145,9 +139,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
     if checksum != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum does not match; use an earlier checkpoint")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise CheckpointUnreadableError(
-            f"{path} has format version {version}, this code reads {FORMAT_VERSION}; use its release"
+            f"{path} has format version {version}, this code reads 1 to {FORMAT_VERSION}; use its release"
         )
     names = [name for name, _, _ in content["files"]]
     if bad := [name for name in names if not _FILE_NAME.fullmatch(name)]:
@@ -158,7 +152,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     }
     for name, parameter in parameters.items():
         _check_cover(path, name, parameter)
-    files = {name: FileRecord(size_bytes, sha256) for name, size_bytes, sha256 in content["files"]}
+    files = {}
+    for name, size_bytes, hashed in content["files"]:
+        whole = [(WHOLE, 0, size_bytes, hashed)]
+        files[name] = FileRecord(size_bytes, tuple(Piece(*piece) for piece in (whole if version == 1 else hashed)))
+        if not cover(files[name].pieces, size_bytes):
+            raise CheckpointError(f"{path}: the hashes of {name} do not cover its {size_bytes} bytes")
     return Manifest(content["step"], parameters, files, content["state"])
 
 
@@ -172,7 +171,9 @@ def _check_cover(path: Path, name: str, parameter: Parameter) -> None:
         raise CheckpointError(f"{path}: the slices of {name} hold {at} of {math.prod(parameter.shape)} elements")
 
 
-def verify(folder: str | Path, part: int = 0, parts: int = 1, contents: bool = True) -> Manifest:
+def verify(
+    folder: str | Path, part: int = 0, parts: int = 1, contents: bool = True, kinds: Sequence[str] | None = None
+) -> Manifest:
     """Check a checkpoint's manifest, and every ``parts``-th file from ``part`` on, by size and sha256.
 
     Args:
@@ -180,6 +181,7 @@ def verify(folder: str | Path, part: int = 0, parts: int = 1, contents: bool = T
         part: Which share of the files to read; the manifest is always read.
         parts: Number of shares, so that ranks can share the reading.
         contents: Whether to read the files; else their sizes alone are checked.
+        kinds: Of ``KINDS``, those that will be read, and so must be right; None for all.
 
     Returns:
         The manifest.
@@ -191,7 +193,7 @@ def verify(folder: str | Path, part: int = 0, parts: int = 1, contents: bool = T
     manifest = read_manifest(folder)
     for name in sorted(manifest.files)[part::parts]:
         try:
-            _verify_file(folder / name, manifest.files[name], contents)
+            _verify_file(folder / name, manifest.files[name], contents, kinds)
         except FileNotFoundError:
             raise CheckpointError(f"{folder / name} is missing; use an earlier checkpoint") from None
         except OSError as error:
@@ -201,15 +203,18 @@ def verify(folder: str | Path, part: int = 0, parts: int = 1, contents: bool = T
     return manifest
 
 
-def _verify_file(path: Path, record: FileRecord, contents: bool) -> None:
+def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence[str] | None) -> None:
     size_bytes = path.stat().st_size
     if size_bytes != record.size_bytes:
         raise CheckpointError(
             f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}: it was cut short or altered; use "
             "an earlier checkpoint"
         )
-    if contents and sha256_file(path) != record.sha256:
-        raise CheckpointError(f"{path} is damaged: its sha256 does not match; use an earlier checkpoint")
+    for piece in record.pieces if contents else ():
+        if is_read(piece, kinds) and sha256_bytes(path, piece.start, piece.stop) != piece.sha256:
+            raise CheckpointError(
+                f"{path} is damaged: the sha256 of its {piece.kind} does not match; use an earlier checkpoint"
+            )
 
 
 def latest_valid(

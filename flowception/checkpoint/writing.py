@@ -30,9 +30,9 @@ from flowception.checkpoint.format import (
     checkpoint_dir,
     checkpoints_dir,
     list_steps,
-    sha256_file,
     verify,
 )
+from flowception.checkpoint.pieces import Piece, hash_pieces
 from flowception.errors import CheckpointError
 
 _POLL_S = 0.05
@@ -76,7 +76,7 @@ def write_slices(
     receipt = {
         "file": name,
         "size_bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
+        "pieces": hash_pieces(path),
         "ranges": {key: [list(shape), start, stop] for key, (shape, start, stop) in ranges.items()},
     }
     _write_json(folder / _receipt_name(writer), receipt)
@@ -151,7 +151,7 @@ def commit(folder: Path, step: int, receipts: list[dict[str, Any]], state: dict[
     Raises:
         CheckpointError: If the files are not what the receipts say, or do not hold every parameter whole.
     """
-    files = {r["file"]: FileRecord(r["size_bytes"], r["sha256"]) for r in receipts}
+    files = {r["file"]: FileRecord(r["size_bytes"], tuple(Piece(*piece) for piece in r["pieces"])) for r in receipts}
     manifest = Manifest(step, _join_ranges(receipts), files, state)
     _write_json(folder / MANIFEST_NAME, manifest.to_json())
     verify(folder, contents=False)

@@ -65,7 +65,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """Folder of the checkpoint to use, verified.
+    """Folder of the checkpoint to use, its EMA weights verified; nothing else of it is read.
 
     Args:
         run_dir: The run.
@@ -75,7 +75,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         CheckpointError: If there is none, or the one asked for is missing or damaged.
     """
     if step is None:
-        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True))
+        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True), check=_verify_weights)
         if newest is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; wait for the first one or set checkpoint.save_at_start"
@@ -85,8 +85,12 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     if not folder.is_dir():
         have = ", ".join(map(str, list_steps(run_dir))) or "none"
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {have}")
-    verify(folder)
+    _verify_weights(folder)
     return folder
+
+
+def _verify_weights(folder: Path) -> None:
+    verify(folder, kinds=("ema",))
 
 
 def codec_of(meta: ShardMeta, device: torch.device | str = "cpu") -> Codec:

@@ -1,10 +1,12 @@
 import hashlib
+import json
 
 import pytest
 import torch
 
 from flowception.checkpoint import format as format_module
 from flowception.checkpoint.format import (
+    KINDS,
     SliceReader,
     checkpoint_dir,
     hashes,
@@ -69,7 +71,8 @@ def flip(path, place):
             lambda f: (f / "rank_00001.safetensors").write_bytes((f / "rank_00001.safetensors").read_bytes()[:-4]),
             "cut short",
         ),
-        (lambda f: flip(f / "rank_00000.safetensors", -1), "sha256 does not match"),
+        (lambda f: flip(f / "rank_00000.safetensors", -1), "sha256 of its weight does not match"),
+        (lambda f: flip(f / "rank_00000.safetensors", 20), "sha256 of its header does not match"),
         (lambda f: (f / "manifest.json").unlink(), "no complete checkpoint"),
         (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:-9]), "damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), "damaged"),
@@ -97,14 +100,14 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, rea
 def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
     save(tmp_path, 3)
     newest = save(tmp_path, 6)
-    real = format_module.sha256_file
+    real = format_module.sha256_bytes
 
-    def sha256_file(path):
+    def sha256_bytes(path, start, stop):
         if path.parent == newest:
             raise OSError(5, "Input/output error")
-        return real(path)
+        return real(path, start, stop)
 
-    monkeypatch.setattr(format_module, "sha256_file", sha256_file)
+    monkeypatch.setattr(format_module, "sha256_bytes", sha256_bytes)
     for look in (lambda: verify(newest), lambda: latest_valid(tmp_path)):
         with pytest.raises(CheckpointUnreadableError, match=r"cannot be read \(Input/output error\)"):
             look()
@@ -128,6 +131,65 @@ def test_ranks_can_share_verification(tmp_path, save):
     verify(folder, part=1, parts=3)
     with pytest.raises(CheckpointError):
         verify(folder, part=2, parts=3)
+
+
+def place_of(path, kind, name="a.weight"):
+    """Where a tensor's last byte is in a file."""
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    return 8 + size + header[f"{kind}/{name}"]["data_offsets"][1] - 1
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b.bias", "c.scale"])
+@pytest.mark.parametrize("damaged", KINDS)
+def test_one_kind_can_be_verified_by_itself(tmp_path, save, damaged, name):
+    """A flipped bit anywhere in one kind is found by who reads it, and by nobody else."""
+    folder = save(tmp_path, 1, writers=1)
+    flip(folder / "rank_00000.safetensors", place_of(folder / "rank_00000.safetensors", damaged, name))
+    for kind in KINDS:
+        if kind == damaged:
+            with pytest.raises(CheckpointError, match=f"sha256 of its {kind} does not match"):
+                verify(folder, kinds=(kind,))
+        else:
+            verify(folder, kinds=(kind,))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        verify(folder)
+
+
+def test_a_kind_alone_is_read_to_verify_it(tmp_path, save, monkeypatch):
+    folder = save(tmp_path, 1, writers=1)
+    read = []
+    real = format_module.sha256_bytes
+    monkeypatch.setattr(format_module, "sha256_bytes", lambda *where: read.append(where[1:]) or real(*where))
+    verify(folder, kinds=("ema",))
+    size = int.from_bytes((folder / "rank_00000.safetensors").read_bytes()[:8], "little")
+    data = 8 + size
+    assert read == [(0, data), (data, data + 4 * (12 + 5 + 1))]
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path, save, edit_manifest, expected):
+    """As main wrote it until November 2026: one sha256 of each whole file."""
+    folder = save(tmp_path, 1, writers=2)
+
+    def downgrade(content):
+        content["format_version"] = 1
+        for file in content["files"]:
+            file[2] = hashlib.sha256((folder / file[0]).read_bytes()).hexdigest()
+
+    edit_manifest(folder, downgrade)
+    verify(folder, kinds=("ema",))
+    assert read_full(folder, "ema")["a.weight"].equal(expected("ema")["a.weight"])
+    flip(folder / "rank_00001.safetensors", place_of(folder / "rank_00001.safetensors", "weight"))
+    for kinds in (None, ("ema",)):
+        with pytest.raises(CheckpointError, match="sha256 of its contents does not match"):
+            verify(folder, kinds=kinds)
+
+
+def test_hashes_must_cover_the_file(tmp_path, save, edit_manifest):
+    folder = save(tmp_path, 1)
+    edit_manifest(folder, lambda content: content["files"][0][2].pop())
+    with pytest.raises(CheckpointError, match="do not cover its"):
+        read_manifest(folder)
 
 
 def test_no_checkpoint_and_only_damaged_ones(tmp_path, save):

@@ -46,6 +46,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, capsys):
         load_run(copied_run, step=4)
 
 
+def damage(folder, kind):
+    """Overwrite all of one kind in place: sizes stay."""
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    header = json.loads(content[8 : (data := 8 + int.from_bytes(content[:8], "little"))])
+    for name, entry in header.items():
+        if name.startswith(f"{kind}/"):
+            start, stop = (data + offset for offset in entry["data_offsets"])
+            content[start:stop] = b"\xff" * (stop - start)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("step", [None, 4])
+def test_only_ema_weights_are_read(copied_run, make_model, step):
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        damage(copied_run / "checkpoints" / "step_00000004", kind)
+    run = load_run(copied_run, step=step)
+    assert run.step == 4
+    expected = dict(make_model().named_parameters())
+    for name, value in run.model.named_parameters():
+        assert torch.equal(value, expected[name] + 4 / 1000)
+
+
+def test_damaged_ema_weights_are_found(copied_run, capsys):
+    damage(copied_run / "checkpoints" / "step_00000004", "ema")
+    assert load_run(copied_run).step == 0
+    assert "step 4 is passed over" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="sha256 of its ema does not match"):
+        load_run(copied_run, step=4)
+
+
 def test_a_checkpoint_of_another_model(copied_run):
     config = json.loads((copied_run / "config.yaml").read_text())
     config["model"]["num_classes"] = 4

@@ -1,0 +1,70 @@
+"""The hashes of a checkpoint's file, one for each kind of slices in it, so that who reads one kind verifies no other.
+
+safetensors orders tensors of one dtype by name, and names begin with the kind: a kind is one run of bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+HEADER = "header"
+WHOLE = "contents"
+"""The one piece of a file of format version 1."""
+_BLOCK_BYTES = 1 << 22
+
+
+class Piece(NamedTuple):
+    """Bytes ``start`` to ``stop`` of a file and their hash."""
+
+    kind: str
+    """One of ``format.KINDS``, ``HEADER`` or ``WHOLE``."""
+    start: int
+    stop: int
+    sha256: str
+
+
+def sha256_bytes(path: Path, start: int, stop: int) -> str:
+    """Hex sha256 of bytes ``start`` to ``stop`` of a file; of fewer, if it ends before."""
+    digest, left = hashlib.sha256(), stop - start
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while left and (block := stream.read(min(left, _BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def hash_pieces(path: Path) -> list[Piece]:
+    """Hash a safetensors file whose tensors are named ``KIND/PARAMETER``; every byte is read once.
+
+    Args:
+        path: A file just written.
+
+    Returns:
+        Its pieces in order: the header, then its kinds. They cover the file exactly.
+    """
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    data = 8 + header_bytes
+    kinds = sorted((entry["data_offsets"], name.split("/")[0]) for name, entry in header.items() if "/" in name)
+    edges = [(HEADER, 0, data)]
+    for kind, group in itertools.groupby(kinds, key=lambda item: item[1]):
+        edges.append((kind, edges[-1][2], data + max(stop for (_, stop), _ in group)))
+    return [Piece(kind, start, stop, sha256_bytes(path, start, stop)) for kind, start, stop in edges]
+
+
+def is_read(piece: Piece, kinds: Sequence[str] | None) -> bool:
+    """Whether a piece must be right for who reads the given kinds; None is all of them."""
+    return kinds is None or piece.kind in (HEADER, WHOLE, *kinds)
+
+
+def cover(pieces: Sequence[Piece], size_bytes: int) -> bool:
+    """Whether pieces join from a file's first byte to its last."""
+    edges = [0, *(piece.stop for piece in pieces)]
+    return edges[:-1] == [piece.start for piece in pieces] and edges[-1] == size_bytes
