@@ -7,6 +7,7 @@ clips that the caller names, unread.
 
 A clip without a caption, or drawn to be trained without its condition, has the null class and the set's null text, at
 that text's own length: to the last token what the sampler shows for an unconditional clip (``generation.predictor``).
+Text stays in bfloat16, as the shards hold it; the network converts it on its device.
 
 Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C h w`` a latent frame, ``D`` text
 width, ``k`` visible frames of a clip, ``N`` frames of the longest clip.
@@ -120,7 +121,7 @@ def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, re
 def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text_width: int | None) -> Pack:
     layout, channels = build_layout(shapes, plan.pack_shape), plan.flop_spec.in_channels
     tokens, frames, clips = layout.shape.token_budget, layout.shape.max_frames, layout.shape.max_clips
-    text = None if text_width is None else torch.zeros(layout.shape.max_text_tokens, text_width)
+    text = None if text_width is None else torch.zeros(layout.shape.max_text_tokens, text_width, dtype=torch.bfloat16)
     return Pack(
         layout=layout,
         noisy=torch.zeros(tokens, channels),
@@ -218,7 +219,7 @@ def build_pack(
                 pack.class_label[slot] = int(plan.index.clips["class_label"][row])
             text = clip.text if shows_caption[slot] else reader.null_text
             if pack.text is not None and text is not None:
-                pack.text[at_text : at_text + shape.text_tokens] = text.float()
+                pack.text[at_text : at_text + shape.text_tokens] = text
         at, at_text = at + shape.tokens, at_text + shape.text_tokens
     pack.bad_clips = tuple(bad)
     return pack

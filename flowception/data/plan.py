@@ -32,6 +32,7 @@ from flowception.data.index import ClipIndex
 from flowception.data.memory import give_back_freed_memory
 from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
 from flowception.data.packing import imbalance
+from flowception.data.static_shape import static_shape
 from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
 from flowception.errors import DataError, PlanError
 from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
@@ -151,17 +152,9 @@ class Plan:
     @cached_property
     def pack_shape(self) -> PackShape:
         """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
-        every = np.arange(len(self.index))
-        tokens, text, budget = self.index.tokens_per_frame, self._most_text_tokens(every), self.config.token_budget
-        frames = budget // int(tokens.min())
-        text_share = text / (text + tokens)
-        return PackShape(
-            token_budget=budget,
-            max_frames=frames,
-            max_clips=frames,
-            max_seqlen=int(self._full_tokens(every).max()),
-            max_text_tokens=int(np.ceil(budget * float(text_share.max()))),
-        )
+        clips, every = self.index.clips, np.arange(len(self.index))
+        frames, tokens = clips["frames"].astype(np.int64), self.index.tokens_per_frame.astype(np.int64)
+        return static_shape(self.process, self.config.token_budget, frames, tokens, self._most_text_tokens(every))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -35,7 +35,7 @@ class LoadedRun:
     meta: ShardMeta
     """Description of the shard set that the run was trained on."""
     null_text: torch.Tensor | None
-    """float32 [L, D]: the text of a clip without a prompt; None for a model without text."""
+    """bfloat16 [L, D]: the text of a clip without a prompt; None for a model without text."""
 
     @property
     def sizes_pixels(self) -> list[tuple[int, int]]:
@@ -143,7 +143,7 @@ def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Ten
     null_text = meta.null_embedding()
     if null_text is None:
         raise DataError(f"the model of {run_dir} takes text and its shard set has none; the run directory was changed")
-    return null_text.float()
+    return null_text
 
 
 def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "cpu") -> nn.Module:

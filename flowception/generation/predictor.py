@@ -155,7 +155,7 @@ class NetworkPredictor:
             time=time,
             role=role,
             class_label=labels,
-            text=torch.cat(texts).float() if texts is not None else None,
+            text=torch.cat(texts) if texts is not None else None,
         )
 
     def _autocast(self) -> AbstractContextManager[object]:

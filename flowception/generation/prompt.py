@@ -112,7 +112,7 @@ def encode_prompts(
         return {}
     if set(wanted) == {None}:
         print("WARNING: clips are unconditional: the model takes text; give --prompt or --prompts", flush=True)
-    null_text = run.null_text.bfloat16()
+    null_text = run.null_text
     captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
     embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
     if captions:

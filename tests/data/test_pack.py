@@ -46,7 +46,7 @@ def test_contents_of_a_pack_frame_by_frame(world):
             assert pack.class_label[slot] == label
             shown = record.text if record.text is not None and not dropped else torch.full((2, 6), 0.25)
             for line in shown:
-                assert torch.equal(pack.text[text_row], line.float())
+                assert torch.equal(pack.text[text_row], line.bfloat16())
                 assert pack.layout.text_token[text_row] == token
                 assert not pack.velocity_mask[token]
                 text_row, token = text_row + 1, token + 1

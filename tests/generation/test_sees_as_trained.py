@@ -103,7 +103,7 @@ def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
     torch.testing.assert_close(trained.time[:frames], at_the_clock, atol=2e-3, rtol=0)
 
 
-NULL_TEXT = torch.linspace(-1, 1, 2 * 16).view(2, 16)
+NULL_TEXT = torch.linspace(-1, 1, 2 * 16).view(2, 16).bfloat16()
 
 
 class Captioned(Latents):
