@@ -15,13 +15,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flowception.data.ahead import Planned, steps_ahead
 from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
 from flowception.data.plan import Plan
 from flowception.data.reader import ClipReader
 from flowception.data.remote import CacheConfig
+from flowception.data.sending import SentPacks
 from flowception.data.steps import Cursor, PackPlan, StepPlan, check_world_size
 from flowception.errors import ConfigError
 
@@ -106,14 +107,15 @@ def packs_of_rank(packs: Sequence[PackPlan], rank: int, world_size: int) -> list
     return [packs[number] if number < len(packs) else None for number in numbers]
 
 
-class _PackBuilder(Dataset[list[Pack]]):
-    """Builds packs that are named by their plans; runs in workers."""
+class _PackBuilder(Dataset[list[Pack] | SentPacks]):
+    """Builds packs that are named by their plans, and gathers them for sending when it runs in a worker."""
 
     def __init__(self, plan: Plan, reader: ClipReader, left_out: Mapping[str, str]) -> None:
         self._plan, self._reader, self._left_out = plan, reader, left_out
 
-    def __getitem__(self, share: Any) -> list[Pack]:
-        return [self._build(pack) for pack in share]
+    def __getitem__(self, share: Any) -> list[Pack] | SentPacks:
+        packs = [self._build(pack) for pack in share]
+        return packs if get_worker_info() is None else SentPacks.of(packs)
 
     def _build(self, pack: PackPlan | None) -> Pack:
         return empty_pack(self._plan) if pack is None else build_pack(self._plan, pack, self._reader, self._left_out)
@@ -124,13 +126,10 @@ def _unchanged(item: Any) -> Any:
 
 
 def _begin_worker(worker: int) -> None:
-    """Set a worker up.
+    """Leave the signals that ask a run to stop to the training process.
 
-    It hands tensors over by name: torch's default takes a file descriptor for each, and a step has thousands. It leaves
-    the signals that ask a run to stop to the training process: Slurm sends them to every process of a task, and that
-    one still needs the worker to finish its step and save.
+    Slurm sends them to every process of a task, and that one still needs the worker to finish its step and save.
     """
-    torch.multiprocessing.set_sharing_strategy("file_system")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -196,7 +195,8 @@ class PackLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),
         )
-        for packs in built:
+        for sent in built:
+            packs = sent.packs() if isinstance(sent, SentPacks) else sent
             step_plan, next_cursor = self._planned.popleft()
             self._handed_out += 1
             found = [bad for pack in packs for bad in pack.bad_clips]

@@ -121,13 +121,33 @@ def test_many_packs_a_step_need_few_file_descriptors(make_set, make_config, make
     reader = ShardReader(folder)
     plan = Plan(reader.index, None, make_config(packs_per_step=40, token_budget=100), make_spec(), 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 100, hard))
     try:
         (batch,) = PackLoader(plan, reader, num_workers=1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(batch.packs) == 40
     assert len(tensors(batch)) > 256
+    blocks = {tensor.untyped_storage().data_ptr() for tensor in tensors(batch).values()}
+    assert len(blocks) == 1
+
+
+def test_packs_of_workers_leave_nothing_behind_when_everything_is_killed(world):
+    """The shared memory that they lie in has no name any more; /proc says so of a mapped file."""
+    plan, reader = world
+    batches = iter(PackLoader(plan, reader, num_workers=1))
+    batch = next(batches)
+    block = batch.packs[0].noisy.untyped_storage().data_ptr()
+    with open("/proc/self/maps") as file:
+        mapped = [line.split(maxsplit=5) for line in file]
+    (name,) = [
+        parts[5].strip()
+        for parts in mapped
+        if len(parts) == 6 and int(parts[0].split("-")[0], 16) <= block < int(parts[0].split("-")[1], 16)
+    ]
+    assert name.startswith("/dev/shm/torch_")
+    assert name.endswith("(deleted)")
+    assert len(list(batches)) == plan.steps_in_epoch(0) - 1
 
 
 @pytest.mark.gpu

@@ -1,0 +1,98 @@
+"""Packs on their way from a worker to the training process: the tensors of a step in one block of shared memory.
+
+torch's default hands shared memory over by file descriptor: the memory has no name, so whatever is killed leaves
+nothing in /dev/shm. That takes a descriptor for each block, and a step has thousands of tensors; hence one block. Text
+rows that no token uses are not sent: a pack has room for the most text that there can be, several times what it mostly
+holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flowception.data.pack import Pack
+from flowception.nn.layout import PackLayout
+
+_ALIGNMENT_BYTES = 64
+_Item = TypeVar("_Item", Pack, PackLayout)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the block."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+
+def _with_leaves(item: _Item, kind: type, change: Callable[[Any], Any]) -> _Item:
+    """The same pack with every leaf of a type, the layout's too, changed, in the order of fields."""
+    changed: dict[str, Any] = {}
+    for known in fields(item):
+        value = getattr(item, known.name)
+        if isinstance(value, PackLayout):
+            changed[known.name] = _with_leaves(value, kind, change)
+        elif isinstance(value, kind):
+            changed[known.name] = change(value)
+    return replace(item, **changed)
+
+
+@dataclass
+class SentPacks:
+    """The packs of one rank's step as a worker sends them."""
+
+    block: Tensor
+    """uint8, all their elements."""
+    frames: list[Pack]
+    """The packs with a ``_Place`` for every tensor."""
+
+    @classmethod
+    def of(cls, packs: Sequence[Pack]) -> SentPacks:
+        """Gather packs, for a queue between processes."""
+        tensors: list[Tensor] = []
+        ends = [0]
+
+        def take(tensor: Tensor) -> _Place:
+            start = -(-ends[-1] // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            tensors.append(tensor)
+            ends.append(start + tensor.numel() * tensor.element_size())
+            return _Place(tensor.dtype, tensor.shape, start)
+
+        frames = [_with_leaves(_without_unused_text(pack), Tensor, take) for pack in packs]
+        block = torch.empty(ends[-1], dtype=torch.uint8)
+        for tensor, end in zip(tensors, ends[1:], strict=True):
+            size_bytes = tensor.numel() * tensor.element_size()
+            block[end - size_bytes : end] = tensor.contiguous().view(-1).view(torch.uint8)
+        return cls(block, frames)
+
+    def packs(self) -> list[Pack]:
+        """The packs again; their tensors, but for the text, are views of the block."""
+        return [_with_unused_text(_with_leaves(frame, _Place, self._tensor)) for frame in self.frames]
+
+    def pin_memory(self) -> list[Pack]:
+        """The packs in page-locked memory; the DataLoader's thread calls it where there is a GPU."""
+        return [pack.pin_memory() for pack in self.packs()]
+
+    def _tensor(self, place: _Place) -> Tensor:
+        size_bytes = math.prod(place.shape) * place.dtype.itemsize
+        return self.block[place.start : place.start + size_bytes].view(place.dtype).view(place.shape)
+
+
+def _without_unused_text(pack: Pack) -> Pack:
+    if pack.text is None:
+        return pack
+    return replace(pack, text=pack.text[: int((pack.layout.text_token >= 0).sum())])
+
+
+def _with_unused_text(pack: Pack) -> Pack:
+    if pack.text is None:
+        return pack
+    text = pack.text.new_zeros(pack.layout.shape.max_text_tokens, pack.text.shape[1])
+    text[: len(pack.text)] = pack.text
+    return replace(pack, text=text)

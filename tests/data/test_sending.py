@@ -1,0 +1,62 @@
+"""Packs between processes: all that they hold, in one block."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from flowception.data.pack import build_pack, empty_pack
+from flowception.data.plan import Cursor, Plan
+from flowception.data.reader import ShardReader
+from flowception.data.sending import SentPacks
+from flowception.nn.layout import PackLayout
+
+
+@pytest.fixture(params=[True, False], ids=["text", "silent"])
+def packs(request, make_set, make_config, make_spec):
+    """Those of one step and an empty one."""
+    folder, _ = make_set(count=60, text=request.param)
+    reader = ShardReader(folder)
+    spec = make_spec(**({"text_dim": 6} if request.param else {}))
+    null = 0 if reader.null_text is None else len(reader.null_text)
+    plan = Plan(reader.index, None, make_config(packs_per_step=2), spec, 1, null_text_tokens=null)
+    return [*(build_pack(plan, pack, reader) for pack in plan.step(Cursor()).packs), empty_pack(plan)]
+
+
+def assert_same(sent, pack):
+    assert type(sent) is type(pack)
+    for known in dataclasses.fields(pack):
+        ours, theirs = getattr(sent, known.name), getattr(pack, known.name)
+        if isinstance(theirs, PackLayout):
+            assert_same(ours, theirs)
+        elif isinstance(theirs, torch.Tensor):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), known.name
+            assert torch.equal(ours, theirs), known.name
+        else:
+            assert ours == theirs, known.name
+
+
+def test_packs_come_out_as_they_were_sent(packs):
+    sent = pickle.loads(pickle.dumps(SentPacks.of(packs)))
+    for came, pack in zip(sent.packs(), packs, strict=True):
+        assert_same(came, pack)
+
+
+def test_all_tensors_but_text_are_views_of_the_block(packs):
+    sent = SentPacks.of(packs)
+    block = sent.block.untyped_storage().data_ptr()
+    for pack in sent.packs():
+        assert pack.noisy.untyped_storage().data_ptr() == block
+        assert pack.layout.cu_seqlens.untyped_storage().data_ptr() == block
+
+
+@pytest.mark.parametrize("packs", [True], indirect=True, ids=["text"])
+def test_unused_text_rows_are_not_sent(packs):
+    wide = [dataclasses.replace(pack, text=pack.text.repeat(1, 1000)) for pack in packs]
+    more_bytes = len(SentPacks.of(wide).block) - len(SentPacks.of(packs).block)
+    used = [int((pack.layout.text_token >= 0).sum()) for pack in packs]
+    assert used[-1] == 0 < used[0] < len(packs[0].text)
+    assert more_bytes == pytest.approx(sum(used) * 6 * 999 * 2, abs=64 * len(packs))
+    for came, pack in zip(SentPacks.of(wide).packs(), wide, strict=True):
+        assert torch.equal(came.text, pack.text)
