@@ -89,7 +89,9 @@ def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tm
         assert ("WARNING: clips are unconditional" in capsys.readouterr().out) == (prompt is None)
     assert largest_difference(written["red"], written["cyan"]) > 4  # 9 and 16 were measured
     assert largest_difference(written["red"], written["none"]) > 4
-    assert largest_difference(written["empty"], written["none"]) <= 1  # the same text, but read back from the set: a level may round
+    assert (
+        largest_difference(written["empty"], written["none"]) <= 1
+    )  # the same text, but read back from the set: a level may round
 
 
 RED, CYAN, GREEN = (f"a {colour} disc moving left and up" for colour in ("red", "cyan", "green"))
