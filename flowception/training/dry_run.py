@@ -180,7 +180,8 @@ def _times(
         peak, source = config.logging.peak_tflops, "logging.peak_tflops"
     if peak is None:
         peak, source = PEAK_TFLOPS_BF16[_PEAK_GPU], f"{_PEAK_GPU}, dense bf16"
-    flops, again = plan.mean_step_flops(0), 1.0 if config.model.activation_checkpointing else 0.0
+    flops = plan.mean_step_flops(0)
+    again = config.model.checkpointed_blocks() / config.model.flop_spec().num_layers
     columns: list[list[str]] = []
     for size in sizes:
         packs = _packs(config, size)

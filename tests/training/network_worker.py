@@ -51,7 +51,12 @@ def make_engine(config: DiTConfig, precision: str):
     zero = ZeroConfig(stage=3, param_persistence_threshold=0, bucket_elements=100_000)
     optim = OptimConfig(warmup_steps=0)
     ds_config = deepspeed_config(zero, precision, 1, optim.clip_grad_norm, ranks.device)
-    engine = build_engine(lambda: build_backbone(config), lambda model: build_optimizer(model, optim), ds_config)
+    engine = build_engine(
+        lambda: build_backbone(config),
+        lambda model: build_optimizer(model, optim, ranks.device),
+        ds_config,
+        ranks.device,
+    )
     with torch.device("meta"):
         blueprint = nothing_zero(build_backbone(config))
     ShardedState(engine).initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
