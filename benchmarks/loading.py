@@ -74,16 +74,16 @@ def _bf16(content: bytes, shape: list[int]) -> Tensor:
 
 def read_ours(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Every clip once in random order."""
-    reader, random = ShardReader(folder), np.random.default_rng(1)
+    reader, random, every = ShardReader(folder), np.random.default_rng(1), np.arange(FRAMES)
     for row in random.permutation(len(reader.index)).tolist():
-        yield reader.read_clip(row, np.arange(reader.index.row(row).frames))
+        yield reader.read_clip(row, every)
 
 
 def read_visible(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The same with the frames that training reads: a share of them, drawn by chance."""
     reader, random = ShardReader(folder), np.random.default_rng(1)
     for row in random.permutation(len(reader.index)).tolist():
-        yield reader.read_clip(row, np.flatnonzero(random.random(reader.index.row(row).frames) < VISIBLE_SHARE))
+        yield reader.read_clip(row, np.flatnonzero(random.random(FRAMES) < VISIBLE_SHARE))
 
 
 def read_webdataset(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -14,6 +14,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from operator import lt
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -64,7 +65,7 @@ class ClipReader(Protocol):
 def frames_refused(wanted: NDArray[np.int64], num_frames: int) -> str:
     """What is wrong with frame numbers, which must increase and be those of frames of the clip; empty if nothing is."""
     numbers = wanted.tolist() if wanted.ndim == 1 else [-1]
-    if numbers == sorted({*numbers}) and (not numbers or (numbers[0] >= 0 and numbers[-1] < num_frames)):
+    if not numbers or (numbers[0] >= 0 and numbers[-1] < num_frames and all(map(lt, numbers, numbers[1:]))):
         return ""
     return f"frames {wanted.tolist()} are not increasing in 0..{num_frames - 1}"
 
@@ -291,10 +292,11 @@ class ShardReader(FolderReader):
 def _pieces(clip: ClipRow, numbers: list[int], frame_bytes: int, with_prefix: bool) -> Iterator[tuple[int, int]]:
     """(offset in the shard, bytes) of what is to be read, where it lies side by side as one piece."""
     start, end = (clip.start, clip.latents_offset) if with_prefix else (clip.latents_offset, clip.latents_offset)
-    for number in numbers:
+    together = bool(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers)
+    for number, count in [(numbers[0], len(numbers))] if together else ((number, 1) for number in numbers):
         offset = clip.latents_offset + number * frame_bytes
         if offset != end:
             yield start, end - start
             start = offset
-        end = offset + frame_bytes
+        end = offset + count * frame_bytes
     yield start, end - start
