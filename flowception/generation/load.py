@@ -147,7 +147,7 @@ def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Ten
 
 
 def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a checkpoint, with its EMA weights.
+    """The network of a checkpoint, with its EMA weights, which are the only ones it ever has in memory.
 
     Args:
         folder: The checkpoint, from ``find_checkpoint``.
@@ -161,14 +161,15 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
         CheckpointError: If the checkpoint holds another network.
     """
     weights = read_full(folder, "ema")
-    model = build_backbone(config)
+    with torch.device("meta"):
+        model = build_backbone(config)
     wanted = dict(model.named_parameters())
     if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
         differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
         raise CheckpointError(
             f"{folder} holds another model than the run's configuration describes; first difference: {differing[0]}"
         )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 

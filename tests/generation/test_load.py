@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
+from flowception.checkpoint.format import read_full
 from flowception.errors import CheckpointError, DataError, RunDirectoryError
+from flowception.generation import load
 from flowception.generation.load import load_run
 
 
@@ -44,6 +46,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, capsys):
     assert "step 4" in capsys.readouterr().out
     with pytest.raises(CheckpointError):
         load_run(copied_run, step=4)
+
+
+def test_the_network_takes_the_weights_that_were_read(make_run, monkeypatch):
+    """They are not copied into memory that the network had before."""
+    weights = {}
+    monkeypatch.setattr(load, "read_full", lambda *what: weights.update(read_full(*what)) or weights)
+    parameters = dict(load_run(make_run()).model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    assert all(parameters[name].data_ptr() == weights[name].data_ptr() for name in weights)
 
 
 def damage(folder, kind):
