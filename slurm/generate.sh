@@ -1,7 +1,7 @@
 #!/bin/bash
 # Generate clips with a job array, one GPU a task. Submit from the repository's folder:
 #
-#   sbatch slurm/generate.sh /shared/runs/t2v_2b --num 4096 --out /shared/clips
+#   sbatch slurm/generate.sh /shared/runs/t2v_2b --prompts prompts.txt --num 4 --out /shared/clips
 #   sbatch --array=0-63 --partition=gpu slurm/generate.sh ...            # more tasks
 #
 # Every word after the script's name goes to `flowception generate`. Task k of n makes batches k, k + n, k + 2 n ... of the
