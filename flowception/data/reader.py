@@ -275,8 +275,8 @@ class ShardReader(FolderReader):
             return None
         size = tokens * width * _BYTES_PER_VALUE
         start = len(prefix) - HEADER_BYTES - padded_bytes(size)
-        header = bytes(prefix[max(0, start - HEADER_BYTES) : max(0, start)])
-        if start < 3 * HEADER_BYTES or header[_SIZE_FIELD].rstrip(b"\0 ") != b"%011o" % size:
+        header = max(0, start - HEADER_BYTES)
+        if start < 3 * HEADER_BYTES or prefix[header:][_SIZE_FIELD] != b"%011o\0" % size:
             raise DataError(f"{self.describe(row)}: the index says {tokens} text tokens, the clip holds others or none")
         return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
