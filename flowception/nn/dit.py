@@ -206,7 +206,7 @@ class FlowceptionDiT(nn.Module):
         self.time_embedding = TimeEmbedding(size)
         self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)
         self.class_embedding = Embedding(spec.num_classes + 1, size) if spec.num_classes else None
-        leaves = compiled_leaves() if config.compile else EAGER
+        leaves = compiled_leaves() if config.compile == "leaves" else EAGER
         self.blocks = nn.ModuleList(Block(spec, leaves) for _ in range(spec.num_layers))
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 

@@ -13,6 +13,8 @@ from flowception.nn.attention import check_backend
 from flowception.nn.flops import FlopSpec
 from flowception.nn.pattern import AttentionPattern
 
+COMPILE = ("blocks", "leaves", "off")
+"""What torch.compile may fuse."""
 MLP_MULTIPLE = 32
 """The SwiGLU hidden size is a multiple of this."""
 
@@ -76,14 +78,19 @@ class DiTConfig:
     """K: a token of the window pattern sees frames at most K away; None for the other patterns."""
     attention_backend: str = "auto"
     """auto, sdpa, flex, varlen or flash. varlen and flash have the full pattern only, flex needs CUDA."""
-    compile: bool = False
-    """Whether what a block computes between its matrix products (norms, modulation, rotation, SwiGLU, gates) is fused
-    by torch.compile. The first steps take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
+    compile: bool | str = "off"
+    """What torch.compile fuses in training: ``blocks`` (each block as one graph, the fastest), ``leaves`` (only what a
+    block computes between its matrix products: norms, modulation, rotation, SwiGLU, gates), or ``off``. The first steps
+    take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
     activation_checkpointing: bool | int = False
     """Blocks that are computed again in the backward pass instead of kept: true for all, false for none, or how many,
     counted from the first. Fewer cost less time and more memory; ``--dry-run`` says how much memory."""
 
     def __post_init__(self) -> None:
+        if self.compile is False:  # YAML's word for it is off
+            self.compile = "off"
+        if self.compile not in COMPILE:
+            raise ConfigError(f"model.compile is {self.compile}; choose one of {', '.join(COMPILE)}")
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"model preset is {self.preset!r}; choose one of {', '.join(PRESETS)}")
         for name in ("in_channels", "hidden_size", "num_layers", "num_heads"):

@@ -88,7 +88,7 @@ def test_compiled_leaves_equal_eager(model, mixed_clips, make_pack, dtype, toler
     if dtype == torch.bfloat16:
         model.bfloat16()
     model.config.activation_checkpointing = activation_checkpointing
-    compiled = FlowceptionDiT(replace(model.config, compile=True)).to(next(model.parameters()).dtype)
+    compiled = FlowceptionDiT(replace(model.config, compile="leaves")).to(next(model.parameters()).dtype)
     compiled.load_state_dict(model.state_dict())
     assert compiled.blocks[0].leaves == compiled_leaves() != EAGER
     packs = [make_pack(mixed_clips), make_pack(mixed_clips[:3], seed=1), make_pack(mixed_clips[2:5], seed=2)]
