@@ -38,7 +38,7 @@ CLUSTER = Cluster(
     between_nodes_gb_per_s=25.0,
     inside_node_gb_per_s=200.0,
     stage_3_block_ms=0.0,
-    memory_gb_per_s=3000.0,
+    memory_gb_per_s=1000.0,
 )
 SLOW_HOST = replace(CLUSTER, stage_3_block_ms=2.0)
 PLENTY = 1e15
@@ -61,18 +61,14 @@ def test_a_step_on_one_node_by_hand():
     assert one.communication_s == pytest.approx((2 * 3.5 + 3.5) / 200)  # reduced there and back once, fp32 weights
     assert two.communication_s == pytest.approx((2 * 2 * 3.5 + 1.75) / 200)  # reduced for both packs, bf16 weights
     assert three.communication_s == pytest.approx((2 * 3.5 + 4 * 1.75) / 200)  # gathered forward and backward
-    assert time_of(0, 8).update_s == pytest.approx(48 / 3000)
-    assert one.update_s == two.update_s == three.update_s == pytest.approx(48 / 8 / 3000)
-    assert stages(8) == ["1", "0", "3", "2"]  # 1.2545, 1.251 + 0.0140, 1.272, 1.28075 s
+    assert time_of(0, 8).update_s == pytest.approx(48 / 1000)
+    assert one.update_s == two.update_s == three.update_s == pytest.approx(48 / 8 / 1000)
+    assert stages(8) == ["1", "3", "0", "2"]  # 1.2585, 1.276, 1.283 and 1.28475 s
 
 
 def test_the_host_counts_at_stage_3_alone():
-    assert [time_of(stage, 8, cluster=SLOW_HOST).host_s for stage in range(4)] == [
-        0,
-        0,
-        0,
-        pytest.approx(2 * 10 * 2e-3),
-    ]
+    assert [time_of(stage, 8, cluster=SLOW_HOST).host_s for stage in range(3)] == [0, 0, 0]
+    assert time_of(3, 8, cluster=SLOW_HOST).host_s == pytest.approx(2 * 10 * 2e-3)
     assert stages(8, cluster=SLOW_HOST) == ["1", "0", "2", "3"]
 
 
@@ -89,7 +85,7 @@ def test_several_nodes_by_hand():
     groups = arrange(JOB, CLUSTER, replace(ZERO, hierarchical_partition_size=8), 16, 0)
     assert groups.time.communication_s == pytest.approx((4 + 2) * share / 200 + 2 * 7 / 8 / 200)
     assert groups.between_nodes == pytest.approx((4 + 2) * 1e9 * share / 8)
-    assert stages(16) == ["3 in groups of 8", "3", "2", "0", "1"] or stages(16)[:3] == ["3 in groups of 8", "3", "2"]
+    assert stages(16) == ["3 in groups of 8", "3", "2", "1", "0"]
 
 
 def test_ways_to_shard():
@@ -137,13 +133,13 @@ def test_answers():
         return answer(ranked, arrange(JOB, CLUSTER, zero, 8, checkpointed), LAYERS, 8, memory_gb)
 
     gib = JOB.memory(replace(ZERO, stage=1), 8, 0).total / GIB
-    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.25 s a step)"
-    assert said(80) == f"{fastest}; as configured, ZeRO-3, all 10 blocks kept: 1.27 s"
+    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.26 s a step)"
+    assert said(80) == f"{fastest}; as configured, ZeRO-3, all 10 blocks kept: 1.28 s"
     assert said(80, stage=1) == f"{fastest}, as configured"
-    assert said(80, 4, stage=1) == f"{fastest}; as configured, ZeRO-1, 6 of 10 blocks kept: 1.41 s"
+    assert said(80, 4, stage=1) == f"{fastest}; as configured, ZeRO-1, 6 of 10 blocks kept: 1.42 s"
     small = said(6)
-    assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 4 of 10 blocks kept")
-    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, it needs 9.6 GiB and does not fit")
+    assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 2 of 10 blocks kept")
+    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, it needs 10.2 GiB and does not fit")
     assert said(1, 10).startswith(
         "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, it needs"
     )
