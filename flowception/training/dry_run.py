@@ -215,7 +215,7 @@ def _row(name: str, values: list[str]) -> str:
 def _memory_table(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], memory_gb: float
 ) -> list[str]:
-    kept, block_input = block_activations(job.spec, job.token_budget, config.zero.stage, job.precision, job.compiled)
+    kept, block_input = block_activations(job.spec, job.token_budget, job.precision, job.compiled)
     decided = f", as many kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
     layers, packs = job.spec.num_layers, [job.packs(size) for size in sizes]
     lines = [

@@ -14,15 +14,15 @@ from flowception.nn.flops import FlopSpec
 
 FP32_BYTES, BF16_BYTES = 4, 2
 KEPT_BYTES = {
-    "off": {"bf16": 77.6, "autocast": 81.6, "fp32": 122.9},
-    "leaves": {"bf16": 40.4, "autocast": 44.4, "fp32": 80.6},
-    "blocks": {"bf16": 40.3, "autocast": 44.4, "fp32": 80.6},
+    "off": {"bf16": 77.6, "fp32": 122.9},
+    "leaves": {"bf16": 40.4, "fp32": 80.6},
+    "blocks": {"bf16": 40.5, "fp32": 76.6},
 }
-"""Bytes that a block keeps for its backward pass, per token and unit of hidden size, by ``model.compile`` and by the
-type of its arithmetic. Measured on the CPU by tests/training/test_memory.py; autocast's copies of the weights are no
-part of it."""
-INPUT_BYTES = {"bf16": BF16_BYTES, "autocast": FP32_BYTES, "fp32": FP32_BYTES}
-"""Of these, what a checkpointed block keeps: its input."""
+"""Bytes that a block keeps for its backward pass, per token and unit of hidden size, by ``model.compile`` and
+``precision``: in bf16 the same with bf16 weights and under autocast, whose copies of the weights are counted elsewhere.
+Measured on the CPU by tests/training/test_memory.py."""
+INPUT_BYTES = {"bf16": BF16_BYTES, "fp32": FP32_BYTES}
+"""The same for a checkpointed block, which keeps its input alone."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,17 @@ def checkpoint_bytes(parameters: int) -> int:
     return 4 * FP32_BYTES * parameters
 
 
-def block_activations(
-    spec: FlopSpec, token_budget: int, stage: int, precision: str, compiled: str
-) -> tuple[float, float]:
-    """Bytes that a block keeps for its backward pass, and those of its input, all that a checkpointed one keeps.
+def block_activations(spec: FlopSpec, token_budget: int, precision: str, compiled: str) -> tuple[float, float]:
+    """Bytes that a block keeps for its backward pass, and those that a checkpointed one keeps.
 
     Args:
         spec: Sizes of the network.
         token_budget: T.
-        stage: ZeRO stage.
         precision: ``bf16`` or ``fp32``.
         compiled: ``model.compile``.
     """
-    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage >= 2 else "autocast"
     elements = token_budget * spec.hidden_size
-    return elements * KEPT_BYTES[compiled][arithmetic], elements * INPUT_BYTES[arithmetic]
+    return elements * KEPT_BYTES[compiled][precision], elements * INPUT_BYTES[precision]
 
 
 def memory_per_rank(
@@ -115,7 +111,7 @@ def memory_per_rank(
     at_work = element_bytes * min(
         max(max_live_elements, 2 * parameters / spec.num_layers + bucket_elements), parameters
     )
-    kept, block_input = block_activations(spec, token_budget, stage, precision, compiled)
+    kept, block_input = block_activations(spec, token_budget, precision, compiled)
     kept_blocks = max(spec.num_layers - checkpointed_blocks, 1)  # where none is kept, the one that is computed again
     return MemoryPerRank(
         weights={

@@ -6,6 +6,7 @@ import torch
 from distributed_worker import run_distributed
 
 from flowception.nn import FlowceptionDiT
+from flowception.nn.dit import compiled_block
 from flowception.nn.layout import ClipShape, PackInput, build_layout
 from flowception.nn.leaves import compiled_leaves
 from flowception.nn.presets import COMPILE, DiTConfig
@@ -21,10 +22,13 @@ WORLD_SIZE, MICRO_STEPS = 2, 2
 def partitioned(monkeypatch):
     """What torch.compile keeps for the backward pass, as inductor's, without compiling a kernel."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    compiled_leaves.cache_clear()
+    caches = (compiled_leaves, compiled_block)
+    for cache in caches:
+        cache.cache_clear()
     torch._dynamo.reset()
     yield
-    compiled_leaves.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
     torch._dynamo.reset()
 
 
@@ -69,7 +73,8 @@ def kept_bytes(num_layers, compiled, arithmetic, checkpointed=0):
 def test_activation_estimate_is_what_autograd_keeps(partitioned, compiled, arithmetic):
     """And a checkpointed block keeps its input alone."""
     one, two = (kept_bytes(blocks, compiled, arithmetic) for blocks in (1, 2))
-    per_block, block_input = KEPT_BYTES[compiled][arithmetic], INPUT_BYTES[arithmetic]
+    precision = "fp32" if arithmetic == "fp32" else "bf16"
+    per_block, block_input = KEPT_BYTES[compiled][precision], INPUT_BYTES[precision]
     assert two - one == pytest.approx(per_block, rel=0.03)
     saved = [two - kept_bytes(2, compiled, arithmetic, checkpointed) for checkpointed in (1, 2)]
     assert saved == pytest.approx([per_block - block_input, 2 * (per_block - block_input)], rel=0.03)
@@ -114,8 +119,7 @@ def test_stages_shard_what_they_say():
 )
 def test_activations_fall_with_every_checkpointed_block(stage, precision, compiled):
     activations = [sizes(stage, 8, precision, checkpointed_blocks=n, compiled=compiled).activations for n in range(39)]
-    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage == 3 else "autocast"
-    per_block, block_input = (1000 * 1536 * kept[arithmetic] for kept in (KEPT_BYTES[compiled], INPUT_BYTES))
+    per_block, block_input = (1000 * 1536 * kept[precision] for kept in (KEPT_BYTES[compiled], INPUT_BYTES))
     assert activations[0] == pytest.approx(38 * per_block)
     assert activations[1:38] == pytest.approx([(38 - n) * per_block + n * block_input for n in range(1, 38)])
     assert activations[38] == activations[37]  # the last block is computed again at once: nothing is saved
