@@ -216,11 +216,11 @@ def _memory_table(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], memory_gb: float
 ) -> list[str]:
     kept, block_input = block_activations(job.spec, job.token_budget, job.precision, job.compiled)
-    decided = f", as many kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
+    decided = f"; as many are kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
     layers, packs = job.spec.num_layers, [job.packs(size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, of {layers} blocks "
-        f"those not kept computed again{decided} ({(kept - block_input) / GIB:.2f} for each that is kept):",
+        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks, of "
+        f"which each that is kept and not computed again takes {(kept - block_input) / GIB:.2f}{decided}:",
         _row("ranks", [str(size) for size in sizes]),
         _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
         _row("blocks kept", [str(layers - column.checkpointed_blocks) for column in columns]),

@@ -248,7 +248,7 @@ def test_activations_fall_with_the_blocks_that_are_checkpointed(tmp_path, compil
     saved = 16384 * 1536 * (kept - 2) / GIB
     for text, blocks in zip(texts, (38, 18, 0)):
         assert row(text, "blocks kept") == [str(blocks)]
-        assert f"({saved:.2f} for each that is kept):" in text
+        assert f"each that is kept and not computed again takes {saved:.2f}:" in text
     none, some, every = (float(row(text, "activations")[0]) for text in texts)
     assert none - some == pytest.approx(20 * saved, abs=0.011)
     assert some - every == pytest.approx(17 * saved, abs=0.011)  # one is at work
