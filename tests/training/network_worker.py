@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,10 +21,14 @@ from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config
 MODEL = DiTConfig(preset=None, in_channels=4, hidden_size=64, num_layers=2, num_heads=2, text_dim=6, num_classes=3)
 
 
-def make_pack(seed: int = 0) -> PackInput:
-    """Two clips with text, far enough apart in rank and place that a rounded frequency shows."""
+CLIPS = (ClipShape(30, 4, 6, 9), ClipShape(5, 3, 2, 4))
+"""Far enough apart in rank and place that a rounded frequency shows."""
+
+
+def make_pack(seed: int = 0, clips: Sequence[ClipShape] = CLIPS) -> PackInput:
+    """Two clips with text."""
     generator = torch.Generator().manual_seed(seed)
-    layout = build_layout([ClipShape(30, 4, 6, 9), ClipShape(5, 3, 2, 4)])
+    layout = build_layout(clips)
     tokens, frames = layout.shape.token_budget, layout.shape.max_frames
     return PackInput(
         layout=layout,
@@ -44,13 +49,13 @@ def nothing_zero(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_engine(config: DiTConfig, precision: str):
-    """The network under ZeRO-3 with every weight partitioned, its values from the seed."""
+def make_engine(config: DiTConfig, precision: str, stage: int = 3, accumulation_steps: int = 1):
+    """The network under ZeRO with every weight partitioned at stage 3, its values from the seed; and its state."""
     ranks = init_distributed()
     torch.set_num_threads(1)
-    zero = ZeroConfig(stage=3, param_persistence_threshold=0, bucket_elements=100_000)
+    zero = ZeroConfig(stage=stage, param_persistence_threshold=0, bucket_elements=100_000)
     optim = OptimConfig(warmup_steps=0)
-    ds_config = deepspeed_config(zero, precision, 1, optim.clip_grad_norm, ranks.device)
+    ds_config = deepspeed_config(zero, precision, accumulation_steps, optim.clip_grad_norm, ranks.device)
     engine = build_engine(
         lambda: build_backbone(config),
         lambda model: build_optimizer(model, optim, ranks.device),
@@ -59,8 +64,9 @@ def make_engine(config: DiTConfig, precision: str):
     )
     with torch.device("meta"):
         blueprint = nothing_zero(build_backbone(config))
-    ShardedState(engine).initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
-    return engine
+    shards = ShardedState(engine)
+    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    return engine, shards
 
 
 def make_plain(config: DiTConfig, precision: str) -> nn.Module:
@@ -95,7 +101,7 @@ def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
 
 def constants() -> dict:
     """What the forward makes of positions, times and counts, built under ``zero.Init`` in bf16 and built plainly."""
-    engine, plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
+    (engine, _), plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
     under_zero, alone = constants_seen(engine.module, engine), constants_seen(plain, plain)
     rope, plain_rope = engine.module.rope, plain.rope
     return {
@@ -116,7 +122,7 @@ def loss_of(output) -> Tensor:
 
 def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
     """Log-rates, velocities and gradient norm of a step under ZeRO-3."""
-    engine = engine or make_engine(config, precision)
+    engine = engine or make_engine(config, precision)[0]
     output = engine(make_pack())
     engine.backward(loss_of(output))
     norm = optimizer_step(engine, None, lambda _: None, torch.device("cpu")).grad_norm
@@ -134,7 +140,11 @@ def one_step_alone(config: DiTConfig, precision: str) -> dict:
 
 def compiled() -> dict[str, dict]:
     """A step under ZeRO-3 with compiled leaves, plain and with every block computed again, and the eager one."""
-    ways = {"eager": {}, "compiled": {"compile": True}, "again": {"compile": True, "activation_checkpointing": True}}
+    ways = {
+        "eager": {},
+        "compiled": {"compile": "leaves"},
+        "again": {"compile": "leaves", "activation_checkpointing": True},
+    }
     return {
         f"{way} {precision}": one_step(replace(MODEL, **changes), precision)
         for way, changes in ways.items()
