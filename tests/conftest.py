@@ -1,7 +1,14 @@
 """What every test begins with."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:  # for fake_cuda
+    sys.path.insert(0, HERE)
 
 
 @pytest.hookimpl(tryfirst=True)
