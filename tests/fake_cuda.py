@@ -1,4 +1,4 @@
-"""CUDA on a CPU: tensors that are on ``cuda`` for everyone who asks, so that placement and waiting can be tested anywhere.
+"""CUDA on a CPU: tensors that say they are on ``cuda``, so that placement and waiting can be tested anywhere.
 
 Inside ``FakeCuda`` a tensor that goes to ``cuda`` becomes a ``FakeTensor`` of torch, whose own rules then say which
 operations may meet which devices: one that mixes them raises. Beside each lies its content as an ordinary CPU tensor,
@@ -94,14 +94,19 @@ def _varlen(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention's results, segment by segment, and what ``flash_api.cpp`` demands of its arguments."""
     assert settings[:3] == (False, None, [-1, -1]), "not causal, no scale of its own, no window"
-    assert query.dtype in (torch.bfloat16, torch.float16) and query.dtype == key.dtype == value.dtype
-    assert query.shape[2] % 8 == 0 and query.shape[2] <= 256
+    assert query.dtype in (torch.bfloat16, torch.float16)
+    assert query.dtype == key.dtype == value.dtype
+    assert query.shape[2] % 8 == 0
+    assert query.shape[2] <= 256
     assert all(part.stride(-1) == 1 for part in (query, key, value)), "the last dimension must be contiguous"
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous() and cu_k.is_contiguous()
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.is_contiguous()
+    assert cu_k.is_contiguous()
     assert cu_q.shape == cu_k.shape, f"cu_seqlens of queries {tuple(cu_q.shape)} and of keys {tuple(cu_k.shape)}"
     output = torch.full_like(query, torch.nan)
     for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
-        assert 0 <= q1 - q0 <= max_q and 0 <= k1 - k0 <= max_k, "a segment is longer than the kernel was told"
+        assert q0 <= q1 <= q0 + max_q, "a segment is longer than the kernel was told"
+        assert k0 <= k1 <= k0 + max_k, "a segment is longer than the kernel was told"
         q, k, v = (part.transpose(0, 1) for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
         output[q0:q1] = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
     return output, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
