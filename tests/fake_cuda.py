@@ -139,9 +139,9 @@ def _index_waits(args: tuple[Any, ...]) -> str | None:
     if not isinstance(args[0], FakeTensor):
         raise RuntimeError("indices on cuda of a tensor on the CPU; CUDA refuses them, torch's fakes do not")
     one_number = len(args) > 2 and not isinstance(args[2], FakeTensor) and args[2].numel() == 1
-    if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not one_number:
-        return "wait"
-    return "to device" if any(not isinstance(index, FakeTensor) for index in indices) else None
+    if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return None if one_number else "wait"
+    return None if all(isinstance(part, FakeTensor) for part in (*indices, *args[2:3])) else "to device"
 
 
 def _crossing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> str | None:
