@@ -12,13 +12,12 @@ from fake_cuda import DEVICE, FakeCuda, content
 from flowception.nn import ClipShape, FlowceptionDiT, PackShape
 from flowception.nn.attention import attention
 from flowception.nn.layout import build_layout
-from flowception.nn.pattern import AttentionPattern
+from flowception.nn.rows import frame_rows, sum_runs
 
 CONSTANTS = ["to device: nn/rope.py:VideoRoPE._constants (_to_copy)"] * 2
 """Frequencies and axes of the rotary positions: copied once for a device, before the first step."""
 CLIPS = [ClipShape(3, 2, 2, 2), ClipShape(1, 1, 3, 0), ClipShape(4, 2, 1, 1)]
-ROOMY = PackShape(token_budget=64, max_frames=12, max_clips=5, max_seqlen=20, max_text_tokens=8)
-PATTERNS = {"causal": AttentionPattern("causal"), "window": AttentionPattern("window", 1)}
+ROOMY = PackShape(token_budget=64, max_frames=12, max_clips=5, max_seqlen=20)
 
 
 @dataclass
@@ -44,8 +43,7 @@ CASES = {
     "fp32": Case(precision="fp32"),
     "a tight pack": Case(shape=None),
     "padding alone": Case(clips=()),
-    "no clip has text": Case(clips=NO_TEXT),
-    "not a row of text": Case(clips=NO_TEXT, shape=replace(ROOMY, max_text_tokens=0)),
+    "no text": Case(clips=NO_TEXT),
     "a network without text": Case(changes=without("text_dim")),
     "one without classes": Case(changes=without("num_classes")),
     "one without either": Case(changes=without("text_dim", "num_classes"), precision="autocast"),
@@ -115,7 +113,7 @@ def test_a_forward_stays_on_the_device_and_waits_for_nothing(network, make_pack,
 
 @pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 def test_fewer_queries_than_keys_are_what_the_kernels_take(backend):
-    """Each side's layout with padding of its own; the kernels want as many segments on both."""
+    """The kernels want as many segments on both sides, and to be told of the longest of each."""
     whole = build_layout(CLIPS)
     queries = build_layout([clip._replace(frames=1, text_tokens=0) for clip in CLIPS])
     generator = torch.Generator().manual_seed(0)
@@ -131,6 +129,22 @@ def test_fewer_queries_than_keys_are_what_the_kernels_take(backend):
         assert cuda.crossings == []
     expected = attention(q.float(), k.float(), v.float(), queries, key_layout=whole)
     torch.testing.assert_close(content(output).float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_gradients_of_modulation_are_summed_without_waiting():
+    """What the backward pass of ``take_rows`` does on CUDA; the pass itself cannot run here."""
+    layout = build_layout(CLIPS, ROOMY)
+    values = torch.randn(ROOMY.token_budget, 3, generator=torch.Generator().manual_seed(0))
+    rows = frame_rows(layout, with_text=True)
+    with FakeCuda() as cuda:
+        there = frame_rows(layout.to(DEVICE), with_text=True)
+        there_values = values.to(DEVICE)
+        cuda.crossings.clear()
+        sums = sum_runs(there_values, there.offsets).index_select(0, there.run_of_row)
+        assert cuda.crossings == []
+    used = int(rows.offsets[-1])
+    expected = torch.zeros(len(rows.run_of_row), 3).index_add(0, rows.row[:used], values[:used])
+    torch.testing.assert_close(content(sums), expected)
 
 
 def test_a_layout_arrives_whole_and_its_host_copy_stays():

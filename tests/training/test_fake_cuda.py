@@ -139,7 +139,7 @@ def tensors_of(item, path=""):
 
 def test_every_tensor_of_a_pack_arrives(batch):
     """As a worker sends it, with text; the keys and the host's copy of lengths stay what they are."""
-    sent = replace(batch.packs[0], text=torch.randn(batch.packs[0].layout.shape.max_text_tokens, 5))
+    sent = replace(batch.packs[0], text=torch.randn(len(batch.packs[0].layout.text_token), 5))
     (pack,) = SentPacks.of([sent]).packs()
     with FakeCuda() as cuda:
         there = pack.to(DEVICE, non_blocking=True)
