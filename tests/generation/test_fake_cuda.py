@@ -9,7 +9,7 @@ from flowception.generation.frozen import FrozenFramePredictor
 from flowception.generation.predictor import NetworkPredictor
 
 FRAME_SHAPE = (12, 3, 2)
-N = 3
+N = 2
 STEP = {
     "to device: flow/sampler_state.py:initial_state (_to_copy)",
     "to host: generation/predictor.py:NetworkPredictor.build_pack (_to_copy)",
