@@ -13,16 +13,17 @@ What crosses between host and device is written down with the function of the pa
 * ``to device``: a copy from the host's ordinary memory, during which the host waits.
 * ``to device, non_blocking``: one that it does not wait for, if the memory is pinned.
 
-Gradients cannot be had: autograd asks for a CUDA runtime and ends the process. So the mode turns them off, and
-``to_cuda`` makes a model's weights need none. Kernels that exist on CUDA alone have stand-ins on the CPU which refuse
-what the kernels refuse.
+Autograd records on these tensors, but its engine asks for CUDA; ``gradients`` walks the record in its place. The mode
+turns recording off until it is asked for, and ``to_cuda`` makes a model's weights need no gradient. Kernels that exist
+on CUDA alone have stand-ins on the CPU which refuse what the kernels refuse.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -112,7 +113,36 @@ def _varlen(
     return output, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
 
 
-STAND_INS: dict[Any, Callable[..., Any]] = {torch.ops.torch_attn._varlen_attn.default: _varlen}
+def _varlen_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, written out for each segment."""
+    results = tuple(torch.full_like(part, torch.nan) for part in (query, key, value))
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
+        parts = (query[q0:q1], key[k0:k1], value[k0:k1], gradient[q0:q1])
+        q, k, v, g = (part.float().transpose(0, 1) for part in parts)
+        scale = q.shape[-1] ** -0.5
+        weight = (scale * q @ k.mT).softmax(-1)
+        of_weight = g @ v.mT
+        of_score = scale * weight * (of_weight - (of_weight * weight).sum(-1, keepdim=True))
+        gradients = (of_score @ k, of_score.mT @ q, weight.mT @ g)
+        for result, part, (start, stop) in zip(results, gradients, ((q0, q1), (k0, k1), (k0, k1))):
+            result[start:stop] = part.transpose(0, 1)
+    return results
+
+
+STAND_INS: dict[Any, Callable[..., Any]] = {
+    torch.ops.torch_attn._varlen_attn.default: _varlen,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
+}
 
 
 def _caller() -> str:
@@ -176,10 +206,12 @@ class FakeCuda(TorchDispatchMode):
         self._stack = ExitStack()
 
     def __enter__(self) -> FakeCuda:
-        # Below this mode, so that "cuda" needs no CUDA and torch.tensor(..., device="cuda") is made on the host, then
-        # copied; what happens on the CPU does not reach it.
+        # Below this mode, so that nothing starts CUDA; what happens on the CPU does not reach it.
         self._stack.enter_context(self._fakes)
         self._stack.enter_context(_device_guard())
+        # torch.tensor(..., device="cuda") is made on the host and then copied, as without this mode.
+        self._stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
         self._stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         self._stack.enter_context(patch("torch.cuda.is_bf16_supported", return_value=True))
         self._stack.enter_context(torch.no_grad())
@@ -236,3 +268,54 @@ class FakeCuda(TorchDispatchMode):
 def content(tensor: Tensor) -> Tensor:
     """What a tensor holds, as an ordinary one on the CPU."""
     return tensor.content if isinstance(tensor, FakeTensor) else tensor
+
+
+@torch.no_grad()
+def gradients(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """What ``torch.autograd.grad`` gives, by the recorded operations but without autograd's engine.
+
+    Args:
+        loss: A scalar, recorded under ``torch.enable_grad()``.
+        parameters: Leaves.
+
+    Returns:
+        The gradient of each, None where the loss does not depend on it.
+    """
+    waiting: dict[Any, dict[int, Tensor]] = defaultdict(dict)
+    waiting[loss.grad_fn][0] = torch.ones_like(loss)
+    of_leaf: dict[int, Tensor] = {}
+    for node in reversed(_inputs_first(loss.grad_fn)):
+        known = waiting.pop(node)
+        if hasattr(node, "variable"):
+            of_leaf[id(node.variable)] = known[0]
+            continue
+        arriving = [known.get(number) for number in range(len(node._input_metadata))]
+        if callable(node):
+            leaving = node(*arriving)
+        else:  # an autograd.Function, which is given zeros where nothing arrives
+            zeros = (torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata)
+            leaving = node.apply(*(zero if given is None else given for given, zero in zip(arriving, zeros)))
+        leaving = leaving if isinstance(leaving, tuple) else (leaving,)
+        for (following, number), part in zip(node.next_functions, leaving):
+            if following is not None and part is not None:
+                wanted = following._input_metadata[number]
+                part = part.sum_to_size(wanted.shape).to(wanted.dtype)  # what was broadcast, as the engine does
+                sum_so_far = waiting[following].get(number)
+                waiting[following][number] = part if sum_so_far is None else sum_so_far + part
+    return [of_leaf.get(id(parameter)) for parameter in parameters]
+
+
+def _inputs_first(last: Any) -> list[Any]:
+    """Every node of a record, each behind those that it hands gradients to."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(last, False)]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(following, False) for following, _ in node.next_functions if following is not None]
+    return order

@@ -43,7 +43,7 @@ def texts_of(model):
 
 def sampled(predictor, device, **changes):
     """Two clips, one with a given frame; they finish at different steps."""
-    config = {"num_inference_steps": N, "num_start_frames": 2, "max_frames": 4, **changes}
+    config = {"num_inference_steps": N, "num_start_frames": 2, "max_frames": 3, **changes}
     return sample(
         predictor,
         frame_shape=FRAME_SHAPE,
@@ -84,7 +84,7 @@ def test_sampling_gives_the_cpu_s_clips_and_crosses_by_name_only(make_model, nam
 
 
 def test_a_prescribed_order_does_not_read_the_rates(make_model):
-    changes = {"order": "left_to_right", "num_frames": 4}
+    changes = {"order": "left_to_right", "num_frames": 3}
     model = make_model(num_layers=1)
     on_cpu = sampled(NetworkPredictor(model, [1, 2]), "cpu", **changes)
     with FakeCuda() as cuda:

@@ -7,12 +7,12 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import DEVICE, FakeCuda, content
+from fake_cuda import DEVICE, FakeCuda, content, gradients
 
 from flowception.nn import ClipShape, FlowceptionDiT, PackShape
-from flowception.nn.attention import attention
+from flowception.nn.attention import attention, bind
 from flowception.nn.layout import build_layout
-from flowception.nn.rows import frame_rows, sum_runs
+from flowception.nn.pattern import AttentionPattern
 
 CONSTANTS = ["to device: nn/rope.py:VideoRoPE._constants (_to_copy)"] * 2
 """Frequencies and axes of the rotary positions: copied once for a device, before the first step."""
@@ -44,9 +44,9 @@ CASES = {
     "a tight pack": Case(shape=None),
     "padding alone": Case(clips=()),
     "no text": Case(clips=NO_TEXT),
-    "a network without text": Case(changes=without("text_dim")),
+    "a network without text": Case(clips=NO_TEXT, changes=without("text_dim")),
     "one without classes": Case(changes=without("num_classes")),
-    "one without either": Case(changes=without("text_dim", "num_classes"), precision="autocast"),
+    "one without either": Case(clips=NO_TEXT, changes=without("text_dim", "num_classes"), precision="autocast"),
     "without counts and grid": Case(changes=(("count_embedding", False), ("grid_embedding", False))),
     "varlen by name": Case(changes=(("attention_backend", "varlen"),)),
     "sdpa by name": Case(changes=(("attention_backend", "sdpa"),)),
@@ -99,8 +99,9 @@ def test_a_forward_stays_on_the_device_and_waits_for_nothing(network, make_pack,
         cuda.to_cuda(model)
         there = pack.to(DEVICE)
         cuda.crossings.clear()
-        # Grad mode for the recomputed blocks; no weight asks for a gradient, so none is made.
-        with torch.autocast("cuda", torch.bfloat16, case.precision == "autocast"), torch.enable_grad():
+        # Blocks are recomputed in grad mode alone; no weight asks for a gradient.
+        grad_mode = torch.set_grad_enabled(model.config.activation_checkpointing > 0)
+        with torch.autocast("cuda", torch.bfloat16, case.precision == "autocast"), grad_mode:
             output = model(there)
         assert cuda.crossings == CONSTANTS
     for ours, expected_part in zip(output, expected, strict=True):
@@ -139,20 +140,52 @@ def test_fewer_queries_than_keys_are_what_the_kernels_take(backend):
     torch.testing.assert_close(content(output).float(), expected, rtol=0.03, atol=0.03)
 
 
-def test_gradients_of_modulation_are_summed_without_waiting():
-    """What the backward pass of ``take_rows`` does on CUDA; the pass itself cannot run here."""
-    layout = build_layout(CLIPS, ROOMY)
-    values = torch.randn(ROOMY.token_budget, 3, generator=torch.Generator().manual_seed(0))
-    rows = frame_rows(layout, with_text=True)
+def loss_of(output):
+    """Sees every number that the network gives."""
+    return output.velocity.square().sum() + output.log_rate.square().sum()
+
+
+BACKWARD = ("weights in bf16", "autocast", "fp32", "padding alone", "a network without text")
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_a_backward_stays_on_the_device_and_waits_for_nothing(network, make_pack, name):
+    case = CASES[name]
+    pack = make_pack(case.clips, shape=case.shape, with_text=("text_dim", 0) not in case.changes)
+    reference = network(replace(case, precision="fp32"))
+    expected = torch.autograd.grad(loss_of(reference(pack)), list(reference.parameters()))
     with FakeCuda() as cuda:
-        there = frame_rows(layout.to(DEVICE), with_text=True)
-        there_values = values.to(DEVICE)
-        cuda.crossings.clear()
-        sums = sum_runs(there_values, there.offsets).index_select(0, there.run_of_row)
+        model = cuda.to_cuda(network(case)).requires_grad_()
+        there = pack.to(DEVICE)
+        with torch.enable_grad():
+            with torch.autocast("cuda", torch.bfloat16, case.precision == "autocast"):
+                loss = loss_of(model(there))
+            cuda.crossings.clear()
+            found = gradients(loss, model.parameters())
         assert cuda.crossings == []
-    used = int(rows.offsets[-1])
-    expected = torch.zeros(len(rows.run_of_row), 3).index_add(0, rows.row[:used], values[:used])
-    torch.testing.assert_close(content(sums), expected)
+    tolerance = 1e-5 if case.precision == "fp32" else 0.05
+    for (parameter, weight), ours, plain in zip(model.named_parameters(), found, expected, strict=True):
+        assert (ours.device, ours.dtype) == (DEVICE, weight.dtype), parameter
+        error, size = (content(ours).float() - plain).norm(), plain.norm()
+        assert error <= tolerance * size + 1e-6, (parameter, error, size)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "sdpa", "causal"])
+def test_attention_of_a_compiled_block_waits_for_nothing(backend):
+    pattern = AttentionPattern("causal") if backend == "causal" else AttentionPattern()
+    dtype = torch.bfloat16 if backend == "varlen" else torch.float32
+    layout = build_layout(CLIPS, ROOMY)
+    q, k, v = torch.randn(3, ROOMY.token_budget, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with FakeCuda() as cuda:
+        parts, there = [part.to(DEVICE) for part in (q, k, v)], layout.to(DEVICE)
+        cuda.crossings.clear()
+        bound = bind(there, DEVICE, dtype, pattern, "auto")
+        output = bound.attend(*parts)
+    assert bound.in_graph == (backend == "varlen")
+    assert cuda.crossings == []
+    expected = attention(q.float(), k.float(), v.float(), layout, pattern)
+    tolerance = 0.03 if backend == "varlen" else 1e-5
+    torch.testing.assert_close(content(output).float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_layout_arrives_whole_and_its_host_copy_stays():

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from fake_cuda import DEVICE, FakeCuda, content
+from fake_cuda import DEVICE, FakeCuda, content, gradients
 from toy_set import write_config, write_set
 
 from flowception.config import load_config
@@ -38,11 +38,12 @@ VALIDATION = {
 
 
 class Engine:
-    """The network where DeepSpeed's engine stands; gradients cannot be had."""
+    """The network where DeepSpeed's engine stands; keeps the gradients of every loss that it is given."""
 
     def __init__(self, model: FlowceptionDiT, cuda: FakeCuda | None = None) -> None:
-        self.model, self.cuda = model, cuda
+        self.model, self.cuda = model.requires_grad_(), cuda
         self.losses: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
         self.crossings_before_the_end = 0
 
     def __call__(self, pack):
@@ -50,6 +51,9 @@ class Engine:
 
     def backward(self, loss):
         self.losses.append(loss)
+        if loss.requires_grad:
+            find = torch.autograd.grad if self.cuda is None else gradients
+            self.gradients += find(loss, list(self.model.parameters()))
         if self.cuda is not None:
             self.crossings_before_the_end = len([c for c in self.cuda.crossings if c.startswith(("wait", "to host"))])
 
@@ -93,7 +97,7 @@ def network(data):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model.requires_grad_(False)
+        return model
 
     return build
 
@@ -104,7 +108,8 @@ def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch,
     expected = run_micro_steps(on_cpu, batch, ranks("cpu"), 0.3, lambda phase: None)
     with FakeCuda() as cuda:
         engine = Engine(cuda.to_cuda(network().bfloat16() if precision == "bf16" else network()), cuda)
-        result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+        with torch.enable_grad():
+            result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
     assert set(cuda.crossings) == STEP
     assert engine.crossings_before_the_end == 0
     assert len([c for c in cuda.crossings if c.startswith("wait")]) == (2 + OBSERVED) * len(batch.packs)
@@ -112,6 +117,9 @@ def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch,
     tolerance = 1e-5 if precision == "fp32" else 0.05
     for ours, plain in zip(engine.losses, on_cpu.losses, strict=True):
         torch.testing.assert_close(content(ours), plain, rtol=tolerance, atol=tolerance)
+    for ours, plain in zip(engine.gradients, on_cpu.gradients, strict=True):
+        assert ours.device == DEVICE
+        assert (content(ours).float() - plain).norm() <= tolerance * plain.norm() + 1e-6
     sums = [[r.velocity_sum, r.insertion_sum, *r.observed] for r in (result, expected)]
     assert sums[0] == pytest.approx(sums[1], rel=tolerance, abs=tolerance)
     assert result.not_finite == []
@@ -121,7 +129,8 @@ def test_what_is_not_finite_is_told_without_waiting_for_it(network, batch):
     batch = replace(batch, packs=[batch.packs[0], replace(batch.packs[1], noisy=batch.packs[1].noisy * torch.nan)])
     with FakeCuda() as cuda:
         engine = Engine(cuda.to_cuda(network()), cuda)
-        assert run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None).not_finite == [1]
+        result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+    assert result.not_finite == [1]
     assert engine.crossings_before_the_end == 0
 
 
