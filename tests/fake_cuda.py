@@ -5,6 +5,8 @@ operations may meet which devices: one that mixes them raises. Beside each lies 
 on which the same operation is carried out, so that code runs to its end with true numbers, and ``content`` compares
 them. Tensors on the CPU stay ordinary. No GPU is asked, also where there is one.
 
+Streams are stand-ins too (``fake_streams``): what one makes and another uses before its time raises.
+
 What crosses between host and device is written down with the function of the package that asked for it:
 
 * ``wait``: the host waits for the device, because it is told a value (``item``) or a size that depends on values (a
@@ -32,6 +34,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from fake_streams import Streams
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -203,6 +206,7 @@ class FakeCuda(TorchDispatchMode):
         self.crossings: list[str] = []
         """``KIND: FILE:FUNCTION (OPERATION)`` of each crossing, in their order."""
         self._fakes = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+        self._streams = Streams()
         self._stack = ExitStack()
 
     def __enter__(self) -> FakeCuda:
@@ -214,6 +218,7 @@ class FakeCuda(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(True)
         self._stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         self._stack.enter_context(patch("torch.cuda.is_bf16_supported", return_value=True))
+        self._stack.enter_context(self._streams.patched())
         self._stack.enter_context(torch.no_grad())
         super().__enter__()
         return self
@@ -228,6 +233,7 @@ class FakeCuda(TorchDispatchMode):
         if func is torch.ops.prim.device.default or not any(map(_is_cuda, leaves)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        self._streams.use([leaf for leaf in leaves if isinstance(leaf, FakeTensor)])
         try:
             fake = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -256,6 +262,7 @@ class FakeCuda(TorchDispatchMode):
             return true
         assert (fake.shape, fake.dtype) == (true.shape, true.dtype), f"torch's fake is {fake}, the result {true}"
         fake.content = true
+        self._streams.make(fake)
         return fake
 
     def to_cuda(self, model: nn.Module) -> nn.Module:

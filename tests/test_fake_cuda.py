@@ -98,6 +98,25 @@ def test_autocast_is_that_of_cuda(x):
     assert torch.autocast("cpu")._enabled
 
 
+@pytest.mark.parametrize(("waits", "keeps"), [(False, True), (True, False), (True, True)])
+def test_another_stream_s_tensor_is_waited_for_and_its_memory_kept(x, waits, keeps):
+    with FakeCuda():
+        copying, computing = torch.cuda.Stream(DEVICE), torch.cuda.current_stream(DEVICE)
+        with torch.cuda.stream(copying):
+            there = x.to(DEVICE, non_blocking=True)
+        if waits:
+            computing.wait_stream(copying)
+        if keeps:
+            there.record_stream(computing)
+        if waits and keeps:
+            assert content(there + 1).equal(x + 1)
+        else:
+            with pytest.raises(RuntimeError, match="waited for" if keeps else "record_stream"):
+                there + 1
+        with torch.cuda.stream(copying):
+            assert content(there + 1).equal(x + 1)
+
+
 def test_nothing_is_left_behind(x):
     with FakeCuda():
         x.to(DEVICE)

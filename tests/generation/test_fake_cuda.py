@@ -13,8 +13,7 @@ N = 2
 STEP = {
     "to device: flow/sampler_state.py:initial_state (_to_copy)",
     "to host: generation/predictor.py:NetworkPredictor.build_pack (_to_copy)",
-    "to device: nn/layout.py:PackInput.to.<lambda> (_to_copy)",
-    "to device: nn/layout.py:PackLayout.to.<lambda> (_to_copy)",
+    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "to device: nn/rope.py:VideoRoPE._constants (_to_copy)",
     "to device: generation/predictor.py:NetworkPredictor.__call__ (_to_copy)",
     "to device: generation/predictor.py:velocity_frames (_to_copy)",

@@ -372,7 +372,12 @@ MUTANTS = (
     mutant(
         "a pack's layout left on the CPU",
         "training/test_fake_cuda.py::test_every_tensor_of_a_pack_arrives",
-        ("nn/layout.py", "if isinstance(value, Tensor | PackLayout):", "if isinstance(value, Tensor):"),
+        ("nn/layout.py", "if isinstance(value, Tensor | HoldsTensors)}", "if isinstance(value, Tensor)}"),
+    ),
+    mutant(
+        "a pack used before its copy has arrived",
+        f"{STEP}[fp32]",
+        ("training/transfer.py", "        computing.wait_stream(copying)\n", ""),
     ),
     mutant(
         "a mask on the device where frames are computed",

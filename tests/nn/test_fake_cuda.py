@@ -193,7 +193,7 @@ def test_a_layout_arrives_whole_and_its_host_copy_stays():
     layout.derived["mask"] = torch.ones(1)
     with FakeCuda() as cuda:
         there = layout.to(DEVICE, non_blocking=True)
-    assert set(cuda.crossings) == {"to device, non_blocking: nn/layout.py:PackLayout.to.<lambda> (_to_copy)"}
+    assert set(cuda.crossings) == {"to device, non_blocking: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)"}
     assert there.segment_lengths == layout.segment_lengths
     assert all(type(length) is int for length in there.segment_lengths)
     assert there.derived == {}

@@ -1,6 +1,7 @@
 """A step and a validation on ``cuda`` without a GPU: packs arrive whole, and the host waits where it is written."""
 
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -22,14 +23,12 @@ ROPE = "to device: nn/rope.py:VideoRoPE._constants (_to_copy)"
 """Constants of the rotary positions, once for a device."""
 STEP = {
     ROPE,
-    "to device, non_blocking: nn/layout.py:PackInput.to.<lambda> (_to_copy)",
-    "to device, non_blocking: nn/layout.py:PackLayout.to.<lambda> (_to_copy)",
+    "to device, non_blocking: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/step.py:run_micro_steps (_local_scalar_dense)",
 }
 """Packs, from pinned memory; all sums of a step are read once, after its last backward pass."""
 VALIDATION = {
-    "to device: nn/layout.py:PackInput.to.<lambda> (_to_copy)",
-    "to device: nn/layout.py:PackLayout.to.<lambda> (_to_copy)",
+    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/validation.py:Validation._sums (_local_scalar_dense)",
     "to device: training/distributed.py:all_sum (_to_copy)",
     "wait: training/distributed.py:all_sum (_local_scalar_dense)",
@@ -57,6 +56,9 @@ class Engine:
         if self.cuda is not None:
             self.crossings_before_the_end = len([c for c in self.cuda.crossings if c.startswith(("wait", "to host"))])
 
+    def zero_optimization_stage(self):
+        return 1
+
     def step(self):
         pass
 
@@ -65,6 +67,14 @@ class Engine:
 
     def train(self):
         self.model.train()
+
+
+@pytest.fixture(autouse=True)
+def _stream_of_its_own(monkeypatch):
+    """The copying stream is kept for a process; that of a test ends with it."""
+    monkeypatch.setattr(
+        "flowception.training.transfer._copy_stream", lru_cache(lambda device: torch.cuda.Stream(device))
+    )
 
 
 def ranks(device):
