@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # for fake_cuda
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests of several packages share
 
 
 @pytest.hookimpl(tryfirst=True)
