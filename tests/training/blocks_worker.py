@@ -6,12 +6,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from network_worker import MODEL, loss_of, make_engine, make_pack
 from small_engine import EMA_DECAY, full
 from torch._dynamo.utils import counters
 
-from flowception.nn import ClipShape, dit
+from flowception.nn import dit
 from flowception.training.zero import backward, optimizer_step
 
 STEPS, MICRO_STEPS = 3, 2
@@ -64,14 +63,3 @@ def every_stage(precision: str, backend: str) -> dict[str, dict]:
             eager = steps(config, stage, precision)
             found[f"{stage} {again}"] = {"graphs": graphs, "breaks": breaks} | deviations(compiled, eager)
     return found
-
-
-def module_stack(micro_steps: int) -> list[int]:
-    """Entries of DeepSpeed's list of modules at work after each micro-step, all blocks computed again."""
-    engine, _ = make_engine(replace(MODEL, activation_checkpointing=True), "fp32", accumulation_steps=micro_steps)
-    pack, entries = make_pack(clips=[ClipShape(2, 1, 1, 1)] * 2), []
-    for _ in range(micro_steps):
-        backward(engine, loss_of(engine(pack)))
-        engine.step()
-        entries.append(len(FWD_MODULE_STACK))
-    return entries

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 
 from flowception.nn.backbone import build_backbone
@@ -16,7 +17,7 @@ from flowception.nn.presets import DiTConfig
 from flowception.training.distributed import init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
 from flowception.training.shards import ShardedState
-from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
+from flowception.training.zero import ZeroConfig, backward, build_engine, deepspeed_config, optimizer_step
 
 MODEL = DiTConfig(preset=None, in_channels=4, hidden_size=64, num_layers=2, num_heads=2, text_dim=6, num_classes=3)
 
@@ -112,7 +113,20 @@ def constants() -> dict:
         "axis": [str(rope.axis.dtype), bool((rope.axis == plain_rope.axis).all())],
         "buffers": [name for name, _ in engine.module.named_buffers()],
         "one_step": [one_step(MODEL, "bf16", engine), one_step_alone(MODEL, "bf16")],
+        "module_stack": module_stack(micro_steps=200),
     }
+
+
+def module_stack(micro_steps: int) -> list[int]:
+    """Entries of DeepSpeed's list of modules at work after each micro-step, all blocks computed again."""
+    config = replace(MODEL, hidden_size=16, num_layers=1, text_dim=None, num_classes=0, activation_checkpointing=True)
+    engine, _ = make_engine(config, "fp32", accumulation_steps=micro_steps)
+    pack, entries = replace(make_pack(clips=[ClipShape(2, 1, 1)] * 2), text=None), []
+    for _ in range(micro_steps):
+        backward(engine, loss_of(engine(pack)))
+        engine.step()
+        entries.append(len(FWD_MODULE_STACK))
+    return entries
 
 
 def loss_of(output) -> Tensor:
