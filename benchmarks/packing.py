@@ -6,7 +6,8 @@
 
 Timed is forward + loss + backward, in seconds per clip: the median over interleaved repeats, averaged over draws of
 what is visible. FLOPs are exact, forward and backward. ``packed`` and ``padded`` must have the same loss, or the run
-stops: they are the same computation.
+stops: they are the same computation. ``compiled_speedup`` is of ``packed`` on the first draw, with its blocks compiled
+(``benchmarks/compiled_blocks.py``; needs a C++ compiler).
 
     python benchmarks/packing.py --json packing.json --picture packing.png
 
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import compiled_blocks
 from flowception import rng
 from flowception.flow import (
     ClipDraws,
@@ -159,12 +161,13 @@ class TrainingStep:
     flops: float
     """Forward and backward, of all clips."""
 
-    def run(self) -> tuple[float, float]:
-        """Forward, loss and backward; returns seconds and the loss."""
-        self.model.zero_grad(set_to_none=True)
-        self.model.attend = self.attend
+    def run(self, model: FlowceptionDiT | None = None) -> tuple[float, float]:
+        """Forward, loss and backward, of another network if one is given; returns seconds and the loss."""
+        model = model or self.model
+        model.zero_grad(set_to_none=True)
+        model.attend = self.attend
         start = time.perf_counter()
-        output = self.model(self.pack)
+        output = model(self.pack)
         weight_token = self.weight[self.pack.layout.token_frame]
         velocity = velocity_loss_sum(output.velocity, self.velocity_target, self.velocity_mask, weight_token)
         insertion = insertion_loss_sum(output.log_rate, self.missing, self.insertion_mask, self.weight)
@@ -266,10 +269,12 @@ def measure(arguments: argparse.Namespace, share: float) -> dict[str, float]:
     """All figures of one prior."""
     model, latents = make_model(arguments), make_latents(arguments)
     seconds = dict.fromkeys(WAYS, 0.0)
-    flops = dict.fromkeys(WAYS, 0.0)
+    flops, compiled = dict.fromkeys(WAYS, 0.0), {}
     for draw in range(arguments.draws):
         steps = make_steps(arguments, model, latents, share, draw)
         check_same_loss(steps)
+        if draw == 0 and compiled_blocks.why_not() is None:
+            compiled["compiled_speedup"] = compiled_blocks.speedup(model, steps["packed"].run, arguments.repeats)
         times: dict[str, list[float]] = {name: [] for name in WAYS}
         for _ in range(arguments.repeats):
             for name in WAYS:
@@ -283,6 +288,7 @@ def measure(arguments: argparse.Namespace, share: float) -> dict[str, float]:
         "packed_over_full": seconds["packed"] / seconds["full"],
         "flops_packed_over_full": flops["packed"] / flops["full"],
         **{f"{name}_flops": flops[name] for name in WAYS},
+        **compiled,
     }
 
 
@@ -299,6 +305,9 @@ def missed_bounds(results: dict[str, dict[str, float]]) -> list[str]:
         bound = MAX_PACKED_OVER_PADDED.get(key)
         if bound is not None and result["packed_over_padded"] > bound:
             missed.append(f"{key}: packed_over_padded is {result['packed_over_padded']:.3f}, above {bound}")
+        faster = result.get("compiled_speedup", compiled_blocks.MIN_SPEEDUP)
+        if faster < compiled_blocks.MIN_SPEEDUP:
+            missed.append(f"{key}: compiled_speedup is {faster:.3f}, below {compiled_blocks.MIN_SPEEDUP}")
     return missed
 
 
@@ -359,6 +368,8 @@ def main() -> int:
     results = {}
     for share in arguments.shares:
         results[f"share_{share:g}"] = result = measure(arguments, share)
+        if (reason := compiled_blocks.why_not()) is not None:
+            print(f"compiled blocks are not timed: {reason}", flush=True)
         print(f"share {share:g}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()), flush=True)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(results, indent=2) + "\n")

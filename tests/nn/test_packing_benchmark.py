@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+
+from flowception.nn import dit
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "packing.py"
 TINY = "--frames 6 --tokens-per-frame 4 --width 32 --depth 1 --heads 2 --clips 3 --draws 2 --repeats 1 --threads 1"
@@ -19,7 +23,11 @@ def packing(monkeypatch):
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "packing_benchmark", module)
     specification.loader.exec_module(module)
-    return module
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    dit.compiled_block.cache_clear()
+    yield module
+    torch._dynamo.reset()
+    dit.compiled_block.cache_clear()
 
 
 def test_entries_of_the_file(packing, monkeypatch, tmp_path):
@@ -33,6 +41,7 @@ def test_entries_of_the_file(packing, monkeypatch, tmp_path):
         assert result["packed_over_full"] == result["packed_s"] / result["full_s"]
         assert result["padded_flops"] == result["full_flops"] > result["packed_flops"]
         assert 0.3 < result["flops_packed_over_full"] < 1
+        assert ("compiled_speedup" in result) == (packing.compiled_blocks.why_not() is None)
     assert picture.stat().st_size > 1000
 
 
@@ -56,6 +65,7 @@ def figures(padded: float, full: float) -> dict[str, float]:
         ({"share_0.5": figures(0.81, 0.5), "share_1": figures(0.62, 0.5)}, ["share_0.5: packed_over_padded"]),
         ({"share_0.5": figures(0.80, 0.5), "share_1": figures(0.63, 0.5)}, ["share_1: packed_over_padded"]),
         ({"share_0.5": figures(0.80, 0.56), "share_0.8": figures(0.9, 0.5)}, ["share_0.5: packed_over_full"]),
+        ({"share_1": figures(0.60, 0.5) | {"compiled_speedup": 1.2}}, ["share_1: compiled_speedup"]),
         ({"share_1": figures(0.70, 0.44)}, ["share_1: packed_over_full", "share_1: packed_over_padded"]),
     ],
 )  # fmt: skip
