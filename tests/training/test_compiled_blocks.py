@@ -14,7 +14,7 @@ BOUNDS = {"fp32": {"losses": 1e-6, "norms": 1e-5, "state": 1e-4}, "bf16": {"loss
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("blocks")]
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("fp32", TRACED), ("bf16", TRACED), ("fp32", "inductor")])
+@pytest.mark.parametrize(("precision", "backend"), [("bf16", TRACED), ("fp32", "inductor")])
 def test_every_stage_trains_what_eager_blocks_do(precision, backend):
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
