@@ -27,13 +27,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
+import varlen_on_cpu
 from fake_streams import Streams
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -43,7 +42,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.nn.attention.varlen import varlen_attn  # noqa: F401  registers torch_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -93,58 +91,14 @@ def _device_guard() -> Iterator[None]:
         guards[CUDA] = None
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention's results, segment by segment, and what ``flash_api.cpp`` demands of its arguments."""
-    assert settings[:3] == (False, None, [-1, -1]), "not causal, no scale of its own, no window"
+def _varlen(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert query.dtype in (torch.bfloat16, torch.float16)
-    assert query.dtype == key.dtype == value.dtype
-    assert query.shape[2] % 8 == 0
-    assert query.shape[2] <= 256
-    assert all(part.stride(-1) == 1 for part in (query, key, value)), "the last dimension must be contiguous"
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert cu_q.is_contiguous()
-    assert cu_k.is_contiguous()
-    assert cu_q.shape == cu_k.shape, f"cu_seqlens of queries {tuple(cu_q.shape)} and of keys {tuple(cu_k.shape)}"
-    output = torch.full_like(query, torch.nan)
-    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
-        assert q0 <= q1 <= q0 + max_q, "a segment is longer than the kernel was told"
-        assert k0 <= k1 <= k0 + max_k, "a segment is longer than the kernel was told"
-        q, k, v = (part.transpose(0, 1) for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        output[q0:q1] = F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
-    return output, torch.zeros(query.shape[1], len(query)), torch.zeros(2, dtype=torch.uint64)
-
-
-def _varlen_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, written out for each segment."""
-    results = tuple(torch.full_like(part, torch.nan) for part in (query, key, value))
-    for (q0, q1), (k0, k1) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
-        parts = (query[q0:q1], key[k0:k1], value[k0:k1], gradient[q0:q1])
-        q, k, v, g = (part.float().transpose(0, 1) for part in parts)
-        scale = q.shape[-1] ** -0.5
-        weight = (scale * q @ k.mT).softmax(-1)
-        of_weight = g @ v.mT
-        of_score = scale * weight * (of_weight - (of_weight * weight).sum(-1, keepdim=True))
-        gradients = (of_score @ k, of_score.mT @ q, weight.mT @ g)
-        for result, part, (start, stop) in zip(results, gradients, ((q0, q1), (k0, k1), (k0, k1))):
-            result[start:stop] = part.transpose(0, 1)
-    return results
+    return varlen_on_cpu.forward(query, *others)
 
 
 STAND_INS: dict[Any, Callable[..., Any]] = {
     torch.ops.torch_attn._varlen_attn.default: _varlen,
-    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
+    torch.ops.torch_attn._varlen_attn_backward.default: varlen_on_cpu.backward,
 }
 
 
