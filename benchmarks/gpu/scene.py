@@ -24,10 +24,11 @@ from flowception.data.index import ClipIndex
 from flowception.data.loader import StepBatch
 from flowception.data.pack import Pack, build_pack, empty_pack
 from flowception.data.plan import Plan
-from flowception.data.steps import Cursor, PackPlan
+from flowception.data.steps import Cursor, PackPlan, StepPlan
+from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
 from flowception.nn.backbone import build_backbone
 from flowception.nn.flops import training_flops
-from flowception.nn.layout import ClipShape
+from flowception.nn.layout import ClipShape, ModelOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "t2v_2b.yaml"
@@ -211,7 +212,14 @@ def open_model(config: TrainConfig, seed: int = 0) -> nn.Module:
     return model
 
 
+def training_loss(output: ModelOutput, pack: Pack, step: StepPlan, insertion_loss_weight: float) -> Tensor:
+    """The loss of a micro-step, as ``training.step`` has it for one rank with one pack."""
+    velocity = velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, pack.weight_token)
+    insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
+    return velocity / step.velocity_denominator + insertion_loss_weight * insertion / step.insertion_denominator
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """``|found - expected| / |expected|`` in float64; NaN where anything is not finite."""
-    found, expected = found.double(), expected.to(found.device).double()
+    found, expected = found.detach().double(), expected.detach().to(found.device).double()
     return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
