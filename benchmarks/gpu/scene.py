@@ -34,19 +34,20 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "t2v_2b.yaml"
 RECIPE_CLIP = ClipShape(19, 8, 8, 128)
 """What the recipe's header says of its clips."""
-SMALL_CLIP = ClipShape(6, 3, 2, 5)
+SMALL_CLIP = ClipShape(5, 2, 2, 3)
 SMALL_WORDS = (
     "model.preset=null",
     "model.in_channels=8",
-    "model.hidden_size=128",
     "model.num_layers=2",
     "model.num_heads=2",
     "model.text_dim=16",
-    "token_budget=256",
+    "token_budget=128",
     "packs_per_step=2",
     "optim.warmup_steps=0",
     "zero.param_persistence_threshold=0",
 )
+SMALL_WIDTH = {"cuda": 128, "cpu": 32}
+"""A CPU may have no units for bfloat16."""
 _CLIPS = 600
 """Of the made-up set: sizes depend on the longest and the smallest alone, and these are all alike."""
 NULL_TEXT_TOKENS = 1
@@ -156,7 +157,8 @@ class Scene:
 
     def small(self, *words: str) -> Case:
         """A small network and small clips, on either device."""
-        return Case(load_config([RECIPE], [*SMALL_WORDS, *words]), SMALL_CLIP)
+        width = f"model.hidden_size={SMALL_WIDTH[self.device.type]}"
+        return Case(load_config([RECIPE], [*SMALL_WORDS, width, *words]), SMALL_CLIP)
 
     @property
     def note_path(self) -> Path:
