@@ -121,7 +121,7 @@ def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, re
 def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text_width: int | None) -> Pack:
     layout, channels = build_layout(shapes, plan.pack_shape), plan.flop_spec.in_channels
     tokens, frames, clips = layout.shape.token_budget, layout.shape.max_frames, layout.shape.max_clips
-    text = None if text_width is None else torch.zeros(layout.shape.max_text_tokens, text_width, dtype=torch.bfloat16)
+    text = None if text_width is None else torch.zeros(len(layout.text_token), text_width, dtype=torch.bfloat16)
     return Pack(
         layout=layout,
         noisy=torch.zeros(tokens, channels),

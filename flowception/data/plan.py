@@ -154,7 +154,7 @@ class Plan:
         """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
         clips, every = self.index.clips, np.arange(len(self.index))
         frames, tokens = clips["frames"].astype(np.int64), self.index.tokens_per_frame.astype(np.int64)
-        return static_shape(self.process, self.config.token_budget, frames, tokens, self._most_text_tokens(every))
+        return static_shape(self.config.token_budget, frames, tokens, self._most_text_tokens(every))
 
     @cached_property
     def fingerprint(self) -> str:

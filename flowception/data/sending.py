@@ -1,9 +1,7 @@
 """Packs on their way from a worker to the training process: the tensors of a step in one block of shared memory.
 
 torch's default hands shared memory over by file descriptor: the memory has no name, so whatever is killed leaves
-nothing in /dev/shm. That takes a descriptor for each block, and a step has thousands of tensors; hence one block. Text
-rows that no token uses are not sent: a pack has room for the most text that there can be, several times what it mostly
-holds.
+nothing in /dev/shm. That takes a descriptor for each block, and a step has thousands of tensors; hence one block.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class SentPacks:
             ends.append(start + tensor.numel() * tensor.element_size())
             return _Place(tensor.dtype, tensor.shape, start)
 
-        frames = [_with_leaves(_without_unused_text(pack), Tensor, take) for pack in packs]
+        frames = [_with_leaves(pack, Tensor, take) for pack in packs]
         block = torch.empty(ends[-1], dtype=torch.uint8)
         for tensor, end in zip(tensors, ends[1:], strict=True):
             size_bytes = tensor.numel() * tensor.element_size()
@@ -72,8 +70,8 @@ class SentPacks:
         return cls(block, frames)
 
     def packs(self) -> list[Pack]:
-        """The packs again; their tensors, but for the text, are views of the block."""
-        return [_with_unused_text(_with_leaves(frame, _Place, self._tensor)) for frame in self.frames]
+        """The packs again; their tensors are views of the block."""
+        return [_with_leaves(frame, _Place, self._tensor) for frame in self.frames]
 
     def pin_memory(self) -> list[Pack]:
         """The packs in page-locked memory; the DataLoader's thread calls it where there is a GPU."""
@@ -82,17 +80,3 @@ class SentPacks:
     def _tensor(self, place: _Place) -> Tensor:
         size_bytes = math.prod(place.shape) * place.dtype.itemsize
         return self.block[place.start : place.start + size_bytes].view(place.dtype).view(place.shape)
-
-
-def _without_unused_text(pack: Pack) -> Pack:
-    if pack.text is None:
-        return pack
-    return replace(pack, text=pack.text[: int((pack.layout.text_token >= 0).sum())])
-
-
-def _with_unused_text(pack: Pack) -> Pack:
-    if pack.text is None:
-        return pack
-    text = pack.text.new_zeros(pack.layout.shape.max_text_tokens, pack.text.shape[1])
-    text[: len(pack.text)] = pack.text
-    return replace(pack, text=text)

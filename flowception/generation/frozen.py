@@ -116,7 +116,6 @@ def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[Pack
             max_frames=int(live.sum()),
             max_clips=len(lengths),
             max_seqlen=int(lengths.max()),
-            max_text_tokens=len(text_token),
         ),
         segment_lengths=tuple(lengths.tolist()),
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),

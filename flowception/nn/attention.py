@@ -7,11 +7,15 @@ Backends, all equal up to rounding:
   segment, which saves nothing.
 * ``flex``: FlexAttention, every pattern, CUDA (on a CPU it has no backward). Blocks of pairs that the pattern leaves
   out are skipped.
-* ``varlen``: ``torch.nn.attention.varlen`` (FlashAttention-2 built into torch), ``full`` only, CUDA in half precision.
-* ``flash``: ``flash_attn_varlen_func`` of the flash-attn package, ``full`` only, CUDA in half precision. Its own window
-  is of tokens, not of frames.
+* ``varlen``: ``torch.nn.attention.varlen``, ``full`` only, CUDA in half precision. FlashAttention-2 is built into
+  torch; where the package of FlashAttention-3 is installed on a Hopper GPU, torch is told to use that.
+* ``flash``: the kernels of an installed flash-attn package, ``full`` only, CUDA in half precision: version 3 by way of
+  ``varlen``, version 2 by its own ``flash_attn_varlen_func``. Its window is of tokens, not of frames.
 
 Masks are made once for each pack and kept in its layout.
+
+A compiled block takes its attention from ``bind``: the backend is chosen outside of it, and what differs from pack to
+pack reaches it as contents of tensors, or as sizes that are marked as varying.
 
 Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` width of a head, ``S`` segments.
 """
@@ -20,9 +24,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +34,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flowception.errors import ConfigError, require
+from flowception.nn import flash
+from flowception.nn.flash import VarlenKernel
 from flowception.nn.layout import PackLayout
 from flowception.nn.pattern import FULL, AttentionPattern, token_ranks, token_segments, visible_blocks
+from flowception.nn.segment_attention import segment_attention
 
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
@@ -42,8 +49,17 @@ _HALF = (torch.bfloat16, torch.float16)
 logger = logging.getLogger(__name__)
 
 
+class BoundAttention(NamedTuple):
+    """Attention within the segments of one pack."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Queries, keys and values ``[T, H, d]`` to ``[T, H, d]``."""
+    in_graph: bool
+    """Whether a compiled block may hold it; else it interrupts the block's graph."""
+
+
 class Attend(Protocol):
-    """What a block calls: queries, keys and values ``[T, H, d]`` and the layout, giving ``[T, H, d]``."""
+    """Attention of a network: queries, keys and values ``[T, H, d]`` and the layout, giving ``[T, H, d]``."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
         """Attend within each segment."""
@@ -99,7 +115,10 @@ def choose_backend(
     elif pattern != FULL and device.type == "cuda":
         choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
     elif half_on_cuda:
-        choice, reason = "varlen", "CUDA in half precision, built into torch"
+        kernels = (
+            "FlashAttention-3, which is installed" if flash.activate_fa3() else "FlashAttention-2, built into torch"
+        )
+        choice, reason = "varlen", f"CUDA in half precision: {kernels}"
     elif pattern != FULL:
         choice, reason = "sdpa", f"the only backend for attention_pattern={pattern.name} on {device.type}"
     else:
@@ -142,14 +161,83 @@ def attention(
             f"attention_pattern is {pattern.name}; keys of other tokens than the queries need the full pattern"
         )
     choice = choose_backend(query.device, query.dtype, backend, pattern)
-    keys = layout if key_layout is None else key_layout
-    if choice == "varlen":
-        return _varlen(query, key, value, layout, keys)
-    if choice == "flash":
-        return _flash(query, key, value, layout, keys)
+    return _attention(query, key, value, layout, layout if key_layout is None else key_layout, pattern, choice)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackLayout,
+    keys: PackLayout,
+    pattern: AttentionPattern,
+    choice: str,
+) -> Tensor:
+    if choice in _FULL_ONLY:
+        longest = layout.max_seqlen, keys.max_seqlen
+        return _varlen_kernel(choice)(query, key, value, layout.cu_seqlens, keys.cu_seqlens, *longest)
     if choice == "flex" and keys is layout:
         return _flex(query, key, value, layout, pattern)
     return _sdpa(query, key, value, layout, keys, pattern)
+
+
+def bind(
+    layout: PackLayout, device: torch.device, dtype: torch.dtype, pattern: AttentionPattern, backend: str
+) -> BoundAttention:
+    """Attention of one pack for compiled blocks, compiled once for all packs of a shape.
+
+    How many segments a pack has and how long the longest is differ from pack to pack. They are sizes of tensors that
+    are marked as varying: ``mark_dynamic`` makes the compiler fail where it would fix one of them.
+
+    Args:
+        layout: Of the pack, on its device.
+        device: Where the blocks compute.
+        dtype: Of queries, keys and values.
+        pattern: Which tokens of a clip see each other.
+        backend: ``auto`` or the backend to use.
+
+    Returns:
+        The attention. That of a pattern other than full, or of ``sdpa`` on a GPU, is not ``in_graph``.
+
+    Raises:
+        ConfigError: As ``attention``.
+    """
+    choice = choose_backend(device, dtype, backend, pattern)
+    if choice in _FULL_ONLY:
+        boundaries = layout.cu_seqlens
+        longest = boundaries[:1].expand(layout.max_seqlen)
+        torch._dynamo.mark_dynamic(boundaries, 0)
+        torch._dynamo.mark_dynamic(longest, 0)
+        return BoundAttention(
+            partial(_varlen_of_sizes, kernel=_varlen_kernel(choice), boundaries=boundaries, longest=longest), True
+        )
+    if choice == "sdpa" and device.type == "cpu" and pattern == FULL:
+        torch._dynamo.mark_dynamic(layout.cu_seqlens, 0)
+        return BoundAttention(partial(segment_attention, cu_seqlens=layout.cu_seqlens), True)
+    return BoundAttention(
+        partial(_outside_of_graphs, layout=layout, keys=layout, pattern=pattern, choice=choice), False
+    )
+
+
+def _varlen_of_sizes(
+    query: Tensor, key: Tensor, value: Tensor, kernel: VarlenKernel, boundaries: Tensor, longest: Tensor
+) -> Tensor:
+    """The longest segment is the size of ``longest``, a view that holds nothing of its own."""
+    most = longest.shape[0]
+    return kernel(query, key, value, boundaries, boundaries, most, most)
+
+
+@torch.compiler.disable
+def _outside_of_graphs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackLayout,
+    keys: PackLayout,
+    pattern: AttentionPattern,
+    choice: str,
+) -> Tensor:
+    return _attention(query, key, value, layout, keys, pattern, choice)
 
 
 def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
@@ -231,24 +319,10 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern
     return _compiled_flex()(q, k, v, block_mask=block_mask).squeeze(0).transpose(0, 1)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout) -> Tensor:
-    module = require("torch.nn.attention.varlen")
-    output: Tensor = module.varlen_attn(
-        query, key, value, layout.cu_seqlens, keys.cu_seqlens, layout.max_seqlen, keys.max_seqlen
-    )
-    return output
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout) -> Tensor:
-    module = require("flash_attn", extra="flash")
-    output: Tensor = module.flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q=layout.cu_seqlens,
-        cu_seqlens_k=keys.cu_seqlens,
-        max_seqlen_q=layout.max_seqlen,
-        max_seqlen_k=keys.max_seqlen,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return output
+@lru_cache(maxsize=2)
+def _varlen_kernel(choice: str) -> VarlenKernel:
+    """The function behind ``varlen`` or ``flash``, found and imported once."""
+    if choice == "flash" and not flash.activate_fa3():
+        return flash.fa2_kernel()
+    kernel: VarlenKernel = require("torch.nn.attention.varlen").varlen_attn
+    return kernel

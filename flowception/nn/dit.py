@@ -15,8 +15,8 @@ size, ``H`` heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Self
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowception.errors import DataError
-from flowception.nn.attention import Attend, attention
+from flowception.nn.attention import Attend, BoundAttention, attention, bind
 from flowception.nn.flops import FlopSpec
 from flowception.nn.initialise import Gather, initialise
 from flowception.nn.layers import (
@@ -38,10 +38,11 @@ from flowception.nn.layers import (
     TimeEmbedding,
     grid_features,
 )
-from flowception.nn.layout import ModelOutput, ModelRole, PackInput, PackLayout, TokenKind
-from flowception.nn.leaves import EAGER, Leaves, compiled_leaves, modulate, take_rows
+from flowception.nn.layout import ModelOutput, ModelRole, PackInput, PackLayout
+from flowception.nn.leaves import EAGER, Leaves, compiled_leaves, modulate
 from flowception.nn.presets import DiTConfig
 from flowception.nn.rope import VideoRoPE
+from flowception.nn.rows import Rows, clip_rows, frame_rows, take_rows
 
 MODULATIONS = 6
 """Shift, scale and gate of attention, shift, scale and gate of the MLP."""
@@ -61,32 +62,22 @@ class TokenEmbedding(nn.Module):
         self.role = Embedding(len(ModelRole), spec.hidden_size)
         self.insertion = InsertionToken(spec.hidden_size, spec.count_embedding)
 
-    def forward(self, pack: PackInput, text: Tensor | None) -> Tensor:
-        """Pack and embedded text ``[R, d]`` to tokens ``[T, d]``."""
-        layout, dtype = pack.layout, self.latent.weight.dtype
-        frames = layout.frame_rank.shape[0]
-        role = self.role(pack.role)
-        insertion = role + self.insertion(layout.frame_rank, layout.clip_frames[layout.frame_clip])
-        nothing = role.new_zeros(1, role.shape[1])
-        rows = [role, insertion, nothing] if text is None else [role, insertion, nothing, text]
-        kind = layout.token_kind
-        row = layout.token_frame + frames * (kind == TokenKind.INSERTION)
-        row = torch.where((kind == TokenKind.LATENT) | (kind == TokenKind.INSERTION), row, 2 * frames)
-        if text is not None:
-            row = _place_text(row, layout, first_row=2 * frames + 1)
+    def forward(self, pack: PackInput, text: Tensor | None, rows: Rows) -> Tensor:
+        """Pack, embedded text ``[R, d]`` and the rows of frames (and clips) to tokens ``[T, d]``.
+
+        In the dtype of the arithmetic: bfloat16 under autocast too, where the weights are float32.
+        """
+        layout = pack.layout
         inputs = [pack.noisy, pack.condition]
         if self.grid_embedding:
             inputs.append(torch.where(layout.latent_mask.unsqueeze(1), grid_features(layout.token_position), 0.0))
-        latent = self.latent(torch.cat(inputs, dim=-1).to(dtype))
-        return latent + take_rows(torch.cat(rows), row)
-
-
-def _place_text(row: Tensor, layout: PackLayout, first_row: int) -> Tensor:
-    """Point each text token at its text row; unused rows (-1) write to an extra place that is cut off."""
-    text_token, tokens = layout.text_token, row.shape[0]
-    place = torch.where(text_token < 0, tokens, text_token)
-    text_row = torch.arange(first_row, first_row + text_token.shape[0], device=row.device)
-    return F.pad(row, (0, 1)).index_copy(0, place, text_row)[:tokens]
+        tokens: Tensor = self.latent(torch.cat(inputs, dim=-1).to(self.latent.weight.dtype))
+        role = F.pad(self.role(pack.role), (0, 0, 0, len(rows.run_of_row) - len(pack.role)))  # zero for text
+        tokens = (tokens + take_rows(role, rows)).to(tokens.dtype)
+        insertion = self.insertion(layout.frame_rank, layout.clip_frames[layout.frame_clip])
+        insertion = torch.where(layout.frame_valid.unsqueeze(1), insertion, 0.0)
+        tokens = tokens.index_add(0, layout.insertion_token, insertion.to(tokens.dtype))
+        return tokens if text is None else tokens.index_add(0, layout.text_token, text.to(tokens.dtype))
 
 
 class TextEmbedding(nn.Module):
@@ -101,8 +92,7 @@ class TextEmbedding(nn.Module):
         """Text ``[R, D]`` to tokens ``[R, d]`` and pooled ``[B, d]`` (of nothing where a clip has no text)."""
         tokens = self.tokens(text.to(self.tokens.weight.dtype))
         clips = torch.arange(layout.clip_frames.shape[0], device=text.device).unsqueeze(1)
-        clip = torch.where(layout.text_token < 0, -1, layout.token_clip[layout.text_token.clamp(min=0)])
-        member = (clip == clips).to(tokens.dtype)
+        member = (layout.token_clip[layout.text_token] == clips).to(tokens.dtype)
         mean = member @ tokens / member.sum(dim=1, keepdim=True).clamp(min=1)
         return tokens, self.pooled(mean)
 
@@ -110,9 +100,9 @@ class TextEmbedding(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
 
-    def __init__(self, spec: FlopSpec, leaves: Leaves) -> None:
+    def __init__(self, spec: FlopSpec, leaves: Leaves, compiled: bool) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.compiled = leaves, compiled
         size, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
         self.head_shape = (spec.num_heads, head_dim)
         self.frame_modulation = Linear(size, MODULATIONS * size, zero=True)
@@ -127,10 +117,9 @@ class Block(nn.Module):
         tokens: Tensor,
         frame_condition: Tensor,
         text_condition: Tensor | None,
-        row: Tensor,
+        rows: Rows,
         rotations: Tensor,
-        layout: PackLayout,
-        attend: Attend,
+        attention: BoundAttention,
     ) -> Tensor:
         """One block.
 
@@ -138,27 +127,53 @@ class Block(nn.Module):
             tokens: ``[T, d]``.
             frame_condition: ``[F, d]``.
             text_condition: ``[B, d]``; None for a network without text.
-            row: int64 ``[T]``: row of (frames, then clips) whose modulation a token takes.
+            rows: Row of (frames, then clips if there is text) whose modulation a token takes.
             rotations: float32 ``[T, 1, d / H / 2, 2]``, from ``VideoRoPE``.
-            layout: Where everything lies.
-            attend: Attention within segments.
+            attention: Within the pack's segments.
 
         Returns:
             ``[T, d]``.
         """
+        compute = compiled_block(attention.in_graph) if self.compiled else Block.compute
+        return compute(self, tokens, frame_condition, text_condition, rows, rotations, attention.attend)
+
+    def compute(
+        self,
+        tokens: Tensor,
+        frame_condition: Tensor,
+        text_condition: Tensor | None,
+        rows: Rows,
+        rotations: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """What ``forward`` does, compiled or not."""
         table = self.frame_modulation(frame_condition)
         if self.text_modulation is not None:
             table = torch.cat([table, self.text_modulation(text_condition)])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.chunk(MODULATIONS, dim=-1)
         leaves = self.leaves
-        attended = self._attention(leaves.modulate(tokens, shift_1, scale_1, row), rotations, layout, attend)
-        tokens = leaves.add_gated(tokens, attended, gate_1, row)
-        return leaves.add_gated(tokens, self.mlp(leaves.modulate(tokens, shift_2, scale_2, row)), gate_2, row)
+        attended = self._attention(leaves.modulate(tokens, shift_1, scale_1, rows), rotations, attend)
+        tokens = leaves.add_gated(tokens, attended, gate_1, rows)
+        return leaves.add_gated(tokens, self.mlp(leaves.modulate(tokens, shift_2, scale_2, rows)), gate_2, rows)
 
-    def _attention(self, x: Tensor, rotations: Tensor, layout: PackLayout, attend: Attend) -> Tensor:
+    def _attention(self, x: Tensor, rotations: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         query, key, value = (part.unflatten(-1, self.head_shape) for part in self.query_key_value(x).chunk(3, dim=-1))
         query, key = self.query_norm(query, rotations), self.key_norm(key, rotations)
-        return self.attention_output(attend(query, key, value, layout).flatten(1))
+        return self.attention_output(attend(query, key, value).flatten(1))
+
+
+@lru_cache(maxsize=2)
+def compiled_block(one_graph: bool) -> Callable[..., Tensor]:
+    """``Block.compute`` behind ``torch.compile``: all blocks of a process share one graph for training, one without.
+
+    It is the function and not the module that is compiled: a module's hooks, with which DeepSpeed gathers weights at
+    ZeRO-3, stay outside (the block must be one of its leaf modules, ``training.zero``).
+
+    Args:
+        one_graph: Whether anything that would interrupt the graph is an error.
+    """
+    compiled: Callable[..., Tensor] = torch.compile(Block.compute, fullgraph=one_graph)
+    return compiled
 
 
 class OutputHeads(nn.Module):
@@ -179,9 +194,9 @@ class OutputHeads(nn.Module):
     def forward(self, tokens: Tensor, frame_condition: Tensor, layout: PackLayout) -> ModelOutput:
         """Tokens ``[T, d]`` and conditions ``[F, d]`` to the network's output; zero where it has no meaning."""
         shift, scale = self.frame_modulation(frame_condition).chunk(2, dim=-1)
-        tokens = modulate(tokens.float(), shift, scale, layout.token_frame)
+        tokens = modulate(tokens.float(), shift, scale, frame_rows(layout, with_text=False))
         velocity = self.velocity(tokens.to(self.velocity.weight.dtype)).float()
-        hidden = F.silu(self.rate_hidden(take_rows(tokens, layout.insertion_token)))
+        hidden = F.silu(self.rate_hidden(tokens.index_select(0, layout.insertion_token)))
         return ModelOutput(
             velocity=torch.where(layout.latent_mask.unsqueeze(1), velocity, 0.0),
             log_rate=torch.where(layout.frame_valid, self.rate(hidden).squeeze(1), 0.0),
@@ -207,7 +222,8 @@ class FlowceptionDiT(nn.Module):
         self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)
         self.class_embedding = Embedding(spec.num_classes + 1, size) if spec.num_classes else None
         leaves = compiled_leaves() if config.compile == "leaves" else EAGER
-        self.blocks = nn.ModuleList(Block(spec, leaves) for _ in range(spec.num_layers))
+        compiled = config.compile == "blocks"
+        self.blocks = nn.ModuleList(Block(spec, leaves, compiled) for _ in range(spec.num_layers))
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
     def initialise(self, seed: int, gather: Gather | None = None) -> Self:
@@ -233,27 +249,35 @@ class FlowceptionDiT(nn.Module):
         layout = pack.layout
         self._check_text(pack)
         frame_condition = self.time_embedding(pack.time)
-        text_tokens, text_condition, row = None, None, layout.token_frame
+        text_tokens, text_condition = None, None
         if self.text_embedding is not None and pack.text is not None:
             text_tokens, text_condition = self.text_embedding(pack.text, layout)
-            text_row = layout.frame_rank.shape[0] + layout.token_clip
-            row = torch.where(layout.token_kind == TokenKind.TEXT, text_row, row)
         if self.class_embedding is not None:
             null = self.spec.num_classes
             classes = self.class_embedding(torch.where(pack.class_label < 0, null, pack.class_label))
-            frame_condition = frame_condition + take_rows(classes, layout.frame_clip)
-            text_condition = None if text_condition is None else F.silu(text_condition + classes)
-        elif text_condition is not None:
-            text_condition = F.silu(text_condition)
+            frame_condition = frame_condition + take_rows(classes, clip_rows(layout))
+            text_condition = None if text_condition is None else text_condition + classes
         frame_condition = F.silu(frame_condition)
-        tokens = self.embedding(pack, text_tokens)
+        text_condition = None if text_condition is None else F.silu(text_condition)
+        rows = frame_rows(layout, with_text=text_tokens is not None)
+        tokens = self.embedding(pack, text_tokens, rows)
         rotations = self.rope.rotations(layout)
         checkpointed = self.config.checkpointed_blocks() if torch.is_grad_enabled() else 0
-        blocks = zip(self.blocks, attends or [self.attend] * len(self.blocks), strict=True)
-        for number, (block, attend) in enumerate(blocks):
+        blocks = zip(self.blocks, self._bind(layout, tokens, attends), strict=True)
+        for number, (block, bound) in enumerate(blocks):
             run = partial(checkpoint, block, use_reentrant=False) if number < checkpointed else block
-            tokens = run(tokens, frame_condition, text_condition, row, rotations, layout, attend)
+            tokens = run(tokens, frame_condition, text_condition, rows, rotations, bound)
         return self.heads(tokens, frame_condition, layout)
+
+    def _bind(self, layout: PackLayout, tokens: Tensor, attends: Sequence[Attend] | None) -> Sequence[BoundAttention]:
+        """Attention of every block; its backend is chosen here, outside of compiled code."""
+        if attends is not None:
+            return [BoundAttention(partial(attend, layout=layout), in_graph=False) for attend in attends]
+        config = self.config
+        if config.compile != "blocks":
+            return [BoundAttention(partial(self.attend, layout=layout), in_graph=False)] * len(self.blocks)
+        bound = bind(layout, tokens.device, tokens.dtype, config.pattern(), config.attention_backend)
+        return [bound] * len(self.blocks)
 
     def _check_text(self, pack: PackInput) -> None:
         if pack.text is None and self.spec.text_dim is not None:

@@ -4,8 +4,9 @@ A pack holds clips one after another. A clip is one attention segment::
 
     text_0 .. text_{L-1} | frame 0: latent_0 .. latent_{hw-1}, insertion | frame 1: ... | ...
 
-and unused tokens at the end form padding segments no longer than ``max_seqlen``. Everything that shapes a tensor
-comes from ``PackShape``, so that a compiled model sees one shape for a whole run.
+and unused tokens at the end form padding segments no longer than ``max_seqlen``. Tokens, frame slots and clip slots
+come from ``PackShape``, so that a compiled block sees one shape for a whole run; only what attention and the text
+embedding read is as large as the pack's own segments and text.
 
 Shape legend: ``T`` tokens of a pack, ``F`` frame slots, ``B`` clip slots, ``S`` segments, ``C`` latent channels,
 ``D`` text width, ``R`` text rows.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -68,13 +70,6 @@ class PackShape:
     """B: clip slots."""
     max_seqlen: int
     """Longest attention segment: the longest clip of the data set with all its frames."""
-    max_text_tokens: int = 0
-    """R: rows for text embeddings."""
-
-    @property
-    def max_segments(self) -> int:
-        """S: clips and the padding segments that may follow them."""
-        return self.max_clips + -(-self.token_budget // self.max_seqlen)
 
     @classmethod
     def tight(cls, clips: Sequence[ClipShape]) -> PackShape:
@@ -84,7 +79,6 @@ class PackShape:
             max_frames=sum(c.frames for c in clips),
             max_clips=len(clips),
             max_seqlen=max(c.tokens for c in clips),
-            max_text_tokens=sum(c.text_tokens for c in clips),
         )
 
 
@@ -94,9 +88,9 @@ class PackLayout:
 
     shape: PackShape
     segment_lengths: tuple[int, ...]
-    """Host copy of the segments' lengths, empty tail left out; they sum to T."""
+    """Host copy of the segments' lengths; they sum to T."""
     cu_seqlens: Tensor
-    """int32 [S + 1]: segment boundaries, tail repeated."""
+    """int32 [S + 1]: segment boundaries."""
     token_kind: Tensor
     """int64 [T]: a ``TokenKind``."""
     token_frame: Tensor
@@ -107,7 +101,7 @@ class PackLayout:
     """float32 [T, 3]: (rank, row, column). Rows and columns are centred on the frame, so an insertion token has 0, 0.
     Text token j of L has rank j - L. Padding is 0."""
     text_token: Tensor
-    """int64 [R]: the token that text row r fills; unused rows hold -1."""
+    """int64 [R]: the token that text row r fills."""
     insertion_token: Tensor
     """int64 [F]: the insertion token of each frame slot; 0 where the slot is unused."""
     frame_clip: Tensor
@@ -124,8 +118,8 @@ class PackLayout:
 
     @property
     def max_seqlen(self) -> int:
-        """Constant of the run, for attention kernels."""
-        return self.shape.max_seqlen
+        """Tokens of the longest segment, for attention kernels."""
+        return max(self.segment_lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same layout with its tensors on ``device``."""
@@ -220,7 +214,6 @@ def _check_fit(clips: Sequence[ClipShape], shape: PackShape) -> None:
         "max_frames": sum(c.frames for c in clips),
         "max_clips": len(clips),
         "max_seqlen": max((c.tokens for c in clips), default=0),
-        "max_text_tokens": sum(c.text_tokens for c in clips),
     }
     for name, value in seen.items():
         if value > getattr(shape, name):
@@ -249,7 +242,7 @@ def build_layout(clips: Sequence[ClipShape], shape: PackShape | None = None) -> 
     token_frame = torch.zeros(tokens, dtype=torch.int64)
     token_clip = torch.zeros(tokens, dtype=torch.int64)
     position = torch.zeros(tokens, 3)
-    text_token = torch.full((shape.max_text_tokens,), -1)
+    text_token = torch.zeros(sum(c.text_tokens for c in clips), dtype=torch.int64)
     frame_clip = torch.zeros(frames, dtype=torch.int64)
     frame_rank = torch.zeros(frames, dtype=torch.int64)
     frame_valid = torch.zeros(frames, dtype=torch.bool)
@@ -272,9 +265,7 @@ def build_layout(clips: Sequence[ClipShape], shape: PackShape | None = None) -> 
     while at < tokens:
         lengths.append(min(shape.max_seqlen, tokens - at))
         at += lengths[-1]
-    cu_seqlens = torch.full((shape.max_segments + 1,), tokens, dtype=torch.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : len(lengths) + 1] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return PackLayout(
         shape=shape,
         segment_lengths=tuple(lengths),

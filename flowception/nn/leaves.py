@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowception.nn.rope import rotate
+from flowception.nn.rows import Rows, take_rows
 
 NORM_EPSILON = 1e-6
 
@@ -26,54 +27,31 @@ NORM_EPSILON = 1e-6
 class Leaves(NamedTuple):
     """The functions of this module, eager or compiled."""
 
-    modulate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    add_gated: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    modulate: Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
+    add_gated: Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
     norm_and_rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
 
 
-class _TakeRows(torch.autograd.Function):
-    """Rows of a table; the many gradients of one row are added up in float32, also when they are bfloat16."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(row)
-        ctx.table_rows = table.shape[0]
-        return table.index_select(0, row)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        (row,) = ctx.saved_tensors
-        total = torch.zeros(ctx.table_rows, gradient.shape[1], device=gradient.device)
-        return total.index_add_(0, row, gradient.float()).to(gradient.dtype), None
-
-
-def take_rows(table: Tensor, row: Tensor) -> Tensor:
-    """``table[row]``: table ``[R, d]`` and int64 row ``[T]`` to ``[T, d]``."""
-    rows: Tensor = _TakeRows.apply(table, row)
-    return rows
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
     """Norm without weights, then each token's own scale and shift (AdaLN).
 
     Args:
         x: ``[T, d]``.
         shift: ``[R, d]``, zero for none.
         scale: ``[R, d]``, zero for none.
-        row: int64 ``[T]``: which row of the tables each token takes.
+        rows: Which row of the tables each token takes.
 
     Returns:
         ``[T, d]``.
     """
     normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
-    return torch.addcmul(take_rows(shift, row), normed, take_rows(1.0 + scale, row))
+    return torch.addcmul(take_rows(shift, rows), normed, take_rows(1.0 + scale, rows))
 
 
-def add_gated(x: Tensor, update: Tensor, gate: Tensor, row: Tensor) -> Tensor:
-    """``x + gate[row] * update``: x and update ``[T, d]``, gate ``[R, d]``, int64 row ``[T]``; gives ``[T, d]``."""
-    return torch.addcmul(x, update, take_rows(gate, row))
+def add_gated(x: Tensor, update: Tensor, gate: Tensor, rows: Rows) -> Tensor:
+    """``x + gate[row] * update``: x and update ``[T, d]``, gate ``[R, d]``; gives ``[T, d]``."""
+    return torch.addcmul(x, update, take_rows(gate, rows))
 
 
 def norm_and_rotate(heads: Tensor, weight: Tensor, rotations: Tensor) -> Tensor:

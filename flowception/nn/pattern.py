@@ -94,7 +94,7 @@ def visible_blocks(layout: PackLayout, pattern: AttentionPattern, block_tokens: 
     begins = (segment.diff() != 0) | (rank.diff() != 0)
     run = F.pad(begins.cumsum(0), (1, 0))
     shape, tokens = layout.shape, len(run)
-    runs = shape.max_frames + shape.max_clips + shape.max_segments
+    runs = shape.max_frames + shape.max_clips + len(layout.segment_lengths)
     run_segment, run_rank = (part.new_zeros(runs).scatter(0, run, part) for part in (segment, rank))
     seen = (run_segment[:, None] == run_segment) & pattern.sees(run_rank[:, None], run_rank)
     pairs = F.pad(seen.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32), (1, 0, 1, 0))

@@ -6,6 +6,7 @@ A block has ``24 d^2`` parameters: 4 for queries, keys, values and output, 8 for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from flowception.errors import ConfigError
@@ -37,6 +38,11 @@ PRESETS: dict[str, Preset] = {
     "2b": Preset(num_layers=38, hidden_size=1536, num_heads=24, in_channels=128, text_dim=4096),
 }
 """toy: a laptop's CPU. s: one GPU. xl: the size of DiT-XL. 2b: T5 text (4096 wide) and LTX latents (128 channels)."""
+
+
+def _check_choice(key: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"model.{key} is {value!r}; choose one of {', '.join(choices)}")
 
 
 @dataclass(kw_only=True)
@@ -87,12 +93,10 @@ class DiTConfig:
     counted from the first. Fewer cost less time and more memory; ``--dry-run`` says how much memory."""
 
     def __post_init__(self) -> None:
-        if self.compile is False:  # YAML's word for it is off
-            self.compile = "off"
-        if self.compile not in COMPILE:
-            raise ConfigError(f"model.compile is {self.compile}; choose one of {', '.join(COMPILE)}")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ConfigError(f"model preset is {self.preset!r}; choose one of {', '.join(PRESETS)}")
+        self.compile = self.compile or "off"  # YAML takes the word off for false
+        _check_choice("compile", self.compile, COMPILE)
+        if self.preset is not None:
+            _check_choice("preset", self.preset, PRESETS)
         for name in ("in_channels", "hidden_size", "num_layers", "num_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:

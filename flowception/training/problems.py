@@ -12,13 +12,11 @@ from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
 from flowception.data.steps import check_world_size
 from flowception.errors import CheckpointError, Problems, require
+from flowception.nn import flash
 from flowception.nn.backbone import count_parameters
 from flowception.training import run_directory
 from flowception.training.dataset import training_plan
 from flowception.training.metrics import check_packages
-
-_NEEDED_PACKAGES = {"flash": "flash_attn"}
-"""Attention backends that cannot do without a package."""
 
 
 def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
@@ -74,10 +72,9 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
         check_packages(config.logging)
     with problems.collected():
         require("deepspeed")
-    package = _NEEDED_PACKAGES.get(config.model.attention_backend)
-    if package is not None:
+    if config.model.attention_backend == "flash":
         with problems.collected():
-            require(package)
+            flash.check_installed()
     with problems.collected():
         weights = _initial_weights(config)
         if weights is not None and not list_steps(weights):

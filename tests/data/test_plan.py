@@ -244,11 +244,8 @@ def test_text_counts_only_for_a_network_that_reads_it(make_config, make_spec):
     index = ClipIndex.from_arrays(frames=[2, 3], height=2, width=3, text_tokens=[10, 4])
     silent = Plan(index, None, make_config(), make_spec(), seed=0)
     assert silent.pack_shape.max_seqlen == 3 * 7
-    assert silent.pack_shape.max_text_tokens == 0
     reading = Plan(index, None, make_config(), make_spec(text_dim=6), seed=0)
     assert reading.pack_shape.max_seqlen == 3 * 7 + 4
-    # 200 tokens of clips with both their frames, as t2v starts with three: at most 10 / 24 of them are text.
-    assert reading.pack_shape.max_text_tokens == 84
     assert reading.step(Cursor()).tokens == silent.step(Cursor()).tokens + 14
     assert reading.pack_shape.max_frames == 200 // 7
 

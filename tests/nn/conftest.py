@@ -23,7 +23,7 @@ def random_pack(
     role = torch.randint(0, 3, (frames,), generator=generator)
     latent = layout.latent_mask.unsqueeze(1)
     given = latent & (role[layout.token_frame] > 0).unsqueeze(1)
-    text = torch.randn(layout.shape.max_text_tokens, TEXT_DIM, generator=generator)
+    text = torch.randn(len(layout.text_token), TEXT_DIM, generator=generator)
     return PackInput(
         layout=layout,
         noisy=torch.where(latent, torch.randn(tokens, CHANNELS, generator=generator), 0.0),
@@ -41,7 +41,7 @@ def one_clip(pack: PackInput, clip: int, clips: Sequence[ClipShape]) -> PackInpu
     padding = layout.token_kind == TokenKind.PADDING
     tokens = (layout.token_clip == clip) & ~padding
     frames = (layout.frame_clip == clip) & layout.frame_valid
-    rows = [r for r, token in enumerate(layout.text_token.tolist()) if token >= 0 and layout.token_clip[token] == clip]
+    rows = [r for r, token in enumerate(layout.text_token.tolist()) if layout.token_clip[token] == clip]
     return PackInput(
         layout=build_layout([clips[clip]]),
         noisy=pack.noisy[tokens],

@@ -152,9 +152,9 @@ def test_class_reaches_the_modulation_of_text(single, pack):
 def test_queries_and_keys_are_normed_and_turned_by_position_and_values_are_not(single, pack):
     block, entered, attended = single.blocks[0], [], []
 
-    def attend(*arguments):
-        attended.extend(arguments[:3])
-        return arguments[2]
+    def attend(query, key, value, layout):
+        attended.extend([query, key, value])
+        return value
 
     single.attend = attend
     block.query_key_value.register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))

@@ -9,7 +9,7 @@ from flowception.nn import ClipShape, PackShape, TokenKind, build_layout
 
 LATENT, INSERTION, TEXT, PADDING = (int(kind) for kind in TokenKind)
 CLIPS = [ClipShape(2, 1, 2, 1), ClipShape(1, 2, 1, 0)]
-SHAPE = PackShape(token_budget=20, max_frames=5, max_clips=3, max_seqlen=7, max_text_tokens=3)
+SHAPE = PackShape(token_budget=20, max_frames=5, max_clips=3, max_seqlen=7)
 
 
 def test_tokens_of_a_clip_are_text_then_frames_each_with_its_insertion_token():
@@ -36,24 +36,27 @@ def test_positions_are_rank_and_centred_row_and_column():
 def test_padding_is_cut_into_segments_no_longer_than_the_longest_clip():
     layout = build_layout(CLIPS, SHAPE)
     assert layout.segment_lengths == (7, 3, 7, 3)
-    assert layout.cu_seqlens.tolist() == [0, 7, 10, 17, 20, 20, 20]
+    assert layout.cu_seqlens.tolist() == [0, 7, 10, 17, 20]
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.token_kind[10:].tolist() == [PADDING] * 10
     assert layout.frame_valid.tolist() == [True] * 3 + [False] * 2
-    assert layout.text_token.tolist() == [0, -1, -1]
+    assert layout.text_token.tolist() == [0]
 
 
 @pytest.mark.parametrize("clips", [[], CLIPS, [ClipShape(1, 1, 1)] * 3])
 def test_shapes_do_not_depend_on_the_content(clips):
     layout, empty = build_layout(clips, SHAPE), build_layout([], SHAPE)
     for name, value in vars(empty).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and name not in ("cu_seqlens", "text_token"):
             assert getattr(layout, name).shape == value.shape, name
             assert getattr(layout, name).dtype == value.dtype, name
     assert sum(layout.segment_lengths) == SHAPE.token_budget
+    assert layout.cu_seqlens.diff().tolist() == list(layout.segment_lengths)
+    assert len(layout.text_token) == sum(clip.text_tokens for clip in clips)
+    assert layout.max_seqlen == max(layout.segment_lengths)
 
 
-@pytest.mark.parametrize("name", ["token_budget", "max_frames", "max_clips", "max_seqlen", "max_text_tokens"])
+@pytest.mark.parametrize("name", ["token_budget", "max_frames", "max_clips", "max_seqlen"])
 def test_clips_that_do_not_fit_are_refused_by_name(name):
     tight = vars(PackShape.tight(CLIPS))
     build_layout(CLIPS, PackShape(**tight))

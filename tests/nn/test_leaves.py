@@ -6,57 +6,26 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowception.nn import FlowceptionDiT
-from flowception.nn.leaves import EAGER, add_gated, compiled_leaves, modulate, take_rows
+from flowception.nn.leaves import EAGER, add_gated, compiled_leaves, modulate
+from flowception.nn.rows import Rows
 
 
 def test_add_gated_gives_each_token_its_row_of_gates():
-    x, update, gate, row = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3), torch.tensor([1, 0, 1, 1])
-    torch.testing.assert_close(add_gated(x, update, gate, row), x + gate[row] * update)
+    x, update, gate, row = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1, 1, 1])
+    rows = Rows(row, torch.tensor([0, 1, 4]), torch.tensor([0, 1]))
+    torch.testing.assert_close(add_gated(x, update, gate, rows), x + gate[row] * update)
 
 
 def test_modulate_without_shift_and_scale_is_the_norm_and_each_token_takes_its_row():
-    x, row = torch.randn(5, 4), torch.tensor([1, 0, 0, 1, 1])
+    x, row = torch.randn(5, 4), torch.tensor([0, 0, 1, 1, 1])
+    rows = Rows(row, torch.tensor([0, 2, 5]), torch.tensor([0, 1]))
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     zero = torch.zeros(2, 4)
-    torch.testing.assert_close(modulate(x, zero, zero, row), normed)
+    torch.testing.assert_close(modulate(x, zero, zero, rows), normed)
     shift, scale = torch.randn(2, 2, 4)
-    torch.testing.assert_close(modulate(x, shift, scale, row), normed * (1 + scale[row]) + shift[row])
-
-
-def test_gradient_of_take_rows_is_that_of_indexing():
-    table = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    row = torch.tensor([2, 0, 2, 2, 1])
-    weight = torch.randn(5, 3, dtype=torch.float64)
-    (ours,) = torch.autograd.grad((take_rows(table, row) * weight).sum(), table)
-    (expected,) = torch.autograd.grad((table[row] * weight).sum(), table)
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    assert ours[3].eq(0).all()
-
-
-class Additions(TorchDispatchMode):
-    """Notes the dtype of every sum by index (a CPU is exact in bfloat16 too, a GPU's atomic sum stops at 256)."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.index_add_.default:
-            self.dtypes.append(args[0].dtype)
-        return function(*args, **(kwargs or {}))
-
-
-def test_gradient_of_take_rows_is_added_up_in_float32():
-    table = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    rows = take_rows(table, torch.zeros(1000, dtype=torch.int64))
-    with Additions() as additions:
-        (gradient,) = torch.autograd.grad(rows.sum(), table)
-    assert additions.dtypes == [torch.float32]
-    assert gradient.dtype == torch.bfloat16
-    assert gradient.item() == 1000.0
+    torch.testing.assert_close(modulate(x, shift, scale, rows), normed * (1 + scale[row]) + shift[row])
 
 
 needs_a_compiler = pytest.mark.skipif(

@@ -64,7 +64,7 @@ def test_rotations_of_a_clip_do_not_depend_on_what_else_is_in_the_pack():
     rope, clip = VideoRoPE(16, 2.0, 100.0), ClipShape(3, 2, 3, 2)
     alone = rope.rotations(build_layout([clip]))
     others = [ClipShape(5, 4, 1, 3), clip, ClipShape(1, 6, 6)]
-    shape = PackShape(token_budget=120, max_frames=12, max_clips=4, max_seqlen=40, max_text_tokens=9)
+    shape = PackShape(token_budget=120, max_frames=12, max_clips=4, max_seqlen=40)
     together = rope.rotations(build_layout(others, shape))
     start = others[0].tokens
     assert torch.equal(together[start : start + clip.tokens], alone)

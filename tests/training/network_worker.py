@@ -32,7 +32,7 @@ def make_pack(seed: int = 0) -> PackInput:
         time=torch.rand(frames, generator=generator),
         role=torch.randint(0, 3, (frames,), generator=generator),
         class_label=torch.tensor([1, -1]),
-        text=torch.randn(layout.shape.max_text_tokens, 6, generator=generator),
+        text=torch.randn(len(layout.text_token), 6, generator=generator),
     )
 
 
