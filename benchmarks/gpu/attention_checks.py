@@ -16,7 +16,7 @@ from benchmarks.gpu.environment import kernels
 from benchmarks.gpu.outcome import MEASURED, PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Case, Scene, needs_gpu, relative_error
 from flowception.nn.attention import attention, choose_backend
-from flowception.nn.layout import ClipShape, PackLayout, PackShape, build_layout
+from flowception.nn.layout import ClipShape, PackLayout, build_layout
 
 _LARGEST_ERROR = 1e-2
 _NAMES = ("output", "d query", "d key", "d value")
@@ -53,17 +53,16 @@ def _errors(scene: Scene, case: Case, layout: PackLayout) -> dict[str, float]:
 
 
 def _layouts(case: Case) -> dict[str, PackLayout]:
-    """A pack of the plan, one filled with whole clips to the last token, and one of padding alone."""
+    """A pack of the plan, one of whole clips as far as there is room, and one of padding alone."""
     shape, clip = case.plan.pack_shape, case.clip
     whole, left = divmod(shape.token_budget, clip.tokens)
     per_frame = clip.height * clip.width + 1
     frames, text = divmod(left, per_frame)
     rest = [ClipShape(frames, clip.height, clip.width, text)] if frames else []
     full = [clip] * whole + rest
-    roomy = {**vars(shape), "max_text_tokens": sum(part.text_tokens for part in full)}
     return {
         "planned": case.batch(0).packs[0].layout,
-        "full": build_layout(full, PackShape(**roomy)),
+        "full": build_layout(full, shape),
         "padding": case.padding().layout,
     }
 
@@ -90,10 +89,11 @@ def against_float64(scene: Scene) -> Outcome:
 
 
 def static_cu_seqlens(case: Case, layout: PackLayout) -> Tensor:
-    """Boundaries as the static shape has them, int32 ``[max_segments + 1]``: the tail repeats T."""
+    """Boundaries for as many segments as a pack of the shape could have at most, int32: the tail repeats T."""
     own = torch.tensor([0, *layout.segment_lengths], dtype=torch.int32).cumsum(0).int()
     shape = case.plan.pack_shape
-    return torch.cat([own, own.new_full((shape.max_segments + 1 - len(own),), shape.token_budget)])
+    most = shape.max_clips + -(-shape.token_budget // shape.max_seqlen)
+    return torch.cat([own, own.new_full((most + 1 - len(own),), shape.token_budget)])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -84,13 +84,18 @@ def block_inputs(model: nn.Module, pack: PackInput) -> dict[str, Any]:
 
     def keep(module: nn.Module, words: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.update(inspect.signature(type(block).forward).bind(module, *words, **named).arguments)
+        raise _SeenError
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), suppress(_SeenError):
         model(pack)
     handle.remove()
     seen.pop("self")
     return seen
+
+
+class _SeenError(Exception):
+    """Ends a forward pass of which no more is wanted."""
 
 
 def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any]) -> dict[str, list[Any]]:
@@ -109,7 +114,7 @@ def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any])
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=scene.device, generator=generator).bfloat16().requires_grad_()
 
-    rows = seen["rows"] if "rows" in seen else seen["row"]
+    rows = seen["rows"]
     heads = (tokens, spec.num_heads, size // spec.num_heads)
     return {
         "modulate": [draw(tokens, size), draw(count, size), draw(count, size), rows],

@@ -38,13 +38,14 @@ class Ending(NamedTuple):
         return f"left with {self.code}{words}"
 
 
-def run_in_child(function: Callable[[], object], limit_s: float, log: Path) -> Ending:
+def run_in_child(function: Callable[[], object], limit_s: float, log: Path, own_group: bool = True) -> Ending:
     """Fork, run the function and wait for it.
 
     Args:
         function: What the child runs; it says what it found in files of its own.
         limit_s: Seconds after which the child and all its own children are killed.
         log: File for what it prints.
+        own_group: Whether it leads a process group. A child of a child must not, so that it ends with that.
 
     Returns:
         How it ended.
@@ -54,21 +55,23 @@ def run_in_child(function: Callable[[], object], limit_s: float, log: Path) -> E
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        _be_child(function, log)
+        _be_child(function, log, own_group)
     code = _wait(pid, began + limit_s)
     seconds = time.monotonic() - began
     if code is None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)  # what it left behind
+    if own_group:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)  # what it left behind
     return Ending(code, seconds, _last_line(log))
 
 
-def _be_child(function: Callable[[], object], log: Path) -> NoReturn:
+def _be_child(function: Callable[[], object], log: Path, own_group: bool) -> NoReturn:
     code = 1
     try:
-        os.setsid()
+        if own_group:
+            os.setsid()
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
