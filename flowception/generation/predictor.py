@@ -75,7 +75,8 @@ class NetworkPredictor:
             Velocity [F, C, H, W] and rate [F], on the state's device; zero for frames that were not computed.
         """
         pack = self.build_pack(state)
-        with self._autocast():
+        # a sampler's packs have another shape at every step, for which compiled blocks would be compiled anew
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             prediction = self._evaluate(pack, state)
         if self.guided:
             half = len(prediction.log_rate) // 2

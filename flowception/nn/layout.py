@@ -19,12 +19,10 @@ from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-
-_Movable = TypeVar("_Movable", bound="PackLayout | PackInput")
 
 
 class TokenKind(IntEnum):
@@ -82,8 +80,33 @@ class PackShape:
         )
 
 
+class HoldsTensors:
+    """A dataclass that holds tensors, or others of its kind."""
+
+    def _changed(self, change: Callable[[Any], Any]) -> Self:
+        """The same with every tensor, and everything of this kind, changed."""
+        held = {known.name: getattr(self, known.name) for known in fields(self)}  # type: ignore[arg-type]
+        changed = {name: change(value) for name, value in held.items() if isinstance(value, Tensor | HoldsTensors)}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same with its tensors on ``device``."""
+        return self._changed(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, which a GPU copies from while it computes."""
+        return self._changed(lambda part: part.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the tensors' memory until ``stream`` has done all that it has been asked for by the time they go."""
+        for known in fields(self):  # type: ignore[arg-type]
+            part = getattr(self, known.name)
+            if isinstance(part, Tensor | HoldsTensors):
+                part.record_stream(stream)
+
+
 @dataclass
-class PackLayout:
+class PackLayout(HoldsTensors):
     """Where everything lies in one pack. Build it with ``build_layout``."""
 
     shape: PackShape
@@ -121,14 +144,6 @@ class PackLayout:
         """Tokens of the longest segment, for attention kernels."""
         return max(self.segment_lengths)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same layout with its tensors on ``device``."""
-        return _with_tensors(self, lambda part: part.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """The same layout in page-locked memory, which a GPU copies from while it computes."""
-        return _with_tensors(self, lambda part: part.pin_memory())
-
     @property
     def latent_mask(self) -> Tensor:
         """Latent tokens: bool [T]."""
@@ -136,7 +151,7 @@ class PackLayout:
 
 
 @dataclass
-class PackInput:
+class PackInput(HoldsTensors):
     """What the network reads of a pack."""
 
     layout: PackLayout
@@ -153,14 +168,6 @@ class PackInput:
     text: Tensor | None
     """[R, D] text embeddings, rows as in ``layout.text_token``; None for a model without text."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same pack with its tensors on ``device``."""
-        return _with_tensors(self, lambda part: part.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """The same pack in page-locked memory, which a GPU copies from while it computes."""
-        return _with_tensors(self, lambda part: part.pin_memory())
-
 
 class ModelOutput(NamedTuple):
     """What the network says of a pack."""
@@ -169,15 +176,6 @@ class ModelOutput(NamedTuple):
     """[T, C]: predicted x_1 - x_0 at latent tokens; zero elsewhere."""
     log_rate: Tensor
     """float32 [F]: log of the expected number of missing frames to the right of each frame."""
-
-
-def _with_tensors(item: _Movable, change: Callable[[Any], Any]) -> _Movable:
-    changed: dict[str, Any] = {}
-    for known in fields(item):
-        value = getattr(item, known.name)
-        if isinstance(value, Tensor | PackLayout):
-            changed[known.name] = change(value)
-    return replace(item, **changed)
 
 
 def latent_tokens(frames: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from flowception.data.loader import StepBatch
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
 from flowception.training.distributed import Ranks
 from flowception.training.observe import observe
+from flowception.training.transfer import packs_on_device
+from flowception.training.zero import backward
 
 
 class MicroSteps(NamedTuple):
@@ -49,15 +51,14 @@ def run_micro_steps(
         Loss sums and what was observed.
     """
     plan, micro_steps, rows = batch.step_plan, len(batch.packs), list[torch.Tensor]()
-    for number, host_pack in enumerate(batch.packs):
+    for number, pack in enumerate(packs_on_device(batch.packs, ranks.device)):
         enter("forward")
-        pack = host_pack.to(ranks.device, non_blocking=True)
         output = engine(pack)
         velocity = velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, pack.weight_token)
         insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
         loss = velocity / plan.velocity_denominator + insertion_loss_weight * insertion / plan.insertion_denominator
         enter("backward")
-        engine.backward(loss * (micro_steps * ranks.world_size))
+        backward(engine, loss * (micro_steps * ranks.world_size))
         rows.append(torch.cat([torch.stack([velocity, insertion]).detach().double(), observe(output, pack)]))
         if number + 1 < micro_steps:
             engine.step()

@@ -23,9 +23,10 @@ from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowception.errors import ConfigError
+from flowception.nn.dit import Block
 from flowception.training.distributed import all_max
 
 Precision = Literal["bf16", "fp32"]
@@ -146,7 +147,8 @@ def deepspeed_config(
         },
         "zero_optimization": {
             "stage": zero.stage,
-            "contiguous_gradients": True,
+            # at stage 3 gradients go into the buckets' own buffers; this would copy them once more before
+            "contiguous_gradients": zero.stage < 3,
             "overlap_comm": zero.overlap_communication and device.type == "cuda",
             "reduce_bucket_size": zero.bucket_elements,
             "allgather_bucket_size": zero.bucket_elements,
@@ -155,7 +157,11 @@ def deepspeed_config(
             "stage3_max_live_parameters": zero.max_live_elements,
             "stage3_max_reuse_distance": zero.max_live_elements,
             "zero_hpz_partition_size": zero.hierarchical_partition_size or 1,
+            # gathered as a whole, its hooks outside: so it can be compiled, and the host has fewer hooks to run
+            "leaf_module": {"classes": [f"{Block.__module__}.{Block.__qualname__}"]},
         },
+        # its two waits for the whole device a micro-step would leave the GPU without work
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
@@ -183,6 +189,23 @@ def build_engine(
         model = build_model()
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
     return engine
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """Run the backward pass of a micro-step. Collective.
+
+    At stage 3 DeepSpeed notes which modules are at work in a list. A checkpointed block's recomputation ends early, and
+    its entry is then never taken out: the list would hold one more for every block and micro-step of the run.
+
+    Args:
+        engine: From ``build_engine``.
+        loss: Of the micro-step.
+    """
+    engine.backward(loss)
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        FWD_MODULE_STACK[:] = [engine.module]
 
 
 Refuse = Callable[[float], str | None]
