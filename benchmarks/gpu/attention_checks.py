@@ -42,9 +42,8 @@ def plain_attention(inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
 def _errors(scene: Scene, case: Case, layout: PackLayout) -> dict[str, float]:
     """Relative errors of output and gradients of one pack, padding segments included."""
     *inputs, weight = random_heads(scene, case, 4)
-    for part in inputs:
-        part.requires_grad_()
-    output = attention(*inputs, layout.to(scene.device))
+    query, key, value = (part.requires_grad_() for part in inputs)
+    output = attention(query, key, value, layout.to(scene.device))
     found = [output, *torch.autograd.grad(output, inputs, weight)]
     exact = [part.detach().double().requires_grad_() for part in inputs]
     reference = plain_attention(exact, layout.segment_lengths)
@@ -104,7 +103,7 @@ def flash_kernel(name: str) -> Iterator[None]:
         return
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-    activate_flash_attention_impl(name)  # type: ignore[arg-type]
+    activate_flash_attention_impl(name)
     try:
         yield
     finally:
@@ -159,7 +158,9 @@ def segments(scene: Scene) -> Outcome:
             scene.note(Outcome(MEASURED, _segments_said(figures, ready), figures))
     bad = [name for name, found in figures.items() if "error" in found and not found["error"] < _LARGEST_ERROR]
     if bad:
-        raise CheckFailed(f"relative errors not below {_LARGEST_ERROR}: {bad}; {_segments_said(figures, ready)}", figures)
+        raise CheckFailed(
+            f"relative errors not below {_LARGEST_ERROR}: {bad}; {_segments_said(figures, ready)}", figures
+        )
     return Outcome(MEASURED, _segments_said(figures, ready), figures)
 
 
@@ -171,7 +172,7 @@ def _one_way(
     expected: list[Tensor],
     cu_seqlens: Tensor,
     longest: int,
-    varlen_attn: Callable[..., Tensor],
+    varlen_attn: Callable[..., Any],
 ) -> dict[str, Any]:
     try:
         with flash_kernel(kernel):

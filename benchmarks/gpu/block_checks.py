@@ -167,9 +167,7 @@ def leaves(scene: Scene) -> Outcome:
     return Outcome(PASS, said, figures)
 
 
-def _leaf_errors(
-    pack: PackInput, name: str, parts: Sequence[Any], compiled: Callable[..., Tensor]
-) -> dict[str, float]:
+def _leaf_errors(pack: PackInput, name: str, parts: Sequence[Any], compiled: Callable[..., Tensor]) -> dict[str, float]:
     """Largest relative error of output and gradients against float64, padding left out: no row is promised there."""
     weight = torch.randn_like(EAGER._asdict()[name](*parts))
     real = (pack.layout.token_kind != TokenKind.PADDING).view(-1, *[1] * (weight.dim() - 1))

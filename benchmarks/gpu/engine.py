@@ -59,9 +59,7 @@ class Training:
 
     def optimizer_step(self) -> None:
         """The optimizer's step."""
-        outcome = optimizer_step(
-            self.engine, self.config.optim.clip_grad_norm, lambda norm: None, self.ranks.device
-        )
+        outcome = optimizer_step(self.engine, self.config.optim.clip_grad_norm, lambda norm: None, self.ranks.device)
         if not outcome.applied:
             raise RuntimeError(f"the step was refused: {outcome.refused}")
 

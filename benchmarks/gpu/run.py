@@ -26,14 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the scripts import each other as benchmarks.NAME
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts import each other as benchmarks.NAME
 
 from benchmarks.gpu.children import run_in_child
 from benchmarks.gpu.outcome import FAIL, Check, CheckFailed, Outcome, Record
 from benchmarks.gpu.table import CHECKS, CPU_PATIENCE, TOTAL_LIMIT_S
 from flowception.files import write_atomically
 
+ROOT = Path(__file__).resolve().parents[2]
 EXIT_NO_GPU = 2
 _IMPORTED_ONCE = (
     "torch",

@@ -80,7 +80,7 @@ def products(scene: Scene, case: Case) -> dict[str, dict[str, float]]:
 def attention_times(scene: Scene, case: Case, layout: PackLayout) -> dict[str, float]:
     """Attention of a planned pack, ``4 d`` FLOPs a pair forward and ``10 d`` backward, as FlashAttention counts."""
     inputs = [part.requires_grad_() for part in random_heads(scene, case, 3)]
-    times = both_ways(scene, lambda *parts: attention(*parts, layout), inputs)
+    times = both_ways(scene, lambda query, key, value: attention(query, key, value, layout), inputs)
     pairs = float(sum(length**2 for length in layout.segment_lengths)) * case.config.model.flop_spec().hidden_size
     return times | {
         "forward_tflops": 4 * pairs / times["forward_ms"] / 1e9,

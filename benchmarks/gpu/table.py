@@ -77,7 +77,7 @@ CHECKS = (
         11,
         "waiting for the GPU",
         "where a step makes the host wait, and what the GPU and the host do in it",
-        "recipe_checks:waiting",
+        "waiting_check:waiting",
         60,
     ),
     Check(

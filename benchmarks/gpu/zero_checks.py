@@ -35,7 +35,10 @@ def build(case: Case, stage: int, precision: str, ranks: Ranks, packs: int = 2) 
     zero = ZeroConfig(stage=stage, param_persistence_threshold=0)
     settings = deepspeed_config(zero, precision, packs, config.optim.clip_grad_norm, device)  # type: ignore[arg-type]
     engine = build_engine(
-        lambda: build_backbone(config.model), lambda model: build_optimizer(model, config.optim, device), settings, device
+        lambda: build_backbone(config.model),
+        lambda model: build_optimizer(model, config.optim, device),
+        settings,
+        device,
     )
     shards = ShardedState(engine)
     with torch.device("meta"):
@@ -61,11 +64,15 @@ def by_deepspeed(case: Case, stage: int, precision: str, ranks: Ranks, batches: 
         before = [part.clone() for kind in ("weight", "exp_avg", "exp_avg_sq") for part in shards.tensors(kind)]
         outcome = optimizer_step(engine, case.config.optim.clip_grad_norm, lambda norm, why=wanted: why, ranks.device)  # type: ignore[misc]
         if outcome.refused != wanted:
-            raise CheckFailed(f"ZeRO-{stage} {precision}: step {number} was refused for {outcome.refused!r}, not {wanted!r}")
+            raise CheckFailed(
+                f"ZeRO-{stage} {precision}: step {number} was refused for {outcome.refused!r}, not {wanted!r}"
+            )
         after = [part for kind in ("weight", "exp_avg", "exp_avg_sq") for part in shards.tensors(kind)]
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         if same != (wanted is not None):
-            raise CheckFailed(f"ZeRO-{stage} {precision}: step {number} {'left' if same else 'moved'} weights or moments")
+            raise CheckFailed(
+                f"ZeRO-{stage} {precision}: step {number} {'left' if same else 'moved'} weights or moments"
+            )
     engine.destroy()
     return losses
 
@@ -89,9 +96,7 @@ def by_torch(case: Case, arithmetic: str, device: torch.device, batches: list[St
     return losses
 
 
-def _accumulate(
-    masters: nn.Module, model: nn.Module, arithmetic: str, batch: StepBatch, device: torch.device
-) -> float:
+def _accumulate(masters: nn.Module, model: nn.Module, arithmetic: str, batch: StepBatch, device: torch.device) -> float:
     """One step's forward and backward passes; gradients add up in the masters, float32."""
     if model is not masters:
         with torch.no_grad():
