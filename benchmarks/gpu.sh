@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Twelve checks of the CUDA path on one GPU, in under nine minutes and without a network; --device cpu tries the script
 # itself with a small network. docs/gpu.md says what they are and what came of them.
-#   benchmarks/gpu.sh [--device cuda|cpu] [--json FILE] [--page FILE] [--only 1,3]
+#   benchmarks/gpu.sh [--device cuda|cpu] [--json FILE] [--page FILE] [--logs DIR] [--only 1,3]
 # A machine that lacks packages gets them from benchmarks/gpu_wheels.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

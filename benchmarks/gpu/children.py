@@ -77,6 +77,7 @@ def _be_child(function: Callable[[], object], log: Path, own_group: bool) -> NoR
         os.dup2(nothing, 0)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         function()
         code = 0
     except BaseException:

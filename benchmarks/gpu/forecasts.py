@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ASSUMED = (
-    "matrix products at 650 TFLOP/s, FlashAttention-2 at 300 forward and 230 backward, FlashAttention-3 at 400 and "
+    "matrix products at 650 TFLOP/s, FlashAttention-2 at 300 forward and 230 backward, FlashAttention-3 at 400 and\n"
     "320, memory at 4.3 TB/s"
 )
 PEAK_TFLOPS = 989.0

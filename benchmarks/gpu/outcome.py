@@ -56,7 +56,7 @@ class Check:
     what: str
     """What it does and when it passes, for the page."""
     function: str
-    """``module:function`` of this package; it takes a ``Scene`` and gives an ``Outcome``."""
+    """``module:function``; it takes a ``Scene`` and gives an ``Outcome``."""
     limit_s: float
     """Seconds after which it is ended."""
 

@@ -140,7 +140,8 @@ def _recipe(results: Sequence[Result]) -> str:
 
 `configs/t2v_2b.yaml` at ZeRO-3 on one GPU: forward and backward of one pack of 16,384 tokens, and the share of
 {PEAK_TFLOPS:g} TFLOP/s by exact FLOPs (below). Each row has the changes above it; what is measured has change 3 in
-every row. The forecast is a roofline, assuming {ASSUMED}.
+every row. The forecast is a roofline. It assumes
+{ASSUMED}.
 
 {chr(10).join(rows)}
 

@@ -76,7 +76,7 @@ def _be_check(check: Check, device: str, place: Path, found: Path) -> None:
 
     module, function = check.function.split(":")
     try:
-        outcome = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(Scene.of(device, place))
+        outcome = getattr(importlib.import_module(module), function)(Scene.of(device, place))
     except CheckFailed as error:
         outcome = Outcome(FAIL, str(error), error.figures)
     outcome.save(found)
@@ -117,18 +117,32 @@ def _write_machine(device: str, found: Path) -> None:
 
 
 def run_all(
-    checks: Sequence[Check], device: str, machine: dict[str, Any], json_path: Path | None, folder: Path
+    checks: Sequence[Check],
+    device: str,
+    machine: dict[str, Any],
+    json_path: Path | None,
+    folder: Path,
+    logs: Path | None = None,
 ) -> list[Record]:
-    """Run checks in order, a line each, the JSON file after each."""
+    """Run checks in order, a line each, the JSON file after each; logs of those that fail are kept in ``logs``."""
     began, records = time.monotonic(), list[Record]()
     patience = 1.0 if device == "cuda" else CPU_PATIENCE
     for check in checks:
         left_s = TOTAL_LIMIT_S * patience - (time.monotonic() - began)
         records.append(run_check(check, device, folder, max(1.0, min(check.limit_s * patience, left_s))))
         print(records[-1].line(), flush=True)
+        if logs is not None and records[-1].outcome.verdict == FAIL:
+            keep_log(folder / f"check_{check.number:02d}", logs / f"check_{check.number:02d}.log")
         if json_path is not None:
             write_json(json_path, machine, records, time.monotonic() - began, len(records) == len(CHECKS))
     return records
+
+
+def keep_log(place: Path, target: Path) -> None:
+    """Put what a check and its own children printed into one file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f"== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(place.rglob("*log"))]
+    target.write_text("\n".join(parts))
 
 
 def write_json(path: Path, machine: dict[str, Any], records: Sequence[Record], seconds: float, complete: bool) -> None:
@@ -155,6 +169,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs the script, small")
     parser.add_argument("--json", type=Path, help="file for the figures (cuda: benchmarks/results/gpu_CARD_DATE.json)")
     parser.add_argument("--page", type=Path, help="file for the page that is made from them, such as docs/gpu.md")
+    parser.add_argument("--logs", type=Path, help="folder for what checks that fail have printed")
     parser.add_argument("--only", help="numbers of checks, such as 1,3")
     arguments = parser.parse_args(words)
     numbers = {check.number for check in CHECKS}
@@ -177,13 +192,13 @@ def import_once() -> None:
             print(f"benchmarks/gpu: {name} cannot be imported: {error}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run, print, write.
 
     Returns:
         0, or 1 if a check failed.
     """
-    arguments = parse_arguments()
+    arguments = parse_arguments(words)
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are slow on a busy machine
@@ -193,7 +208,7 @@ def main() -> int:
         path = arguments.json
         if path is None and arguments.device == "cuda" and len(arguments.checks) == len(CHECKS):
             path = default_json(machine)
-        records = run_all(arguments.checks, arguments.device, machine, path, Path(name))
+        records = run_all(arguments.checks, arguments.device, machine, path, Path(name), arguments.logs)
     if arguments.page is not None:
         from benchmarks.gpu.page import page
 

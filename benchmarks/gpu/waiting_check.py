@@ -63,7 +63,11 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 
 def step_profile(events: Sequence[Any]) -> dict[str, Any]:
     """What a profiled step did: kernels, their time, launches, waits."""
-    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_gpu = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     spans = [(event.time_range.start, event.time_range.end) for event in on_gpu]
     wall_us = max((stop for _, stop in spans), default=0.0) - min((start for start, _ in spans), default=0.0)
     calls = Counter(event.name for event in events if event.device_type == DeviceType.CPU)

@@ -24,8 +24,8 @@ from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config
 
 STEPS, REFUSED_STEP = 10, 5
 REFUSAL = "refused to see what is left of it"
-_LARGEST = {"fp32": 1e-4, "bf16": 5e-3}
-"""Relative difference of a step's loss."""
+_LARGEST = {"fp32": 1e-3, "bf16": 5e-3}
+"""Relative difference of a step's loss; on a CPU it is below 1e-6 and 1e-5. A step more or less makes 1e-2."""
 _LEARNING_RATE = 3e-3
 
 
