@@ -53,6 +53,9 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """Run directory whose newest EMA weights this run starts from; None for a fresh start."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
+    memory_gib: float | None = None
+    """Memory of one rank's device in GiB, which ``model.activation_checkpointing: auto`` goes by. None asks them: it is
+    that of the smallest GPU or, on CPUs, a rank's part of its machine's memory."""
     data: DataConfig
     """The shard set and how it is read."""
     model: DiTConfig = field(default_factory=DiTConfig)
@@ -84,6 +87,8 @@ class TrainConfig(ProcessConfig, PlanConfig):
             raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
         if self.max_steps < 1:
             raise ConfigError(f"max_steps is {self.max_steps}; give at least 1")
+        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
+            raise ConfigError(f"memory_gib is {self.memory_gib}; give GiB above 0, or null to ask the devices")
         save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
         if hang_s is not None and save_s >= hang_s:
             raise ConfigError(

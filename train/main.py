@@ -39,7 +39,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="share of the peak while computing (0.4)")
     dry.add_argument("--peak-tflops", type=float, metavar="P", help="of a rank (default: logging's, or an H100's 989)")
     dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s a GPU between nodes (25)")
+    dry.add_argument("--inside-node", type=float, default=300.0, metavar="B", help="GB/s a GPU inside a node (300)")
     dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="which share its network (8)")
+    dry.add_argument("--stage-3-block-ms", type=float, default=1.0, metavar="MS", help="lost to the host a block (1)")
+    dry.add_argument("--memory-bandwidth", type=float, default=3000.0, metavar="B", help="GB/s of a device (3000)")
+    dry.add_argument("--memory-gb", default="", metavar="M,...", help="of devices (default: memory_gib, or 80, 141)")
     dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of so many latent frames, rows and columns")
     dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens of each (default: 0)")
     dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="how many (default: 20000)")
@@ -133,7 +137,11 @@ def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
             hfu=arguments.hfu,
             peak_tflops=arguments.peak_tflops,
             bandwidth_gb_per_s=arguments.bandwidth,
+            inside_node_gb_per_s=arguments.inside_node,
             gpus_per_node=arguments.gpus_per_node,
+            stage_3_block_ms=arguments.stage_3_block_ms,
+            memory_gb_per_s=arguments.memory_bandwidth,
+            memory_gb=arguments.memory_gb,
             clip=arguments.clip,
             text_tokens=arguments.text_tokens,
             num_clips=arguments.num_clips,

@@ -16,6 +16,8 @@ from flowception.nn.pattern import AttentionPattern
 
 COMPILE = ("blocks", "leaves", "off")
 """What torch.compile may fuse."""
+AUTO = "auto"
+"""``activation_checkpointing`` for as few blocks as the memory of the devices allows."""
 MLP_MULTIPLE = 32
 """The SwiGLU hidden size is a multiple of this."""
 
@@ -88,9 +90,10 @@ class DiTConfig:
     """What torch.compile fuses in training: ``blocks`` (each block as one graph, the fastest), ``leaves`` (only what a
     block computes between its matrix products: norms, modulation, rotation, SwiGLU, gates), or ``off``. The first steps
     take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
-    activation_checkpointing: bool | int = False
-    """Blocks that are computed again in the backward pass instead of kept: true for all, false for none, or how many,
-    counted from the first. Fewer cost less time and more memory; ``--dry-run`` says how much memory."""
+    activation_checkpointing: bool | int | str = False
+    """Blocks that are computed again in the backward pass instead of kept: true for all, false for none, how many,
+    counted from the first, or ``auto``: as few as fit ``memory_gib``, decided at every start. Fewer cost less time and
+    more memory; ``--dry-run`` says how much of both."""
 
     def __post_init__(self) -> None:
         self.compile = self.compile or "off"  # YAML takes the word off for false
@@ -106,15 +109,19 @@ class DiTConfig:
             if value is not None and value < 0:
                 raise ConfigError(f"model.{name} is {value}; give 0 for none, or the number")
         check_backend(self.attention_backend, self.pattern())
-        blocks = self.activation_checkpointing
-        if blocks < 0:
-            raise ConfigError(
-                f"model.activation_checkpointing is {blocks}; give true for all blocks, false for none, or how many"
-            )
+        self._check_recomputation()
         if self.frame_spacing <= 0:
             raise ConfigError(f"model.frame_spacing is {self.frame_spacing}; give a positive number")
         if self.rope_base <= 1:
             raise ConfigError(f"model.rope_base is {self.rope_base}; give a number above 1")
+
+    def _check_recomputation(self) -> None:
+        blocks = self.activation_checkpointing
+        if blocks != AUTO and (isinstance(blocks, str) or blocks < 0):
+            raise ConfigError(
+                f"model.activation_checkpointing is {blocks}; give true for all blocks, false for none, how many, or "
+                f"{AUTO} for as few as the memory of the devices allows"
+            )
 
     def pattern(self) -> AttentionPattern:
         """Which tokens see each other."""
@@ -127,9 +134,14 @@ class DiTConfig:
         at work keeps for a moment adds nothing to the peak.
 
         Raises:
-            ConfigError: If there are fewer blocks than that.
+            ConfigError: If there are fewer blocks than that, or the number is still to be found.
         """
         blocks, given = self._size("num_layers"), self.activation_checkpointing
+        if isinstance(given, str):
+            raise ConfigError(
+                f"model.activation_checkpointing is {given} and the network is about to be trained without a number; "
+                "the trainer finds one (training/recomputation.py), elsewhere give one"
+            )
         if given is True:
             return blocks
         if given > blocks:
@@ -161,7 +173,8 @@ class DiTConfig:
         hidden_size, num_heads = self._size("hidden_size"), self._size("num_heads")
         if hidden_size % num_heads:
             raise ConfigError(f"model.hidden_size {hidden_size} is not a multiple of model.num_heads {num_heads}")
-        self.checkpointed_blocks()  # refuses more than there are
+        if self.activation_checkpointing != AUTO:
+            self.checkpointed_blocks()  # refuses more than there are
         text_dim = self.text_dim
         if text_dim is None and self.preset is not None:
             text_dim = PRESETS[self.preset].text_dim

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -13,15 +14,24 @@ from flowception.data.index import ClipIndex
 from flowception.data.plan import Plan
 from flowception.errors import ConfigError, Problems
 from flowception.nn.backbone import count_parameters
+from flowception.nn.presets import AUTO
+from flowception.training.arrangements import (
+    USABLE_SHARE,
+    Arrangement,
+    Job,
+    answer,
+    arrange,
+    checkpointed_blocks,
+    devices,
+    rank_arrangements,
+)
 from flowception.training.hardware import GIB, PEAK_TFLOPS_BF16
-from flowception.training.memory import MemoryPerRank, block_activations, checkpoint_bytes, memory_per_rank
+from flowception.training.memory import block_activations, checkpoint_bytes
 from flowception.training.problems import check_data, check_run
-from flowception.training.step_time import DAY_S, StepTime, bytes_between_nodes, compute_s
-from flowception.training.traffic import TrafficPerStep, traffic_per_step
-from flowception.training.zero import ZeroConfig
+from flowception.training.step_time import DAY_S, Cluster
 
 _USUAL_WORLD_SIZES = (8, 64)
-_USUAL_GROUP = 8
+_USUAL_MEMORY_GB = "80,141"
 _PEAK_GPU = "H100"
 
 
@@ -37,8 +47,18 @@ class Assumptions:
     """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
     bandwidth_gb_per_s: float = 25.0
     """GB/s that a GPU's share of the network between nodes carries each way; 25 is half of a 400 Gb/s adapter a GPU."""
+    inside_node_gb_per_s: float = 300.0
+    """GB/s that a GPU sends to the others of its node; 300 is two thirds of NVLink 4 (450 each way)."""
     gpus_per_node: int = 8
     """GPUs of a node, which share its network."""
+    stage_3_block_ms: float = 1.0
+    """ms that a block's forward and backward pass of a micro-step waits at stage 3 for the host, which gathers weights
+    and frees them. A guess: on a busy CPU core the host takes 16 ms more for it than without, part of it hidden."""
+    memory_gb_per_s: float = 3000.0
+    """GB/s that a device reads and writes of its own memory, for the optimizer; 3000 is nine tenths of an H100's."""
+    memory_gb: str = ""
+    """Comma-separated memory of devices in GB, 1e9 bytes, as sold; empty for ``memory_gib``, or 80 (H100) and 141
+    (H200)."""
     clip: str | None = None
     """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
     text_tokens: int = 0
@@ -49,8 +69,15 @@ class Assumptions:
     def __post_init__(self) -> None:
         if not 0 < self.hfu <= 1:
             raise ConfigError(f"--hfu is {self.hfu}; give a share above 0 and at most 1, such as 0.4")
-        if not 0 < self.bandwidth_gb_per_s < float("inf"):
-            raise ConfigError(f"--bandwidth is {self.bandwidth_gb_per_s}; give GB/s above 0, such as 25")
+        for option, value, usual in (
+            ("bandwidth", self.bandwidth_gb_per_s, 25),
+            ("inside-node", self.inside_node_gb_per_s, 300),
+            ("memory-bandwidth", self.memory_gb_per_s, 3000),
+        ):
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"--{option} is {value}; give GB/s above 0, such as {usual}")
+        if not 0 <= self.stage_3_block_ms < float("inf"):
+            raise ConfigError(f"--stage-3-block-ms is {self.stage_3_block_ms}; give milliseconds, 0 for none")
         if self.gpus_per_node < 1:
             raise ConfigError(f"--gpus-per-node is {self.gpus_per_node}; give 1 or more")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
@@ -69,6 +96,37 @@ class Assumptions:
         frames, height, width = map(int, self.clip.split("x"))
         lengths = np.full(self.num_clips, frames)
         return ClipIndex.from_arrays(frames=lengths, height=height, width=width, text_tokens=self.text_tokens)
+
+    def devices_gb(self, config: TrainConfig) -> list[float]:
+        """Memory of the devices to rank for, in GB."""
+        if not self.memory_gb and config.memory_gib is not None:
+            return [config.memory_gib * GIB / 1e9]
+        text = self.memory_gb or _USUAL_MEMORY_GB
+        try:
+            found = [float(word) for word in text.split(",")]
+        except ValueError:
+            found = [0.0]
+        if not all(0 < memory < float("inf") for memory in found):
+            raise ConfigError(f"--memory-gb is {text!r}; give GB above 0, such as {_USUAL_MEMORY_GB}")
+        return found
+
+    def cluster(self, config: TrainConfig) -> tuple[Cluster, str]:
+        """The machines, and a note on how fast they compute."""
+        peak, source = self.peak_tflops, "as given"
+        if peak is None:
+            peak, source = config.logging.peak_tflops, "logging.peak_tflops"
+        if peak is None:
+            peak, source = PEAK_TFLOPS_BF16[_PEAK_GPU], f"{_PEAK_GPU}, dense bf16"
+        cluster = Cluster(
+            peak_tflops=peak,
+            hfu=self.hfu,
+            gpus_per_node=self.gpus_per_node,
+            between_nodes_gb_per_s=self.bandwidth_gb_per_s,
+            inside_node_gb_per_s=self.inside_node_gb_per_s,
+            stage_3_block_ms=self.stage_3_block_ms,
+            memory_gb_per_s=self.memory_gb_per_s,
+        )
+        return cluster, f"HFU {self.hfu:g} of {peak:g} TFLOP/s a rank ({source})"
 
 
 def world_sizes(text: str) -> list[int]:
@@ -92,10 +150,10 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         assumed: What the configuration does not say.
 
     Returns:
-        Its text (resolved configuration, parameters, FLOPs, and by world size memory, traffic and days), and the
-        problems that would stop the run, which the text names too.
+        Its text (resolved configuration, parameters, FLOPs, by world size memory and days, and by the memory of the
+        devices which way to shard is the fastest), and the problems that would stop the run, which the text names too.
     """
-    sizes, problems = world_sizes(assumed.world_sizes), Problems()
+    sizes, devices_gb, problems = world_sizes(assumed.world_sizes), assumed.devices_gb(config), Problems()
     index = assumed.index()
     plan = None
     if index is None:
@@ -105,6 +163,9 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
             plan = Plan(index, None, config, config.model.flop_spec(), config.seed)
     check_run(config, sizes if assumed.world_sizes else [], problems)
     parameters = count_parameters(config.model)
+    job = Job.of(config, parameters, plan.mean_step_flops(0) if plan else 0.0)
+    cluster, speed = assumed.cluster(config)
+    columns = [_configured(config, job, cluster, size, devices_gb[0]) for size in sizes]
     lines = [
         dump(config).rstrip(),
         "",
@@ -113,12 +174,11 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         "holds a copy of its share in host memory, to save in the background",
         *_plan_lines(config, plan, assumed),
         "",
-        *_memory_table(config, parameters, sizes),
+        *_memory_table(config, job, columns, sizes, devices_gb[0]),
         "",
-        *_times(config, plan, parameters, sizes, assumed),
+        *(_times(config, job, columns, sizes, cluster, speed) if plan else []),
         "",
-        *_stage_table(config, parameters, sizes, assumed),
-        "",
+        *(_ranking(config, job, cluster, sizes, devices_gb) if plan else []),
         *(f"problem {number}: {problem}" for number, problem in enumerate(problems.found, 1)),
         "dry run: nothing was started",
     ]
@@ -142,146 +202,86 @@ def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) ->
     ]
 
 
-def _packs(config: TrainConfig, world_size: int) -> int | None:
-    """Micro-steps of a rank; None where there are too few packs."""
-    return -(-config.packs_per_step // world_size) if config.packs_per_step >= world_size else None
+def _configured(config: TrainConfig, job: Job, cluster: Cluster, world_size: int, memory_gb: float) -> Arrangement:
+    """The configured arrangement, on devices of a size where that decides."""
+    blocks = checkpointed_blocks(job, config, world_size, memory_gb * 1e9)
+    return arrange(job, cluster, config.zero, world_size, blocks)
 
 
 def _row(name: str, values: list[str]) -> str:
     return f"{name:<18}" + "".join(f"{value:>10}" for value in values)
 
 
-def _memory_table(config: TrainConfig, parameters: int, sizes: list[int]) -> list[str]:
-    columns = [_memory(config, config.zero, parameters, size) for size in sizes]
-    spec, stage = config.model.flop_spec(), config.zero.stage
-    kept, block_input = block_activations(spec, config.token_budget, stage, config.precision)
-    packs = [_packs(config, size) for size in sizes]
+def _memory_table(
+    config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], memory_gb: float
+) -> list[str]:
+    kept, block_input = block_activations(job.spec, job.token_budget, job.precision, job.compiled)
+    decided = f"; as many are kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
+    layers, packs = job.spec.num_layers, [job.packs(size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, {_stage_name(config.zero)}, {config.precision}, activations estimated with "
-        f"{config.model.checkpointed_blocks()} of {spec.num_layers} blocks checkpointed "
-        f"({(kept - block_input) / GIB:.2f} more for each that is not):",
+        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks, of "
+        f"which each that is kept and not computed again takes {(kept - block_input) / GIB:.2f}{decided}:",
         _row("ranks", [str(size) for size in sizes]),
         _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
+        _row("blocks kept", [str(layers - column.checkpointed_blocks) for column in columns]),
     ]
-    for part in [*vars(columns[0]), "total"]:
-        values = [f"{getattr(memory, part) / GIB:.2f}" for memory in columns]
+    for part in [*vars(columns[0].memory), "total"]:
+        values = [f"{getattr(column.memory, part) / GIB:.2f}" for column in columns]
         lines.append(_row(part.replace("_", " "), values))
     return lines
 
 
 def _times(
-    config: TrainConfig, plan: Plan | None, parameters: int, sizes: list[int], assumed: Assumptions
+    config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], cluster: Cluster, speed: str
 ) -> list[str]:
     """A step's time and the days of the whole run; ranks without a pack in a step's last micro-step wait."""
-    if plan is None:
-        return []
-    peak, source = assumed.peak_tflops, "as given"
-    if peak is None:
-        peak, source = config.logging.peak_tflops, "logging.peak_tflops"
-    if peak is None:
-        peak, source = PEAK_TFLOPS_BF16[_PEAK_GPU], f"{_PEAK_GPU}, dense bf16"
-    flops = plan.mean_step_flops(0)
-    again = config.model.checkpointed_blocks() / config.model.flop_spec().num_layers
-    columns: list[list[str]] = []
-    for size in sizes:
-        packs = _packs(config, size)
-        if packs is None:
-            columns.append(["refused"] * 6)
+    rows = {
+        "computing, s": f"a step, at {speed}, what is computed again included",
+        "between nodes, GB": f"a step and GPU, {cluster.gpus_per_node} GPUs a node",
+        "communication, s": f"a step, at {cluster.between_nodes_gb_per_s:g} GB/s a GPU between nodes and "
+        f"{cluster.inside_node_gb_per_s:g} inside",
+        "host, s": f"a step, at stage 3 {cluster.stage_3_block_ms:g} ms a block and pack",
+        "optimizer, s": f"a step, at {cluster.memory_gb_per_s:g} GB/s of a device's memory",
+        "days, overlapped": "if all communication runs beside the computing",
+        "days, in turn": "if none does",
+        "MFU, in turn": "what the log would show then",
+    }
+    values: list[list[str]] = []
+    for column, size in zip(columns, sizes, strict=True):
+        time = column.time
+        if job.packs(size) is None:
+            values.append(["refused"] * len(rows))
             continue
-        crossing = _crossing(config, config.zero, parameters, size, packs, assumed)
-        time = StepTime(
-            compute_s(packs * flops / config.packs_per_step, assumed.hfu * peak, again),
-            crossing / (assumed.bandwidth_gb_per_s * 1e9),
-        )
         days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.in_turn_s)]
-        mfu = flops / (time.in_turn_s * size * peak * 1e12)
-        columns.append(
-            [f"{time.compute_s:.3f}", f"{crossing / 1e9:.2f}", f"{time.communication_s:.3f}"]
-            + [f"{days[0]:.2f}", f"{days[1]:.2f}", f"{mfu:.3f}"]
+        mfu = job.step_flops / (time.in_turn_s * size * cluster.peak_tflops * 1e12)
+        values.append(
+            [f"{time.compute_s:.3f}", f"{column.between_nodes / 1e9:.2f}", f"{time.communication_s:.3f}"]
+            + [f"{time.host_s:.3f}", f"{time.update_s:.3f}", f"{days[0]:.2f}", f"{days[1]:.2f}", f"{mfu:.3f}"]
         )
-    recomputed = ", blocks computed again" if again else ""
-    notes = [
-        f"a step, at HFU {assumed.hfu:g} of {peak:g} TFLOP/s a rank ({source}){recomputed}",
-        f"a step and GPU, {assumed.gpus_per_node} GPUs a node",
-        f"a step, at {assumed.bandwidth_gb_per_s:g} GB/s a GPU between nodes; inside a node it is not counted",
-        "if all communication runs beside the computing",
-        "if none does",
-        "what the log would show then",
-    ]
-    names = [
-        "computing, s",
-        "between nodes, GB",
-        "communication, s",
-        "days, overlapped",
-        "days, in turn",
-        "MFU, in turn",
-    ]
-    return [_row(name, list(row)) + f"   {note}" for name, row, note in zip(names, zip(*columns), notes, strict=True)]
+    return [_row(name, list(row)) + f"   {rows[name]}" for name, row in zip(rows, zip(*values), strict=True)]
 
 
-def _crossing(
-    config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int, packs: int, assumed: Assumptions
-) -> float:
-    """Bytes of a step that a GPU's share of the network between nodes carries."""
-    return bytes_between_nodes(
-        _traffic(config, zero, parameters, world_size, packs),
-        world_size=world_size,
-        gpus_per_node=assumed.gpus_per_node,
-        group_size=zero.hierarchical_partition_size,
-    )
-
-
-def _stage_name(zero: ZeroConfig) -> str:
-    group = zero.hierarchical_partition_size
-    return f"ZeRO-{zero.stage}" + (f" in groups of {group}" if group else "")
-
-
-def _stage_table(config: TrainConfig, parameters: int, sizes: list[int], assumed: Assumptions) -> list[str]:
-    """Every way to shard beside the configured one: memory, and what a rank sends in a step."""
-    group = config.zero.hierarchical_partition_size or _USUAL_GROUP
-    ways = [replace(config.zero, stage=stage, hierarchical_partition_size=None) for stage in range(4)]
-    ways.append(replace(config.zero, stage=3, hierarchical_partition_size=group))
+def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], devices_gb: list[float]) -> list[str]:
+    """Every way to shard that fits, by estimated step time, and the answer in a sentence."""
+    layers = job.spec.num_layers
     lines = [
-        "memory of a rank, what it sends in a step, and what its share of the network between nodes carries, by way to "
-        "shard (* as configured):",
-        f"{'':<26}{'ranks':>6}{'memory GiB':>12}{'gathered GB':>13}{'in group GB':>13}{'reduced GB':>12}"
-        f"{'between nodes GB':>18}",
+        f"ways to shard that fit {USABLE_SHARE:.0%} of a device's memory, the fastest first (* as configured): what a "
+        "rank sends in a step, in GB, and its share of what crosses nodes; seconds as above, nothing overlapped:",
+        f"{'':<26}{'blocks kept':>12}{'memory GiB':>12}{'gathered':>10}{'in group':>10}{'reduced':>10}{'crossing':>10}"
+        f"{'step, s':>10}",
     ]
-    for size in sizes:
-        packs = _packs(config, size)
-        for zero in ways:
-            if packs is None or (zero.hierarchical_partition_size and (size % group or size <= group)):
-                continue
-            traffic = _traffic(config, zero, parameters, size, packs)
-            sent = "".join(f"{value / 1e9:>{width}.2f}" for value, width in zip(vars(traffic).values(), (13, 13, 12)))
-            mark = "*" if zero == config.zero else " "
-            memory = _memory(config, zero, parameters, size).total / GIB
-            crossing = _crossing(config, zero, parameters, size, packs, assumed) / 1e9
-            lines.append(f"{mark + ' ' + _stage_name(zero):<26}{size:>6}{memory:>12.2f}{sent}{crossing:>18.2f}")
-    return lines
-
-
-def _traffic(config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int, packs: int) -> TrafficPerStep:
-    return traffic_per_step(
-        parameters=parameters,
-        world_size=world_size,
-        stage=zero.stage,
-        precision=config.precision,
-        micro_steps=packs,
-        group_size=zero.hierarchical_partition_size,
-    )
-
-
-def _memory(config: TrainConfig, zero: ZeroConfig, parameters: int, world_size: int) -> MemoryPerRank:
-    return memory_per_rank(
-        parameters=parameters,
-        world_size=world_size,
-        stage=zero.stage,
-        spec=config.model.flop_spec(),
-        token_budget=config.token_budget,
-        precision=config.precision,
-        checkpointed_blocks=config.model.checkpointed_blocks(),
-        bucket_elements=zero.bucket_elements,
-        max_live_elements=zero.max_live_elements,
-        group_size=zero.hierarchical_partition_size,
-    )
+    answers = []
+    for size, memory_gb in product([size for size in sizes if job.packs(size)], devices_gb):
+        ranked = rank_arrangements(job, cluster, config.zero, size, memory_gb * 1e9)
+        lines.append(f"{devices(size, memory_gb)}:" + " none" * (not ranked))
+        for found in ranked:
+            mark = "*" if found.zero == config.zero else " "
+            sent = [*vars(found.traffic).values(), found.between_nodes]
+            lines.append(
+                f"{mark} {found!s:<24}{layers - found.checkpointed_blocks:>12}{found.memory.total / GIB:>12.2f}"
+                + "".join(f"{value / 1e9:>10.2f}" for value in sent)
+                + f"{found.time.in_turn_s:>10.3f}"
+            )
+        configured = _configured(config, job, cluster, size, memory_gb)
+        answers.append(answer(ranked, configured, layers, size, memory_gb))
+    return [*lines, "", *answers]

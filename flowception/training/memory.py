@@ -1,7 +1,7 @@
 """Memory that one rank needs, by part, from sizes alone.
 
 Counted for how ``training.zero`` keeps the state: float32 weights, gradients, two moments and EMA, sharded by the ZeRO
-stage. Activations are an estimate from what the blocks keep for their backward pass.
+stage. Activations are what autograd keeps of the blocks for their backward pass.
 
 Shape legend: ``P`` parameters, ``W`` ranks, ``T`` tokens of a pack, ``d`` hidden size, ``L`` blocks.
 """
@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from flowception.nn.flops import FlopSpec
 
 FP32_BYTES, BF16_BYTES = 4, 2
-KEPT_BYTES = {"bf16": 78, "autocast": 90, "fp32": 124}
-"""Bytes that a block keeps for its backward pass, per token and unit of hidden size, by type of its arithmetic.
+KEPT_BYTES = {
+    "off": {"bf16": 77.6, "fp32": 122.9},
+    "leaves": {"bf16": 40.4, "fp32": 80.6},
+    "blocks": {"bf16": 40.5, "fp32": 76.6},
+}
+"""Bytes that a block keeps for its backward pass, per token and unit of hidden size, by ``model.compile`` and
+``precision``: in bf16 the same with bf16 weights and under autocast, whose copies of the weights are counted elsewhere.
 Measured on the CPU by tests/training/test_memory.py."""
+INPUT_BYTES = {"bf16": BF16_BYTES, "fp32": FP32_BYTES}
+"""The same for a checkpointed block, which keeps its input alone."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +59,17 @@ def checkpoint_bytes(parameters: int) -> int:
     return 4 * FP32_BYTES * parameters
 
 
-def block_activations(spec: FlopSpec, token_budget: int, stage: int, precision: str) -> tuple[float, float]:
-    """Bytes that a block keeps for its backward pass, and those of its input, all that a checkpointed one keeps.
+def block_activations(spec: FlopSpec, token_budget: int, precision: str, compiled: str) -> tuple[float, float]:
+    """Bytes that a block keeps for its backward pass, and those that a checkpointed one keeps.
 
     Args:
         spec: Sizes of the network.
         token_budget: T.
-        stage: ZeRO stage.
         precision: ``bf16`` or ``fp32``.
+        compiled: ``model.compile``.
     """
-    arithmetic = "fp32" if precision == "fp32" else "bf16" if stage >= 2 else "autocast"
     elements = token_budget * spec.hidden_size
-    return elements * KEPT_BYTES[arithmetic], elements * kept_weight_bytes(stage, precision)
+    return elements * KEPT_BYTES[compiled][precision], elements * INPUT_BYTES[precision]
 
 
 def memory_per_rank(
@@ -74,6 +80,7 @@ def memory_per_rank(
     spec: FlopSpec,
     token_budget: int,
     precision: str,
+    compiled: str,
     checkpointed_blocks: int,
     bucket_elements: int,
     max_live_elements: int,
@@ -88,6 +95,7 @@ def memory_per_rank(
         spec: Sizes of the network.
         token_budget: T.
         precision: ``bf16`` or ``fp32``.
+        compiled: ``model.compile``.
         checkpointed_blocks: How many blocks, the first ones, are computed again in the backward pass.
         bucket_elements: Elements of a communication bucket.
         max_live_elements: Stage 3: gathered weights that may be live at once.
@@ -103,7 +111,7 @@ def memory_per_rank(
     at_work = element_bytes * min(
         max(max_live_elements, 2 * parameters / spec.num_layers + bucket_elements), parameters
     )
-    kept, block_input = block_activations(spec, token_budget, stage, precision)
+    kept, block_input = block_activations(spec, token_budget, precision, compiled)
     kept_blocks = max(spec.num_layers - checkpointed_blocks, 1)  # where none is kept, the one that is computed again
     return MemoryPerRank(
         weights={

@@ -30,6 +30,7 @@ from flowception.training.metrics import MetricsLog, Speed, check_packages
 from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
 from flowception.training.profile import StepProfiler
+from flowception.training.recomputation import settle_recomputation
 from flowception.training.rollback import roll_back
 from flowception.training.samples import ClipSampler, SamplerFactory, take_samples
 from flowception.training.saving import Saver
@@ -62,6 +63,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
         data = together(lambda: open_data(config))
         if config.model.initial_log_rate is None:
             config.model = replace(config.model, initial_log_rate=mean_log_rate(data.plan))
+        settle_recomputation(config, ranks)
         manifest = run_directory.describe(config.model, data.reader.meta) if ranks.is_main else {}
         on_main(ranks, lambda: run_directory.check(config.run_dir, manifest))
         with Watchdog(config.run_dir, config.guard, ranks) as watchdog:

@@ -10,6 +10,7 @@ from flowception.checkpoint.format import read_full
 from flowception.errors import CheckpointError, DataError, RunDirectoryError
 from flowception.generation import load
 from flowception.generation.load import load_run
+from flowception.generation.predictor import NetworkPredictor
 
 
 def test_the_newest_ema_weights_are_loaded(make_run, make_model):
@@ -94,6 +95,15 @@ def test_a_checkpoint_of_another_model(copied_run):
     (copied_run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"another model.*class_embedding"):
         load_run(copied_run)
+
+
+def test_recomputation_is_nothing_to_generation(copied_run, make_state):
+    config = json.loads((copied_run / "config.yaml").read_text())
+    config["model"]["activation_checkpointing"] = "auto"
+    (copied_run / "config.yaml").write_text(json.dumps(config))
+    run, state = load_run(copied_run), make_state([2, 1])
+    assert run.config.model.activation_checkpointing == run.model.config.activation_checkpointing == "auto"
+    assert NetworkPredictor(run.model, [0, 1])(state)[0].isfinite().all()
 
 
 def test_another_codec(copied_run):

@@ -48,6 +48,13 @@ def test_checkpointing_is_all_blocks_none_or_a_number():
     assert [DiTConfig(activation_checkpointing=blocks).checkpointed_blocks() for blocks in given] == [4, 0, 0, 1, 4]
 
 
+def test_a_network_whose_recomputation_is_still_to_be_found_has_sizes():
+    auto = DiTConfig(activation_checkpointing="auto")
+    assert auto.flop_spec() == DiTConfig().flop_spec()
+    assert count_parameters(auto) == count_parameters(DiTConfig())
+    assert auto.resolved().activation_checkpointing == "auto"
+
+
 def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
     config = DiTConfig(preset="2b", num_layers=2, text_dim=0).resolved()
     assert (config.preset, config.num_layers, config.hidden_size, config.text_dim) == (None, 2, 1536, 0)
@@ -67,6 +74,8 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
         (lambda: DiTConfig(rope_base=1.0), "model.rope_base is 1.0"),
         (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size is not set"),
         (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing is -1"),
+        (lambda: DiTConfig(activation_checkpointing="most"), "model.activation_checkpointing is most; give true for"),
+        (lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(), "is auto and the network is about"),
         (lambda: DiTConfig(activation_checkpointing=5).flop_spec(), "is 5 and the network has 4 blocks"),
         (lambda: DiTConfig(num_heads=3).flop_spec(), "128 is not a multiple of model.num_heads 3"),
     ],

@@ -72,10 +72,9 @@ def test_a_step_takes_its_communication_and_recomputation_too(config_path):
     text, without = report(config, slow)[0], report(plain, slow)[0]
     computing = float(row(text, "computing, s")[0])
     assert computing == pytest.approx(4 / 3 * float(row(without, "computing, s")[0]), abs=0.001)
-    assert "blocks computed again" in text
-    assert "blocks computed again" not in without
     sent_s = 3 * 4 * count_parameters(config.model) * (2 / 3) / (1e-6 * 1e9)  # gradients there and back, weights back
     assert float(row(text, "communication, s")[0]) == pytest.approx(sent_s, abs=0.001)
+    assert row(text, "blocks kept") + row(without, "blocks kept") == ["0", "2"]
     overlapped, in_turn = (float(row(text, f"days, {overlap}")[0]) for overlap in ("overlapped", "in turn"))
     assert overlapped == pytest.approx(12 * max(sent_s, computing) / 86400, abs=0.006)
     assert in_turn == pytest.approx(12 * (sent_s + computing) / 86400, abs=0.006)
@@ -188,10 +187,40 @@ def test_a_sound_run_has_no_problem(config_path):
 
 def test_every_way_to_shard_stands_beside_the_configured_one(config_path):
     config = load_config([config_path], ["packs_per_step=16", "zero.hierarchical_partition_size=4"])
-    text, _ = report(config, Assumptions(world_sizes="16"))
-    lines = [line for line in text.splitlines() if "ZeRO-" in line and "memory per rank" not in line]
-    assert [line.split()[0] for line in lines] == ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "*"]
-    assert lines[-1].startswith("* ZeRO-3 in groups of 4")
+    text, _ = report(config, Assumptions(world_sizes="16", memory_gb="80"))
+    table = text.split("16 GPUs of 80 GB:\n")[1].split("\n\n")[0].splitlines()
+    assert sorted(line[2:24].strip() for line in table) == [
+        "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 in groups of 4"
+    ]  # fmt: skip
+    assert [line[2:24].strip() for line in table if line.startswith("*")] == ["ZeRO-3 in groups of 4"]
+    seconds = [float(line.split()[-1]) for line in table]
+    assert seconds == sorted(seconds)
+
+
+def test_the_answer_is_a_sentence_for_each_number_and_size_of_devices(tmp_path):
+    """64 GPUs have a pack each: gradients are reduced once whatever the stage, and ZeRO-2 gathers bf16 weights."""
+    path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
+    words = ["precision=bf16", "packs_per_step=64", "token_budget=16384", "model.compile=blocks"]
+    assumed = Assumptions(world_sizes="8,64,65", clip="19x8x8", text_tokens=128, num_clips=3000, memory_gb="80,24,1")
+    text, _ = report(load_config([path], [*words, "model.activation_checkpointing=auto"]), assumed)
+    said = text.split("\n\n")[-1].splitlines()[:6]
+    assert said[0].startswith("fastest on 8 GPUs of 80 GB: ZeRO-1, all 38 blocks kept (")
+    assert said[1].startswith("fastest on 8 GPUs of 24 GB: ZeRO-2, 9 of 38 blocks kept (")
+    assert "; as configured, ZeRO-3, 11 of 38 blocks kept: " in said[1]
+    assert said[2].startswith("nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 38 blocks kept, it needs")
+    assert said[3].startswith("fastest on 64 GPUs of 80 GB: ZeRO-2, all 38 blocks kept (")
+    assert "; as configured, ZeRO-3, all 38 blocks kept: 0." in said[3]
+    assert row(text, "blocks kept") == ["38", "38", "38"]
+    assert row(text, "packs per rank") == ["8", "1", "refused"]
+
+
+def test_the_memory_of_the_devices_is_the_run_s_unless_another_is_asked_about(config_path):
+    config = load_config([config_path], ["memory_gib=80"])
+    assert "fastest on 1 GPU of 85.9 GB: " in report(config, Assumptions(world_sizes="1"))[0]
+    assert "fastest on 1 GPU of 40.5 GB: " in report(config, Assumptions(world_sizes="1", memory_gb="40.5"))[0]
+    for wrong in ("x", "0", "80,", "nan"):
+        with pytest.raises(ConfigError, match="--memory-gb is"):
+            report(config, Assumptions(memory_gb=wrong))
 
 
 def test_dry_run_of_two_billion_parameters(tmp_path):
@@ -206,20 +235,23 @@ def test_dry_run_of_two_billion_parameters(tmp_path):
     assert f"checkpoint: {16 * parameters / 1e9:.2f} GB" in text
 
 
-def test_activations_fall_with_the_blocks_that_are_checkpointed(tmp_path):
+@pytest.mark.parametrize(("compiled", "kept"), [("off", 77.6), ("blocks", 40.5)])
+def test_activations_fall_with_the_blocks_that_are_checkpointed(tmp_path, compiled, kept):
     path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
-    words = ["precision=bf16", "packs_per_step=64", "token_budget=16384"]
+    words = ["precision=bf16", "packs_per_step=64", "token_budget=16384", f"model.compile={compiled}"]
     texts = [
         report(
             load_config([path], [*words, f"model.activation_checkpointing={blocks}"]), Assumptions(world_sizes="64")
         )[0]
         for blocks in ("false", "20", "true")
     ]
-    for text, blocks in zip(texts, (0, 20, 38)):
-        assert f"with {blocks} of 38 blocks checkpointed (1.78 more for each that is not):" in text
+    saved = 16384 * 1536 * (kept - 2) / GIB
+    for text, blocks in zip(texts, (38, 18, 0)):
+        assert row(text, "blocks kept") == [str(blocks)]
+        assert f"each that is kept and not computed again takes {saved:.2f}:" in text
     none, some, every = (float(row(text, "activations")[0]) for text in texts)
-    assert none - some == pytest.approx(20 * 16384 * 1536 * (78 - 2) / GIB, abs=0.011)
-    assert some - every == pytest.approx(17 * 16384 * 1536 * (78 - 2) / GIB, abs=0.011)  # one is at work
+    assert none - some == pytest.approx(20 * saved, abs=0.011)
+    assert some - every == pytest.approx(17 * saved, abs=0.011)  # one is at work
 
 
 def test_world_sizes(monkeypatch):
@@ -232,8 +264,14 @@ def test_world_sizes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hfu": 0.0}, {"hfu": 1.5}, {"gpus_per_node": 0}, {"peak_tflops": -1.0}, {"num_clips": 0}]
-)
-def test_assumptions_refuse(wrong):
-    with pytest.raises(ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+    ("option", "wrong"),
+    [
+        ("hfu", {"hfu": 0.0}), ("hfu", {"hfu": 1.5}), ("gpus-per-node", {"gpus_per_node": 0}),
+        ("peak-tflops", {"peak_tflops": -1.0}), ("num-clips", {"num_clips": 0}),
+        ("bandwidth", {"bandwidth_gb_per_s": 0.0}), ("inside-node", {"inside_node_gb_per_s": -1.0}),
+        ("memory-bandwidth", {"memory_gb_per_s": 0.0}), ("stage-3-block-ms", {"stage_3_block_ms": -1.0}),
+    ],
+)  # fmt: skip
+def test_assumptions_refuse(option, wrong):
+    with pytest.raises(ConfigError, match=f"--{option} is"):
         dataclasses.replace(Assumptions(), **wrong)

@@ -1,6 +1,6 @@
 import pytest
 
-from flowception.training.step_time import StepTime, bytes_between_nodes, compute_s
+from flowception.training.step_time import Cluster, StepTime, bytes_between_nodes, communication_s, compute_s
 from flowception.training.traffic import TrafficPerStep
 
 
@@ -14,6 +14,8 @@ def test_recomputation_is_a_forward_pass_more():
 def test_a_step_is_as_long_as_the_longer_part_or_as_both():
     assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).in_turn_s) == (3.0, 4.0)
     assert StepTime(1.0, 5.0).overlapped_s == 5.0
+    waits = StepTime(3.0, 1.0, host_s=0.5, update_s=0.25)
+    assert (waits.overlapped_s, waits.in_turn_s) == (3.75, 4.75)
 
 
 def ring(world_size, gpus_per_node, pieces=1):
@@ -49,3 +51,30 @@ def test_only_a_group_larger_than_a_node_crosses_nodes():
     traffic = TrafficPerStep(gathered=8.0, gathered_in_group=16.0, reduced=0.0)
     assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=8) == 1.0
     assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=16) == 3.0
+
+
+def cluster(between, inside):
+    return Cluster(
+        peak_tflops=1.0, hfu=0.5, gpus_per_node=8, between_nodes_gb_per_s=between, inside_node_gb_per_s=inside,
+        stage_3_block_ms=0.0, memory_gb_per_s=1.0,
+    )  # fmt: skip
+
+
+def test_a_ring_is_as_slow_as_its_slower_links():
+    """800 GB a rank: on one node all inside; over nodes 700 stay inside one and 100 cross."""
+    traffic = TrafficPerStep(gathered=500e9, gathered_in_group=0.0, reduced=300e9)
+
+    def seconds(world_size, between, inside):
+        return communication_s(traffic, cluster(between, inside), world_size=world_size, group_size=None)
+
+    assert seconds(8, 25.0, 200.0) == 4.0
+    assert seconds(64, 25.0, 350.0) == 4.0
+    assert seconds(64, 100.0, 70.0) == 10.0
+
+
+def test_a_group_of_a_node_waits_for_links_inside_it_and_a_larger_one_for_both():
+    traffic = TrafficPerStep(gathered=0.0, gathered_in_group=800e9, reduced=0.0)
+    in_node, across = (
+        communication_s(traffic, cluster(25.0, 400.0), world_size=64, group_size=group) for group in (8, 16)
+    )
+    assert (in_node, across) == (2.0, 4.0)

@@ -229,7 +229,10 @@ def test_fewer_packs_than_ranks_are_refused(runs):
 
 
 def test_activation_checkpointing_and_stage_change_nothing(runs):
-    folder, _ = runs
+    folder, results = runs
+    assert results["said_checkpointing"].startswith("WARNING: activation_checkpointing auto: all 2 blocks are computed")
+    assert load_config([folder / "checkpointing/config.yaml"]).model.activation_checkpointing == 2
+    assert load_config([folder / "stopped/config.yaml"]).model.activation_checkpointing == 0
     assert losses(folder / "checkpointing") == pytest.approx(losses(folder / "whole")[:3], rel=1e-6)
     assert losses(folder / "stage_2") == pytest.approx(losses(folder / "whole")[:6], rel=1e-4)
 

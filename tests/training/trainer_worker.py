@@ -62,7 +62,7 @@ def scenarios(folder):
     result["changed_plan"] = run(folder, "stopped", token_budget=120)
     result["changed_model"] = run(folder, "stopped", model__hidden_size=48)
     result["changed_codec"] = run(folder, "stopped", data="other_shards")
-    result["resumed"] = run(folder, "stopped")
+    result["resumed"] = run(folder, "stopped", model__activation_checkpointing="auto")  # of the machine's memory
     result["finished_again"] = run(folder, "stopped")
     result["locked"] = run(folder, "locked")
     result["init_from"] = run(folder, "init_from", init_from=str(Path(folder, "whole")), max_steps=1)
@@ -71,7 +71,9 @@ def scenarios(folder):
         folder, "other_codec", data="other_shards", init_from=str(Path(folder, "whole")), max_steps=1
     )
     result["too_few_packs"] = run(folder, "few", packs_per_step=1)
-    result["checkpointing"] = run(folder, "checkpointing", max_steps=3, model__activation_checkpointing=True)
+    result["checkpointing"], result["said_checkpointing"] = run_and_listen(
+        folder, "checkpointing", max_steps=3, model__activation_checkpointing="auto", memory_gib=1e-3
+    )
     result["stage_2"] = run(folder, "stage_2", max_steps=6, zero__stage=2)
     result["bf16"] = run(folder, "bf16", max_steps=3, precision="bf16")
     result["workers"] = run(folder, "workers", max_steps=6, data__num_workers=1)
