@@ -25,8 +25,8 @@ from benchmarks.gpu.scene import Case, Scene
 from flowception.data.loader import StepBatch
 from flowception.data.steps import PackPlan
 from flowception.nn.backbone import count_parameters
+from flowception.training.arrangements import Job
 from flowception.training.hardware import GIB, gpu_peak, peak_memory_gib
-from flowception.training.memory import memory_per_rank
 
 STEPS, PACKS = 4, 2
 OPTIMIZER_PACKS = 8
@@ -69,17 +69,7 @@ def peers_flops(case: Case, pack: PackPlan) -> float:
 def estimated_gib(case: Case, parameters: int) -> float:
     """What the dry run says a rank of one needs, without the EMA, which is not built here."""
     config = case.config
-    memory = memory_per_rank(
-        parameters=parameters,
-        world_size=1,
-        stage=config.zero.stage,
-        spec=config.model.flop_spec(),
-        token_budget=config.token_budget,
-        precision=config.precision,
-        checkpointed_blocks=config.model.checkpointed_blocks(),
-        bucket_elements=config.zero.bucket_elements,
-        max_live_elements=config.zero.max_live_elements,
-    )
+    memory = Job.of(config, parameters).memory(config.zero, 1, config.model.checkpointed_blocks())
     return (memory.total - memory.ema) / GIB
 
 

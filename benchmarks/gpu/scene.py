@@ -35,6 +35,7 @@ RECIPE = ROOT / "configs" / "t2v_2b.yaml"
 RECIPE_CLIP = ClipShape(19, 8, 8, 128)
 """What the recipe's header says of its clips."""
 SMALL_CLIP = ClipShape(5, 2, 2, 3)
+COMMON_WORDS = ("packs_per_step=2", "model.activation_checkpointing=false")
 SMALL_WORDS = (
     "model.preset=null",
     "model.in_channels=8",
@@ -42,7 +43,6 @@ SMALL_WORDS = (
     "model.num_heads=2",
     "model.text_dim=16",
     "token_budget=128",
-    "packs_per_step=2",
     "optim.warmup_steps=0",
     "zero.param_persistence_threshold=0",
 )
@@ -153,12 +153,12 @@ class Scene:
         """The recipe for 2 billion parameters on a GPU; on a CPU the small case in its place."""
         if not self.on_gpu:
             return self.small(*words)
-        return Case(load_config([RECIPE], ["packs_per_step=2", *words]), RECIPE_CLIP)
+        return Case(load_config([RECIPE], [*COMMON_WORDS, *words]), RECIPE_CLIP)
 
     def small(self, *words: str) -> Case:
         """A small network and small clips, on either device."""
         width = f"model.hidden_size={SMALL_WIDTH[self.device.type]}"
-        return Case(load_config([RECIPE], [*SMALL_WORDS, width, *words]), SMALL_CLIP)
+        return Case(load_config([RECIPE], [*COMMON_WORDS, *SMALL_WORDS, width, *words]), SMALL_CLIP)
 
     @property
     def note_path(self) -> Path:
