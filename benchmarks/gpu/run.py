@@ -43,6 +43,7 @@ _IMPORTED_ONCE = (
     "flowception.generation.frozen",
 )
 """Slow to import, and silent about GPUs; every check is forked with them."""
+_NO_TIME = f"not run: the {TOTAL_LIMIT_S:g} s of all checks are used up; run it by --only {{number}}"
 
 
 def run_check(check: Check, device: str, folder: Path, limit_s: float) -> Record:
@@ -129,9 +130,12 @@ def run_all(
     patience = 1.0 if device == "cuda" else CPU_PATIENCE
     for check in checks:
         left_s = TOTAL_LIMIT_S * patience - (time.monotonic() - began)
-        records.append(run_check(check, device, folder, max(1.0, min(check.limit_s * patience, left_s))))
+        if left_s > 0:
+            records.append(run_check(check, device, folder, min(check.limit_s * patience, left_s)))
+        else:
+            records.append(Record(check.number, check.name, 0.0, Outcome(FAIL, _NO_TIME.format(number=check.number))))
         print(records[-1].line(), flush=True)
-        if logs is not None and records[-1].outcome.verdict == FAIL:
+        if logs is not None and records[-1].outcome.verdict == FAIL and left_s > 0:
             keep_log(folder / f"check_{check.number:02d}", logs / f"check_{check.number:02d}.log")
         if json_path is not None:
             write_json(json_path, machine, records, time.monotonic() - began, len(records) == len(CHECKS))

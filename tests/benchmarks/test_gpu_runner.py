@@ -96,6 +96,13 @@ def test_the_json_is_there_after_every_check(tmp_path, monkeypatch):
     assert seen == [0, 1, 2]
 
 
+def test_a_check_for_which_no_time_is_left_is_a_failure_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TOTAL_LIMIT_S", 0.0)
+    (record,) = run.run_all([check(7, "passes")], "cpu", MACHINE, None, tmp_path, tmp_path / "logs")
+    assert record.outcome.verdict == FAIL
+    assert record.outcome.summary == "not run: the 535 s of all checks are used up; run it by --only 7"
+
+
 @pytest.mark.parametrize(("functions", "code"), [(["passes", "needs"], 0), (["passes", "fails"], 1), (["raises"], 1)])
 def test_the_exit_code_says_whether_any_failed(functions, code, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CHECKS", [check(number, name) for number, name in enumerate(functions, 1)])
