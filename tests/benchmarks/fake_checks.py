@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 
+from benchmarks.gpu.children import run_in_child
 from benchmarks.gpu.outcome import MEASURED, PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import needs_gpu
 
@@ -25,6 +26,19 @@ def fails(scene):
 
 def raises(scene):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def prints_from_a_child_of_its_own(scene):
+    ending = run_in_child(lambda: print("the inner one was here"), 600, scene.folder / "inner.log", own_group=False)
+    print("and so was the outer one", flush=True)
+    return Outcome(PASS, f"{ending.code}, {ending.last_words}")
+
+
+def raises_where_nothing_can_be_printed(scene):
+    os.close(1)
+    os.close(2)
+    print("lost")
+    raise RuntimeError("lost too")
 
 
 def hangs(scene):

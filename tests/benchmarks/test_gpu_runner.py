@@ -54,6 +54,21 @@ def _lives(status):
         return False
 
 
+def test_a_child_of_a_child_has_an_output_of_its_own(tmp_path):
+    record = run_one("prints_from_a_child_of_its_own", tmp_path)
+    assert (record.outcome.verdict, record.outcome.summary) == ("pass", "0, the inner one was here")
+    assert (tmp_path / "check_01" / "log").read_text() == "and so was the outer one\n"
+
+
+def test_a_child_never_goes_on_as_its_parent(tmp_path):
+    """It would return from ``run_check`` a second time."""
+    own = os.getpid()
+    record = run_one("raises_where_nothing_can_be_printed", tmp_path)
+    if os.getpid() != own:
+        os._exit(99)
+    assert (record.outcome.verdict, record.outcome.summary) == (FAIL, "left with 1")
+
+
 def test_one_that_dies_or_fails_says_why_and_the_rest_go_on(tmp_path, capfd):
     functions = ["raises", "notes_and_is_killed", "fails", "needs", "passes"]
     checks = [check(number, function) for number, function in enumerate(functions, 1)]
