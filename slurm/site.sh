@@ -18,6 +18,10 @@ source "$FLOWCEPTION_HOME/.venv/bin/activate"
 # Threads of the host-side part of each rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
+# GPU memory. Packs have as much text as they have, so blocks of memory differ in size from step to step; segments that can
+# grow keep them from leaving holes.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
 # Network. Name the interface that joins the nodes if NCCL or gloo picks a wrong one (`ip -br address` lists them).
 # export NCCL_SOCKET_IFNAME=ib0
 # export GLOO_SOCKET_IFNAME=ib0

@@ -120,10 +120,10 @@ def _insert(state: SamplerState, counts: Counts) -> SamplerState:
     noise = fresh_noise(state.seeds.numpy()[clip], born, slots, tuple(state.frames.shape[1:]))
     take, new = torch.from_numpy(source), torch.from_numpy(is_new)
     device = state.frames.device
-    take_there, new_there = take.to(device), new.to(device)
-    frames, condition = state.frames[take_there], state.condition[take_there]
-    frames[new_there] = torch.from_numpy(noise).to(device)
-    condition[new_there] = 0
+    take_there = take.to(device)
+    new_there = torch.nonzero(new).flatten().to(device)  # places; a mask there would be waited for
+    frames = state.frames[take_there].index_copy_(0, new_there, torch.from_numpy(noise).to(device))
+    condition = state.condition[take_there].index_fill_(0, new_there, 0.0)
     return replace(
         state,
         frames=frames,

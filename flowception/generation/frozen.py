@@ -78,16 +78,15 @@ class KeyValueCache:
         return self.door(query, self.keys[block], self.values[block], layout, key_layout=whole)
 
     def keep(self, tokens: Tensor) -> None:
-        """Drop all tokens but those of the mask, bool ``[T]``."""
+        """Drop all tokens but those at the places, int64."""
         self.keys = [key[tokens] for key in self.keys]
         self.values = [value[tokens] for value in self.values]
 
-    def make_room(self, known: Tensor) -> None:
-        """Lay the kept tokens where the mask is set, bool ``[T]`` of more tokens; the others must be live next."""
-        places = torch.nonzero(known).flatten()
+    def make_room(self, places: Tensor, tokens: int) -> None:
+        """Lay the kept tokens at their places, int64, among more tokens; the others must be live next."""
 
         def spread(kept: Tensor) -> Tensor:
-            return kept.new_zeros(len(known), *kept.shape[1:]).index_copy_(0, places, kept)
+            return kept.new_zeros(tokens, *kept.shape[1:]).index_copy_(0, places, kept)
 
         self.keys, self.values = [spread(key) for key in self.keys], [spread(value) for value in self.values]
 
@@ -207,10 +206,11 @@ class FrozenFramePredictor(NetworkPredictor):
             halves = 2 if self.guided else 1
             if not torch.equal(clips, self._clips):
                 stays = clips[self._clips].repeat(halves)
-                self._cache.keep(stays[self._layout.token_clip].to(self.device))
+                self._cache.keep(torch.nonzero(stays[self._layout.token_clip]).flatten().to(self.device))
             if state.step == state.last_birth_step:  # frames may just have been born, the last ones
                 old = (state.born_step < state.step)[clips[state.frame_clip]].repeat(halves)
                 is_text = layout.token_kind == TokenKind.TEXT
-                self._cache.make_room((is_text | old[layout.token_frame]).to(self.device))
+                known = torch.nonzero(is_text | old[layout.token_frame]).flatten()
+                self._cache.make_room(known.to(self.device), len(is_text))
         self._step, self._clips, self._layout = state.step, clips, layout
         return self._cache

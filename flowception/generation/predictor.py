@@ -86,10 +86,10 @@ class NetworkPredictor:
                 self.guidance,
                 self.rate_guidance,
             )
-        live = self.live_frames(state)
         velocity, rate = torch.zeros_like(state.frames), state.frames.new_zeros(len(state.frames))
-        velocity[live.to(velocity.device)] = prediction.velocity.to(velocity)
-        rate[live.to(rate.device)] = rate_from_log(prediction.log_rate).to(rate)
+        live = torch.nonzero(self.live_frames(state)).flatten().to(velocity.device)  # a mask would be waited for there
+        velocity[live] = prediction.velocity.to(velocity)
+        rate[live] = rate_from_log(prediction.log_rate).to(rate)
         return velocity, rate
 
     def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
@@ -173,7 +173,8 @@ def _frame_tokens(frames: Tensor, layout: PackLayout) -> Tensor:
 
 
 def velocity_frames(velocity: Tensor, layout: PackLayout, like: Tensor) -> Tensor:
-    """The latent tokens of a pack [T, C] as frames [F, C, H, W]."""
+    """The latent tokens of a pack [T, C], laid out on the CPU, as frames [F, C, H, W]."""
     _, channels, height, width = like.shape
-    tokens = velocity[layout.latent_mask.to(velocity.device)].float()
+    latent = torch.nonzero(layout.latent_mask).flatten()
+    tokens = velocity[latent.to(velocity.device)].float()
     return tokens.view(-1, height * width, channels).transpose(1, 2).reshape(-1, channels, height, width)

@@ -42,7 +42,9 @@ def activate_fa3() -> bool:
     Returns:
         Whether torch does so now.
     """
-    if find_spec(_FA3_MODULE) is None or torch.cuda.get_device_capability() != _HOPPER:
+    if find_spec(_FA3_MODULE) is None or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability() != _HOPPER:
         return False
     from torch.nn.attention import activate_flash_attention_impl
 

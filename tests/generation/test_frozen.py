@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from varlen_on_cpu import choose_varlen
 
 from flowception.errors import ConfigError
 from flowception.flow import Context, SamplerConfig, sample, sample_states
@@ -84,6 +85,18 @@ def test_with_one_layer_finished_frames_are_as_they_were_in_their_last_step(make
     torch.testing.assert_close(velocity[now.moving], exact[now.moving], atol=1e-5, rtol=0)
     fresh = plain(now)[0]
     assert (velocity - fresh)[now.moving].abs().max() > 1e-4, "the last step moves frames, or this says nothing"
+
+
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_kept_keys_go_through_the_kernel_for_variable_lengths(model, monkeypatch, guidance):
+    """As on CUDA, where the kernel refuses queries and keys with different numbers of segments."""
+    labels = [0, 1, 2]
+    settings = {"refresh_steps": NEVER, "guidance": guidance}
+    reference = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
+    choose_varlen(monkeypatch)
+    found = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
+    assert found.evaluations > N, "frames must be finished before others"
+    torch.testing.assert_close(found.frames, reference.frames, atol=1e-4, rtol=0)
 
 
 def test_the_cache_is_an_approximation_that_refreshing_improves(model):

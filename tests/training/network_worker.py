@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 
 from flowception.nn.backbone import build_backbone
@@ -15,15 +17,19 @@ from flowception.nn.presets import DiTConfig
 from flowception.training.distributed import init_distributed
 from flowception.training.optim import OptimConfig, build_optimizer
 from flowception.training.shards import ShardedState
-from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
+from flowception.training.zero import ZeroConfig, backward, build_engine, deepspeed_config, optimizer_step
 
 MODEL = DiTConfig(preset=None, in_channels=4, hidden_size=64, num_layers=2, num_heads=2, text_dim=6, num_classes=3)
 
 
-def make_pack(seed: int = 0) -> PackInput:
-    """Two clips with text, far enough apart in rank and place that a rounded frequency shows."""
+CLIPS = (ClipShape(30, 4, 6, 9), ClipShape(5, 3, 2, 4))
+"""Far enough apart in rank and place that a rounded frequency shows."""
+
+
+def make_pack(seed: int = 0, clips: Sequence[ClipShape] = CLIPS) -> PackInput:
+    """Two clips with text."""
     generator = torch.Generator().manual_seed(seed)
-    layout = build_layout([ClipShape(30, 4, 6, 9), ClipShape(5, 3, 2, 4)])
+    layout = build_layout(clips)
     tokens, frames = layout.shape.token_budget, layout.shape.max_frames
     return PackInput(
         layout=layout,
@@ -44,13 +50,13 @@ def nothing_zero(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_engine(config: DiTConfig, precision: str):
-    """The network under ZeRO-3 with every weight partitioned, its values from the seed."""
+def make_engine(config: DiTConfig, precision: str, stage: int = 3, accumulation_steps: int = 1):
+    """The network under ZeRO with every weight partitioned at stage 3, its values from the seed; and its state."""
     ranks = init_distributed()
     torch.set_num_threads(1)
-    zero = ZeroConfig(stage=3, param_persistence_threshold=0, bucket_elements=100_000)
+    zero = ZeroConfig(stage=stage, param_persistence_threshold=0, bucket_elements=100_000)
     optim = OptimConfig(warmup_steps=0)
-    ds_config = deepspeed_config(zero, precision, 1, optim.clip_grad_norm, ranks.device)
+    ds_config = deepspeed_config(zero, precision, accumulation_steps, optim.clip_grad_norm, ranks.device)
     engine = build_engine(
         lambda: build_backbone(config),
         lambda model: build_optimizer(model, optim, ranks.device),
@@ -59,8 +65,9 @@ def make_engine(config: DiTConfig, precision: str):
     )
     with torch.device("meta"):
         blueprint = nothing_zero(build_backbone(config))
-    ShardedState(engine).initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
-    return engine
+    shards = ShardedState(engine)
+    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    return engine, shards
 
 
 def make_plain(config: DiTConfig, precision: str) -> nn.Module:
@@ -95,7 +102,7 @@ def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
 
 def constants() -> dict:
     """What the forward makes of positions, times and counts, built under ``zero.Init`` in bf16 and built plainly."""
-    engine, plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
+    (engine, _), plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
     under_zero, alone = constants_seen(engine.module, engine), constants_seen(plain, plain)
     rope, plain_rope = engine.module.rope, plain.rope
     return {
@@ -106,7 +113,20 @@ def constants() -> dict:
         "axis": [str(rope.axis.dtype), bool((rope.axis == plain_rope.axis).all())],
         "buffers": [name for name, _ in engine.module.named_buffers()],
         "one_step": [one_step(MODEL, "bf16", engine), one_step_alone(MODEL, "bf16")],
+        "module_stack": module_stack(micro_steps=200),
     }
+
+
+def module_stack(micro_steps: int) -> list[int]:
+    """Entries of DeepSpeed's list of modules at work after each micro-step, all blocks computed again."""
+    config = replace(MODEL, hidden_size=16, num_layers=1, text_dim=None, num_classes=0, activation_checkpointing=True)
+    engine, _ = make_engine(config, "fp32", accumulation_steps=micro_steps)
+    pack, entries = replace(make_pack(clips=[ClipShape(2, 1, 1)] * 2), text=None), []
+    for _ in range(micro_steps):
+        backward(engine, loss_of(engine(pack)))
+        engine.step()
+        entries.append(len(FWD_MODULE_STACK))
+    return entries
 
 
 def loss_of(output) -> Tensor:
@@ -116,7 +136,7 @@ def loss_of(output) -> Tensor:
 
 def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
     """Log-rates, velocities and gradient norm of a step under ZeRO-3."""
-    engine = engine or make_engine(config, precision)
+    engine = engine or make_engine(config, precision)[0]
     output = engine(make_pack())
     engine.backward(loss_of(output))
     norm = optimizer_step(engine, None, lambda _: None, torch.device("cpu")).grad_norm
@@ -134,7 +154,11 @@ def one_step_alone(config: DiTConfig, precision: str) -> dict:
 
 def compiled() -> dict[str, dict]:
     """A step under ZeRO-3 with compiled leaves, plain and with every block computed again, and the eager one."""
-    ways = {"eager": {}, "compiled": {"compile": True}, "again": {"compile": True, "activation_checkpointing": True}}
+    ways = {
+        "eager": {},
+        "compiled": {"compile": "leaves"},
+        "again": {"compile": "leaves", "activation_checkpointing": True},
+    }
     return {
         f"{way} {precision}": one_step(replace(MODEL, **changes), precision)
         for way, changes in ways.items()

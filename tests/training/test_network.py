@@ -47,6 +47,12 @@ def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
     assert here["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
 
 
+def test_deepspeed_s_list_of_modules_at_work_stays_as_long_as_it_is(found):
+    """It gained an entry for every checkpointed block of every micro-step, as long as the run went on."""
+    assert len(found["module_stack"]) == 200
+    assert set(found["module_stack"]) == {1}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(

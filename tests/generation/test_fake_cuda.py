@@ -1,0 +1,93 @@
+"""Sampling on ``cuda`` without a GPU: frames live there, all else on the CPU, and each crossing is known by name."""
+
+import pytest
+import torch
+from fake_cuda import DEVICE, FakeCuda, content
+
+from flowception.flow import Context, SamplerConfig, sample
+from flowception.generation.frozen import FrozenFramePredictor
+from flowception.generation.predictor import NetworkPredictor
+
+FRAME_SHAPE = (12, 3, 2)
+N = 2
+STEP = {
+    "to device: flow/sampler_state.py:initial_state (_to_copy)",
+    "to host: generation/predictor.py:NetworkPredictor.build_pack (_to_copy)",
+    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "to device: nn/rope.py:VideoRoPE._constants (_to_copy)",
+    "to device: generation/predictor.py:NetworkPredictor.__call__ (_to_copy)",
+    "to device: generation/predictor.py:velocity_frames (_to_copy)",
+    "to device: flow/sampler.py:_move (_to_copy)",
+}
+"""A step makes its pack on the CPU, of frames from the device, and sends it and the places of its answer there."""
+INSERTION = {
+    "to host: flow/sampler.py:_insertion_counts (_to_copy)",
+    "to device: flow/sampler.py:_insert (_to_copy)",
+}
+"""The rates decide on the CPU how many frames are inserted; new noise and the frames' new places go to the device."""
+CACHE = {
+    "to device: generation/frozen.py:FrozenFramePredictor._evaluate (_to_copy)",
+    "to device: generation/frozen.py:FrozenFramePredictor._begin_step (_to_copy)",
+}
+"""Places of live and kept tokens."""
+
+
+def texts_of(model):
+    generator = torch.Generator().manual_seed(5)
+    if model.spec.text_dim is None:
+        return {}
+    texts = [torch.randn(1 + i, model.spec.text_dim, generator=generator) for i in range(2)]
+    return {"texts": texts, "null_text": torch.randn(2, model.spec.text_dim, generator=generator)}
+
+
+def sampled(predictor, device, **changes):
+    """Two clips, one with a given frame; they finish at different steps."""
+    config = {"num_inference_steps": N, "num_start_frames": 2, "max_frames": 3, **changes}
+    return sample(
+        predictor,
+        frame_shape=FRAME_SHAPE,
+        batch_size=2,
+        config=SamplerConfig(**config),
+        context=[Context(frames=torch.full((1, *FRAME_SHAPE), 0.3)), None],
+        seed=3,
+        device=device,
+    )
+
+
+SETTINGS = {
+    "plain": (NetworkPredictor, None, {}),
+    "guided, autocast": (NetworkPredictor, torch.bfloat16, {"guidance": 1.5, "rate_guidance": 1.2}),
+    "finished frames kept, autocast": (FrozenFramePredictor, torch.bfloat16, {"refresh_steps": 2}),
+    "kept and guided": (FrozenFramePredictor, None, {"refresh_steps": 2, "guidance": 1.5}),
+}
+"""Predictor, precision, and what it is built with; text where it is guided."""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sampling_gives_the_cpu_s_clips_and_crosses_by_name_only(make_model, name):
+    kind, autocast, settings = SETTINGS[name]
+    text_dim = 5 if "guidance" in settings else None
+    model = make_model(text_dim=text_dim, num_layers=1)
+    settings = {**settings, **texts_of(model)}
+    on_cpu = sampled(kind(model, [1, 2], **settings), "cpu")
+    with FakeCuda() as cuda:
+        there = cuda.to_cuda(make_model(text_dim=text_dim, num_layers=1))
+        result = sampled(kind(there, [1, 2], autocast_dtype=autocast, **settings), DEVICE)
+    assert set(cuda.crossings) == STEP | INSERTION | (CACHE if kind is FrozenFramePredictor else set())
+    assert result.frames.device == DEVICE
+    assert on_cpu.evaluations > N, "some frame must be inserted"
+    assert torch.equal(result.born_at, on_cpu.born_at)
+    tolerance = 0.05 if autocast else 1e-5
+    torch.testing.assert_close(content(result.frames), on_cpu.frames, rtol=tolerance, atol=tolerance)
+    assert torch.equal(result.clip_flops, on_cpu.clip_flops)
+
+
+def test_a_prescribed_order_does_not_read_the_rates(make_model):
+    changes = {"order": "left_to_right", "num_frames": 3}
+    model = make_model(num_layers=1)
+    on_cpu = sampled(NetworkPredictor(model, [1, 2]), "cpu", **changes)
+    with FakeCuda() as cuda:
+        there = cuda.to_cuda(make_model(num_layers=1))
+        result = sampled(NetworkPredictor(there, [1, 2]), DEVICE, **changes)
+    assert set(cuda.crossings) == STEP | {"to device: flow/sampler.py:_insert (_to_copy)"}
+    torch.testing.assert_close(content(result.frames), on_cpu.frames, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,186 @@
+"""A step and a validation on ``cuda`` without a GPU: packs arrive whole, and the host waits where it is written."""
+
+from dataclasses import fields, replace
+from functools import lru_cache
+
+import pytest
+import torch
+from fake_cuda import DEVICE, FakeCuda, content, gradients
+from toy_set import write_config, write_set
+
+from flowception.config import load_config
+from flowception.data.loader import PackLoader
+from flowception.data.pack import Pack, empty_pack
+from flowception.data.sending import SentPacks
+from flowception.nn import FlowceptionDiT
+from flowception.training.dataset import heldout_plan, open_data
+from flowception.training.distributed import Ranks
+from flowception.training.observe import OBSERVED
+from flowception.training.step import run_micro_steps
+from flowception.training.validation import Validation, ValidationConfig
+
+ROPE = "to device: nn/rope.py:VideoRoPE._constants (_to_copy)"
+"""Constants of the rotary positions, once for a device."""
+STEP = {
+    ROPE,
+    "to device, non_blocking: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "wait: training/step.py:run_micro_steps (_local_scalar_dense)",
+}
+"""Packs, from pinned memory; all sums of a step are read once, after its last backward pass."""
+VALIDATION = {
+    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "wait: training/validation.py:Validation._sums (_local_scalar_dense)",
+    "to device: training/distributed.py:all_sum (_to_copy)",
+    "wait: training/distributed.py:all_sum (_local_scalar_dense)",
+}
+"""Each pack's sums are read as it ends, and the ranks' sums of each time: seldom, and no step waits behind it."""
+
+
+class Engine:
+    """The network where DeepSpeed's engine stands; keeps the gradients of every loss that it is given."""
+
+    def __init__(self, model: FlowceptionDiT, cuda: FakeCuda | None = None) -> None:
+        self.model, self.cuda = model.requires_grad_(), cuda
+        self.losses: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
+        self.crossings_before_the_end = 0
+
+    def __call__(self, pack):
+        return self.model(pack)
+
+    def backward(self, loss):
+        self.losses.append(loss)
+        if loss.requires_grad:
+            find = torch.autograd.grad if self.cuda is None else gradients
+            self.gradients += find(loss, list(self.model.parameters()))
+        if self.cuda is not None:
+            self.crossings_before_the_end = len([c for c in self.cuda.crossings if c.startswith(("wait", "to host"))])
+
+    def zero_optimization_stage(self):
+        return 1
+
+    def step(self):
+        pass
+
+    def eval(self):
+        self.model.eval()
+
+    def train(self):
+        self.model.train()
+
+
+@pytest.fixture(autouse=True)
+def _stream_of_its_own(monkeypatch):
+    """The copying stream is kept for a process; that of a test ends with it."""
+    monkeypatch.setattr(
+        "flowception.training.transfer._copy_stream", lru_cache(lambda device: torch.cuda.Stream(device))
+    )
+
+
+def ranks(device):
+    return Ranks(rank=0, local_rank=0, world_size=1, device=torch.device(device))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    config = load_config([write_config(folder / "c.yaml", folder / "run", write_set(folder / "shards"))])
+    return config, open_data(config)
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    """A rank's step: two packs of clips, and one of padding as a rank has that no clip is left for."""
+    _, opened = data
+    batch = next(iter(PackLoader(opened.plan, opened.reader, 0, 1)))
+    return replace(batch, packs=[*batch.packs[:2], empty_pack(opened.plan)])
+
+
+@pytest.fixture
+def network(data):
+    """The run's network, no weight at zero."""
+    config, _ = data
+
+    def build():
+        model = FlowceptionDiT(config.model).initialise(0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch, precision):
+    on_cpu = Engine(network())
+    expected = run_micro_steps(on_cpu, batch, ranks("cpu"), 0.3, lambda phase: None)
+    with FakeCuda() as cuda:
+        engine = Engine(cuda.to_cuda(network().bfloat16() if precision == "bf16" else network()), cuda)
+        with torch.enable_grad():
+            result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+    assert set(cuda.crossings) == STEP
+    assert engine.crossings_before_the_end == 0
+    assert len([c for c in cuda.crossings if c.startswith("wait")]) == (2 + OBSERVED) * len(batch.packs)
+    assert [loss.device for loss in engine.losses] == [DEVICE] * len(batch.packs)
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    for ours, plain in zip(engine.losses, on_cpu.losses, strict=True):
+        torch.testing.assert_close(content(ours), plain, rtol=tolerance, atol=tolerance)
+    for ours, plain in zip(engine.gradients, on_cpu.gradients, strict=True):
+        assert ours.device == DEVICE
+        assert (content(ours).float() - plain).norm() <= tolerance * plain.norm() + 1e-6
+    sums = [[r.velocity_sum, r.insertion_sum, *r.observed] for r in (result, expected)]
+    assert sums[0] == pytest.approx(sums[1], rel=tolerance, abs=tolerance)
+    assert result.not_finite == []
+
+
+def test_what_is_not_finite_is_told_without_waiting_for_it(network, batch):
+    batch = replace(batch, packs=[batch.packs[0], replace(batch.packs[1], noisy=batch.packs[1].noisy * torch.nan)])
+    with FakeCuda() as cuda:
+        engine = Engine(cuda.to_cuda(network()), cuda)
+        result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+    assert result.not_finite == [1]
+    assert engine.crossings_before_the_end == 0
+
+
+def tensors_of(item, path=""):
+    """Every tensor of a pack and its layout by the path of its fields."""
+    found = {}
+    for known in fields(item):
+        value = getattr(item, known.name)
+        if isinstance(value, torch.Tensor):
+            found[path + known.name] = value
+        elif known.name == "layout":
+            found |= tensors_of(value, "layout.")
+    return found
+
+
+def test_every_tensor_of_a_pack_arrives(batch):
+    """As a worker sends it, with text; the keys and the host's copy of lengths stay what they are."""
+    sent = replace(batch.packs[0], text=torch.randn(len(batch.packs[0].layout.text_token), 5))
+    (pack,) = SentPacks.of([sent]).packs()
+    with FakeCuda() as cuda:
+        there = pack.to(DEVICE, non_blocking=True)
+    assert isinstance(there, Pack)
+    assert {c.split(":")[0] for c in cuda.crossings} == {"to device, non_blocking"}
+    before, after = tensors_of(pack), tensors_of(there)
+    assert len(cuda.crossings) == len(before) == len(after) > 20
+    for name, tensor in before.items():
+        assert (after[name].device, after[name].dtype) == (DEVICE, tensor.dtype), name
+        assert torch.equal(content(after[name]), tensor), name
+    assert (there.keys, there.bad_clips) == (pack.keys, pack.bad_clips)
+    assert there.layout.segment_lengths == pack.layout.segment_lengths
+
+
+def test_validation_measures_what_the_cpu_measures(data, network, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    config, opened = data
+    plan = heldout_plan(config, opened)
+    settings = ValidationConfig(num_clips=3, global_times=[0.5])
+    expected = Validation(settings, plan, opened.reader, ranks("cpu")).run(Engine(network()))
+    with FakeCuda() as cuda:
+        engine = Engine(cuda.to_cuda(network()))
+        measured = Validation(settings, plan, opened.reader, ranks(DEVICE)).run(engine)
+    assert set(cuda.crossings) == VALIDATION | {ROPE}
+    assert measured == pytest.approx(expected, rel=1e-5)
