@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 BENCHES := bench-packing bench-length-law bench-gaussian-law bench-claims bench-faults bench-planning bench-loading
 
-.PHONY: setup setup-mds demo test test-long check format bench $(BENCHES) clean-demo
+.PHONY: setup setup-mds demo test test-long check format bench $(BENCHES) bench-gpu clean-demo
 
 setup: .venv/complete
 
@@ -74,6 +74,10 @@ bench-planning: setup
 
 bench-loading: setup-mds
 	.venv-mds/bin/python benchmarks/loading.py --json benchmarks/results/loading.json --picture benchmarks/results/loading.png
+
+bench-gpu:  ## twelve checks of the CUDA path on one GPU, under nine minutes; needs no set-up where torch and .whl/ are
+	bash benchmarks/gpu.sh
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu/page.py
 
 clean-demo:
 	rm -rf demo

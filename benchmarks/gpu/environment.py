@@ -1,0 +1,112 @@
+"""Checks of what is installed: versions, imports, one collective, and the repository's own tests that need a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
+from benchmarks.gpu.scene import ROOT, Scene, needs_gpu
+from flowception.training.distributed import all_sum, init_distributed
+from flowception.training.hardware import gpu_peak
+
+_PACKAGES = ("torch", "triton", "deepspeed", "numpy", "omegaconf", "safetensors", "pydantic")
+_MODULES = (
+    "flowception.config",
+    "flowception.training.trainer",
+    "flowception.training.zero",
+    "flowception.training.dry_run",
+    "flowception.generation.frozen",
+    "train.main",
+)
+_KERNELS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
+"""FlashAttention by the name of torch's registry, and the module that its package brings."""
+
+
+def version_of(package: str) -> str:
+    """A package's version, or ``none``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def kernels() -> dict[str, str]:
+    """What torch can activate as FlashAttention-3 and -4: ``ready``, ``no package``, or ``not in this torch``."""
+    listed: list[str] = []
+    with suppress(ImportError):
+        from torch.nn.attention import list_flash_attention_impls
+
+        listed = list_flash_attention_impls()
+    return {name: _kernel_state(name, module, listed) for name, module in _KERNELS.items()}
+
+
+def _kernel_state(name: str, module: str, listed: list[str]) -> str:
+    if name not in listed:
+        return "not in this torch"
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return "no package"
+    return "ready"
+
+
+def environment(scene: Scene) -> Outcome:
+    """Import what training imports, and run one collective."""
+    figures: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    figures |= {package: version_of(package) for package in _PACKAGES}
+    for module in (*_MODULES, "deepspeed"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise CheckFailed(f"{module} cannot be imported ({error}); see benchmarks/gpu_wheels.sh", figures) from None
+    ranks = init_distributed()
+    if (total := all_sum([2.0], ranks.device)) != [2.0]:
+        raise CheckFailed(f"the sum of 2 over one rank is {total}", figures)
+    figures["collective"] = torch.distributed.get_backend()
+    figures["kernels"] = kernels()
+    words = [f"{package} {figures[package]}" for package in ("python", "torch", "deepspeed")]
+    if scene.on_gpu:
+        properties = torch.cuda.get_device_properties(scene.device)
+        peak = gpu_peak(properties.name)
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        figures |= {"card": properties.name, "memory_gib": properties.total_memory / 2**30, "nccl": nccl}
+        figures["peak_tflops"] = peak and peak.tflops
+        words.insert(0, f"{properties.name}, {figures['memory_gib']:.0f} GiB")
+        words.append(f"cuda {figures['cuda']}, NCCL {nccl}")
+    words.append(f"sum over one rank by {figures['collective']}")
+    words.append(", ".join(f"{name}: {state}" for name, state in figures["kernels"].items()))
+    return Outcome(PASS, ", ".join(words), figures)
+
+
+def gpu_tests(scene: Scene) -> Outcome:
+    """Run the tests marked ``gpu``; only their files are collected, so that no other test's packages are needed."""
+    files = sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^@pytest\.mark\.gpu\b", path.read_text(), re.MULTILINE)
+    )
+    if not scene.on_gpu:
+        return needs_gpu(f"the tests marked gpu skip themselves without CUDA ({len(files)} files have some)")
+    report = scene.folder / "pytest.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    code = subprocess.run(command, cwd=ROOT, env=os.environ, check=False).returncode
+    if not report.is_file():
+        raise CheckFailed(f"pytest left with {code} before it wrote its report; is it installed?")
+    suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
+    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    said = f"{counts['passed']} passed, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped"
+    failed = [case.get("name", "?") for case in suite.iter("testcase") if case.find("failure") is not None]
+    if code or not counts["passed"]:
+        raise CheckFailed(f"{said}, pytest left with {code}: {', '.join(failed[:5])}", {**counts, "failed": failed})
+    return Outcome(PASS, said, counts)

@@ -1,0 +1,84 @@
+"""What a GPU is expected to do, worked out before any was at hand, to stand beside what is measured.
+
+A roofline of one block of the recipe: T = 16,384 tokens, d = 1536, 24 heads, a pack of about 15 clips of up to 1,363
+tokens. Assumed: matrix products at 650 TFLOP/s, FlashAttention-2 at 300 forward and 230 backward, FlashAttention-3 at
+400 and 320, memory at 4.3 TB/s, which is an H200's. None of it was seen on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ASSUMED = (
+    "matrix products at 650 TFLOP/s, FlashAttention-2 at 300 forward and 230 backward, FlashAttention-3 at 400 and\n"
+    "320, memory at 4.3 TB/s"
+)
+PEAK_TFLOPS = 989.0
+"""Of an H100 or H200, dense bfloat16."""
+PACK_TFLOP = 119.7
+"""Forward and backward of a pack, exact, without recomputation."""
+BLOCKS = 38
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a block."""
+
+    name: str
+    forward_ms: float
+    backward_ms: float
+
+
+PARTS = (
+    Part("matrix products", 1.43, 2.86),
+    Part("attention, FlashAttention-2", 0.38, 1.24),
+    Part("elementwise, eager", 0.79, 2.3),
+    Part("elementwise, compiled leaves", 0.26, 0.9),
+    Part("attention's tiles of empty segments", 0.12, 0.36),
+)
+"""Elementwise backward includes the scatters that add up modulation's gradients by index, 0.6 and 0.4 ms."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The recipe after one more change."""
+
+    number: int
+    name: str
+    ms_per_pack: float
+    arm: str | None
+    """The arm of check 10 that measures it, where there is one; all arms have change 3."""
+    empty_tiles: int
+    """How often a block's empty tiles are in it forward (again with recomputation); 0 from change 3 on."""
+
+    @property
+    def mfu(self) -> float:
+        """Of an H200."""
+        return PACK_TFLOP / (self.ms_per_pack / 1e3) / PEAK_TFLOPS
+
+    @property
+    def ms_with_change_3(self) -> float:
+        """The same without the tiles of empty segments, as the code is now."""
+        forward, backward = PARTS[-1].forward_ms, PARTS[-1].backward_ms
+        return self.ms_per_pack - BLOCKS * (self.empty_tiles * forward + (backward if self.empty_tiles else 0.0))
+
+
+CHANGES = (
+    Change(0, "`compile: off`, every block checkpointed", 473.0, "compile off, all blocks checkpointed", 2),
+    Change(1, "`compile: leaves`", 377.0, "leaves compiled", 2),
+    Change(2, "no checkpointing", 293.0, "leaves compiled, no checkpointing", 1),
+    Change(3, "attention sees the pack's own segments alone", 271.0, None, 0),
+    Change(4, "FlashAttention-3, where its package is installed", 254.0, None, 0),
+    Change(
+        5, "`compile: blocks`, modulation's gradients summed by segments", 238.0, "blocks compiled, no checkpointing", 0
+    ),
+)
+"""Each on top of those before. The sixth, less work for the host, is forecast to keep 2 to 5 from waiting for it."""
+
+PEERS = (
+    ("NeMo, DiT-7B, H100", 0.482, "arXiv 2503.12964"),
+    ("Aquarius, 2B and 13.4B", 0.36, "arXiv 2505.10584"),
+    ("Wan-14B, 128 H100, Megatron-Bridge", 0.329, "its own figures"),
+    ("llm-foundry, a language model of this width, H100", 0.404, "its own figures"),
+)
+"""Published shares of 989 TFLOP/s in bfloat16, as their authors count FLOPs."""

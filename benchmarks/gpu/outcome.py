@@ -1,0 +1,77 @@
+"""What a check says of itself, and how it is written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowception.files import write_atomically
+
+PASS, MEASURED, NEEDS_GPU, FAIL = "pass", "measured", "needs a GPU", "FAIL"
+VERDICTS = (PASS, MEASURED, NEEDS_GPU, FAIL)
+
+
+class CheckFailed(Exception):
+    """What a check found is not as it must be; ``figures`` are what it had measured by then."""
+
+    def __init__(self, reason: str, figures: Mapping[str, Any] | None = None) -> None:
+        super().__init__(reason)
+        self.figures = dict(figures or {})
+
+
+@dataclass
+class Outcome:
+    """What came of a check."""
+
+    verdict: str
+    summary: str
+    """Its key figures, or the reason, in one line."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """All of them, numbers and words that JSON can hold."""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"a check's verdict is {self.verdict!r}; use one of {', '.join(VERDICTS)}")
+        self.summary = " ".join(self.summary.split())
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Outcome | None:
+        """The outcome in a file; None where there is no file."""
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the twelve."""
+
+    number: int
+    name: str
+    what: str
+    """What it does and when it passes, for the page."""
+    function: str
+    """``module:function``; it takes a ``Scene`` and gives an ``Outcome``."""
+    limit_s: float
+    """Seconds after which it is ended."""
+
+
+@dataclass
+class Record:
+    """A check that was run."""
+
+    number: int
+    name: str
+    seconds: float
+    outcome: Outcome
+
+    def line(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.number:>2} {self.name:<24} {self.outcome.verdict:<11} {self.outcome.summary} ({self.seconds:.1f} s)"
+        )

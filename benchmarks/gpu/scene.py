@@ -1,0 +1,227 @@
+"""What the checks run on: the recipe's network and packs on a GPU, a small one's on a CPU, with made-up clips.
+
+Shape legend: ``T`` tokens of a pack, ``C h w`` a latent frame, ``D`` text width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from benchmarks.gpu.outcome import NEEDS_GPU, Outcome
+from flowception.config import TrainConfig, load_config
+from flowception.data.index import ClipIndex
+from flowception.data.loader import StepBatch
+from flowception.data.pack import Pack, build_pack, empty_pack
+from flowception.data.plan import Plan
+from flowception.data.steps import Cursor, PackPlan, StepPlan
+from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
+from flowception.nn.backbone import build_backbone
+from flowception.nn.flops import training_flops
+from flowception.nn.layout import ClipShape, ModelOutput
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "t2v_2b.yaml"
+RECIPE_CLIP = ClipShape(19, 8, 8, 128)
+"""What the recipe's header says of its clips."""
+SMALL_CLIP = ClipShape(5, 2, 2, 3)
+COMMON_WORDS = ("packs_per_step=2", "model.activation_checkpointing=false")
+SMALL_WORDS = (
+    "model.preset=null",
+    "model.in_channels=8",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.text_dim=16",
+    "token_budget=128",
+    "optim.warmup_steps=0",
+    "zero.param_persistence_threshold=0",
+)
+SMALL_WIDTH = {"cuda": 128, "cpu": 32}
+"""A CPU may have no units for bfloat16."""
+_CLIPS = 600
+"""Of the made-up set: sizes depend on the longest and the smallest alone, and these are all alike."""
+NULL_TEXT_TOKENS = 1
+
+
+@dataclass(frozen=True)
+class MadeUpClips:
+    """A ``ClipReader`` of random latents and texts; nothing is read."""
+
+    clip: ClipShape
+    latent_channels: int
+    text_width: int | None
+
+    @property
+    def null_text(self) -> Tensor | None:
+        """A text of zeros."""
+        return None if self.text_width is None else torch.zeros(NULL_TEXT_TOKENS, self.text_width).bfloat16()
+
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Frames of the clip of a row, and its text: always the same of one row."""
+        generator = torch.Generator().manual_seed(row)
+        shape = (self.clip.frames, self.latent_channels, self.clip.height, self.clip.width)
+        latents = torch.randn(shape, generator=generator)[torch.as_tensor(np.asarray(frames))]
+        if self.text_width is None:
+            return latents.bfloat16(), None
+        return latents.bfloat16(), torch.randn(self.clip.text_tokens, self.text_width, generator=generator).bfloat16()
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """There is nothing to make ready."""
+
+    def describe(self, row: int) -> str:
+        """A made-up clip."""
+        return f"made-up clip {row}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration with clips to train it on."""
+
+    config: TrainConfig
+    clip: ClipShape
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of a set of such clips."""
+        index = ClipIndex.from_arrays(
+            frames=np.full(_CLIPS, self.clip.frames),
+            height=self.clip.height,
+            width=self.clip.width,
+            text_tokens=self.clip.text_tokens,
+        )
+        spec = self.config.model.flop_spec()
+        return Plan(index, None, self.config, spec, self.config.seed, null_text_tokens=NULL_TEXT_TOKENS)
+
+    @cached_property
+    def reader(self) -> MadeUpClips:
+        """Their content."""
+        spec = self.config.model.flop_spec()
+        return MadeUpClips(self.clip, spec.in_channels, spec.text_dim)
+
+    def batch(self, step: int) -> StepBatch:
+        """A step of the plan, as the loader gives it to the only rank."""
+        cursor = Cursor(0, step)
+        planned = self.plan.step(cursor)
+        packs = [build_pack(self.plan, pack, self.reader) for pack in planned.packs]
+        return StepBatch(planned, packs, cursor, self.plan.next(cursor), [])
+
+    def padding(self) -> Pack:
+        """A pack of padding alone."""
+        return empty_pack(self.plan)
+
+    def pack_clips(self, pack: PackPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Visible frames and text tokens of a pack's clips."""
+        draws = self.plan.draws(pack.epoch, pack.rows, pack.places, pack.u_time)
+        return draws.visible_frames.numpy(), self.plan.text_tokens(pack.epoch, pack.rows)
+
+    def pack_flops(self, pack: PackPlan) -> float:
+        """Exact FLOPs of a pack's forward and backward pass, padding and recomputation left out."""
+        frames, text = self.pack_clips(pack)
+        spec = self.config.model.flop_spec()
+        return float(training_flops(spec, frames, self.clip.height, self.clip.width, text).sum())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a check runs."""
+
+    device: torch.device
+    folder: Path
+    """Where it may write."""
+
+    @classmethod
+    def of(cls, device: str, folder: Path) -> Scene:
+        """The scene of a device's name."""
+        return cls(torch.device(device, 0) if device == "cuda" else torch.device(device), folder)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is a GPU, so that sizes are the recipe's."""
+        return self.device.type == "cuda"
+
+    def recipe(self, *words: str) -> Case:
+        """The recipe for 2 billion parameters on a GPU; on a CPU the small case in its place."""
+        if not self.on_gpu:
+            return self.small(*words)
+        return Case(load_config([RECIPE], [*COMMON_WORDS, *words]), RECIPE_CLIP)
+
+    def small(self, *words: str) -> Case:
+        """A small network and small clips, on either device."""
+        width = f"model.hidden_size={SMALL_WIDTH[self.device.type]}"
+        return Case(load_config([RECIPE], [*COMMON_WORDS, *SMALL_WORDS, width, *words]), SMALL_CLIP)
+
+    @property
+    def note_path(self) -> Path:
+        """Where the check's outcome is written, and before that what it has so far."""
+        return self.folder / "outcome.json"
+
+    def note(self, outcome: Outcome) -> None:
+        """Write down what the check has so far, which is kept if it is ended."""
+        outcome.save(self.note_path)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def median_ms(self, function: Callable[[], Any], repeats: int = 10, warmup: int = 3) -> float:
+        """Median milliseconds of a function, by the device's own clock on a GPU."""
+        for _ in range(warmup if self.on_gpu else 1):
+            function()
+        self.synchronize()
+        return median(self._times_ms(function, repeats if self.on_gpu else 2))
+
+    def _times_ms(self, function: Callable[[], Any], repeats: int) -> list[float]:
+        if not self.on_gpu:
+            times = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                function()
+                times.append((time.perf_counter() - began) * 1e3)
+            return times
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, stop in pairs:
+            start.record()
+            function()
+            stop.record()
+        self.synchronize()
+        return [float(start.elapsed_time(stop)) for start, stop in pairs]
+
+
+def needs_gpu(reason: str) -> Outcome:
+    """The outcome of a check that has nothing to do on a CPU."""
+    return Outcome(NEEDS_GPU, reason)
+
+
+def open_model(config: TrainConfig, seed: int = 0) -> nn.Module:
+    """The network of a configuration with its gates and outputs open: at their start they are zero and hide errors."""
+    model: Any = build_backbone(config.model)
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def training_loss(output: ModelOutput, pack: Pack, step: StepPlan, insertion_loss_weight: float) -> Tensor:
+    """The loss of a micro-step, as ``training.step`` has it for one rank with one pack."""
+    velocity = velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, pack.weight_token)
+    insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
+    return velocity / step.velocity_denominator + insertion_loss_weight * insertion / step.insertion_denominator
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """``|found - expected| / |expected|`` in float64; NaN where anything is not finite."""
+    found, expected = found.detach().double(), expected.detach().to(found.device).double()
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
