@@ -96,7 +96,19 @@ def _varlen(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return varlen_on_cpu.forward(query, *others)
 
 
+def _rms_norm_backward(
+    gradient: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which torch 2.11 has on CUDA alone."""
+    normed, g = x.float() * rstd, gradient.float()
+    scaled = g if weight is None else g * weight.float()
+    of_x = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    of_weight = None if weight is None else (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return of_x.to(x.dtype) if wanted[0] else None, of_weight if wanted[1] else None
+
+
 STAND_INS: dict[Any, Callable[..., Any]] = {
+    aten._fused_rms_norm_backward.default: _rms_norm_backward,
     torch.ops.torch_attn._varlen_attn.default: _varlen,
     torch.ops.torch_attn._varlen_attn_backward.default: varlen_on_cpu.backward,
 }
