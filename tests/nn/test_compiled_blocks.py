@@ -107,9 +107,19 @@ def test_traced_blocks_over_varlen_equal_eager(model, make_pack, compile_with, m
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="torch.compile on a CPU needs a C++ compiler",
 )
-@pytest.mark.parametrize("checkpointed", [0, 1])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), ("autocast", 5e-2)])
-def test_blocks_by_inductor_equal_eager(model, make_pack, compile_with, dtype, tolerance, checkpointed):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "checkpointed", "way"),
+    [
+        (torch.float32, 1e-5, 1, "segment_attention"),
+        ("autocast", 5e-2, 0, "segment_attention"),
+        (torch.float32, 1e-5, 0, "varlen"),
+    ],
+)
+def test_blocks_by_inductor_equal_eager(
+    model, make_pack, compile_with, monkeypatch, dtype, tolerance, checkpointed, way
+):
+    if way == "varlen":
+        choose_varlen(monkeypatch)
     assert_blocks_equal_eager(model, make_pack, dtype, tolerance, checkpointed)
 
 
