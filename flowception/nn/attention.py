@@ -9,8 +9,8 @@ Backends, all equal up to rounding:
   out are skipped.
 * ``varlen``: ``torch.nn.attention.varlen``, ``full`` only, CUDA in half precision. FlashAttention-2 is built into
   torch; where the package of FlashAttention-3 is installed on a Hopper GPU, torch is told to use that.
-* ``flash``: the kernels of an installed flash-attn package, ``full`` only, CUDA in half precision: version 3 by way of
-  ``varlen``, version 2 by its own ``flash_attn_varlen_func``. Its window is of tokens, not of frames.
+* ``flash``: the kernels of an installed flash-attn package, ``full`` only, CUDA in half precision: version 3 is
+  ``varlen``, version 2 its own ``flash_attn_varlen_func``. Its window is of tokens, not of frames.
 
 Masks are made once for each pack and kept in its layout.
 
@@ -93,7 +93,7 @@ def choose_backend(
         pattern: Which tokens see each other.
 
     Returns:
-        ``sdpa``, ``flex``, ``varlen`` or ``flash``.
+        ``sdpa``, ``flex``, ``varlen`` or ``flash``; of ``flash`` with FlashAttention-3, ``varlen``.
 
     Raises:
         ConfigError: If the requested backend is unknown, cannot run there or lacks the pattern.
@@ -110,15 +110,15 @@ def choose_backend(
             f"attention_backend=flex needs CUDA, this is {device.type}, where FlexAttention has no backward; "
             "use attention_backend=auto"
         )
-    if requested != "auto":
+    if requested in _FULL_ONLY or (requested == "auto" and half_on_cuda and pattern == FULL):
+        fa3 = flash.activate_fa3()
+        choice = "flash" if requested == "flash" and not fa3 else "varlen"
+        fa2 = "FlashAttention-2 " + ("of the flash-attn package" if choice == "flash" else "built into torch")
+        reason = "FlashAttention-3, which is installed" if fa3 else fa2
+    elif requested != "auto":
         choice, reason = requested, "it was asked for"
     elif pattern != FULL and device.type == "cuda":
         choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
-    elif half_on_cuda:
-        kernels = (
-            "FlashAttention-3, which is installed" if flash.activate_fa3() else "FlashAttention-2, built into torch"
-        )
-        choice, reason = "varlen", f"CUDA in half precision: {kernels}"
     elif pattern != FULL:
         choice, reason = "sdpa", f"the only backend for attention_pattern={pattern.name} on {device.type}"
     else:
@@ -197,26 +197,24 @@ def bind(
         backend: ``auto`` or the backend to use.
 
     Returns:
-        The attention. That of a pattern other than full, or of ``sdpa`` on a GPU, is not ``in_graph``.
+        The attention. It is ``in_graph`` by ``varlen``, and by ``sdpa`` on a CPU with the full pattern.
 
     Raises:
         ConfigError: As ``attention``.
     """
     choice = choose_backend(device, dtype, backend, pattern)
-    if choice in _FULL_ONLY:
+    if choice == "varlen":
         boundaries = layout.cu_seqlens
         longest = boundaries[:1].expand(layout.max_seqlen)
         torch._dynamo.mark_dynamic(boundaries, 0)
         torch._dynamo.mark_dynamic(longest, 0)
-        return BoundAttention(
-            partial(_varlen_of_sizes, kernel=_varlen_kernel(choice), boundaries=boundaries, longest=longest), True
-        )
+        of_sizes = partial(_varlen_of_sizes, kernel=_varlen_kernel(choice), boundaries=boundaries, longest=longest)
+        return BoundAttention(of_sizes, in_graph=True)
     if choice == "sdpa" and device.type == "cpu" and pattern == FULL:
         torch._dynamo.mark_dynamic(layout.cu_seqlens, 0)
-        return BoundAttention(partial(segment_attention, cu_seqlens=layout.cu_seqlens), True)
-    return BoundAttention(
-        partial(_outside_of_graphs, layout=layout, keys=layout, pattern=pattern, choice=choice), False
-    )
+        return BoundAttention(partial(segment_attention, cu_seqlens=layout.cu_seqlens), in_graph=True)
+    outside = partial(_outside_of_graphs, layout=layout, keys=layout, pattern=pattern, choice=choice)
+    return BoundAttention(outside, in_graph=False)
 
 
 def _varlen_of_sizes(
@@ -316,13 +314,15 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern: AttentionPattern) -> Tensor:
     block_mask = _once(layout, ("flex", pattern), lambda: _block_mask(layout, pattern))
     q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-    return _compiled_flex()(q, k, v, block_mask=block_mask).squeeze(0).transpose(0, 1)
+    with torch.compiler.set_stance("default"):  # also where a sampler lets all else be eager: eager flex is dense
+        output = _compiled_flex()(q, k, v, block_mask=block_mask)
+    return output.squeeze(0).transpose(0, 1)
 
 
 @lru_cache(maxsize=2)
 def _varlen_kernel(choice: str) -> VarlenKernel:
     """The function behind ``varlen`` or ``flash``, found and imported once."""
-    if choice == "flash" and not flash.activate_fa3():
+    if choice == "flash":
         return flash.fa2_kernel()
     kernel: VarlenKernel = require("torch.nn.attention.varlen").varlen_attn
     return kernel

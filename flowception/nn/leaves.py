@@ -45,7 +45,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
     Returns:
         ``[T, d]``.
     """
-    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON)
+    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON).to(x.dtype)  # CUDA's autocast gives float32
     return torch.addcmul(take_rows(shift, rows), normed, take_rows(1.0 + scale, rows))
 
 

@@ -63,16 +63,16 @@ def clip_rows(layout: PackLayout) -> Rows:
 
 
 def sum_runs(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each run of tokens: ``[T, n]`` and int64 ``[U + 1]`` to float32 ``[U, n]``; the host waits for nothing."""
-    return torch.segment_reduce(values.float(), "sum", offsets=offsets, axis=0, unsafe=True)
+    """Sum of each run of tokens: ``[T, n]`` and int64 ``[U + 1]`` to ``[U, n]``; the host waits for nothing."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
 
 
 def _sum_rows(values: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) -> Tensor:
-    """float32 ``[R, n]``. A CPU adds by index in order, and faster than by runs."""
+    """Float32 ``[T, n]`` to ``[R, n]``. A CPU adds by index in order, and faster than by runs."""
     if values.device.type != "cpu":
         return sum_runs(values, offsets).index_select(0, run_of_row)
     total = torch.zeros(run_of_row.shape[0], values.shape[1])
-    return total.index_add_(0, row, values.float())
+    return total.index_add_(0, row, values)
 
 
 _sum_rows_whole = torch.library.custom_op("flowception::sum_rows", _sum_rows, mutates_args=())
@@ -81,7 +81,7 @@ _sum_rows_whole = torch.library.custom_op("flowception::sum_rows", _sum_rows, mu
 
 @_sum_rows_whole.register_fake
 def _(values: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) -> Tensor:
-    return values.new_empty(run_of_row.shape[0], values.shape[1], dtype=torch.float32)
+    return values.new_empty(run_of_row.shape[0], values.shape[1])
 
 
 class _TakeRows(torch.autograd.Function):
@@ -96,7 +96,7 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
         sum_rows = _sum_rows_whole if torch.compiler.is_compiling() else _sum_rows
-        return sum_rows(gradient, *ctx.saved_tensors).to(gradient.dtype), None, None, None
+        return sum_rows(gradient.float(), *ctx.saved_tensors).to(gradient.dtype), None, None, None
 
 
 def take_rows(table: Tensor, rows: Rows) -> Tensor:

@@ -151,11 +151,12 @@ def arrange(job: Job, cluster: Cluster, zero: ZeroConfig, world_size: int, check
 
 
 def ways_to_shard(zero: ZeroConfig, world_size: int, gpus_per_node: int) -> Iterator[ZeroConfig]:
-    """Every stage, and stage 3 in groups (the configured ones, or nodes) where there are several groups."""
+    """Every stage, and stage 3 in groups: the configured ones, else nodes where there are several."""
     for stage in range(4):
         yield replace(zero, stage=stage, hierarchical_partition_size=None)
-    group = zero.hierarchical_partition_size or gpus_per_node
-    if 1 < group < world_size and world_size % group == 0:
+    configured = zero.hierarchical_partition_size
+    group = configured or gpus_per_node
+    if configured or (1 < group < world_size and world_size % group == 0):
         yield replace(zero, stage=3, hierarchical_partition_size=group)
 
 
@@ -205,7 +206,7 @@ def answer(
         configured: The configured one.
         num_layers: Blocks of the network.
         world_size: Ranks.
-        memory_gb: Of a device, 1e9 bytes.
+        memory_gb: Of a device, as sold.
 
     Returns:
         The sentence.
@@ -222,6 +223,6 @@ def answer(
     )
     if (best.zero, best.checkpointed_blocks) == (configured.zero, configured.checkpointed_blocks):
         return f"{fastest}, as configured"
-    if configured.memory.total > USABLE_SHARE * memory_gb * 1e9:
+    if configured.memory.total > USABLE_SHARE * memory_gb * GIB:
         return f"{fastest}; as configured, {as_configured}, it {needs}"
     return f"{fastest}; as configured, {as_configured}: {configured.time.in_turn_s:.3g} s"

@@ -57,8 +57,8 @@ class Assumptions:
     memory_gb_per_s: float = 3000.0
     """GB/s that a device reads and writes of its own memory, for the optimizer; 3000 is nine tenths of an H100's."""
     memory_gb: str = ""
-    """Comma-separated memory of devices in GB, 1e9 bytes, as sold; empty for ``memory_gib``, or 80 (H100) and 141
-    (H200)."""
+    """Comma-separated memory of devices in GB, as they are sold; empty for ``memory_gib``, or 80 (H100) and 141 (H200).
+    Makers' GB are GiB here: an H100 of 80 GB reports 79, an H200 of 141 GB about 140 GiB."""
     clip: str | None = None
     """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
     text_tokens: int = 0
@@ -100,7 +100,7 @@ class Assumptions:
     def devices_gb(self, config: TrainConfig) -> list[float]:
         """Memory of the devices to rank for, in GB."""
         if not self.memory_gb and config.memory_gib is not None:
-            return [config.memory_gib * GIB / 1e9]
+            return [config.memory_gib]
         text = self.memory_gb or _USUAL_MEMORY_GB
         try:
             found = [float(word) for word in text.split(",")]
@@ -204,7 +204,7 @@ def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) ->
 
 def _configured(config: TrainConfig, job: Job, cluster: Cluster, world_size: int, memory_gb: float) -> Arrangement:
     """The configured arrangement, on devices of a size where that decides."""
-    blocks = checkpointed_blocks(job, config, world_size, memory_gb * 1e9)
+    blocks = checkpointed_blocks(job, config, world_size, memory_gb * GIB)
     return arrange(job, cluster, config.zero, world_size, blocks)
 
 
@@ -272,7 +272,7 @@ def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], 
     ]
     answers = []
     for size, memory_gb in product([size for size in sizes if job.packs(size)], devices_gb):
-        ranked = rank_arrangements(job, cluster, config.zero, size, memory_gb * 1e9)
+        ranked = rank_arrangements(job, cluster, config.zero, size, memory_gb * GIB)
         lines.append(f"{devices(size, memory_gb)}:" + " none" * (not ranked))
         for found in ranked:
             mark = "*" if found.zero == config.zero else " "

@@ -96,6 +96,7 @@ def test_fewer_queries_than_keys_are_those_rows_of_the_whole(seed):
     torch.testing.assert_close(ours, dense_reference(q, k, v, whole, EVERY_PATTERN[0])[rows], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fewer_queries_than_keys_on_a_gpu():
     clips = [ClipShape(4, 2, 2, 3), ClipShape(2, 3, 2)]
@@ -252,6 +253,24 @@ def test_the_choice_and_its_reason_are_logged_once(caplog):
         "attention backend: sdpa (variable-length kernels do not run on cpu in torch.float32)",
         "attention backend: flex (the kernel for attention_pattern=causal on CUDA)",
     ]
+
+
+def test_flex_is_compiled_also_where_a_sampler_lets_all_else_be_eager(monkeypatch):
+    """Eager, FlexAttention would make the table of all pairs. A stand-in is compiled, by a backend that counts."""
+    module, graphs = import_module("flowception.nn.attention"), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda query, key, value, block_mask: query + 1, backend=backend)
+    monkeypatch.setattr(module, "_compiled_flex", lambda: compiled)
+    layout = build_layout([ClipShape(2, 2, 2)])
+    tokens = torch.zeros(len(layout.token_kind), 2, 8)
+    with torch.compiler.set_stance("force_eager"):
+        output = module._flex(tokens, tokens, tokens, layout, AttentionPattern("causal"))
+    assert len(graphs) == 1
+    assert torch.equal(output, tokens + 1)
 
 
 @pytest.mark.gpu

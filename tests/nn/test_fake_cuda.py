@@ -110,6 +110,22 @@ def test_a_forward_stays_on_the_device_and_waits_for_nothing(network, make_pack,
         torch.testing.assert_close(content(ours), expected_part, rtol=tolerance, atol=tolerance)
 
 
+def test_what_goes_from_part_to_part_under_autocast_is_bfloat16(network, make_pack):
+    """The residual stream, which was float32, and what is modulated: CUDA's autocast has norms in float32."""
+    model, seen = network(Case(precision="autocast")), {}
+
+    def note(name):
+        return lambda _, inputs, output: seen.update({name: (inputs[0].dtype, output.dtype)})
+
+    block = model.blocks[0]
+    parts = {"block": block, "attention": block.query_key_value, "attended": block.attention_output, "mlp": block.mlp}
+    for name, part in parts.items():
+        part.register_forward_hook(note(name))
+    with FakeCuda() as cuda, torch.autocast("cuda", torch.bfloat16):
+        cuda.to_cuda(model)(make_pack(CLIPS, shape=ROOMY).to(DEVICE))
+    assert seen == dict.fromkeys(parts, (torch.bfloat16, torch.bfloat16))
+
+
 def test_constants_go_to_the_device_once(network, make_pack):
     with FakeCuda() as cuda:
         model = cuda.to_cuda(network(Case()))

@@ -70,7 +70,7 @@ def test_gradient_of_take_rows_is_that_of_indexing_and_the_sum_over_runs(layout,
     (expected,) = torch.autograd.grad((table[rows.row] * weight).sum(), table)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
     by_runs = sum_runs(weight, rows.offsets).index_select(0, rows.run_of_row)  # as on CUDA
-    torch.testing.assert_close(by_runs.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(by_runs, expected, rtol=1e-6, atol=1e-6)
 
 
 class Additions(TorchDispatchMode):
@@ -81,7 +81,7 @@ class Additions(TorchDispatchMode):
         self.dtypes = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.index_add_.default, torch.ops.aten.segment_reduce.default):
+        if function is torch.ops.aten.index_add_.default:
             self.dtypes.append(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
@@ -92,7 +92,6 @@ def test_gradients_are_added_up_in_float32():
     taken = take_rows(table, rows)
     with Additions() as additions:
         (gradient,) = torch.autograd.grad(taken.sum(), table)
-        by_runs = sum_runs(torch.ones_like(taken), rows.offsets)
-    assert additions.dtypes == [torch.float32] * 2
+    assert additions.dtypes == [torch.float32]
     assert gradient.dtype == torch.bfloat16
-    assert gradient.item() == by_runs.item() == 1000.0
+    assert gradient.item() == 1000.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
@@ -114,6 +116,7 @@ def constants() -> dict:
         "buffers": [name for name, _ in engine.module.named_buffers()],
         "one_step": [one_step(MODEL, "bf16", engine), one_step_alone(MODEL, "bf16")],
         "module_stack": module_stack(micro_steps=200),
+        "compiled": one_step_traced(replace(MODEL, compile="blocks"), "bf16"),
     }
 
 
@@ -141,6 +144,12 @@ def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
     engine.backward(loss_of(output))
     norm = optimizer_step(engine, None, lambda _: None, torch.device("cpu")).grad_norm
     return {"log_rate": output.log_rate.tolist(), "velocity": output.velocity.tolist(), "grad_norm": norm}
+
+
+def one_step_traced(config: DiTConfig, precision: str) -> dict:
+    """The same, compiled by a backend that needs no C++ compiler; and the graphs that it took."""
+    torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
+    return {**one_step(config, precision), "graphs": counters["stats"]["unique_graphs"]}
 
 
 def one_step_alone(config: DiTConfig, precision: str) -> dict:

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_left_out():
 def test_answers():
     def said(memory_gb, checkpointed=0, stage=3):
         zero = replace(ZERO, stage=stage)
-        ranked = rank_arrangements(JOB, CLUSTER, zero, 8, memory_gb * 1e9)
+        ranked = rank_arrangements(JOB, CLUSTER, zero, 8, memory_gb * GIB)
         return answer(ranked, arrange(JOB, CLUSTER, zero, 8, checkpointed), LAYERS, 8, memory_gb)
 
     gib = JOB.memory(replace(ZERO, stage=1), 8, 0).total / GIB
@@ -138,7 +138,7 @@ def test_answers():
     assert said(80, stage=1) == f"{fastest}, as configured"
     assert said(80, 4, stage=1) == f"{fastest}; as configured, ZeRO-1, 6 of 10 blocks kept: 1.42 s"
     small = said(6)
-    assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 2 of 10 blocks kept")
+    assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 3 of 10 blocks kept")
     assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, it needs 10.2 GiB and does not fit")
     assert said(1, 10).startswith(
         "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, it needs"

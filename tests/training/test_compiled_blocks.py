@@ -8,7 +8,10 @@ from blocks_worker import TRACED
 from distributed_worker import run_distributed
 
 WORKER = str(Path(__file__).parent / "blocks_worker.py")
-BOUNDS = {"fp32": {"losses": 1e-6, "norms": 1e-5, "state": 1e-4}, "bf16": {"losses": 0.01, "norms": 0.05, "state": 0.2}}
+BOUNDS = {
+    "fp32": {"losses": 1e-5, "norms": 1e-4, "state": 1e-3},
+    "bf16": {"losses": 1e-3, "norms": 1e-2, "state": 5e-2},
+}
 """Of each figure's own size; see ``deviations``. In bf16 a moment of a few gradients is as coarse as they are."""
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("blocks")]

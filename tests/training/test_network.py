@@ -47,6 +47,14 @@ def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
     assert here["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
 
 
+def test_a_step_of_compiled_blocks_under_zero_3_is_that_of_eager_ones(found):
+    here, compiled = found["one_step"][0], found["compiled"]
+    assert compiled["graphs"] == 1
+    for head in ("velocity", "log_rate"):
+        torch.testing.assert_close(torch.tensor(compiled[head]), torch.tensor(here[head]), rtol=0.0, atol=0.02)
+    assert compiled["grad_norm"] == pytest.approx(here["grad_norm"], rel=0.02)
+
+
 def test_deepspeed_s_list_of_modules_at_work_stays_as_long_as_it_is(found):
     """It gained an entry for every checkpointed block of every micro-step, as long as the run went on."""
     assert len(found["module_stack"]) == 200
