@@ -18,7 +18,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 def packs_on_device(packs: Sequence[Pack], device: torch.device) -> Iterator[Pack]:
     """The packs of a step on a device, in order.
 
-    On a GPU each is copied on a stream of its own, asked for before the one ahead of it begins to compute.
+    On a GPU each is copied on a stream of its own, asked for before the one ahead of it begins to compute. A step's
+    first pack has none ahead of it.
 
     Args:
         packs: On the host, in page-locked memory if the copy is not to hold up the host.
