@@ -34,8 +34,8 @@ CHECKS = (
     Check(
         4,
         "pytest -m gpu",
-        "the tests that need a GPU, and those with a stand-in for CUDA, here on a torch built for it; some of each must "
-        "run and none fail",
+        "the tests that need a GPU, and those with a stand-in for CUDA, here on a torch built for it; some of each "
+        "must run and none fail",
         "benchmarks.gpu.environment:gpu_tests",
         90,
     ),
