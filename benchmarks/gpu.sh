@@ -2,6 +2,7 @@
 # Twelve checks of the CUDA path on one GPU, in under nine minutes and without a network; --device cpu tries the script
 # itself with a small network. docs/gpu.md says what they are and what came of them.
 #   benchmarks/gpu.sh [--device cuda|cpu] [--json FILE] [--page FILE] [--logs DIR] [--only 1,3]
+# Without --json the figures of a GPU go to benchmarks/results: where that does not come back, give a path that does.
 # A machine that lacks packages gets them from benchmarks/gpu_wheels.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

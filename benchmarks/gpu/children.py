@@ -32,7 +32,7 @@ class Ending(NamedTuple):
         """Why it is no success."""
         words = f"; its last words: {self.last_words}" if self.last_words else ""
         if self.code is None:
-            return f"ended at its limit of {limit_s:g} s{words}"
+            return f"ended at its limit of {limit_s:.4g} s{words}"
         if self.code < 0:
             return f"died of {signal.Signals(-self.code).name}{words}"
         return f"left with {self.code}{words}"

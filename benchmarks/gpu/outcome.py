@@ -59,6 +59,8 @@ class Check:
     """``module:function``; it takes a ``Scene`` and gives an ``Outcome``."""
     limit_s: float
     """Seconds after which it is ended."""
+    reserved_s: float = 0.0
+    """Seconds that the checks before it must leave for it."""
 
 
 @dataclass

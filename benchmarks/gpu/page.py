@@ -69,12 +69,15 @@ def _head(results: Sequence[Result]) -> str:
 
     bash benchmarks/gpu.sh                  # one H100 or H200, no network, under nine minutes
     bash benchmarks/gpu.sh --device cpu     # tries the script with a small network
+    bash benchmarks/gpu.sh --json PATH --page PATH --logs FOLDER    # on a machine that is lent or rented
 
 {status}
 
 Each of the twelve checks runs in a process of its own, with its own time limit, and prints one line. The result is
 written to `benchmarks/results` as JSON named by card and day, and this page is made from it with
-`python benchmarks/gpu/page.py`. A machine without a network gets the packages that it lacks by
+`python benchmarks/gpu/page.py`. **What is written there is lost with a machine that does not give its files back:**
+there, give `--json` a path that comes back, and `--page` and `--logs`, too; put the JSON file into `benchmarks/results`
+here before the page is made. A machine without a network gets the packages that it lacks by
 `bash benchmarks/gpu_wheels.sh`, which is to be run where there is one."""
 
 
@@ -111,12 +114,12 @@ def _arm(result: Result, name: str | None) -> Mapping[str, Any]:
 
 def _arm_cell(result: Result, name: str | None) -> str:
     arm = _arm(result, name)
+    blocks = f", {arm['checkpointed_blocks']} of {arm['layers']} blocks checkpointed" if "layers" in arm else ""
     if "out_of_memory" in arm:
-        return "out of memory"
+        return f"out of memory{blocks}"
     if "ms_per_pack" not in arm:
         return NOT_YET
     mfu = f", {_percent(arm['mfu'])}" if "mfu" in arm else ""
-    blocks = f", {arm['checkpointed_blocks']} blocks checkpointed" if arm.get("tries") else ""
     return (
         f"{arm['ms_per_pack']:.0f} ms{mfu}{blocks}; {arm['peak_gib']:.1f} GiB of {arm['estimated_gib']:.1f} estimated"
     )
@@ -140,7 +143,8 @@ def _recipe(results: Sequence[Result]) -> str:
 
 `configs/t2v_2b.yaml` at ZeRO-3 on one GPU: forward and backward of one pack of 16,384 tokens, and the share of
 {PEAK_TFLOPS:g} TFLOP/s by exact FLOPs (below). Each row has the changes above it; what is measured has change 3 in
-every row. The forecast is a roofline. It assumes
+every row. Where no block is to be checkpointed, as few are as the dry run's estimate allows on the card, and the row
+says how many. The forecast, for none, is a roofline. It assumes
 {ASSUMED}.
 
 {chr(10).join(rows)}

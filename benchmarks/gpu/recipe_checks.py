@@ -1,4 +1,8 @@
-"""The recipe for 2 billion parameters on one GPU at ZeRO-3: its speed in four ways.
+"""The recipe for 2 billion parameters on one GPU at ZeRO-3: its speed in four ways, the most telling first.
+
+Each way is measured in a process of its own, forked from one that has imported DeepSpeed for all of them. Where not all
+blocks are meant to be checkpointed, as few are as the dry run's estimate allows on the card, as the recipe itself does
+with ``activation_checkpointing: auto``, and more where memory is full all the same.
 
 Model FLOPs are exact (``nn.flops``), of visible frames and their text, recomputation left out. Beside them stands the
 count that others report: ``6 N`` a token, N the weights of the blocks that act on every token (modulation acts once a
@@ -9,11 +13,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +30,7 @@ from benchmarks.gpu.scene import Case, Scene
 from flowception.data.loader import StepBatch
 from flowception.data.steps import PackPlan
 from flowception.nn.backbone import count_parameters
-from flowception.training.arrangements import Job
+from flowception.training.arrangements import USABLE_SHARE, Job
 from flowception.training.hardware import GIB, gpu_peak, peak_memory_gib
 
 STEPS, PACKS = 4, 2
@@ -35,8 +40,8 @@ LARGEST_DIFFERENCE = 2e-2
 """Relative, of a step's velocity loss."""
 _ARM_LIMIT_S = 110.0
 _CPU_ARM_LIMIT_S = 900.0
-_CHECKPOINTED = (0, 8, 16)
-"""Blocks checkpointed where none is meant to be, until it fits."""
+_TRIES, _MORE_BLOCKS = 3, 8
+"""Where memory is full with as few blocks checkpointed as the estimate allows: all tries, and blocks more in each."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,16 @@ class Arm:
     name: str
     compile: str
     checkpointed: bool
+    """Whether all blocks are; else the fewest that fit."""
 
 
 ARMS = (
     Arm("compile off, all blocks checkpointed", "off", True),
-    Arm("leaves compiled", "leaves", True),
-    Arm("leaves compiled, no checkpointing", "leaves", False),
-    Arm("blocks compiled, no checkpointing", "blocks", False),
+    Arm("blocks compiled, fewest checkpointed", "blocks", False),
+    Arm("leaves compiled, all blocks checkpointed", "leaves", True),
+    Arm("leaves compiled, fewest checkpointed", "leaves", False),
 )
+"""The recipe before and after all changes, then what lies between."""
 
 
 def peers_flops(case: Case, pack: PackPlan) -> float:
@@ -66,6 +73,23 @@ def peers_flops(case: Case, pack: PackPlan) -> float:
     return float(6.0 * weights * tokens.sum() + 12.0 * layers * size * (tokens**2).sum())
 
 
+def fewest_checkpointed(case: Case, parameters: int, memory_bytes: float) -> int:
+    """Fewest blocks checkpointed with which the dry run's estimate for one rank, without the EMA, fits a device.
+
+    Args:
+        case: The recipe.
+        parameters: Of its network.
+        memory_bytes: Of the device.
+
+    Returns:
+        Their number; all where none fits.
+    """
+    job, zero = Job.of(case.config, parameters), case.config.zero
+    ema = job.memory(zero, 1, 0).ema  # the estimate counts it: as much room more in the usable share makes up for it
+    blocks = job.fewest_checkpointed(zero, 1, memory_bytes + ema / USABLE_SHARE)
+    return job.spec.num_layers if blocks is None else blocks
+
+
 def estimated_gib(case: Case, parameters: int) -> float:
     """What the dry run says a rank of one needs, without the EMA, which is not built here."""
     config = case.config
@@ -73,10 +97,34 @@ def estimated_gib(case: Case, parameters: int) -> float:
     return (memory.total - memory.ema) / GIB
 
 
-def run_arm(scene: Scene, case: Case, batches: list[StepBatch], found: Path) -> None:
-    """One arm in a process of its own; writes what it measured, or that memory was full."""
-    parameters = count_parameters(case.config.model)
-    figures: dict[str, Any] = {"estimated_gib": estimated_gib(case, parameters), "parameters": parameters}
+def _device_bytes(scene: Scene) -> int:
+    if scene.on_gpu:
+        return int(torch.cuda.get_device_properties(scene.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def run_arm(scene: Scene, arm: Arm, more_blocks: int, batches: list[StepBatch], found: Path) -> None:
+    """One arm in a process of its own; writes what it measured, or that memory was full.
+
+    Args:
+        scene: The device.
+        arm: Which.
+        more_blocks: Blocks checkpointed beyond the fewest.
+        batches: The steps.
+        found: File for the figures.
+    """
+    case = scene.recipe(f"model.compile={arm.compile}", "model.activation_checkpointing=true")
+    parameters, layers = count_parameters(case.config.model), case.config.model.flop_spec().num_layers
+    if not arm.checkpointed:
+        blocks = min(fewest_checkpointed(case, parameters, _device_bytes(scene)) + more_blocks, layers)
+        case = scene.recipe(f"model.compile={arm.compile}", f"model.activation_checkpointing={blocks}")
+    figures: dict[str, Any] = {
+        "checkpointed_blocks": case.config.model.checkpointed_blocks(),
+        "layers": layers,
+        "estimated_gib": estimated_gib(case, parameters),
+        "memory_gib": _device_bytes(scene) / GIB,
+        "card": torch.cuda.get_device_name(scene.device) if scene.on_gpu else None,
+    }
     try:
         with compiler(scene):
             figures |= _train(scene, case, [pinned(scene, batch) for batch in batches]) | graphs()
@@ -100,31 +148,71 @@ def _train(scene: Scene, case: Case, batches: list[StepBatch]) -> dict[str, Any]
     }
 
 
+class _Runs(NamedTuple):
+    """What the processes of all arms share."""
+
+    scene: Scene
+    batches: list[StepBatch]
+    figures: dict[str, Any]
+    """Of the check; each arm's are added."""
+
+
 def four_ways(scene: Scene) -> Outcome:
     """Run every arm; the figures of those before are kept if one ends badly."""
     plain = scene.recipe()
     batches = [plain.batch(step) for step in range(STEPS)]
     packs = [pack for batch in batches for pack in batch.step_plan.packs]
-    parameters = count_parameters(plain.config.model)
     figures: dict[str, Any] = {
-        "parameters": parameters,
+        "parameters": count_parameters(plain.config.model),
         "pack_tflop": sum(map(plain.pack_flops, packs)) / len(packs) / 1e12,
         "pack_tflop_peers": sum(peers_flops(plain, pack) for pack in packs) / len(packs) / 1e12,
         "arms": {},
     }
-    limit_s = _ARM_LIMIT_S if scene.on_gpu else _CPU_ARM_LIMIT_S
-    if not scene.on_gpu:  # once for all arms; with a GPU they could touch it, which no process may that forks
-        importlib.import_module("deepspeed")
-        importlib.import_module("torch._dynamo")
-    for number, arm in enumerate(ARMS):
-        figures["arms"][arm.name] = _first_that_fits(scene, arm, batches, limit_s, scene.folder / f"arm_{number}")
-        scene.note(Outcome(MEASURED, _said(figures), figures))
-    _add_shares(scene, figures)
-    failed = [f"{name}: {found['failed']}" for name, found in figures["arms"].items() if "failed" in found]
-    failed += _unlike(figures["arms"])
+    runs, found = _Runs(scene, batches, figures), scene.folder / "arms.json"
+    limit_s = len(ARMS) * _TRIES * _arm_limit_s(scene)  # no more than a bound: the check's own limit comes first
+    log = scene.folder / "arms.log"
+    ending = run_in_child(partial(_import_and_run_arms, runs, found), limit_s, log, own_group=False)
+    if ending.code != 0 or not found.is_file():
+        raise CheckFailed(f"the arms cannot be run: {ending.reason(limit_s)}", figures)
+    arms: dict[str, dict[str, Any]] = json.loads(found.read_text()) or _run_arms(runs)
+    figures["arms"] = arms
+    failed = [f"{name}: {arm['failed']}" for name, arm in arms.items() if "failed" in arm] + _unlike(arms)
     if failed:
         raise CheckFailed(f"{'; '.join(failed)}; {_said(figures)}", figures)
     return Outcome(MEASURED, _said(figures), figures)
+
+
+def _arm_limit_s(scene: Scene) -> float:
+    return _ARM_LIMIT_S if scene.on_gpu else _CPU_ARM_LIMIT_S
+
+
+def _import_and_run_arms(runs: _Runs, found: Path) -> None:
+    """In a process of its own: import what is slow to import, and fork every arm from here, if that can still be."""
+    for name in ("deepspeed", "torch._dynamo"):
+        importlib.import_module(name)
+    found.write_text(json.dumps({} if _forks_badly(runs.scene) else _run_arms(runs)))
+
+
+def _forks_badly(scene: Scene) -> bool:
+    """Whether a child of this process could not use CUDA, since it was started here; only a child can tell."""
+
+    def tell() -> None:
+        if torch.cuda._is_in_bad_fork():
+            raise RuntimeError("CUDA was started before the fork")
+
+    return run_in_child(tell, _arm_limit_s(scene), scene.folder / "fork.log", own_group=False).code != 0
+
+
+def _run_arms(runs: _Runs) -> dict[str, dict[str, Any]]:
+    """Figures by the name of the arm."""
+    scene, figures = runs.scene, runs.figures
+    for number, arm in enumerate(ARMS):
+        arm_figures = _first_that_fits(runs, arm, scene.folder / f"arm_{number}")
+        _add_shares(figures, arm_figures)
+        figures["arms"][arm.name] = arm_figures
+        scene.note(Outcome(MEASURED, _said(figures), figures))
+    arms: dict[str, dict[str, Any]] = figures["arms"]
+    return arms
 
 
 def _unlike(arms: dict[str, dict[str, Any]]) -> list[str]:
@@ -138,47 +226,47 @@ def _unlike(arms: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _first_that_fits(scene: Scene, arm: Arm, batches: list[StepBatch], limit_s: float, place: Path) -> dict[str, Any]:
-    """The arm's figures; with more and more blocks checkpointed where it is meant to be none and memory is full."""
+def _first_that_fits(runs: _Runs, arm: Arm, place: Path) -> dict[str, Any]:
+    """The arm's figures; with more and more blocks checkpointed where not all are meant to be and memory is full."""
     tries: list[dict[str, Any]] = []
-    for blocks in ("true",) if arm.checkpointed else _CHECKPOINTED:
-        case = scene.recipe(f"model.compile={arm.compile}", f"model.activation_checkpointing={blocks}")
-        found, log = place.with_suffix(f".{blocks}.json"), place.with_suffix(f".{blocks}.log")
-        ending = run_in_child(partial(run_arm, scene, case, batches, found), limit_s, log, own_group=False)
+    limit_s = _arm_limit_s(runs.scene)
+    for number in range(1 if arm.checkpointed else _TRIES):
+        found, log = place.with_suffix(f".{number}.json"), place.with_suffix(f".{number}.log")
+        train = partial(run_arm, runs.scene, arm, number * _MORE_BLOCKS, runs.batches, found)
+        ending = run_in_child(train, limit_s, log, own_group=False)
         if ending.code != 0 or not found.is_file():
             return {"failed": ending.reason(limit_s), "tries": tries}
         figures: dict[str, Any] = json.loads(found.read_text())
-        figures["checkpointed_blocks"] = case.config.model.checkpointed_blocks()
         if "out_of_memory" not in figures:
             return figures | ({"tries": tries} if tries else {})
         tries.append(figures)
     return {**tries[-1], "tries": tries[:-1]}
 
 
-def _add_shares(scene: Scene, figures: dict[str, Any]) -> None:
-    """MFU of each arm where the card's peak is known."""
-    peak = gpu_peak(torch.cuda.get_device_name(scene.device)) if scene.on_gpu else None
-    figures["peak_tflops"] = peak and peak.tflops
-    for found in figures["arms"].values():
-        if peak is None or "ms_per_pack" not in found:
-            continue
-        pack_s = found["ms_per_pack"] / 1e3
-        whole_s = pack_s + found["optimizer_ms"] / 1e3 / OPTIMIZER_PACKS
-        found["mfu"] = figures["pack_tflop"] / pack_s / peak.tflops
-        found["mfu_with_optimizer"] = figures["pack_tflop"] / whole_s / peak.tflops
-        found["mfu_peers"] = figures["pack_tflop_peers"] / pack_s / peak.tflops
+def _add_shares(figures: dict[str, Any], arm: dict[str, Any]) -> None:
+    """MFU of an arm where the card's peak is known."""
+    peak = gpu_peak(arm["card"]) if arm.get("card") else None
+    if peak is None or "ms_per_pack" not in arm:
+        return
+    pack_s = arm["ms_per_pack"] / 1e3
+    whole_s = pack_s + arm["optimizer_ms"] / 1e3 / OPTIMIZER_PACKS
+    arm["peak_tflops"] = peak.tflops
+    arm["mfu"] = figures["pack_tflop"] / pack_s / peak.tflops
+    arm["mfu_with_optimizer"] = figures["pack_tflop"] / whole_s / peak.tflops
+    arm["mfu_peers"] = figures["pack_tflop_peers"] / pack_s / peak.tflops
 
 
 def _said(figures: dict[str, Any]) -> str:
     words = [f"{figures['parameters'] / 1e9:.3g} B, {figures['pack_tflop']:.4g} TFLOP a pack"]
-    for name, found in figures["arms"].items():
-        if "ms_per_pack" not in found:
-            words.append(f"{name}: {'out of memory' if 'out_of_memory' in found else 'failed'}")
+    for name, arm in figures["arms"].items():
+        blocks = f" ({arm['checkpointed_blocks']} of {arm['layers']} checkpointed)" if "layers" in arm else ""
+        if "ms_per_pack" not in arm:
+            words.append(f"{name}{blocks}: {'out of memory' if 'out_of_memory' in arm else 'failed'}")
             continue
-        mfu = f", MFU {found['mfu']:.1%}" if "mfu" in found else ""
-        kept = f" ({found['checkpointed_blocks']} blocks had to be)" if found.get("tries") else ""
+        mfu = f", MFU {arm['mfu']:.1%}" if "mfu" in arm else ""
+        full = f", out of memory with {', '.join(str(each['checkpointed_blocks']) for each in arm.get('tries', []))}"
         words.append(
-            f"{name}{kept}: {found['ms_per_pack']:.0f} ms a pack{mfu}, {found['peak_gib']:.1f} GiB "
-            f"(estimate {found['estimated_gib']:.1f})"
+            f"{name}{blocks}: {arm['ms_per_pack']:.0f} ms a pack{mfu}, {arm['peak_gib']:.1f} GiB "
+            f"(estimate {arm['estimated_gib']:.1f}){full if arm.get('tries') else ''}"
         )
     return "; ".join(words)

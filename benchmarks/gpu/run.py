@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts import each other as benchmarks.NAME
 
+from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.children import run_in_child
 from benchmarks.gpu.outcome import FAIL, Check, CheckFailed, Outcome, Record
 from benchmarks.gpu.table import CHECKS, CPU_PATIENCE, TOTAL_LIMIT_S
@@ -43,7 +44,7 @@ _IMPORTED_ONCE = (
     "flowception.generation.frozen",
 )
 """Slow to import, and silent about GPUs; every check is forked with them."""
-_NO_TIME = f"not run: the {TOTAL_LIMIT_S:g} s of all checks are used up; run it by --only {{number}}"
+_NO_TIME = "not run: the {total:g} s of all checks are used up or kept for later ones; run it by --only {number}"
 
 
 def run_check(check: Check, device: str, folder: Path, limit_s: float) -> Record:
@@ -123,22 +124,23 @@ def run_all(
     machine: dict[str, Any],
     json_path: Path | None,
     folder: Path,
+    budget: Budget,
     logs: Path | None = None,
 ) -> list[Record]:
     """Run checks in order, a line each, the JSON file after each; logs of those that fail are kept in ``logs``."""
-    began, records = time.monotonic(), list[Record]()
-    patience = 1.0 if device == "cuda" else CPU_PATIENCE
-    for check in checks:
-        left_s = TOTAL_LIMIT_S * patience - (time.monotonic() - began)
-        if left_s > 0:
-            records.append(run_check(check, device, folder, min(check.limit_s * patience, left_s)))
+    records: list[Record] = []
+    for number, check in enumerate(checks):
+        limit_s = budget.limit_s(check, checks[number + 1 :])
+        if limit_s > 0:
+            records.append(run_check(check, device, folder, limit_s))
         else:
-            records.append(Record(check.number, check.name, 0.0, Outcome(FAIL, _NO_TIME.format(number=check.number))))
+            reason = _NO_TIME.format(total=budget.total_s, number=check.number)
+            records.append(Record(check.number, check.name, 0.0, Outcome(FAIL, reason)))
         print(records[-1].line(), flush=True)
-        if logs is not None and records[-1].outcome.verdict == FAIL and left_s > 0:
+        if logs is not None and records[-1].outcome.verdict == FAIL and limit_s > 0:
             keep_log(folder / f"check_{check.number:02d}", logs / f"check_{check.number:02d}.log")
         if json_path is not None:
-            write_json(json_path, machine, records, time.monotonic() - began, len(records) == len(CHECKS))
+            write_json(json_path, machine, records, budget.used_s, len(records) == len(CHECKS))
     return records
 
 
@@ -203,6 +205,7 @@ def main(words: Sequence[str] | None = None) -> int:
         0, or 1 if a check failed.
     """
     arguments = parse_arguments(words)
+    budget = Budget(TOTAL_LIMIT_S, 1.0 if arguments.device == "cuda" else CPU_PATIENCE, time.monotonic)
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are slow on a busy machine
@@ -212,7 +215,7 @@ def main(words: Sequence[str] | None = None) -> int:
         path = arguments.json
         if path is None and arguments.device == "cuda" and len(arguments.checks) == len(CHECKS):
             path = default_json(machine)
-        records = run_all(arguments.checks, arguments.device, machine, path, Path(name), arguments.logs)
+        records = run_all(arguments.checks, arguments.device, machine, path, Path(name), budget, arguments.logs)
     if arguments.page is not None:
         from benchmarks.gpu.page import page
 

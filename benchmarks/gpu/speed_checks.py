@@ -6,6 +6,7 @@ Bytes are the fewest there can be: every input read once, every output written o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,14 +17,17 @@ from torch import Tensor
 from benchmarks.gpu.attention_checks import random_heads
 from benchmarks.gpu.block_checks import block_inputs, compiler, leaf_inputs
 from benchmarks.gpu.outcome import MEASURED, Outcome
-from benchmarks.gpu.scene import Case, Scene, open_model
+from benchmarks.gpu.scene import Case, Scene, open_model, relative_error
 from flowception.nn.attention import attention
-from flowception.nn.layout import PackInput, PackLayout
+from flowception.nn.layout import PackInput, PackLayout, TokenKind
 from flowception.nn.leaves import EAGER, Leaves
 from flowception.nn.presets import COMPILE
+from flowception.nn.rows import Rows, sum_runs
 
 _COPY_MIB = {"cuda": 1024, "cpu": 8}
 _PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
+_IN_A_ROW = 10
+"""Calls timed together of what takes a GPU no longer than the host needs to start it."""
 
 
 def ceilings(scene: Scene) -> dict[str, float]:
@@ -104,6 +108,44 @@ def leaf_times(scene: Scene, inputs: dict[str, list[Any]]) -> dict[str, dict[str
     return found
 
 
+def _repeat(function: Callable[[], object]) -> None:
+    for _ in range(_IN_A_ROW):
+        function()
+
+
+def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict[str, dict[str, float]]:
+    """Modulation's gradients summed by runs of tokens, and added by index, each alone, with TB/s.
+
+    Args:
+        scene: The device.
+        case: The sizes.
+        pack: On the device.
+        rows: Which row each of its tokens takes.
+    """
+    shape = (case.config.token_budget, case.config.model.flop_spec().hidden_size)
+    real = (pack.layout.token_kind != TokenKind.PADDING).unsqueeze(1)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.where(real, torch.randn(shape, device=scene.device), 0.0).to(dtype)
+
+        def by_runs(values: Tensor = values) -> Tensor:
+            return sum_runs(values, rows.offsets)
+
+        def by_index(values: Tensor = values) -> Tensor:
+            total = torch.zeros(len(rows.run_of_row), shape[1], device=scene.device)
+            return total.index_add_(0, rows.row, values.float())
+
+        error = relative_error(by_runs()[rows.run_of_row], by_index())
+        for name, function in (("sum_runs", by_runs), ("index_add", by_index)):
+            ms = scene.median_ms(partial(_repeat, function)) / _IN_A_ROW
+            found[f"{name} {str(dtype).removeprefix('torch.')}"] = {
+                "ms": ms,
+                "tb_per_s": _bytes([values, function()]) / ms / 1e9,
+                "difference": error,
+            }
+    return found
+
+
 def block_times(scene: Scene, pack: PackInput, way: str) -> dict[str, float]:
     """A whole block, by what of it is compiled."""
     case = scene.recipe("model.num_layers=1", f"model.compile={way}", "model.activation_checkpointing=false")
@@ -133,7 +175,9 @@ def operators(scene: Scene) -> Outcome:
     scene.note(Outcome(MEASURED, said(figures), figures))
     with compiler(scene), functorch_config.patch(donated_buffer=False):  # a backward pass is timed many times
         model = open_model(case.config).to(scene.device, torch.bfloat16)
-        figures["leaves"] = leaf_times(scene, leaf_inputs(scene, case, pack, block_inputs(model, pack)))
+        seen = block_inputs(model, pack)
+        figures["run_sums"] = run_sum_times(scene, case, pack, seen["rows"])
+        figures["leaves"] = leaf_times(scene, leaf_inputs(scene, case, pack, seen))
         del model
         scene.note(Outcome(MEASURED, said(figures), figures))
         for way in reversed(COMPILE):
@@ -155,5 +199,7 @@ def said(figures: dict[str, Any]) -> str:
     words = [f"copy {best['copy_tb_per_s']:.2g} TB/s, product {best['product_tflops']:.3g} TFLOP/s at best"]
     words.append(f"forward + backward: products {ms(total(list(figures['products'].values())))}")
     words.append(f"attention {ms(figures['attention'])}")
+    for name, found in figures.get("run_sums", {}).items():
+        words.append(f"{name} {found['ms']:.3f} ms ({found['tb_per_s']:.2g} TB/s)")
     words += [f"block {way} {ms(figures[f'block {way}'])}" for way in reversed(COMPILE) if f"block {way}" in figures]
     return ", ".join(words)

@@ -4,16 +4,18 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import page as page_script
 from benchmarks.gpu import run
+from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.forecasts import CHANGES
-from benchmarks.gpu.outcome import FAIL, Check, Outcome
+from benchmarks.gpu.outcome import FAIL, Check, Outcome, Record
 from benchmarks.gpu.recipe_checks import ARMS, LARGEST_DIFFERENCE, _unlike
-from benchmarks.gpu.table import CHECKS
+from benchmarks.gpu.table import CHECKS, TOTAL_LIMIT_S
 from benchmarks.gpu.waiting_check import busy_ms, short_path
 
 FOREVER_S = 600.0
@@ -22,6 +24,20 @@ MACHINE = {"device": "cpu", "card": None, "torch": "2.13.0", "date": "2026-11-27
 
 def check(number, function, limit_s=FOREVER_S):
     return Check(number, function, "what it does", f"tests.benchmarks.fake_checks:{function}", limit_s)
+
+
+class Clock:
+    """One that goes forward when it is told to."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def budget(total_s=FOREVER_S):
+    """One that is never used up."""
+    return Budget(total_s, 1.0, Clock())
 
 
 def run_one(function, folder, limit_s=FOREVER_S):
@@ -73,7 +89,7 @@ def test_one_that_dies_or_fails_says_why_and_the_rest_go_on(tmp_path, capfd):
     functions = ["raises", "notes_and_is_killed", "fails", "needs", "passes"]
     checks = [check(number, function) for number, function in enumerate(functions, 1)]
     path = tmp_path / "result.json"
-    records = run.run_all(checks, "cpu", MACHINE, path, tmp_path, tmp_path / "logs")
+    records = run.run_all(checks, "cpu", MACHINE, path, tmp_path, budget(), tmp_path / "logs")
     lines = capfd.readouterr().out.splitlines()
     assert [line[:40].split()[:3] for line in lines] == [
         ["1", "raises", "FAIL"],
@@ -107,15 +123,91 @@ def test_the_json_is_there_after_every_check(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(run, "run_check", watched)
-    run.run_all([check(1, "passes"), check(2, "fails"), check(3, "passes")], "cpu", MACHINE, path, tmp_path)
+    run.run_all([check(1, "passes"), check(2, "fails"), check(3, "passes")], "cpu", MACHINE, path, tmp_path, budget())
     assert seen == [0, 1, 2]
 
 
-def test_a_check_for_which_no_time_is_left_is_a_failure_that_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "TOTAL_LIMIT_S", 0.0)
-    (record,) = run.run_all([check(7, "passes")], "cpu", MACHINE, None, tmp_path, tmp_path / "logs")
+def test_a_check_for_which_no_time_is_left_is_a_failure_that_says_so(tmp_path):
+    (record,) = run.run_all([check(7, "passes")], "cpu", MACHINE, None, tmp_path, budget(0.0), tmp_path / "logs")
     assert record.outcome.verdict == FAIL
-    assert record.outcome.summary == "not run: the 535 s of all checks are used up; run it by --only 7"
+    assert record.outcome.summary == (
+        "not run: the 0 s of all checks are used up or kept for later ones; run it by --only 7"
+    )
+
+
+def run_on_a_clock(monkeypatch, folder, seconds, started_s=0.0, checks=CHECKS, patience=1.0):
+    """Run checks that take given seconds, or their limit if that is less.
+
+    Args:
+        monkeypatch: Pytest's.
+        folder: Where they may write.
+        seconds: By number; every other takes as long as it may.
+        started_s: Seconds from the start of the script to the first check.
+        checks: Which.
+        patience: Of the budget.
+
+    Returns:
+        Seconds that each was given, by number, and the clock's seconds at the end.
+    """
+    clock, given = Clock(), {}
+    watched = Budget(TOTAL_LIMIT_S, patience, clock)
+    clock.now += started_s
+
+    def pretend(check, device, folder, limit_s):
+        given[check.number] = limit_s
+        clock.now += min(seconds.get(check.number, limit_s), limit_s)
+        return Record(check.number, check.name, 0.0, Outcome("pass", "pretended"))
+
+    monkeypatch.setattr(run, "run_check", pretend)
+    run.run_all(checks, "cuda", MACHINE, None, folder, watched)
+    return given, watched.used_s
+
+
+def test_all_checks_together_end_in_time_though_each_takes_all_it_may(tmp_path, monkeypatch):
+    for started_s in (0.0, 20.0, 120.0):
+        given, used_s = run_on_a_clock(monkeypatch, tmp_path, {}, started_s)
+        assert used_s <= TOTAL_LIMIT_S < 9 * 60
+        reserved = {entry.number: entry.reserved_s for entry in CHECKS if entry.reserved_s}
+        assert list(reserved) == [10, 11, 12]
+        assert all(given[number] >= seconds for number, seconds in reserved.items())
+        assert all(given[entry.number] <= entry.limit_s for entry in CHECKS if entry.number in given)
+
+
+def test_what_quick_checks_leave_is_for_those_after_them(tmp_path, monkeypatch):
+    given, _ = run_on_a_clock(monkeypatch, tmp_path, dict.fromkeys(range(1, 10), 10.0), 20.0)
+    assert given == {entry.number: entry.limit_s for entry in CHECKS}
+
+
+def test_time_is_kept_only_for_checks_that_are_to_be_run(tmp_path, monkeypatch):
+    only = [entry for entry in CHECKS if entry.number in (5, 12)]
+    given, _ = run_on_a_clock(monkeypatch, tmp_path, {}, TOTAL_LIMIT_S - 50.0, only)
+    assert given == {5: 15.0, 12: 35.0}
+
+
+def test_patience_is_of_limits_and_of_what_is_kept(tmp_path, monkeypatch):
+    checks = [replace(entry, limit_s=400.0) for entry in CHECKS if entry.number in (9, 10)]
+    given, _ = run_on_a_clock(monkeypatch, tmp_path, {}, checks=checks, patience=10.0)
+    assert given == {9: 10 * (TOTAL_LIMIT_S - 160.0), 10: 10 * 160.0}
+
+
+def test_time_counts_from_the_start_of_the_script(monkeypatch):
+    """What is slow before the first check is its time, too."""
+    clock = Clock()
+    monkeypatch.setattr(run.time, "monotonic", clock)
+    monkeypatch.setattr(run, "import_once", lambda: setattr(clock, "now", clock.now + 60.0))
+
+    def find(device, folder):
+        clock.now += 30.0
+        return MACHINE
+
+    def watch(checks, device, machine, path, folder, budget, logs):
+        assert budget.used_s == 90.0
+        return []
+
+    monkeypatch.setattr(run, "find_machine", find)
+    monkeypatch.setattr(run, "run_all", watch)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert run.main(["--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(("functions", "code"), [(["passes", "needs"], 0), (["passes", "fails"], 1), (["raises"], 1)])
@@ -149,11 +241,12 @@ def test_the_table_counts_to_twelve_and_each_function_is_there():
 
 def gpu_result():
     """As a run on a card writes it, with made-up figures."""
+    kept = {"checkpointed_blocks": 4, "layers": 38}
     arms = {
-        arm.name: {"ms_per_pack": 300.0 + 11 * number, "mfu": 0.4, "peak_gib": 60.0, "estimated_gib": 70.5}
+        arm.name: {"ms_per_pack": 300.0 + 11 * number, "mfu": 0.4, "peak_gib": 60.0, "estimated_gib": 70.5} | kept
         for number, arm in enumerate(ARMS[:-1])
     }
-    arms[ARMS[-1].name] = {"out_of_memory": "tried to allocate 2 GiB", "peak_gib": 78.0, "estimated_gib": 90.0}
+    arms[ARMS[-1].name] = {"out_of_memory": "tried to allocate 2 GiB", "peak_gib": 78.0, "estimated_gib": 90.0} | kept
     times = {"forward_ms": 1.0, "backward_ms": 2.0}
     segments = {
         "FA2 static": {"forward_ms": 0.75, "backward_ms": 1.5},
@@ -191,12 +284,12 @@ def test_the_page_shows_forecast_beside_measured():
         assert f"{change.ms_per_pack:.0f} ms" in rows[f"{number}. {change.name}"]
     measured = [row.split("|")[4].strip() for name, row in rows.items() if re.match(r"\d\. ", name)]
     assert measured == [
-        "300 ms, 40.0 %; 60.0 GiB of 70.5 estimated",
-        "311 ms, 40.0 %; 60.0 GiB of 70.5 estimated",
-        "322 ms, 40.0 %; 60.0 GiB of 70.5 estimated",
+        "300 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
+        "322 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
+        "out of memory, 4 of 38 blocks checkpointed",
         "in all rows; alone 0.25 + 0.50 ms a block less (check 7)",
         "not measured: FA3 no package",
-        "out of memory",
+        "311 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
     ]
     assert rows["matrix products"].split("|")[2:4] == [" 1.43 + 2.86 ", " 4.00 + 8.00 "]
     assert rows["elementwise, eager"].split("|")[2:4] == [" 0.79 + 2.30 ", " 7.00 + 14.00 "]

@@ -43,7 +43,8 @@ def test_on_a_cpu_every_check_passes_measures_or_says_why_it_needs_a_gpu(tmp_pat
     assert [record["number"] for record in written["checks"]] == list(range(1, 13))
     arms = written["checks"][9]["outcome"]["figures"]["arms"]
     assert all(arm["ms_per_pack"] > 0 for arm in arms.values())
-    assert arms["blocks compiled, no checkpointing"]["graphs"] == 1
+    assert arms["blocks compiled, fewest checkpointed"]["graphs"] == 1
+    assert [arm["checkpointed_blocks"] for arm in arms.values()] == [2, 0, 2, 0]
     assert "no figure in it says anything" in page.read_text()
 
 
