@@ -124,25 +124,19 @@ def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict
     """
     shape = (case.config.token_budget, case.config.model.flop_spec().hidden_size)
     real = (pack.layout.token_kind != TokenKind.PADDING).unsqueeze(1)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        values = torch.where(real, torch.randn(shape, device=scene.device), 0.0).to(dtype)
+    values = torch.where(real, torch.randn(shape, device=scene.device), 0.0)
 
-        def by_runs(values: Tensor = values) -> Tensor:
-            return sum_runs(values, rows.offsets)
+    def by_runs() -> Tensor:
+        return sum_runs(values, rows.offsets)
 
-        def by_index(values: Tensor = values) -> Tensor:
-            total = torch.zeros(len(rows.run_of_row), shape[1], device=scene.device)
-            return total.index_add_(0, rows.row, values.float())
+    def by_index() -> Tensor:
+        total = torch.zeros(len(rows.run_of_row), shape[1], device=scene.device)
+        return total.index_add_(0, rows.row, values)
 
-        error = relative_error(by_runs()[rows.run_of_row], by_index())
-        for name, function in (("sum_runs", by_runs), ("index_add", by_index)):
-            ms = scene.median_ms(partial(_repeat, function)) / _IN_A_ROW
-            found[f"{name} {str(dtype).removeprefix('torch.')}"] = {
-                "ms": ms,
-                "tb_per_s": _bytes([values, function()]) / ms / 1e9,
-                "difference": error,
-            }
+    found, error = {}, relative_error(by_runs()[rows.run_of_row], by_index())
+    for name, function in (("sum_runs", by_runs), ("index_add", by_index)):
+        ms = scene.median_ms(partial(_repeat, function)) / _IN_A_ROW
+        found[name] = {"ms": ms, "tb_per_s": _bytes([values, function()]) / ms / 1e9, "difference": error}
     return found
 
 
