@@ -158,26 +158,28 @@ def recipe():
     return config, replace(config.model, compile="blocks", activation_checkpointing=0)
 
 
-def recipe_layouts(config, model, count):
-    """Of the first packs of the recipe's plan, over clips of its size but of many lengths and captions."""
+@pytest.fixture(scope="module")
+def recipe_layouts():
+    """Of the first 1,000 packs of the recipe's plan, over clips of its size but of many lengths and captions."""
+    config, model = recipe()
     clips = np.arange(20_000)
     index = ClipIndex.from_arrays(frames=5 + clips % 15, height=8, width=8, text_tokens=clips % 129)
     plan = Plan(index, None, config, model.flop_spec(), seed=0, null_text_tokens=1)
     cursor, layouts = Cursor(), []
-    while len(layouts) < count:
+    while len(layouts) < 1000:
         for pack in plan.step(cursor).packs:
             visible = plan.draws(pack.epoch, pack.rows, pack.places, pack.u_time).visible_frames.tolist()
             text = plan.text_tokens(pack.epoch, pack.rows).tolist()
             shapes = [ClipShape(frames, 8, 8, tokens) for frames, tokens in zip(visible, text, strict=True)]
             layouts.append(build_layout(shapes, plan.pack_shape))
         cursor = plan.next(cursor)
-    return layouts[:count]
+    return layouts[:1000]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", ["segment_attention", "varlen"])
-def test_a_thousand_packs_of_the_recipe_need_no_other_graph(compile_with, monkeypatch, way):
+def test_a_thousand_packs_of_the_recipe_need_no_other_graph(recipe_layouts, compile_with, monkeypatch, way):
     """Real static shapes at a small width; the kernels compute nothing, as only what is compiled is in question."""
     compile_with(TRACED)
     if way == "varlen":
@@ -185,9 +187,9 @@ def test_a_thousand_packs_of_the_recipe_need_no_other_graph(compile_with, monkey
         monkeypatch.setattr(varlen_on_cpu, "_segments", lambda *_: [])
     monkeypatch.setattr(segment_attention, "_flash_forward", lambda q, *_: (torch.zeros_like(q), q.sum(-1)))
     monkeypatch.setattr(segment_attention, "_flash_backward", lambda _, *tensors: tensors[:3])
-    config, sizes = recipe()
+    _, sizes = recipe()
     model, segments, longest = FlowceptionDiT(sizes).initialise(0), set(), set()
-    for number, layout in enumerate(recipe_layouts(config, sizes, 1000)):
+    for number, layout in enumerate(recipe_layouts if way == "varlen" else recipe_layouts[::4]):
         tokens = torch.zeros(len(layout.token_kind), 16, requires_grad=True)
         conditions = torch.zeros(len(layout.frame_clip), 16), torch.zeros(len(layout.clip_frames), 16)
         rows, rotations = frame_rows(layout, with_text=True), model.rope.rotations(layout)
