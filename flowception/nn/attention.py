@@ -181,6 +181,10 @@ def _attention(
     return _sdpa(query, key, value, layout, keys, pattern)
 
 
+_outside_of_graphs = torch.compiler.disable(_attention)
+"""The same where a compiled block calls it: its graph ends before and another begins behind."""
+
+
 def bind(
     layout: PackLayout, device: torch.device, dtype: torch.dtype, pattern: AttentionPattern, backend: str
 ) -> BoundAttention:
@@ -223,19 +227,6 @@ def _varlen_of_sizes(
     """The longest segment is the size of ``longest``, a view that holds nothing of its own."""
     most = longest.shape[0]
     return kernel(query, key, value, boundaries, boundaries, most, most)
-
-
-@torch.compiler.disable
-def _outside_of_graphs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackLayout,
-    keys: PackLayout,
-    pattern: AttentionPattern,
-    choice: str,
-) -> Tensor:
-    return _attention(query, key, value, layout, keys, pattern, choice)
 
 
 def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
