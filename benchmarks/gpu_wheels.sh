@@ -2,8 +2,8 @@
 # Gathers in .whl/ the packages that training needs and a rented GPU machine without a network lacks: for Python 3.12
 # on x86-64, where torch 2.11 with CUDA, numpy, safetensors, einops, ninja, psutil and pytest are already there.
 # Run it here, carry .whl/, and there begin with
-#   python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site .whl/*.whl
-#   export PYTHONPATH=/tmp/site
+#   python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target ../site .whl/*.whl
+#   export PYTHONPATH=$PWD/../site
 # The versions are those of constraints.txt. deepspeed has no wheel: one is built, without its compiled operators.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
