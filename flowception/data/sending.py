@@ -7,18 +7,16 @@ nothing in /dev/shm. That takes a descriptor for each block, and a step has thou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowception.data.pack import Pack
-from flowception.nn.layout import PackLayout
 
 _ALIGNMENT_BYTES = 64
-_Item = TypeVar("_Item", Pack, PackLayout)
 
 
 class _Place(NamedTuple):
@@ -27,18 +25,6 @@ class _Place(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
     start: int
-
-
-def _with_leaves(item: _Item, kind: type, change: Callable[[Any], Any]) -> _Item:
-    """The same pack with every leaf of a type, the layout's too, changed, in the order of fields."""
-    changed: dict[str, Any] = {}
-    for known in fields(item):
-        value = getattr(item, known.name)
-        if isinstance(value, PackLayout):
-            changed[known.name] = _with_leaves(value, kind, change)
-        elif isinstance(value, kind):
-            changed[known.name] = change(value)
-    return replace(item, **changed)
 
 
 @dataclass
@@ -62,7 +48,7 @@ class SentPacks:
             ends.append(start + tensor.numel() * tensor.element_size())
             return _Place(tensor.dtype, tensor.shape, start)
 
-        frames = [_with_leaves(pack, Tensor, take) for pack in packs]
+        frames = [pack.with_leaves(Tensor, take) for pack in packs]
         block = torch.empty(ends[-1], dtype=torch.uint8)
         for tensor, end in zip(tensors, ends[1:], strict=True):
             size_bytes = tensor.numel() * tensor.element_size()
@@ -71,7 +57,7 @@ class SentPacks:
 
     def packs(self) -> list[Pack]:
         """The packs again; their tensors are views of the block."""
-        return [_with_leaves(frame, _Place, self._tensor) for frame in self.frames]
+        return [frame.with_leaves(_Place, self._tensor) for frame in self.frames]
 
     def pin_memory(self) -> list[Pack]:
         """The packs in page-locked memory; the DataLoader's thread calls it where there is a GPU."""

@@ -83,26 +83,33 @@ class PackShape:
 class HoldsTensors:
     """A dataclass that holds tensors, or others of its kind."""
 
-    def _changed(self, change: Callable[[Any], Any]) -> Self:
-        """The same with every tensor, and everything of this kind, changed."""
-        held = {known.name: getattr(self, known.name) for known in fields(self)}  # type: ignore[arg-type]
-        changed = {name: change(value) for name, value in held.items() if isinstance(value, Tensor | HoldsTensors)}
+    def with_leaves(self, kind: type, change: Callable[[Any], Any]) -> Self:
+        """The same with everything of a type that it holds, at any depth, changed, in the order of fields."""
+        changed: dict[str, Any] = {}
+        for known in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, known.name)
+            if isinstance(value, HoldsTensors):
+                changed[known.name] = value.with_leaves(kind, change)
+            elif isinstance(value, kind):
+                changed[known.name] = change(value)
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same with its tensors on ``device``."""
-        return self._changed(lambda part: part.to(device, non_blocking=non_blocking))
+        return self.with_leaves(Tensor, lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """The same in page-locked memory, which a GPU copies from while it computes."""
-        return self._changed(lambda part: part.pin_memory())
+        return self.with_leaves(Tensor, lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the tensors' memory until ``stream`` has done all that it has been asked for by the time they go."""
-        for known in fields(self):  # type: ignore[arg-type]
-            part = getattr(self, known.name)
-            if isinstance(part, Tensor | HoldsTensors):
-                part.record_stream(stream)
+
+        def keep(part: Tensor) -> Tensor:
+            part.record_stream(stream)
+            return part
+
+        self.with_leaves(Tensor, keep)
 
 
 @dataclass

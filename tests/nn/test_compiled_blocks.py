@@ -14,6 +14,7 @@ import pytest
 import torch
 import varlen_on_cpu
 from torch._dynamo.utils import counters
+from tracing import TRACED
 from varlen_on_cpu import choose_varlen
 
 from flowception.config import load_config
@@ -33,8 +34,6 @@ PACKS = [
     [],
     [ClipShape(2, 3, 3, 9)] * 3,
 ]
-TRACED = "aot_eager_decomp_partition"
-"""The backend that differentiates and partitions as Inductor does and compiles nothing."""
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from flowception.nn import dit
 from flowception.training.zero import backward, optimizer_step
 
 STEPS, MICRO_STEPS = 3, 2
-TRACED = "aot_eager_decomp_partition"
-"""Differentiates and partitions as Inductor does, and needs no C++ compiler."""
 
 
 def steps(config, stage: int, precision: str) -> dict:

@@ -10,6 +10,7 @@ import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from tracing import TRACED
 
 from flowception.nn.backbone import build_backbone
 from flowception.nn.initialise import initialise
@@ -148,7 +149,7 @@ def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
 
 def one_step_traced(config: DiTConfig, precision: str) -> dict:
     """The same, compiled by a backend that needs no C++ compiler; and the graphs that it took."""
-    torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
+    torch.compile = partial(torch.compile, backend=TRACED)
     return {**one_step(config, precision), "graphs": counters["stats"]["unique_graphs"]}
 
 

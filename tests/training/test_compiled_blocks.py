@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from blocks_worker import TRACED
 from distributed_worker import run_distributed
+from tracing import TRACED
 
 WORKER = str(Path(__file__).parent / "blocks_worker.py")
 BOUNDS = {

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import run_distributed
+from tracing import TRACED
 
 from flowception.nn import FlowceptionDiT
 from flowception.nn.dit import compiled_block
@@ -21,7 +22,7 @@ WORLD_SIZE, MICRO_STEPS = 2, 2
 @pytest.fixture
 def partitioned(monkeypatch):
     """What torch.compile keeps for the backward pass, as inductor's, without compiling a kernel."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=TRACED))
     caches = (compiled_leaves, compiled_block)
     for cache in caches:
         cache.cache_clear()
