@@ -21,7 +21,7 @@ setup: .venv/complete
 setup-mds: .venv-mds/complete  ## a second environment with mosaicml-streaming, for MDS sets
 
 # Its declared dependencies (transformers < 5, numpy < 2.2, torchvision, four clouds) cannot stand beside diffusers, so
-# they are left out; flowception/data/mds.py imports only the parts that need none of them.
+# they are left out; flowception/shards/mds.py imports only the parts that need none of them.
 .venv-mds/complete: pyproject.toml constraints.txt constraints-mds.txt
 	$(PYTHON) -m venv .venv-mds
 	.venv-mds/bin/pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
@@ -41,11 +41,11 @@ test-long: setup setup-mds  ## kills, faults, mutants and other tests of minutes
 	$(BIN)/pytest -m "long and not gpu and not mds" --timeout 1500
 	.venv-mds/bin/pytest -m mds --timeout 1500 tests/data
 
-check: setup  ## format, lint, types, floors
+check: setup  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_floors.py
+	$(BIN)/pytest tests/test_layers.py
 
 format: setup
 	$(BIN)/ruff format .
@@ -64,7 +64,7 @@ bench-gaussian-law: setup
 	$(BIN)/python benchmarks/gaussian_law.py --json benchmarks/results/gaussian_law.json
 
 bench-claims: setup
-	$(BIN)/python benchmarks/claims.py --budget quick --json benchmarks/results/claims.json --pictures docs/images --page docs/claims.md
+	$(BIN)/python benchmarks/claims/run.py --budget quick --json benchmarks/results/claims.json --pictures docs/images --page docs/claims.md
 
 bench-faults: setup
 	$(BIN)/python benchmarks/faults.py --faults 200 --seed 0 --json benchmarks/results/training_faults.json --page docs/training_faults.md

@@ -28,13 +28,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as benchmarks.NAME
 
-from benchmarks.faults_cases import ALL_SETTINGS, FEW_SETTINGS, ONE_SETTING, Case, Deck
-from benchmarks.faults_page import failures, page, table
-from benchmarks.faults_run import CaseRun, Record
-from benchmarks.faults_sabotage import SABOTAGES
-from benchmarks.faults_scene import SAVE_EVERY, STEPS, Scene
 from flowception.files import write_atomically
 from flowception.progress import Progress
+from tests.faults.training.case_run import CaseRun, Record
+from tests.faults.training.cases import ALL_SETTINGS, FEW_SETTINGS, ONE_SETTING, Case, Deck
+from tests.faults.training.page import failures, page, table
+from tests.faults.training.sabotage import SABOTAGES
+from tests.faults.training.scene import SAVE_EVERY, STEPS, Scene
 
 _FULL = 100
 """Faults from which on all numbers of ranks and ZeRO stages are drawn."""

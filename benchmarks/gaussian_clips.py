@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from flowception.codecs import CodecConfig, build_codec
-from flowception.data.schema import ClipRecord, ShardMeta
-from flowception.data.shards import ShardSetWriter
+from flowception.shards.schema import ClipRecord, ShardMeta
+from flowception.shards.writer import ShardSetWriter
 
 CHANNELS = 3
 RHO = 0.8

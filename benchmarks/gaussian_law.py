@@ -1,8 +1,9 @@
 """Joint law of correlated frames through the real sampler with the exact oracle, by number of steps and insertion rule.
 
 Clips of 2 or 5 frames, each with probability 1/2, correlation 0.8 between neighbours (AR(1)), one start frame. The
-oracle (``flowception.evaluation.gaussian_oracle``) gives the exact velocity and rates, so what is left is the sampler's
-own error: in the lengths as total variation, in the frames of each length as Fréchet distance from the closed form::
+oracle (``flowception.evaluation.oracles.gaussian``) gives the exact velocity and rates, so what is left is the
+sampler's own error: in the lengths as total variation, in the frames of each length as Fréchet distance from the closed
+form::
 
     python benchmarks/gaussian_law.py --json gaussian_law.json
 """
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from flowception.evaluation.frechet import sample_frechet_distance, sampling_frechet_distance
-from flowception.evaluation.gaussian_oracle import GaussianClips, GaussianOracle
 from flowception.evaluation.lengths import length_histogram, sampling_total_variation, total_variation
+from flowception.evaluation.oracles.gaussian import GaussianClips, GaussianOracle
 from flowception.flow import SamplerConfig, sample
 from flowception.flow.insertion import INSERTION_RULES
 

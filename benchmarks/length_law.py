@@ -1,7 +1,8 @@
 """How well the sampler keeps the law of lengths and of gaps, by insertion rule and number of steps, with exact rates.
 
-Content-free clips: an oracle (``flowception.evaluation.content_free_oracle``) stands where the network stands and gives
-the exact posterior mean of the number of missing frames, from what a network would be shown. What is left is the error
+Content-free clips: an oracle (``flowception.evaluation.oracles.content_free``) stands where the network stands and
+gives the exact posterior mean of the number of missing frames, from what a network would be shown. What is left is the
+error
 of the insertion rule itself (DESIGN.md section 2, "Sampler")::
 
     python benchmarks/length_law.py --json length_law.json --picture length_law.png
@@ -27,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from flowception.evaluation.content_free_oracle import ContentFreeOracle, LengthLaw
 from flowception.evaluation.lengths import sampling_total_variation, total_variation
+from flowception.evaluation.oracles.content_free import ContentFreeOracle, LengthLaw
 from flowception.flow import Context, SamplerConfig, SampleResult, is_context, sample
 from flowception.flow.insertion import INSERTION_RULES
 

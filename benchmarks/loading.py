@@ -30,10 +30,10 @@ import torch
 import webdataset
 from torch import Tensor
 
-from flowception.data.mds import import_streaming, write_mds
-from flowception.data.reader import ShardReader
-from flowception.data.schema import ClipRecord, NullText, ShardMeta
-from flowception.data.shards import ShardSetWriter
+from flowception.shards.mds import import_streaming, write_mds
+from flowception.shards.reader import ShardReader
+from flowception.shards.schema import ClipRecord, NullText, ShardMeta
+from flowception.shards.writer import ShardSetWriter
 
 FRAMES, CHANNELS, GRID = 38, 128, 8
 TEXT_WIDTH, MAX_TEXT = 512, 77

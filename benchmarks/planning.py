@@ -28,15 +28,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from flowception.data.expected import TOKEN_UNITS
-from flowception.data.index import ClipIndex
+from flowception.data.expected_tokens import TOKEN_UNITS
 from flowception.data.loader import packs_of_rank
 from flowception.data.pack import build_pack
-from flowception.data.plan import Cursor, Plan, PlanConfig
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor, PlanConfig
 from flowception.flow import ProcessConfig
-from flowception.nn.flops import FlopSpec
+from flowception.packing.flops import ModelSpec
+from flowception.shards.index import ClipIndex
 
-XL = FlopSpec(
+XL = ModelSpec(
     hidden_size=1152, num_layers=28, num_heads=16, in_channels=128, mlp_hidden_size=3072, text_dim=64, num_classes=0
 )
 TEXT_TOKENS, NULL_TEXT_TOKENS = 77, 1

@@ -45,11 +45,11 @@ from benchmarks.gaussian_clips import covariance
 from flowception.errors import ConfigError
 from flowception.evaluation.frechet import sample_frechet_distance, sampling_frechet_distance
 from flowception.evaluation.lengths import length_histogram, total_variation
-from flowception.evaluation.toy_score import score_clip, score_frame
-from flowception.evaluation.toy_summary import summarise
-from flowception.evaluation.toy_world import LENGTH_LAW, draw_clip
+from flowception.evaluation.toy.score import score_clip, score_frame
+from flowception.evaluation.toy.summary import summarise
+from flowception.evaluation.toy.world import LENGTH_LAW, draw_clip
 from flowception.flow import SamplerConfig, SampleResult, sample
-from flowception.generation.frozen import FrozenFramePredictor
+from flowception.generation.kv_cache import FrozenFramePredictor
 from flowception.generation.load import LoadedRun, load_run
 from flowception.generation.predictor import NetworkPredictor
 from flowception.nn import FlowceptionDiT, clip_flops

@@ -1,7 +1,8 @@
 """How long training stands still for a checkpoint, against how long the checkpoint takes.
 
 ``python benchmarks/saving.py --json FILE`` makes the model of a preset with optimizer and EMA on one rank, saves it
-several times in the background through ``training.saving``, while the main thread does nothing, and prints medians.
+several times in the background through ``training.checkpointer``, while the main thread does nothing, and prints
+medians.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from flowception.checkpoint.format import verify
-from flowception.nn.backbone import build_backbone
-from flowception.nn.initialise import initialise
+from flowception.checkpoint.reader import verify
+from flowception.nn.build import build_backbone
+from flowception.nn.init import initialise
 from flowception.nn.presets import DiTConfig
-from flowception.training.checkpoint import CheckpointConfig
-from flowception.training.distributed import init_distributed
+from flowception.training.checkpointer import Saver
+from flowception.training.distributed.launch import init_distributed
+from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.distributed.zero import ZeroConfig, build_engine, deepspeed_config
 from flowception.training.optim import OptimConfig, build_optimizer
-from flowception.training.saving import Saver
-from flowception.training.shards import ShardedState
-from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config
+from flowception.training.resume import CheckpointConfig
 
 
 def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str, object]:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from flowception.codecs.video_file import read_video
 from flowception.errors import DataError, FlowceptionError
-from flowception.evaluation.toy_score import class_of_first_frame, score_clip
-from flowception.evaluation.toy_summary import SetSummary, promises, summarise
-from flowception.evaluation.toy_world import LENGTH_LAW
+from flowception.evaluation.toy.score import class_of_first_frame, score_clip
+from flowception.evaluation.toy.summary import SetSummary, promises, summarise
+from flowception.evaluation.toy.world import LENGTH_LAW
 
 ROWS = {
     "clips": "{:.0f}",

@@ -3,7 +3,7 @@
     python benchmarks/score_prompts.py RUN --num N --out DIR [--seed S] [--guidance G] [--checkpoint STEP] [--json FILE]
 
 For each of the 16 captions of the toy world (4 colours, 4 directions) N clips are generated. A colour is right by the
-world's laws (``flowception/evaluation/toy_score.py``; chance is 1/4). A direction is right if the disc's first step
+world's laws (``flowception/evaluation/toy/score.py``; chance is 1/4). A direction is right if the disc's first step
 has the prompted sign along both axes (chance is 1/4); real clips that meet a wall at once fail that too, so as many
 real clips are scored beside, and as many clips generated without a prompt, which are scored as if they had one.
 """
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from flowception.codecs.video_file import read_video
 from flowception.errors import FlowceptionError
-from flowception.evaluation.toy_score import score_clip, score_frame
-from flowception.evaluation.toy_world import CLASS_NAMES, caption_of, draw_clip
-from flowception.generation.run import GenerateOptions, generate
+from flowception.evaluation.toy.score import score_clip, score_frame
+from flowception.evaluation.toy.world import CLASS_NAMES, caption_of, draw_clip
+from flowception.generation.generate import GenerateOptions, generate
 
 REAL_SEED = 12345
 """Of the world that real clips are drawn from; no set is made with it."""

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowception.config import load_config
 from flowception.evaluation.lengths import length_histogram, sampling_total_variation, total_variation
-from flowception.evaluation.toy_world import LENGTH_LAW
+from flowception.evaluation.toy.world import LENGTH_LAW
 from flowception.flow import TASK_NUMBERS, ProcessConfig, Role, length_law
+from flowception.training.config import load_config
 
 
 def given_of(record: Mapping[str, Any]) -> list[Role]:

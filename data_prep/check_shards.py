@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flowception.data.mds import MdsReader
-from flowception.data.opening import open_set
-from flowception.data.reader import ShardReader
-from flowception.data.remote import CacheConfig
-from flowception.data.schema import NO_CLASS
 from flowception.errors import DataError, FlowceptionError
 from flowception.generation.load import codec_of
 from flowception.progress import Progress
+from flowception.shards.mds import MdsReader
+from flowception.shards.open import open_set
+from flowception.shards.reader import ShardReader
+from flowception.shards.remote_cache import CacheConfig
+from flowception.shards.schema import NO_CLASS
 
 _CHUNK_CLIPS = 64
 _BUDGET_STEP = 256

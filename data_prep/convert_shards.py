@@ -13,9 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from flowception.data.mds import write_mds
-from flowception.data.reader import ShardReader
 from flowception.errors import DataError, FlowceptionError
+from flowception.shards.mds import write_mds
+from flowception.shards.reader import ShardReader
 
 
 def convert(source: Path, out: Path, shard_bytes: int) -> int:

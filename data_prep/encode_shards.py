@@ -4,7 +4,7 @@
 
 Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
 with the reason, in ``unreadable.jsonl`` of the set, and pieces that ``min_frames`` and ``min_motion`` dropped are
-counted in ``dropped.json``. The keys are in ``data_prep/encode_config.py``. ``--status`` says how far all jobs of the
+counted in ``dropped.json``. The keys are in ``data_prep/encoder/config.py``. ``--status`` says how far all jobs of the
 set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
 """
 
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown words: {' '.join(rest)}")
     # Here and not at the top: processes that decode import this file again and need none of it.
-    from data_prep.encode_config import EncodeConfig
-    from data_prep.encoding import ShardEncoder
-    from data_prep.left_out import UNREADABLE_NAME
-    from data_prep.status import read_status
+    from data_prep.encoder.config import EncodeConfig
+    from data_prep.encoder.encoder import ShardEncoder
+    from data_prep.encoder.skipped import UNREADABLE_NAME
+    from data_prep.encoder.status import read_status
     from flowception.config import load
     from flowception.errors import FlowceptionError
 

@@ -4,7 +4,7 @@
 
 Clip i depends on the seed and i alone. ``manifest.jsonl`` has a line a clip, ``{path, class_label, class_name,
 caption, frames}``, and is written last, so a folder that has it is complete. The world's laws are in
-``flowception/evaluation/toy_world.py``.
+``flowception/evaluation/toy/world.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flowception.codecs.video_file import write_video
 from flowception.errors import FlowceptionError
-from flowception.evaluation.toy_world import CLASS_NAMES, FPS, draw_clip
+from flowception.evaluation.toy.world import CLASS_NAMES, FPS, draw_clip
 from flowception.files import write_atomically
 from flowception.progress import Progress
 from flowception.rng import MAX_SEED

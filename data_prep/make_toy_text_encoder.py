@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from flowception.errors import FlowceptionError, require
-from flowception.evaluation.toy_world import CLASS_NAMES, caption_of
+from flowception.evaluation.toy.world import CLASS_NAMES, caption_of
 from flowception.rng import MAX_SEED
 
 DEFAULT_WIDTH = 32

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowception.data.opening import open_set
-from flowception.data.remote import CacheConfig
 from flowception.errors import FlowceptionError
 from flowception.generation.load import codec_of
 from flowception.generation.video import write_contact_sheet
+from flowception.shards.open import open_set
+from flowception.shards.remote_cache import CacheConfig
 
 _CAPTION_LENGTH = 60
 _KEY_LENGTH = 40

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from flowception.config import TrainConfig
+from flowception.training.config import TrainConfig
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # data_prep is a folder of scripts, not an installed package
-from data_prep.encode_config import EncodeConfig  # noqa: E402
+from data_prep.encoder.config import EncodeConfig  # noqa: E402
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """\

@@ -189,9 +189,9 @@ def _size(word: str) -> tuple[int, int]:
 def _plan(arguments: argparse.Namespace) -> int:
     import json
 
-    from flowception.config import load_config
-    from flowception.data.summary import plan_table
-    from flowception.training.dataset import open_data
+    from flowception.data.plan_table import plan_table
+    from flowception.training.config import load_config
+    from flowception.training.data import open_data
 
     files = [word for word in arguments.config if "=" not in word]
     overrides = [word for word in arguments.config if "=" in word] + arguments.overrides
@@ -211,7 +211,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from flowception.evaluation.curves import draw_curves
+    from flowception.training.curves import draw_curves
 
     path: Path = arguments.out or arguments.run / "curves.png"
     for note in draw_curves(arguments.run, path):
@@ -221,7 +221,8 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
-    from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps
+    from flowception.checkpoint.format import checkpoint_dir, list_steps
+    from flowception.checkpoint.reader import hashes, latest_valid
 
     run_dir: Path = arguments.run
     if not run_dir.is_dir():
@@ -247,7 +248,8 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) -> None:
     """Print a line for each checkpoint; refuse at the end if one is damaged."""
-    from flowception.checkpoint.format import checkpoint_dir, read_manifest, verify
+    from flowception.checkpoint.format import checkpoint_dir, read_manifest
+    from flowception.checkpoint.reader import verify
 
     damaged = []
     for step in steps:
@@ -266,7 +268,7 @@ def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) ->
 
 def _generate(arguments: argparse.Namespace) -> int:
     from flowception.generation.context import parse_keep
-    from flowception.generation.run import GenerateOptions, generate
+    from flowception.generation.generate import GenerateOptions, generate
     from flowception.progress import show_log
 
     show_log()
@@ -305,7 +307,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from flowception.doctor import report
-    from flowception.training.devices import find_place
+    from flowception.training.distributed.devices import find_place
 
     findings = report(find_place(local_rank=0).problem)
     for name, value in findings:

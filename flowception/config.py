@@ -11,91 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from flowception.data.loader import DataConfig
-from flowception.data.plan import PlanConfig
 from flowception.errors import ConfigError, Problems
-from flowception.flow.extended_time import ProcessConfig
-from flowception.nn.dit import DiTConfig
-from flowception.rng import MAX_SEED
-from flowception.training.checkpoint import CheckpointConfig
-from flowception.training.ema import EmaConfig
-from flowception.training.guard import GuardConfig
-from flowception.training.metrics import LoggingConfig
-from flowception.training.optim import OptimConfig
-from flowception.training.profile import ProfileConfig
-from flowception.training.samples import SamplesConfig
-from flowception.training.validation import ValidationConfig
-from flowception.training.zero import ZeroConfig
 
 Schema = TypeVar("Schema")
-
-
-@dataclass(kw_only=True)
-class TrainConfig(ProcessConfig, PlanConfig):
-    """Everything that ``train/main.py`` reads. The process's and the plan's own fields come first."""
-
-    run_dir: str = MISSING
-    """Folder of the run. The same command with the same folder resumes."""
-    max_steps: int = MISSING
-    """Optimizer steps of the whole run."""
-    seed: int = 0
-    """Decides every draw of the run."""
-    init_from: str | None = None
-    """Run directory whose newest EMA weights this run starts from; None for a fresh start."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
-    memory_gib: float | None = None
-    """Memory of one rank's device in GiB, which ``model.activation_checkpointing: auto`` goes by. None asks them: it is
-    that of the smallest GPU or, on CPUs, a rank's part of its machine's memory."""
-    data: DataConfig
-    """The shard set and how it is read."""
-    model: DiTConfig = field(default_factory=DiTConfig)
-    """The network."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """Exponential moving average of the weights."""
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    """DeepSpeed's sharding."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save and what to keep."""
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    """Steps that are refused, going back, and the watchdog."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Held-out loss."""
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    """Clips sampled during training."""
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Console and wandb."""
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """A trace of a few steps."""
-
-    def __post_init__(self) -> None:
-        """Check the mixins' ranges and this class's own."""
-        ProcessConfig.__post_init__(self)
-        PlanConfig.__post_init__(self)
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps is {self.max_steps}; give at least 1")
-        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
-            raise ConfigError(f"memory_gib is {self.memory_gib}; give GiB above 0, or null to ask the devices")
-        save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
-        if hang_s is not None and save_s >= hang_s:
-            raise ConfigError(
-                f"checkpoint.save_timeout_s is {save_s:g} and guard.hang_timeout_s {hang_s:g}: a save that still waits "
-                "for a slow rank would be taken for a hang; give guard.hang_timeout_s more, or "
-                "checkpoint.save_timeout_s less"
-            )
 
 
 def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:
@@ -236,11 +163,6 @@ def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
         yield prefix + known.name
         if is_dataclass(types[known.name]):
             yield from dotted_keys(types[known.name], f"{prefix}{known.name}.")
-
-
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a training run's configuration; see ``load``."""
-    return load(TrainConfig, paths, overrides)
 
 
 def dump(config: object) -> str:

@@ -92,7 +92,7 @@ def _attention() -> str:
     import torch
 
     from flowception.nn.attention import attention, choose_backend
-    from flowception.nn.layout import ClipShape, build_layout
+    from flowception.packing.layout import ClipShape, build_layout
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

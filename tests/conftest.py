@@ -1,12 +1,7 @@
 """What every test begins with."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for what tests of several packages share
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,12 +1,12 @@
 """Runs a function of a test module in several gloo processes.
 
-``python distributed_worker.py MODULE_FILE FUNCTION ARGUMENTS`` is what each process runs; ``run_distributed`` starts
+``python distributed_worker.py MODULE FUNCTION ARGUMENTS`` is what each process runs; ``run_distributed`` starts
 them with the launcher's environment variables and hands back what each returned (JSON).
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from ports import free_port
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a process of its own finds tests.* there
+
+from tests.ports import free_port  # noqa: E402
 
 _MARK = "RESULT "
 
@@ -33,10 +36,10 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_distributed(module_file: str, function: str, world_size: int, *, timeout_s: float = 280, **arguments):
-    """Call ``function(**arguments)`` of ``module_file`` in ``world_size`` processes; one result for each rank."""
+def run_distributed(module: str, function: str, world_size: int, *, timeout_s: float = 280, **arguments):
+    """Call ``function(**arguments)`` of a module in ``world_size`` processes; one result for each rank."""
     port = free_port()
-    command = [sys.executable, __file__, module_file, function, json.dumps(arguments)]
+    command = [sys.executable, __file__, module, function, json.dumps(arguments)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank_{rank}.log") for rank in range(world_size)]
         processes = []
@@ -59,12 +62,8 @@ def run_distributed(module_file: str, function: str, world_size: int, *, timeout
 
 
 def main() -> None:
-    module_file, function, arguments = sys.argv[1:4]
-    sys.path.insert(0, str(Path(module_file).parent))
-    spec = importlib.util.spec_from_file_location("worker_module", module_file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    result = getattr(module, function)(**json.loads(arguments))
+    module, function, arguments = sys.argv[1:4]
+    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     print(f"\n{_MARK}{json.dumps(result)}", flush=True)

@@ -32,8 +32,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import varlen_on_cpu
-from fake_streams import Streams
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -46,6 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import flowception
+from tests import varlen_on_cpu
+from tests.fake_streams import Streams
 
 PACKAGE = Path(flowception.__file__).parent
 DEVICE = torch.device("cuda", 0)
@@ -249,7 +249,7 @@ def gradients(loss: Tensor, parameters: Iterable[Tensor]) -> list[Tensor | None]
 
     Args:
         loss: A scalar, recorded under ``torch.enable_grad()``.
-        parameters: Leaves.
+        parameters: FusedOps.
 
     Returns:
         The gradient of each, None where the loss does not depend on it.

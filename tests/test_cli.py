@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from flowception.checkpoint import writing
+from flowception.checkpoint import writer
 from flowception.checkpoint.format import KINDS
 from flowception.cli import TASKS, main
 
@@ -18,10 +18,10 @@ def run_dir(tmp_path):
     """A directory with two checkpoints of one parameter."""
     for step in (0, 10):
         tensors = {f"{kind}/weight": torch.full((6,), float(step)) for kind in KINDS}
-        attempt = writing.make(writing.attempt_dir(tmp_path, step, "test"))
-        writing.write_slices(attempt, 0, tensors, {"weight": ((2, 3), 0, 6)})
-        receipts = writing.wait_for_receipts(attempt, 1, lambda: 0)
-        writing.commit(attempt, step, receipts, {"optimizer_steps": step})
+        attempt = writer.make(writer.attempt_dir(tmp_path, step, "test"))
+        writer.write_slices(attempt, 0, tensors, {"weight": ((2, 3), 0, 6)})
+        receipts = writer.wait_for_receipts(attempt, 1, lambda: 0)
+        writer.commit(attempt, step, receipts, {"optimizer_steps": step})
     return tmp_path
 
 
@@ -138,18 +138,18 @@ def test_help_imports_nothing_heavy():
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A configuration and a set of 300 clips of 6 to 10 frames."""
-    from flowception.data.schema import ClipRecord, ShardMeta
-    from flowception.data.shards import ShardSetWriter
+    from flowception.shards.schema import ClipRecord, ShardMeta
+    from flowception.shards.writer import ShardSetWriter
 
     tmp_path = tmp_path_factory.mktemp("plan")
     shards = tmp_path / "shards"
-    writer = ShardSetWriter(shards, ShardMeta(codec="patchify", codec_fingerprint="0", latent_channels=12))
+    shard_writer = ShardSetWriter(shards, ShardMeta(codec="patchify", codec_fingerprint="0", latent_channels=12))
     for shard in range(6):
         keys = range(50 * shard, 50 * shard + 50)
-        writer.write_shard(
+        shard_writer.write_shard(
             shard, [ClipRecord(key=f"clip-{key}", latents=torch.zeros(6 + key % 5, 12, 4, 4)) for key in keys]
         )
-    writer.finish()
+    shard_writer.finish()
     config = {
         "run_dir": str(tmp_path / "run"), "max_steps": 10, "token_budget": 1024, "packs_per_step": 4,
         "data": {"path": str(shards)}, "model": {"preset": "toy"},

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.encode_config import EncodeConfig
-from flowception.config import TrainConfig, dotted_keys, dump, load, load_config
+from data_prep.encoder.config import EncodeConfig
+from flowception.config import dotted_keys, dump, load
 from flowception.errors import ConfigError
+from flowception.training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SECTIONS = {key.split(".")[0] for key in dotted_keys(TrainConfig) if "." in key}

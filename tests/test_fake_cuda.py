@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fake_cuda import DEVICE, FakeCuda, content
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+
+from tests.fake_cuda import DEVICE, FakeCuda, content
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flowception.codecs.video_file import read_video
-from flowception.data.reader import ShardReader
+from flowception.shards.reader import ShardReader
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from flowception.training.stop import EXIT_STOPPED, StopFlag
+from flowception.training.signals import EXIT_STOPPED, StopFlag
 
 if TYPE_CHECKING:
-    from flowception.config import TrainConfig
-    from flowception.training.dataset import TrainingData
-    from flowception.training.distributed import Ranks
+    from flowception.training.config import TrainConfig
+    from flowception.training.data import TrainingData
+    from flowception.training.distributed.collectives import Ranks
     from flowception.training.samples import ClipSampler
 
 EXIT_BAD_INPUT = 2
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when the run is complete, 85 when it was stopped by a signal and saved, or could not, 2 for bad input, which a
         dry run that found a problem returns too. When a rank hangs the process leaves with 86 and does not come back
-        here (``training.watchdog``).
+        here (``training.distributed.watchdog``).
     """
     stop = StopFlag().install()
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -83,8 +83,8 @@ def _place(name: str, slurm_name: str) -> int:
 
 
 def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
-    from flowception.config import load_config
     from flowception.errors import FlowceptionError
+    from flowception.training.config import load_config
 
     try:
         config = load_config(arguments.config, arguments.words)
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     import torch
 
     from flowception.progress import show_log
-    from flowception.training.distributed import init_distributed
+    from flowception.training.distributed.launch import init_distributed
     from flowception.training.trainer import train
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -117,8 +117,8 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> ClipSampler:
     """What samples clips during training, from held-out clips, or from training clips where none is held out."""
-    from flowception.generation.during_training import TrainingSampler
-    from flowception.training.dataset import heldout_plan
+    from flowception.generation.training_sampler import TrainingSampler
+    from flowception.training.data import heldout_plan
 
     plan = heldout_plan(config, data) if len(data.heldout_rows) else data.plan
     return TrainingSampler(config, data.reader, plan, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
@@ -126,7 +126,7 @@ def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> Clip
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
     """Print the report on rank 0; the exit code says whether something would stop the run."""
-    from flowception.training.dry_run import Assumptions, report
+    from flowception.training.estimate.report import Assumptions, report
 
     if _place("RANK", "SLURM_PROCID") != 0:
         return 0

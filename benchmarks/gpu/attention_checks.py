@@ -16,7 +16,7 @@ from benchmarks.gpu.environment import kernels
 from benchmarks.gpu.outcome import MEASURED, PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Case, Scene, needs_gpu, relative_error
 from flowception.nn.attention import attention, choose_backend
-from flowception.nn.layout import ClipShape, PackLayout, build_layout
+from flowception.packing.layout import ClipShape, PackLayout, build_layout
 
 _LARGEST_ERROR = 1e-2
 _NAMES = ("output", "d query", "d key", "d value")

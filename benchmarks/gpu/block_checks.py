@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Case, Scene, open_model, relative_error, training_loss
 from flowception.data.pack import Pack
-from flowception.data.steps import StepPlan
-from flowception.nn.layout import PackInput, PackLayout, TokenKind
-from flowception.nn.leaves import EAGER, NORM_EPSILON, Leaves
+from flowception.data.step_plan import StepPlan
+from flowception.nn.fused_ops import EAGER, NORM_EPSILON, FusedOps
+from flowception.packing.layout import PackInput, PackLayout, TokenKind
 
 _LARGEST_ERROR = 1e-2
 """Of bfloat16 against float64."""
@@ -74,7 +74,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "norm_and_rotate": lambda heads, weight, rotations: _rotated(_norm(heads) * weight, rotations),
     "swiglu": _sigmoid_product,
 }
-"""Each function of ``nn.leaves``, written again to be read in float64."""
+"""Each function of ``nn.fused_ops``, written again to be read in float64."""
 
 
 def block_inputs(model: nn.Module, pack: PackInput) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def leaves(scene: Scene) -> Outcome:
     packs = [pack.to(scene.device) for pack in [*case.batch(0).packs[:2], case.padding()]]
     figures: dict[str, Any] = {}
     with compiler(scene):
-        compiled = Leaves(*(torch.compile(function) for function in EAGER))
+        compiled = FusedOps(*(torch.compile(function) for function in EAGER))
         for number, pack in enumerate(packs):
             inputs = leaf_inputs(scene, case, pack, block_inputs(model, pack))
             for name, parts in inputs.items():

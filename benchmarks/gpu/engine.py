@@ -14,12 +14,13 @@ import torch
 
 from benchmarks.gpu.scene import Case, Scene
 from flowception.data.loader import StepBatch
-from flowception.nn.backbone import build_backbone
-from flowception.training.distributed import Ranks, init_distributed
+from flowception.nn.build import build_backbone
+from flowception.training.distributed.collectives import Ranks
+from flowception.training.distributed.launch import init_distributed
+from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.distributed.zero import build_engine, deepspeed_config, optimizer_step
 from flowception.training.optim import build_optimizer
-from flowception.training.shards import ShardedState
 from flowception.training.step import run_micro_steps
-from flowception.training.zero import build_engine, deepspeed_config, optimizer_step
 
 _WEIGHT_SCALE = 0.02
 

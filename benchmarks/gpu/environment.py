@@ -16,16 +16,17 @@ import torch
 
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import ROOT, Scene, needs_gpu
-from flowception.training.distributed import all_sum, init_distributed
+from flowception.training.distributed.collectives import all_sum
+from flowception.training.distributed.launch import init_distributed
 from flowception.training.hardware import gpu_peak
 
 _PACKAGES = ("torch", "triton", "deepspeed", "numpy", "omegaconf", "safetensors", "pydantic")
 _MODULES = (
     "flowception.config",
     "flowception.training.trainer",
-    "flowception.training.zero",
-    "flowception.training.dry_run",
-    "flowception.generation.frozen",
+    "flowception.training.distributed.zero",
+    "flowception.training.estimate.report",
+    "flowception.generation.kv_cache",
     "train.main",
 )
 _KERNELS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}

@@ -216,9 +216,9 @@ def _counting() -> str:
 MFU is the FLOPs of the model over the time and the card's dense bfloat16 peak, {PEAK_TFLOPS:g} TFLOP/s for an H100 or
 H200 (`training/hardware.py`), clocks as they are found.
 
-* **Exact** (`nn/flops.py`), the figure above: what is really multiplied for the visible frames and their text. Linear
-  layers for each token, modulation for each frame, `4 d n^2` for the attention of a layer in a segment of n tokens;
-  three times that for forward and backward. Padding and recomputation do not count.
+* **Exact** (`packing/flops.py`), the figure above: what is really multiplied for the visible frames and their text.
+  Linear layers for each token, modulation for each frame, `4 d n^2` for the attention of a layer in a segment of n
+  tokens; three times that for forward and backward. Padding and recomputation do not count.
 * **As others count** (`mfu_peers` in the JSON): `6 N` a token, N the weights of the blocks that act on every token, and
   `12 d n^2` a layer for attention, forward and backward. Modulation is left out of N: it is half of all weights, acts
   once a frame and not once a token, and `6 N` with all weights would say 1.8 times as much as is multiplied.

@@ -4,9 +4,9 @@ Each way is measured in a process of its own, forked from one that has imported 
 blocks are meant to be checkpointed, as few are as the dry run's estimate allows on the card, as the recipe itself does
 with ``activation_checkpointing: auto``, and more where memory is full all the same.
 
-Model FLOPs are exact (``nn.flops``), of visible frames and their text, recomputation left out. Beside them stands the
-count that others report: ``6 N`` a token, N the weights of the blocks that act on every token (modulation acts once a
-frame), and ``12 L d n^2`` for the attention of a segment of n tokens.
+Model FLOPs are exact (``packing.flops``), of visible frames and their text, recomputation left out. Beside them stands
+the count that others report: ``6 N`` a token, N the weights of the blocks that act on every token (modulation acts once
+a frame), and ``12 L d n^2`` for the attention of a segment of n tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from benchmarks.gpu.engine import Training, pinned
 from benchmarks.gpu.outcome import MEASURED, CheckFailed, Outcome
 from benchmarks.gpu.scene import Case, Scene
 from flowception.data.loader import StepBatch
-from flowception.data.steps import PackPlan
-from flowception.nn.backbone import count_parameters
-from flowception.training.arrangements import USABLE_SHARE, Job
+from flowception.data.step_plan import PackPlan
+from flowception.nn.build import count_parameters
+from flowception.training.estimate.arrangements import USABLE_SHARE, Job
 from flowception.training.hardware import GIB, gpu_peak, peak_memory_gib
 
 STEPS, PACKS = 4, 2

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import ROOT, SMALL_CLIP, SMALL_WIDTH, Scene
-from flowception.checkpoint.format import checkpoint_dir, hashes
-from flowception.data.schema import ClipRecord, ShardMeta
-from flowception.data.shards import ShardSetWriter
+from flowception.checkpoint.format import checkpoint_dir
+from flowception.checkpoint.reader import hashes
+from flowception.shards.schema import ClipRecord, ShardMeta
+from flowception.shards.writer import ShardSetWriter
 
 STEPS, SAVE_EVERY_STEPS = 30, 5
 _CHANNELS, _CLIPS = 8, 64

@@ -41,7 +41,7 @@ _IMPORTED_ONCE = (
     "flowception.config",
     "flowception.nn.dit",
     "flowception.training.trainer",
-    "flowception.generation.frozen",
+    "flowception.generation.kv_cache",
 )
 """Slow to import, and silent about GPUs; every check is forked with them."""
 _NO_TIME = "not run: the {total:g} s of all checks are used up or kept for later ones; run it by --only {number}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Scene, open_model, relative_error
 from flowception.flow import SamplerConfig, SamplerState, sample
-from flowception.generation.frozen import FrozenFramePredictor
+from flowception.generation.kv_cache import FrozenFramePredictor
 from flowception.nn.dit import FlowceptionDiT
 
 _LARGEST_ERROR = 0.03

@@ -19,16 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from benchmarks.gpu.outcome import NEEDS_GPU, Outcome
-from flowception.config import TrainConfig, load_config
-from flowception.data.index import ClipIndex
 from flowception.data.loader import StepBatch
 from flowception.data.pack import Pack, build_pack, empty_pack
 from flowception.data.plan import Plan
-from flowception.data.steps import Cursor, PackPlan, StepPlan
+from flowception.data.step_plan import Cursor, PackPlan, StepPlan
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
-from flowception.nn.backbone import build_backbone
-from flowception.nn.flops import training_flops
-from flowception.nn.layout import ClipShape, ModelOutput
+from flowception.nn.build import build_backbone
+from flowception.packing.flops import training_flops
+from flowception.packing.layout import ClipShape, ModelOutput
+from flowception.shards.index import ClipIndex
+from flowception.training.config import TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "t2v_2b.yaml"

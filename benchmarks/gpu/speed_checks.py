@@ -19,10 +19,10 @@ from benchmarks.gpu.block_checks import block_inputs, compiler, leaf_inputs
 from benchmarks.gpu.outcome import MEASURED, Outcome
 from benchmarks.gpu.scene import Case, Scene, open_model, relative_error
 from flowception.nn.attention import attention
-from flowception.nn.layout import PackInput, PackLayout, TokenKind
-from flowception.nn.leaves import EAGER, Leaves
+from flowception.nn.fused_ops import EAGER, FusedOps
 from flowception.nn.presets import COMPILE
 from flowception.nn.rows import Rows, sum_runs
+from flowception.packing.layout import PackInput, PackLayout, TokenKind
 
 _COPY_MIB = {"cuda": 1024, "cpu": 8}
 _PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
@@ -95,7 +95,7 @@ def attention_times(scene: Scene, case: Case, layout: PackLayout) -> dict[str, f
 def leaf_times(scene: Scene, inputs: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
     """The functions between the products, eager and compiled, each with TB/s."""
     found = {}
-    compiled = Leaves(*(torch.compile(function) for function in EAGER))
+    compiled = FusedOps(*(torch.compile(function) for function in EAGER))
     for name, parts in inputs.items():
         drawn = _bytes([part for part in parts if isinstance(part, Tensor) and part.requires_grad])
         output = _bytes([EAGER._asdict()[name](*parts)])

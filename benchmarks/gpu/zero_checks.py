@@ -1,7 +1,7 @@
 """Training through DeepSpeed at every ZeRO stage, one rank, beside the same training in plain torch.
 
-Plain torch keeps float32 masters and AdamW and computes as ``training.zero`` says it does: in float32; at stages 0 and
-1 in bfloat16 by autocast; at stages 2 and 3 with bfloat16 copies of the weights.
+Plain torch keeps float32 masters and AdamW and computes as ``training.distributed.zero`` says it does: in float32; at
+stages 0 and 1 in bfloat16 by autocast; at stages 2 and 3 with bfloat16 copies of the weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Case, Scene, training_loss
 from flowception.data.loader import StepBatch
-from flowception.nn.backbone import build_backbone
-from flowception.training.distributed import Ranks, init_distributed
+from flowception.nn.build import build_backbone
+from flowception.training.distributed.collectives import Ranks
+from flowception.training.distributed.launch import init_distributed
+from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.distributed.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
 from flowception.training.optim import build_optimizer
-from flowception.training.shards import ShardedState
 from flowception.training.step import run_micro_steps
-from flowception.training.zero import ZeroConfig, build_engine, deepspeed_config, optimizer_step
 
 STEPS, REFUSED_STEP = 10, 5
 REFUSAL = "refused to see what is left of it"

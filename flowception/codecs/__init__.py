@@ -4,6 +4,7 @@
 ``video_file`` reads and writes video files. Every codec speaks the interface of ``Codec``; ``build_codec`` makes one.
 """
 
-from flowception.codecs.base import Codec, CodecConfig, build_codec
+from flowception.codecs.base import Codec, CodecConfig
+from flowception.codecs.build import build_codec
 
 __all__ = ["Codec", "CodecConfig", "build_codec"]

@@ -165,24 +165,3 @@ def pixels_to_unit(video: Tensor) -> Tensor:
 def unit_to_pixels(values: Tensor) -> Tensor:
     """Round values in [-1, 1] to uint8 pixels; what lies outside, even infinities, is clipped, NaN becomes 0."""
     return ((values.float().nan_to_num(-1.0) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def build_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
-    """Make the codec that ``config`` names.
-
-    Args:
-        config: Which codec.
-        device: Where a codec with weights computes.
-
-    Returns:
-        The codec, ready to use.
-    """
-    if config.name == "patchify":
-        from flowception.codecs.patchify import PatchifyCodec
-
-        return PatchifyCodec(config.patch_size)
-    if config.name == "ltx":
-        from flowception.codecs.ltx import LTXCodec
-
-        return LTXCodec.from_config(config, device)
-    raise ConfigError(f"codec.name is {config.name!r}; the codecs are patchify and ltx")

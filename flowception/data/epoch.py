@@ -18,6 +18,7 @@ Shape legend: ``K`` clips of the epoch by place, ``k`` clips of a step, ``m`` of
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -25,10 +26,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from flowception.data.expected import TOKEN_UNITS
-from flowception.data.memory import give_back_freed_memory
-from flowception.data.packing import CARRIED, pack_clips
+from flowception.data.expected_tokens import TOKEN_UNITS
 from flowception.errors import PlanError
+from flowception.packing.balance import CARRIED, pack_clips
 
 SEGMENT_CLIPS = 65536
 _CHUNK_CLIPS = 4096
@@ -270,3 +270,14 @@ class EpochSteps:
             places = np.concatenate([*left, np.arange(self._starts[-1], self._num_places)])
             self._rest = StepMaker(places, self._costs_of, self._sizes)
         return self._rest
+
+
+def give_back_freed_memory() -> None:
+    """Give back what glibc keeps of freed memory; elsewhere nothing.
+
+    Making an epoch's order of millions of clips takes five times what stays of it, and glibc keeps blocks of such
+    sizes for later once some were freed: for good, and in each of a node's ranks.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

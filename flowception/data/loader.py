@@ -10,79 +10,26 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from flowception.data.ahead import Planned, steps_ahead
 from flowception.data.pack import BadClip, Pack, build_pack, empty_pack
 from flowception.data.plan import Plan
-from flowception.data.reader import ClipReader
-from flowception.data.remote import CacheConfig
-from flowception.data.sending import SentPacks
-from flowception.data.steps import Cursor, PackPlan, StepPlan, check_world_size
+from flowception.data.prefetch import Planned, steps_ahead
+from flowception.data.shared_memory import SentPacks
+from flowception.data.step_plan import Cursor, PackPlan, StepPlan, check_world_size
 from flowception.errors import ConfigError
+from flowception.shards.reader import ClipReader
 
 _WORKER_TIMEOUT_S = 1800
 """A worker that gives nothing for so long is dead or its storage is."""
 
 _CLIPS_NAMED = 3
 """Clips that ``waiting_for`` names."""
-
-
-@dataclass(kw_only=True)
-class SetShare:
-    """One set of a mixture."""
-
-    path: str
-    """Folder or URL."""
-    weight: float = 1.0
-    """Expected times that an epoch shows each of its clips."""
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Where data comes from and how it is read."""
-
-    path: str | None = None
-    """Folder or URL of the shard set; exactly one of ``path`` and ``mixture``."""
-    mixture: list[SetShare] = field(default_factory=list)
-    """Several sets and how often an epoch shows the clips of each: ``[{path: A, weight: 2}, {path: B}]``."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    """Where remote shards are kept."""
-    heldout_fraction: float = 0.0
-    """Share of clips, by key hash, kept for validation."""
-    num_workers: int = 0
-    """Processes that read ahead, for each rank; 0 reads in the training process."""
-    prefetch_steps: int = 2
-    """Steps that each worker keeps ready."""
-    max_bad_clips: int | None = 1000
-    """Unreadable clips a run puts up with in an epoch, a few lost shards of the usual size; more is a fault of the
-    storage and stops the run. None puts up with any number."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is out of range."""
-        if bool(self.path) == bool(self.mixture):
-            raise ConfigError(
-                f"data.path is {self.path} and data.mixture has {len(self.mixture)} sets; give one of the two"
-            )
-        rules = {
-            "heldout_fraction": (0.0 <= self.heldout_fraction < 1.0, "a share from 0 to below 1"),
-            "num_workers": (self.num_workers >= 0, "an integer of at least 0"),
-            "prefetch_steps": (self.prefetch_steps >= 1, "an integer of at least 1"),
-            "max_bad_clips": (self.max_bad_clips is None or self.max_bad_clips >= 0, "an integer of at least 0"),
-        }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}; give {wanted}")
-
-    @property
-    def sets(self) -> list[SetShare]:
-        """The sets, one or more."""
-        return self.mixture or [SetShare(path=self.path or "")]
 
 
 @dataclass

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 
 from flowception import rng
-from flowception.data.plan import PackPlan, Plan
-from flowception.data.reader import ClipReader
-from flowception.data.schema import NO_CLASS
+from flowception.data.plan import Plan
+from flowception.data.step_plan import PackPlan
 from flowception.errors import ConfigError, DataError
 from flowception.flow.extended_time import ClipDraws
 from flowception.flow.path import interpolate, velocity_target
-from flowception.flow.task import is_context, model_role
-from flowception.nn.flops import FlopSpec
-from flowception.nn.layout import ClipShape, PackInput, build_layout, latent_tokens
+from flowception.flow.task import Role, is_context
+from flowception.packing.flops import ModelSpec
+from flowception.packing.layout import ClipShape, ModelRole, PackInput, build_layout, latent_tokens
 from flowception.rng import Stream
+from flowception.shards.reader import ClipReader
+from flowception.shards.schema import NO_CLASS
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,21 @@ def build_pack(
     return pack
 
 
-def check_widths(spec: FlopSpec, reader: ClipReader) -> None:
+def model_role(roles: Tensor) -> Tensor:
+    """What the network is told: ``ModelRole`` numbers, int64. It cannot tell a start frame from a free one.
+
+    Args:
+        roles: ``Role`` numbers, any shape. ABSENT becomes GENERATED, the neutral value of unused slots.
+
+    Returns:
+        int64, same shape.
+    """
+    generated = torch.full_like(roles, int(ModelRole.GENERATED), dtype=torch.int64)
+    active = torch.where(roles == Role.CONTEXT_ACTIVE, int(ModelRole.ACTIVE), generated)
+    return torch.where(roles == Role.CONTEXT_PASSIVE, int(ModelRole.PASSIVE), active)
+
+
+def check_widths(spec: ModelSpec, reader: ClipReader) -> None:
     """Refuse a network that cannot take a set's clips.
 
     Args:

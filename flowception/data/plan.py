@@ -26,20 +26,19 @@ import torch
 from numpy.typing import NDArray
 
 from flowception import rng
-from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes
-from flowception.data.expected import TOKEN_UNITS, token_moments
-from flowception.data.index import ClipIndex
-from flowception.data.memory import give_back_freed_memory
+from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes, give_back_freed_memory
+from flowception.data.expected_tokens import TOKEN_UNITS, token_moments
 from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
-from flowception.data.packing import imbalance
-from flowception.data.static_shape import static_shape
-from flowception.data.steps import Cursor, PackPlan, PlanConfig, StepPlan
+from flowception.data.pack_shape import static_shape
+from flowception.data.step_plan import Cursor, PackPlan, PlanConfig, StepPlan
 from flowception.errors import DataError, PlanError
 from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
 from flowception.flow.loss import denominators, expected_counts
-from flowception.nn.flops import TRAINING_PASSES, FlopSpec, clip_flops
-from flowception.nn.layout import PackShape
+from flowception.packing.balance import imbalance
+from flowception.packing.flops import TRAINING_PASSES, ModelSpec, clip_flops
+from flowception.packing.layout import PackShape
 from flowception.rng import Stream
+from flowception.shards.index import ClipIndex
 
 _KEPT_EPOCHS = 2
 _CHUNK_PLACES = 8192
@@ -58,7 +57,7 @@ class Plan:
         index: ClipIndex,
         rows: NDArray[np.signedinteger] | None,
         config: PlanConfig,
-        flop_spec: FlopSpec,
+        flop_spec: ModelSpec,
         seed: int,
         quarantine: Iterable[str] = (),
         *,

@@ -35,7 +35,6 @@ from flowception.flow.task import (
     is_context,
     is_generated,
     may_insert,
-    model_role,
     task_number,
 )
 
@@ -73,7 +72,6 @@ __all__ = [
     "is_generated",
     "length_law",
     "may_insert",
-    "model_role",
     "present_law",
     "rate_from_log",
     "sample",

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from flowception.errors import ConfigError
-from flowception.nn.layout import ModelRole
 
 
 class Role(IntEnum):
@@ -50,20 +49,6 @@ def is_context(roles: Tensor) -> Tensor:
 def may_insert(roles: Tensor) -> Tensor:
     """Whether frames may be inserted to the right of each frame."""
     return is_generated(roles) | (roles == Role.CONTEXT_ACTIVE)
-
-
-def model_role(roles: Tensor) -> Tensor:
-    """What the network is told: ``ModelRole`` numbers, int64. It cannot tell a start frame from a free one.
-
-    Args:
-        roles: ``Role`` numbers, any shape. ABSENT becomes GENERATED, the neutral value of unused slots.
-
-    Returns:
-        int64, same shape.
-    """
-    generated = torch.full_like(roles, int(ModelRole.GENERATED), dtype=torch.int64)
-    active = torch.where(roles == Role.CONTEXT_ACTIVE, int(ModelRole.ACTIVE), generated)
-    return torch.where(roles == Role.CONTEXT_PASSIVE, int(ModelRole.PASSIVE), active)
 
 
 @dataclass(kw_only=True)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowception.checkpoint.format import checkpoint_dir, latest_valid, list_steps, read_full, verify
+from flowception.checkpoint.format import checkpoint_dir, list_steps
+from flowception.checkpoint.reader import latest_valid, read_full, verify
 from flowception.codecs import Codec, CodecConfig, build_codec
-from flowception.config import TrainConfig, load_config
-from flowception.data.loader import DataConfig
-from flowception.data.opening import open_set
-from flowception.data.schema import ShardMeta
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
-from flowception.nn.backbone import build_backbone
+from flowception.nn.build import build_backbone
 from flowception.nn.presets import DiTConfig
+from flowception.shards.open import DataConfig, open_set
+from flowception.shards.schema import ShardMeta
+from flowception.training.config import TrainConfig, load_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowception.data.schema import NO_CLASS
-from flowception.flow import Prediction, SamplerState, guide, model_role
+from flowception.data.pack import model_role
+from flowception.flow import Prediction, SamplerState, guide
 from flowception.flow.loss import rate_from_log
-from flowception.nn.flops import FlopSpec, clip_flops
-from flowception.nn.layout import ClipShape, PackInput, PackLayout, build_layout, latent_tokens
+from flowception.packing.flops import ModelSpec, clip_flops
+from flowception.packing.layout import ClipShape, PackInput, PackLayout, build_layout, latent_tokens
+from flowception.shards.schema import NO_CLASS
 
 
 class NetworkPredictor:
@@ -106,7 +107,7 @@ class NetworkPredictor:
 
         The text's tokens are computed in evaluations that compute every frame of their clip.
         """
-        spec = cast(FlopSpec, self.model.spec)
+        spec = cast(ModelSpec, self.model.spec)
         live = torch.bincount(state.frame_clip[self.live_frames(state)], minlength=len(state.clip_frames))
         texts = [torch.tensor([0] * len(live) if self.texts is None else [len(text) for text in self.texts])]
         if self.guided:

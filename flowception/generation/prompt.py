@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
-from flowception.data.schema import same_text
 from flowception.errors import ConfigError
 from flowception.generation.load import LoadedRun
+from flowception.shards.schema import same_text
 
 _KEYS = ("prompt", "seed", "class_label")
 _MOST_SEED = 2**62

@@ -1,10 +1,12 @@
 """The network: how packs lie in memory, attention, rotary positions, the Flowception DiT, and its sizes and FLOPs."""
 
 from flowception.nn.attention import attention, choose_backend
-from flowception.nn.backbone import BACKBONES, build_backbone, count_parameters
+from flowception.nn.build import BACKBONES, build_backbone, count_parameters
 from flowception.nn.dit import FlowceptionDiT
-from flowception.nn.flops import FlopSpec, attention_flops, clip_flops, training_flops
-from flowception.nn.layout import (
+from flowception.nn.pattern import AttentionPattern
+from flowception.nn.presets import PRESETS, DiTConfig
+from flowception.packing.flops import ModelSpec, attention_flops, clip_flops, training_flops
+from flowception.packing.layout import (
     ClipShape,
     ModelOutput,
     ModelRole,
@@ -14,8 +16,6 @@ from flowception.nn.layout import (
     TokenKind,
     build_layout,
 )
-from flowception.nn.pattern import AttentionPattern
-from flowception.nn.presets import PRESETS, DiTConfig
 
 __all__ = [
     "BACKBONES",
@@ -23,7 +23,7 @@ __all__ = [
     "AttentionPattern",
     "ClipShape",
     "DiTConfig",
-    "FlopSpec",
+    "ModelSpec",
     "FlowceptionDiT",
     "ModelOutput",
     "ModelRole",

@@ -36,9 +36,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from flowception.errors import ConfigError, require
 from flowception.nn import flash
 from flowception.nn.flash import VarlenKernel
-from flowception.nn.layout import PackLayout
 from flowception.nn.pattern import FULL, AttentionPattern, token_ranks, token_segments, visible_blocks
 from flowception.nn.segment_attention import segment_attention
+from flowception.packing.layout import PackLayout
 
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")

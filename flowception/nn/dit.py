@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flowception.errors import DataError
 from flowception.nn.attention import Attend, BoundAttention, attention, bind
-from flowception.nn.flops import FlopSpec
-from flowception.nn.initialise import Gather, initialise
+from flowception.nn.fused_ops import EAGER, FusedOps, compiled_leaves, modulate
+from flowception.nn.init import Gather, initialise
 from flowception.nn.layers import (
     Embedding,
     Float32Linear,
@@ -38,11 +38,11 @@ from flowception.nn.layers import (
     TimeEmbedding,
     grid_features,
 )
-from flowception.nn.layout import ModelOutput, ModelRole, PackInput, PackLayout
-from flowception.nn.leaves import EAGER, Leaves, compiled_leaves, modulate
 from flowception.nn.presets import DiTConfig
 from flowception.nn.rope import VideoRoPE
 from flowception.nn.rows import Rows, clip_rows, frame_rows, take_rows
+from flowception.packing.flops import ModelSpec
+from flowception.packing.layout import ModelOutput, ModelRole, PackInput, PackLayout
 
 MODULATIONS = 6
 """Shift, scale and gate of attention, shift, scale and gate of the MLP."""
@@ -55,7 +55,7 @@ class TokenEmbedding(nn.Module):
     role; an insertion token is learnt, plus counts and role; a text token is a linear map of its embedding.
     """
 
-    def __init__(self, spec: FlopSpec) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.grid_embedding = spec.grid_embedding
         self.latent = Linear(spec.latent_inputs, spec.hidden_size, bias=False)
@@ -100,7 +100,7 @@ class TextEmbedding(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
 
-    def __init__(self, spec: FlopSpec, leaves: Leaves, compiled: bool) -> None:
+    def __init__(self, spec: ModelSpec, leaves: FusedOps, compiled: bool) -> None:
         super().__init__()
         self.leaves, self.compiled = leaves, compiled
         size, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
@@ -167,7 +167,7 @@ def compiled_block(one_graph: bool) -> Callable[..., Tensor]:
     """``Block.compute`` behind ``torch.compile``: all blocks of a process share one graph for training, one without.
 
     It is the function and not the module that is compiled: a module's hooks, with which DeepSpeed gathers weights at
-    ZeRO-3, stay outside (the block must be one of its leaf modules, ``training.zero``).
+    ZeRO-3, stay outside (the block must be one of its leaf modules, ``training.distributed.zero``).
 
     Args:
         one_graph: Whether anything that would interrupt the graph is an error.
@@ -183,7 +183,7 @@ class OutputHeads(nn.Module):
     the rate must resolve counts.
     """
 
-    def __init__(self, spec: FlopSpec, initial_log_rate: float) -> None:
+    def __init__(self, spec: ModelSpec, initial_log_rate: float) -> None:
         super().__init__()
         size = spec.hidden_size
         self.frame_modulation = Float32Linear(size, 2 * size, zero=True)
@@ -227,7 +227,7 @@ class FlowceptionDiT(nn.Module):
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
     def initialise(self, seed: int, gather: Gather | None = None) -> Self:
-        """Set all weights from the seed and their names; see ``flowception.nn.initialise``."""
+        """Set all weights from the seed and their names; see ``flowception.nn.init``."""
         initialise(self, seed, gather)
         return self
 
@@ -237,7 +237,7 @@ class FlowceptionDiT(nn.Module):
         Args:
             pack: On the device of the weights; latents in any float dtype.
             attends: Attention of each block, where keys and values of other tokens join in
-                (``flowception.generation.frozen``); None for the pack's own alone.
+                (``flowception.generation.kv_cache``); None for the pack's own alone.
 
         Returns:
             float32 velocity ``[T, C]`` (zero but at latent tokens) and float32 log_rate ``[F]`` (zero in unused

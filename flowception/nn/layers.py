@@ -1,4 +1,4 @@
-"""The small parts of the Flowception DiT. Each says how its own parameters begin (``flowception.nn.initialise``).
+"""The small parts of the Flowception DiT. Each says how its own parameters begin (``flowception.nn.init``).
 
 Shape legend: ``T`` tokens, ``F`` frames, ``H`` heads.
 """
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowception.nn.flops import COUNT_FEATURES, GRID_FEATURES, TIME_FEATURES
-from flowception.nn.leaves import Leaves
+from flowception.nn.fused_ops import FusedOps
+from flowception.packing.flops import COUNT_FEATURES, GRID_FEATURES, TIME_FEATURES
 
 SMALLEST_REMAINDER = 1e-3
 """Added to 1 - t before its logarithm; a twentieth of a step of a 50-step sampler."""
@@ -61,7 +61,7 @@ class Embedding(nn.Embedding):
 class RotaryNorm(nn.Module):
     """Root mean square norm of each head with a learnt weight, then the rotation (for queries and keys)."""
 
-    def __init__(self, head_dim: int, leaves: Leaves) -> None:
+    def __init__(self, head_dim: int, leaves: FusedOps) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim))
         self.norm_and_rotate = leaves.norm_and_rotate
@@ -78,7 +78,7 @@ class RotaryNorm(nn.Module):
 class SwiGLU(nn.Module):
     """``W_out (silu(W_gate x) * W_value x)`` with both inputs in one matrix."""
 
-    def __init__(self, size: int, hidden_size: int, leaves: Leaves) -> None:
+    def __init__(self, size: int, hidden_size: int, leaves: FusedOps) -> None:
         super().__init__()
         self.gate_and_value = Linear(size, 2 * hidden_size, bias=False)
         self.output = Linear(hidden_size, size, bias=False)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowception.errors import ConfigError
-from flowception.nn.layout import PackLayout
+from flowception.packing.layout import PackLayout
 
 PATTERNS = ("full", "causal", "window")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from flowception.errors import ConfigError
 from flowception.nn.attention import check_backend
-from flowception.nn.flops import FlopSpec
 from flowception.nn.pattern import AttentionPattern
+from flowception.packing.flops import ModelSpec
 
 COMPILE = ("blocks", "leaves", "off")
 """What torch.compile may fuse."""
@@ -52,7 +52,7 @@ class DiTConfig:
     """The Flowception DiT. A size that is None comes from the preset."""
 
     backbone: str = "dit"
-    """Name in ``nn.backbone.BACKBONES``."""
+    """Name in ``nn.build.BACKBONES``."""
     preset: str | None = "toy"
     """Name in ``PRESETS``; None if every size is given."""
     in_channels: int | None = None
@@ -140,7 +140,7 @@ class DiTConfig:
         if isinstance(given, str):
             raise ConfigError(
                 f"model.activation_checkpointing is {given} and the network is about to be trained without a number; "
-                "the trainer finds one (training/recomputation.py), elsewhere give one"
+                "the trainer finds one (training/estimate/recomputation.py), elsewhere give one"
             )
         if given is True:
             return blocks
@@ -164,7 +164,7 @@ class DiTConfig:
             text_dim=spec.text_dim or 0,
         )
 
-    def flop_spec(self) -> FlopSpec:
+    def flop_spec(self) -> ModelSpec:
         """Every size of the network, known.
 
         Raises:
@@ -178,7 +178,7 @@ class DiTConfig:
         text_dim = self.text_dim
         if text_dim is None and self.preset is not None:
             text_dim = PRESETS[self.preset].text_dim
-        return FlopSpec(
+        return ModelSpec(
             hidden_size=hidden_size,
             num_layers=self._size("num_layers"),
             num_heads=num_heads,

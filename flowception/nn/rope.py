@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flowception.errors import ConfigError
-from flowception.nn.layout import PackLayout, TokenKind
+from flowception.packing.layout import PackLayout, TokenKind
 
 
 class VideoRoPE:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowception.nn.layout import PackLayout, TokenKind
+from flowception.packing.layout import PackLayout, TokenKind
 
 
 class Rows(NamedTuple):

@@ -6,11 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from flowception.errors import ConfigError
 
@@ -34,16 +30,3 @@ class EmaConfig:
 def decay_at(config: EmaConfig, step: int) -> float:
     """Decay of the update after optimizer step ``step`` (from 0)."""
     return min(config.decay, (1 + step) / (config.warmup_updates + step))
-
-
-@torch.no_grad()
-def update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """Move the average towards the weights, in place.
-
-    Args:
-        ema: Averages, any shapes.
-        weights: The weights after the step, same shapes.
-        decay: Share kept.
-    """
-    if ema:
-        torch._foreach_lerp_(list(ema), [weight.detach() for weight in weights], 1.0 - decay)

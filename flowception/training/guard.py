@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from flowception.data.loader import StepBatch, packs_of_rank
-from flowception.data.steps import PackPlan
+from flowception.data.step_plan import PackPlan
 from flowception.errors import ConfigError
-from flowception.training.distributed import Ranks, gather_values
-from flowception.training.zero import Refuse, StepOutcome
+from flowception.training.distributed.collectives import Ranks, gather_values
+from flowception.training.distributed.zero import Refuse, StepOutcome
 
 JOURNAL = "skipped.jsonl"
 LOSS_NOT_FINITE = "the loss is not finite"

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from flowception.checkpoint import writing
+from flowception.checkpoint import writer
 from flowception.errors import CheckpointError, GuardError
-from flowception.training import checkpoint
-from flowception.training.distributed import Ranks, of_all_ranks, on_main
+from flowception.training import resume
+from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks, on_main
+from flowception.training.distributed.sharded_state import ShardedState
 from flowception.training.guard import Guard, GuardConfig
-from flowception.training.shards import ShardedState
-from flowception.training.state import RunState
+from flowception.training.run_state import RunState
 
 
 def roll_back(
@@ -51,18 +51,20 @@ def roll_back(
     skipped, good_step = state.guard.skipped_in_a_row, state.guard.good_step
     what = f"{skipped} steps in a row were skipped, up to step {state.step}, for reasons that {guard.journal} names"
     if state.guard.rollbacks >= config.max_rollbacks:
-        raise of_all_ranks(
+        raise mark_on_all_ranks(
             GuardError(
                 f"{what}; the run went back {state.guard.rollbacks} times without getting further, and "
                 f"guard.max_rollbacks={config.max_rollbacks}. Look at the clips there; lower optim.lr, or raise "
                 "guard.spike_factor if the gradients only look unusual; then run the same command again"
             )
         )
-    folder = checkpoint.find_latest(run_dir, shards, say, up_to=good_step)
+    folder = resume.find_latest(run_dir, shards, say, up_to=good_step)
     if folder is None:
-        raise of_all_ranks(GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew"))
+        raise mark_on_all_ranks(
+            GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew")
+        )
     on_main(ranks, lambda: _discard(run_dir, good_step))
-    found = RunState.from_json(checkpoint.load(folder, shards).state)
+    found = RunState.from_json(resume.load(folder, shards).state)
     reason = f"left out by the guards: {skipped} steps up to step {state.step} were skipped"
     quarantine = state.guard.quarantine | dict.fromkeys(state.guard.suspects, reason)
     found.guard = replace(
@@ -78,7 +80,7 @@ def roll_back(
 
 def _discard(run_dir: str | Path, newer_than: int) -> None:
     try:
-        writing.discard_newer(run_dir, newer_than)
+        writer.discard_newer(run_dir, newer_than)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoints of {run_dir} after step {newer_than}, saved while steps were skipped, cannot be removed "

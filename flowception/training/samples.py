@@ -1,24 +1,19 @@
 """Clips sampled while a run trains, made by all ranks together.
 
 Under ZeRO-3 an evaluation gathers weights and is collective, so every rank evaluates the network equally often. What
-samples stands on another floor (``generation.during_training``) and is handed in by ``train/main.py``.
+samples stands on another floor (``generation.training_sampler``) and is handed in by ``train/main.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from flowception.errors import ConfigError
-from flowception.training.distributed import Ranks, gather_values
-
-if TYPE_CHECKING:
-    from flowception.config import TrainConfig
-    from flowception.training.dataset import TrainingData
+from flowception.training.distributed.collectives import Ranks, gather_values
 
 
 @dataclass(kw_only=True)
@@ -52,9 +47,6 @@ class ClipSampler(Protocol):
 
     def join(self, step: int, records: list[dict[str, Any]]) -> Path | None:
         """List the clips of all ranks; the picture that shows them. One rank calls this."""
-
-
-SamplerFactory = Callable[["TrainConfig", "TrainingData", Ranks], ClipSampler]
 
 
 def take_samples(sampler: ClipSampler, engine: Any, step: int, ranks: Ranks) -> Path | None:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from flowception.data.loader import StepBatch
+from flowception.data.transfer import packs_on_device
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
-from flowception.training.distributed import Ranks
-from flowception.training.observe import observe
-from flowception.training.transfer import packs_on_device
-from flowception.training.zero import backward
+from flowception.training.diagnostics import observe
+from flowception.training.distributed.collectives import Ranks
+from flowception.training.distributed.zero import backward
 
 
 class MicroSteps(NamedTuple):

@@ -3,44 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from flowception.checkpoint import writing
-from flowception.config import TrainConfig, dump
+from flowception import run_directory
+from flowception.checkpoint import writer
+from flowception.config import dump
 from flowception.data.loader import PackLoader, StepBatch
-from flowception.data.steps import check_world_size
+from flowception.data.step_plan import check_world_size
 from flowception.errors import CheckpointError, DataError
 from flowception.flow.delays import build_delay_law
 from flowception.flow.extended_time import expected_attention_ratio
 from flowception.flow.prior import effective_sample_ratio
-from flowception.nn.backbone import build_backbone
-from flowception.nn.initialise import initialise
-from flowception.training import checkpoint, run_directory
-from flowception.training.dataset import TrainingData, heldout_plan, mean_log_rate, open_data
-from flowception.training.distributed import Ranks, gather_rows, gather_values, of_all_ranks, on_main, together
+from flowception.nn.build import build_backbone
+from flowception.nn.init import initialise
+from flowception.training import resume
+from flowception.training.checkpointer import Saver
+from flowception.training.config import TrainConfig
+from flowception.training.data import TrainingData, heldout_plan, mean_log_rate, open_data
+from flowception.training.diagnostics import observed_metrics
+from flowception.training.distributed.collectives import (
+    Ranks,
+    gather_rows,
+    gather_values,
+    mark_on_all_ranks,
+    on_main,
+    run_on_all_ranks,
+)
+from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.distributed.watchdog import Watchdog
+from flowception.training.distributed.zero import build_engine, deepspeed_config, optimizer_step
 from flowception.training.ema import decay_at
+from flowception.training.estimate.recomputation import settle_recomputation
 from flowception.training.guard import Guard
 from flowception.training.hardware import find_peak, peak_memory_gib
 from flowception.training.metrics import MetricsLog, Speed, check_packages
-from flowception.training.observe import observed_metrics
 from flowception.training.optim import build_optimizer, learning_rate
-from flowception.training.profile import StepProfiler
-from flowception.training.recomputation import settle_recomputation
+from flowception.training.profiler import StepProfiler
 from flowception.training.rollback import roll_back
-from flowception.training.samples import ClipSampler, SamplerFactory, take_samples
-from flowception.training.saving import Saver
-from flowception.training.shards import ShardedState
-from flowception.training.state import RunState, plan_of
+from flowception.training.run_state import RunState, plan_of
+from flowception.training.samples import ClipSampler, take_samples
+from flowception.training.signals import StopFlag
 from flowception.training.step import run_micro_steps
-from flowception.training.stop import StopFlag
 from flowception.training.validation import Validation
-from flowception.training.watchdog import Watchdog
-from flowception.training.zero import build_engine, deepspeed_config, optimizer_step
+
+SamplerFactory = Callable[[TrainConfig, TrainingData, Ranks], ClipSampler]
+"""Makes what samples clips during training; ``train/main.py`` hands it in, since generation stands beside training."""
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: SamplerFactory | None = None) -> bool:
@@ -55,12 +67,12 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
     Returns:
         True when the run is complete, False when it was stopped.
     """
-    together(lambda: check_world_size(config.packs_per_step, ranks.world_size))
-    together(lambda: config.zero.check_world_size(ranks.world_size))
-    together(lambda: config.profile.check_world_size(ranks.world_size))
+    run_on_all_ranks(lambda: check_world_size(config.packs_per_step, ranks.world_size))
+    run_on_all_ranks(lambda: config.zero.check_world_size(ranks.world_size))
+    run_on_all_ranks(lambda: config.profile.check_world_size(ranks.world_size))
     on_main(ranks, lambda: check_packages(config.logging))
     with _run_lock(config, ranks):
-        data = together(lambda: open_data(config))
+        data = run_on_all_ranks(lambda: open_data(config))
         if config.model.initial_log_rate is None:
             config.model = replace(config.model, initial_log_rate=mean_log_rate(data.plan))
         settle_recomputation(config, ranks)
@@ -113,9 +125,9 @@ class Trainer:
         self.shards = ShardedState(self.engine)
         self.saver = Saver(config.run_dir, config.checkpoint, self.shards, self._say)
         self.state = self._resume() or self._start()
-        self.plan = together(lambda: plan_of(self.state, data.plan))
-        self.validation = together(self._prepare_validation)
-        self.sampler = together(lambda: make_sampler(config, data, ranks)) if make_sampler else None
+        self.plan = run_on_all_ranks(lambda: plan_of(self.state, data.plan))
+        self.validation = run_on_all_ranks(self._prepare_validation)
+        self.sampler = run_on_all_ranks(lambda: make_sampler(config, data, ranks)) if make_sampler else None
         self.stopping, self.save_is_due = False, False
         self.profiler = StepProfiler(config.profile, config.run_dir, ranks.rank)
         self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
@@ -125,10 +137,10 @@ class Trainer:
         )
 
     def _resume(self) -> RunState | None:
-        folder = checkpoint.find_latest(self.config.run_dir, self.shards, self._say)
+        folder = resume.find_latest(self.config.run_dir, self.shards, self._say)
         if folder is None:
             return None
-        state = RunState.from_json(checkpoint.load(folder, self.shards).state)
+        state = RunState.from_json(resume.load(folder, self.shards).state)
         self.saver.saved_step = state.step
         self._say(f"resuming {self.config.run_dir} at step {state.step} of {self.config.max_steps}")
         if self.ranks.is_main:
@@ -138,7 +150,7 @@ class Trainer:
     def _set_aside_newer(self, step: int) -> None:
         """Newer checkpoints than the one resumed from are damaged: take them out of the way, but do not delete them."""
         try:
-            for folder in writing.set_aside(self.config.run_dir, newer_than=step):
+            for folder in writer.set_aside(self.config.run_dir, newer_than=step):
                 self._say(f"a damaged checkpoint was renamed to {folder}; remove it when you have no use for it")
         except OSError as error:
             self._say(f"WARNING: damaged checkpoints after step {step} could not be renamed ({error})")
@@ -150,13 +162,13 @@ class Trainer:
                 blueprint = build_backbone(config.model)
             self.shards.initialise(blueprint, lambda model, gather: initialise(model, config.seed, gather))
         else:
-            source = checkpoint.find_latest(config.init_from, self.shards, self._say)
+            source = resume.find_latest(config.init_from, self.shards, self._say)
             if source is None:
                 text = f"init_from={config.init_from} has no checkpoint; give the run directory of a run that saved one"
-                raise of_all_ranks(CheckpointError(text))
+                raise mark_on_all_ranks(CheckpointError(text))
             run_dir, meta = config.init_from, self.data.reader.meta
             on_main(self.ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
-            checkpoint.load_initial_weights(source, self.shards)
+            resume.load_initial_weights(source, self.shards)
             self._say(f"starting from the EMA weights of {source}")
         return RunState()
 
@@ -239,7 +251,7 @@ class Trainer:
     def _run_epoch(self, metrics: MetricsLog | None) -> None:
         """Steps from the cursor to the end of its epoch, of the run, or to a signal."""
         config, state = self.config, self.state
-        self.plan = together(lambda: plan_of(state, self.plan))
+        self.plan = run_on_all_ranks(lambda: plan_of(state, self.plan))
         loader = PackLoader(
             self.plan,
             self.data.reader,
@@ -346,7 +358,7 @@ class Trainer:
         else:
             return
         stores = " and ".join(share.path for share in self.config.data.sets)
-        raise of_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
+        raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
 
     def _validate(self, validation: Validation) -> dict[str, float]:
         """Held-out loss of the EMA weights."""

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from flowception.data.pack import Pack, build_pack, empty_pack
-from flowception.data.packing import CARRIED, pack_clips
 from flowception.data.plan import Plan
-from flowception.data.reader import ClipReader
-from flowception.data.steps import PackPlan
+from flowception.data.step_plan import PackPlan
 from flowception.errors import ConfigError
 from flowception.flow.delays import build_delay_law
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
-from flowception.training.distributed import Ranks, all_sum
+from flowception.packing.balance import CARRIED, pack_clips
+from flowception.shards.reader import ClipReader
+from flowception.training.distributed.collectives import Ranks, all_sum
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu import attention_checks, block_checks, sampling_checks, zero_checks
 from benchmarks.gpu.outcome import CheckFailed
 from benchmarks.gpu.scene import Scene
-from flowception.generation.frozen import KeyValueCache
+from flowception.generation.kv_cache import KeyValueCache
 from flowception.nn import rows
 
 pytestmark = pytest.mark.long

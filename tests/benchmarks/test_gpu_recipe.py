@@ -10,9 +10,9 @@ from benchmarks.gpu import recipe_checks
 from benchmarks.gpu.forecasts import CHANGES
 from benchmarks.gpu.recipe_checks import ARMS, _Runs, estimated_gib, fewest_checkpointed
 from benchmarks.gpu.scene import COMMON_WORDS, RECIPE, RECIPE_CLIP, Case, Scene
-from flowception.config import load_config
-from flowception.nn.backbone import count_parameters
-from flowception.training.arrangements import USABLE_SHARE
+from flowception.nn.build import count_parameters
+from flowception.training.config import load_config
+from flowception.training.estimate.arrangements import USABLE_SHARE
 from flowception.training.hardware import GIB
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from flowception.checkpoint import writing
+from flowception.checkpoint import writer
 from flowception.checkpoint.format import KINDS
 
 SHAPES = {"a.weight": (3, 4), "b.bias": (5,), "c.scale": ()}
@@ -21,11 +21,11 @@ def split(count, writers):
     return list(zip(cuts[:-1], cuts[1:]))
 
 
-def _part(writer, writers):
-    """One writer's tensors and ranges."""
+def _part(rank, writers):
+    """One rank's tensors and ranges."""
     tensors, ranges = {}, {}
     for name, shape in SHAPES.items():
-        start, stop = split(torch.Size(shape).numel(), writers)[writer]
+        start, stop = split(torch.Size(shape).numel(), writers)[rank]
         if stop > start:
             ranges[name] = (shape, start, stop)
             for kind in KINDS:
@@ -38,11 +38,11 @@ def save():
     """save(run_dir, step, writers) writes a checkpoint and gives its folder."""
 
     def write(run_dir, step, writers=2, state=None):
-        folder = writing.make(writing.attempt_dir(run_dir, step, "test"))
-        for writer in range(writers):
-            writing.write_slices(folder, writer, *_part(writer, writers))
-        receipts = writing.wait_for_receipts(folder, writers, lambda: 0)
-        return writing.commit(folder, step, receipts, state or {"optimizer_steps": step})
+        folder = writer.make(writer.attempt_dir(run_dir, step, "test"))
+        for rank in range(writers):
+            writer.write_slices(folder, rank, *_part(rank, writers))
+        receipts = writer.wait_for_receipts(folder, writers, lambda: 0)
+        return writer.commit(folder, step, receipts, state or {"optimizer_steps": step})
 
     return write
 

@@ -5,17 +5,8 @@ import pytest
 import torch
 
 from flowception.checkpoint import format as format_module
-from flowception.checkpoint.format import (
-    KINDS,
-    SliceReader,
-    checkpoint_dir,
-    hashes,
-    latest_valid,
-    list_steps,
-    read_full,
-    read_manifest,
-    verify,
-)
+from flowception.checkpoint.format import KINDS, checkpoint_dir, list_steps, read_manifest
+from flowception.checkpoint.reader import SliceReader, hashes, latest_valid, read_full, verify
 from flowception.errors import CheckpointError, CheckpointUnreadableError
 
 

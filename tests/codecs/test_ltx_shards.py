@@ -5,13 +5,13 @@ import json
 import numpy as np
 import torch
 
-from data_prep.encode_config import EncodeConfig
-from data_prep.encoding import ShardEncoder
+from data_prep.encoder.config import EncodeConfig
+from data_prep.encoder.encoder import ShardEncoder
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.video_file import read_video, write_video
 from flowception.config import load
-from flowception.data.reader import ShardReader
 from flowception.generation.load import codec_of
+from flowception.shards.reader import ShardReader
 
 
 def test_videos_become_latents_that_decode_again(autoencoder_folder, tmp_path):

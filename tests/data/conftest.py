@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from flowception.data.schema import ClipRecord, NullText, ShardMeta
-from flowception.data.shards import ShardSetWriter
-from flowception.data.steps import PlanConfig
+from flowception.data.step_plan import PlanConfig
 from flowception.flow.extended_time import ProcessConfig
-from flowception.nn.flops import FlopSpec
+from flowception.packing.flops import ModelSpec
+from flowception.shards.schema import ClipRecord, NullText, ShardMeta
+from flowception.shards.writer import ShardSetWriter
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ def make_config():
 
 @pytest.fixture
 def make_spec():
-    def make(**keys) -> FlopSpec:
+    def make(**keys) -> ModelSpec:
         sizes = {
             "hidden_size": 32,
             "num_layers": 2,
@@ -60,7 +60,7 @@ def make_spec():
             "mlp_hidden_size": 88,
             "num_classes": 3,
         }
-        return FlopSpec(**(sizes | keys))
+        return ModelSpec(**(sizes | keys))
 
     return make
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowception.data.loader import DataConfig, PackLoader, packs_of_rank
-from flowception.data.plan import Cursor, Plan
-from flowception.data.reader import ShardReader
+from flowception.data.loader import PackLoader, packs_of_rank
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor
 from flowception.errors import ConfigError
+from flowception.shards.open import DataConfig
+from flowception.shards.reader import ShardReader
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from flowception import rng
-from flowception.data.pack import build_pack, empty_pack
-from flowception.data.plan import Cursor, PackPlan, Plan
-from flowception.data.reader import ShardReader
+from flowception.data.pack import build_pack, empty_pack, model_role
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor, PackPlan
 from flowception.errors import ConfigError, DataError
 from flowception.flow.task import Role
-from flowception.nn.layout import ModelRole, TokenKind
+from flowception.packing.layout import ModelRole, TokenKind
 from flowception.rng import Stream
+from flowception.shards.reader import ShardReader
 
 SEED = 11
 
@@ -215,3 +216,10 @@ def test_a_network_without_text_or_classes_gets_neither(world, make_config, make
     assert pack.text is None
     assert not (pack.layout.token_kind == TokenKind.TEXT).any()
     assert (pack.class_label == -1).all()
+
+
+def test_the_network_is_told_generated_active_or_passive():
+    told = model_role(torch.tensor([int(role) for role in Role]))
+    generated, active, passive = ModelRole.GENERATED, ModelRole.ACTIVE, ModelRole.PASSIVE
+    assert told.tolist() == [generated, generated, generated, active, passive]
+    assert told.dtype == torch.int64

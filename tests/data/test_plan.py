@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from flowception import rng
-from flowception.config import load_config
 from flowception.data import epoch as epoch_module
 from flowception.data.epoch import ClipCosts, StepMaker, StepSizes
-from flowception.data.index import ClipIndex
 from flowception.data.plan import Plan
-from flowception.data.steps import Cursor, check_world_size
-from flowception.data.summary import cursor_at, plan_table
+from flowception.data.plan_table import cursor_at, plan_table
+from flowception.data.step_plan import Cursor, check_world_size
 from flowception.errors import ConfigError, DataError, PlanError
-from flowception.evaluation.toy_world import LENGTH_LAW
+from flowception.evaluation.toy.world import LENGTH_LAW
 from flowception.flow.extended_time import expected_attention_ratio
-from flowception.nn.flops import FlopSpec, clip_flops
+from flowception.packing.flops import ModelSpec, clip_flops
 from flowception.rng import Stream
+from flowception.shards.index import ClipIndex
+from flowception.training.config import load_config
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_two_hundred_thousand_clips_in_segments(make_config, monkeypatch):
     """A large epoch is full, balanced and complete, and any step of it is found without those before."""
     frames = np.random.default_rng(0).integers(4, 20, 200_000)
     index = ClipIndex.from_arrays(frames=frames, height=8, width=8)
-    xl = FlopSpec(hidden_size=1152, num_layers=28, num_heads=16, in_channels=128, mlp_hidden_size=3072)
+    xl = ModelSpec(hidden_size=1152, num_layers=28, num_heads=16, in_channels=128, mlp_hidden_size=3072)
     config = make_config(token_budget=16384, packs_per_step=64, shuffle_block_shards=16)
     plan = Plan(index, None, config, xl, seed=0)
     steps = plan.steps_in_epoch(0)

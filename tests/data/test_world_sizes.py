@@ -5,12 +5,12 @@ import threading
 import numpy as np
 import pytest
 
-from flowception.data.ahead import steps_ahead
 from flowception.data.loader import PackLoader
-from flowception.data.plan import Cursor, Plan
-from flowception.data.reader import ShardReader
-from flowception.data.steps import combine_digests
+from flowception.data.plan import Plan
+from flowception.data.prefetch import steps_ahead
+from flowception.data.step_plan import Cursor, combine_digests
 from flowception.errors import PlanError
+from flowception.shards.reader import ShardReader
 
 WORLD_SIZES = (1, 2, 3, 4, 8, 16, 64)
 

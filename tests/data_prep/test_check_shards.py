@@ -4,11 +4,11 @@ import shutil
 import pytest
 
 from data_prep.check_shards import main, suggested_token_budget
-from data_prep.encode_config import EncodeConfig
-from data_prep.encoding import ShardEncoder
+from data_prep.encoder.config import EncodeConfig
+from data_prep.encoder.encoder import ShardEncoder
 from data_prep.show_shards import main as show
-from flowception.data.reader import ShardReader
-from tests.data.faulty_http_server import serve
+from flowception.shards.reader import ShardReader
+from tests.faults.data.http_server import serve
 
 
 @pytest.fixture(scope="module")

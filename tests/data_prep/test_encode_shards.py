@@ -12,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.encode_config import EncodeConfig
 from data_prep.encode_shards import main
-from data_prep.encoding import ShardEncoder
-from data_prep.filters import FilterRange
+from data_prep.encoder.config import EncodeConfig
+from data_prep.encoder.encoder import ShardEncoder
+from data_prep.encoder.filters import FilterRange
+from data_prep.encoder.status import read_status
 from data_prep.make_toy import make_toy
-from data_prep.status import read_status
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.patchify import PatchifyCodec
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.codecs.video_file import read_video, write_video
-from flowception.data.reader import ShardReader
 from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock
+from flowception.shards.reader import ShardReader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,7 +202,7 @@ def test_pieces_are_trimmed_to_what_the_codec_accepts(tmp_path, write_counting_v
         def usable_frames(self, pixel_frames):
             return pixel_frames // 3 * 3
 
-    monkeypatch.setattr("data_prep.encoding.build_codec", lambda config, device: ByThrees(4))
+    monkeypatch.setattr("data_prep.encoder.encoder.build_codec", lambda config, device: ByThrees(4))
     write_counting_video(tmp_path / "a.mp4", 11)
     write_counting_video(tmp_path / "b.mp4", 2)
     summary = ShardEncoder(toy_config(tmp_path, tmp_path / "set", max_frames=6)).run()

@@ -5,9 +5,9 @@ import numpy as np
 from data_prep.make_toy import make_toy
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.video_file import read_video
-from flowception.evaluation.toy_score import score_clip
-from flowception.evaluation.toy_summary import summarise
-from flowception.evaluation.toy_world import CLASS_NAMES, LENGTH_LAW, draw_clip
+from flowception.evaluation.toy.score import score_clip
+from flowception.evaluation.toy.summary import summarise
+from flowception.evaluation.toy.world import CLASS_NAMES, LENGTH_LAW, draw_clip
 
 
 def rows_of(folder):

@@ -5,7 +5,7 @@ import torch
 
 from data_prep.make_toy_text_encoder import make_text_encoder
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
-from flowception.evaluation.toy_world import caption_of
+from flowception.evaluation.toy.world import caption_of
 
 
 def test_it_knows_every_word_and_tells_captions_apart(tmp_path):

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.encode_config import EncodeConfig
-from data_prep.encoding import ShardEncoder
+from data_prep.encoder.config import EncodeConfig
+from data_prep.encoder.encoder import ShardEncoder
 from data_prep.show_shards import choose_rows, main
-from flowception.data.reader import ShardReader
-from flowception.evaluation.toy_world import CLASS_COLOURS
+from flowception.evaluation.toy.world import CLASS_COLOURS
+from flowception.shards.reader import ShardReader
 
 
 def test_the_picture_shows_the_clips_that_are_named(toy_folder, tmp_path, capsys):

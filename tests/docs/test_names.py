@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.encode_config import EncodeConfig
-from flowception.config import TrainConfig, dotted_keys
+from data_prep.encoder.config import EncodeConfig
+from flowception.config import dotted_keys
+from flowception.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]

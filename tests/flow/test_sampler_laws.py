@@ -2,7 +2,7 @@
 
 The bounds are those of the table in DESIGN.md section 2. What the frames hold, and so where they
 are inserted, is tested by
-``tests/evaluation/test_gaussian_oracle.py``.
+``tests/evaluation/oracles/test_gaussian.py``.
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowception import rng
-from flowception.evaluation.content_free_oracle import ContentFreeOracle
+from flowception.evaluation.oracles.content_free import ContentFreeOracle
 from flowception.flow import ProcessConfig, draw_clips
 
 CLIPS = 20_000

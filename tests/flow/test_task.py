@@ -13,11 +13,9 @@ from flowception.flow.task import (
     RoleConfig,
     draw_roles,
     is_context,
-    model_role,
     played_task,
     task_number,
 )
-from flowception.nn.layout import ModelRole
 
 T2V, I2V = TASK_NUMBERS["t2v"], TASK_NUMBERS["i2v"]
 V2V, INTERPOLATION, COMPLETION = (TASK_NUMBERS[name] for name in ("v2v", "interpolation", "completion"))
@@ -176,13 +174,6 @@ def test_every_task_has_frame_zero_present_and_something_to_generate():
 def test_a_number_of_frames_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
         RoleConfig(**wrong)
-
-
-def test_the_network_is_told_generated_active_or_passive():
-    told = model_role(torch.tensor([A, S, F, C, Role.CONTEXT_PASSIVE]))
-    generated, active, passive = ModelRole.GENERATED, ModelRole.ACTIVE, ModelRole.PASSIVE
-    assert told.tolist() == [generated, generated, generated, active, passive]
-    assert told.dtype == torch.int64
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from flowception.checkpoint import writing
+from flowception.checkpoint import writer
 from flowception.checkpoint.format import KINDS
 from flowception.codecs import CodecConfig, build_codec
-from flowception.data.schema import ShardMeta
 from flowception.flow import Context, SamplerConfig, SamplerState
 from flowception.flow.sampler_state import initial_state
 from flowception.nn import DiTConfig, FlowceptionDiT
+from flowception.shards.schema import ShardMeta
 
 CHANNELS, HEIGHT, WIDTH = 12, 3, 2
 FRAME_SHAPE = (CHANNELS, HEIGHT, WIDTH)
@@ -98,9 +98,9 @@ def write_checkpoint(run_dir, step, ema):
         flat = value.flatten().float()
         ranges[name] = (tuple(value.shape), 0, flat.numel())
         tensors |= {f"{kind}/{name}": flat.clone() if kind == "ema" else torch.zeros_like(flat) for kind in KINDS}
-    attempt = writing.make(writing.attempt_dir(run_dir, step, "test"))
-    writing.write_slices(attempt, 0, tensors, ranges)
-    writing.commit(attempt, step, writing.wait_for_receipts(attempt, 1, lambda: 0), {"optimizer_steps": step})
+    attempt = writer.make(writer.attempt_dir(run_dir, step, "test"))
+    writer.write_slices(attempt, 0, tensors, ranges)
+    writer.commit(attempt, step, writer.wait_for_receipts(attempt, 1, lambda: 0), {"optimizer_steps": step})
 
 
 @pytest.fixture(scope="session")

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from fake_cuda import DEVICE, FakeCuda, content
 
 from flowception.flow import Context, SamplerConfig, sample
-from flowception.generation.frozen import FrozenFramePredictor
+from flowception.generation.kv_cache import FrozenFramePredictor
 from flowception.generation.predictor import NetworkPredictor
+from tests.fake_cuda import DEVICE, FakeCuda, content
 
 FRAME_SHAPE = (12, 3, 2)
 N = 2
 STEP = {
     "to device: flow/sampler_state.py:initial_state (_to_copy)",
     "to host: generation/predictor.py:NetworkPredictor.build_pack (_to_copy)",
-    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "to device: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "to device: nn/rope.py:VideoRoPE._constants (_to_copy)",
     "to device: generation/predictor.py:NetworkPredictor.__call__ (_to_copy)",
     "to device: generation/predictor.py:velocity_frames (_to_copy)",
@@ -26,8 +26,8 @@ INSERTION = {
 }
 """The rates decide on the CPU how many frames are inserted; new noise and the frames' new places go to the device."""
 CACHE = {
-    "to device: generation/frozen.py:FrozenFramePredictor._evaluate (_to_copy)",
-    "to device: generation/frozen.py:FrozenFramePredictor._begin_step (_to_copy)",
+    "to device: generation/kv_cache.py:FrozenFramePredictor._evaluate (_to_copy)",
+    "to device: generation/kv_cache.py:FrozenFramePredictor._begin_step (_to_copy)",
 }
 """Places of live and kept tokens."""
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from flowception.checkpoint.format import read_full
+from flowception.checkpoint.reader import read_full
 from flowception.errors import CheckpointError, DataError, RunDirectoryError
 from flowception.generation import load
 from flowception.generation.load import load_run

@@ -10,11 +10,11 @@ from PIL import Image
 
 from data_prep.make_toy_text_encoder import make_text_encoder
 from flowception.codecs.text import TextEncoder, TextEncoderConfig
-from flowception.data.schema import NullText
 from flowception.errors import ConfigError
+from flowception.generation.generate import GenerateOptions, generate
 from flowception.generation.load import load_run
 from flowception.generation.prompt import Prompt, encode_prompts, read_prompts
-from flowception.generation.run import GenerateOptions, generate
+from flowception.shards.schema import NullText
 
 pytest.importorskip("transformers")
 
@@ -64,8 +64,8 @@ def written(monkeypatch):
     def write_mp4(path, video, *, fps):
         clips.setdefault(path.parent.name, {})[path.name] = video.astype(int)
 
-    monkeypatch.setattr("flowception.generation.run.write_mp4", write_mp4)
-    monkeypatch.setattr("flowception.generation.run.draw_growth", lambda *arguments, **options: None)
+    monkeypatch.setattr("flowception.generation.generate.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.generate.draw_growth", lambda *arguments, **options: None)
     return clips
 
 
@@ -104,7 +104,11 @@ def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tm
     (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n\n" for caption in captions))
     settings = {**SETTINGS, "guidance": 3.0, "cache_refresh_steps": cache_refresh_steps, "run_dir": run_with_text}
     together = GenerateOptions(
-        out_dir=tmp_path / "together", prompts_file=tmp_path / "prompts.txt", num_clips=2, batch_size=4, **settings
+        out_dir=tmp_path / "together",
+        prompts_file=tmp_path / "prompts.txt",
+        num_clips=2,
+        batch_size=4,
+        **settings,
     )
     records = generate(together)
     assert [(record["prompt"], record["seed"]) for record in records] == list(zip(captions * 2, range(6)))

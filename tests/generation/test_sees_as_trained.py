@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from flowception import rng
-from flowception.data.index import ClipIndex
 from flowception.data.pack import build_pack
-from flowception.data.plan import Cursor, Plan, PlanConfig
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor, PlanConfig
 from flowception.flow import ProcessConfig, Role, SamplerState
 from flowception.generation.predictor import NetworkPredictor
+from flowception.shards.index import ClipIndex
 
 STEPS = 1000
 

@@ -50,7 +50,7 @@ def mutant(name: str, tests: str | tuple[str, ...], *edits: tuple[str, str, str]
 
 
 LAWS, SAMPLER = "flow/test_sampler_laws.py", "flow/test_sampler.py"
-EXTENDED, ORACLE = "flow/test_extended_time.py", "evaluation/test_gaussian_oracle.py"
+EXTENDED, ORACLE = "flow/test_extended_time.py", "evaluation/oracles/test_gaussian.py"
 TARGETS = f"{ORACLE}::test_the_oracle_is_the_conditional_mean_of_the_real_targets"
 FIXED = f"{LAWS}::test_thinning_gives_a_fixed_length_to_every_clip[10]"
 GAPS = f"{LAWS}::test_known_gaps_are_filled_exactly[10]"
@@ -306,9 +306,9 @@ MUTANTS = (
     ),
     mutant(
         "FLOPs of every attention pattern counted as full",
-        "nn/test_flops.py",
+        "packing/test_flops.py",
         (
-            "nn/flops.py",
+            "packing/flops.py",
             "attended = attention_flops(spec, frames, height, width, text_tokens)",
             "attended = 4.0 * spec.num_layers * spec.hidden_size * keys**2",
         ),
@@ -359,7 +359,7 @@ MUTANTS = (
         "places of insertion sites sought by what is observed",
         f"{STEP}[fp32]",
         (
-            "training/observe.py",
+            "training/diagnostics.py",
             "rate = torch.where(sites, rate_from_log(output.log_rate), 0.0).sum(dtype=torch.float64)",
             "rate = rate_from_log(output.log_rate)[torch.nonzero(sites).flatten()].sum(dtype=torch.float64)",
         ),
@@ -372,12 +372,12 @@ MUTANTS = (
     mutant(
         "a pack's layout left on the CPU",
         "training/test_fake_cuda.py::test_every_tensor_of_a_pack_arrives",
-        ("nn/layout.py", "if isinstance(value, HoldsTensors):", "if False:"),
+        ("packing/layout.py", "if isinstance(value, HoldsTensors):", "if False:"),
     ),
     mutant(
         "a pack used before its copy has arrived",
         f"{STEP}[fp32]",
-        ("training/transfer.py", "        computing.wait_stream(copying)\n", ""),
+        ("data/transfer.py", "        computing.wait_stream(copying)\n", ""),
     ),
     mutant(
         "a mask on the device where frames are computed",
@@ -392,7 +392,7 @@ MUTANTS = (
         "queries of kept frames with more segments than their keys",
         f"{SAMPLED}[finished frames kept, autocast]",
         (
-            "generation/frozen.py",
+            "generation/kv_cache.py",
             "cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),",
             "cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0), lengths.sum()[None]]).int(),",
         ),

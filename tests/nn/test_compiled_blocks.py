@@ -12,18 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import varlen_on_cpu
 from torch._dynamo.utils import counters
-from tracing import TRACED
-from varlen_on_cpu import choose_varlen
 
-from flowception.config import load_config
-from flowception.data.index import ClipIndex
-from flowception.data.plan import Cursor, Plan
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor
 from flowception.nn import ClipShape, FlowceptionDiT, PackShape, build_layout, dit, segment_attention
 from flowception.nn.attention import bind
 from flowception.nn.pattern import FULL
 from flowception.nn.rows import frame_rows
+from flowception.shards.index import ClipIndex
+from flowception.training.config import load_config
+from tests import varlen_on_cpu
+from tests.tracing import TRACED
+from tests.varlen_on_cpu import choose_varlen
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = PackShape(token_budget=120, max_frames=30, max_clips=30, max_seqlen=60)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowception.nn import ClipShape, FlowceptionDiT, TokenKind
-from flowception.nn.dit import DiTConfig
+from flowception.nn.presets import DiTConfig
 
 PATTERNS = [("full", None), ("causal", None), ("window", 1), ("window", 2)]
 CLIPS = [ClipShape(7, 2, 1, 3), ClipShape(2, 1, 3, 0), ClipShape(9, 1, 2, 2), ClipShape(9, 1, 2, 2)]

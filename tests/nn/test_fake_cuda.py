@@ -7,12 +7,12 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_cuda import DEVICE, FakeCuda, content, gradients
 
 from flowception.nn import ClipShape, FlowceptionDiT, PackShape
 from flowception.nn.attention import attention, bind
-from flowception.nn.layout import build_layout
 from flowception.nn.pattern import AttentionPattern
+from flowception.packing.layout import build_layout
+from tests.fake_cuda import DEVICE, FakeCuda, content, gradients
 
 CONSTANTS = ["to device: nn/rope.py:VideoRoPE._constants (_to_copy)"] * 2
 """Frequencies and axes of the rotary positions: copied once for a device, before the first step."""
@@ -209,7 +209,7 @@ def test_a_layout_arrives_whole_and_its_host_copy_stays():
     layout.derived["mask"] = torch.ones(1)
     with FakeCuda() as cuda:
         there = layout.to(DEVICE, non_blocking=True)
-    assert set(cuda.crossings) == {"to device, non_blocking: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)"}
+    assert set(cuda.crossings) == {"to device, non_blocking: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)"}
     assert there.segment_lengths == layout.segment_lengths
     assert all(type(length) is int for length in there.segment_lengths)
     assert there.derived == {}

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowception.nn.initialise import initialise
+from flowception.nn.fused_ops import EAGER
+from flowception.nn.init import initialise
 from flowception.nn.layers import (
     CountEmbedding,
     Float32Linear,
@@ -13,7 +14,6 @@ from flowception.nn.layers import (
     TimeEmbedding,
     waves,
 )
-from flowception.nn.leaves import EAGER
 
 
 def test_rotary_norm_divides_by_the_root_mean_square_and_turns():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowception.nn.layout import ClipShape, PackShape, TokenKind, build_layout
 from flowception.nn.rows import Rows, clip_rows, frame_rows, sum_runs, take_rows
+from flowception.packing.layout import ClipShape, PackShape, TokenKind, build_layout
 
 PACKS = {
     "tight": ([ClipShape(2, 1, 2, 3), ClipShape(1, 2, 2, 1), ClipShape(3, 1, 1, 2)], None),

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT / "tests", ROOT / "tests/training", ROOT / "tests/slurm"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-from ports import free_ports  # noqa: E402
-
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NODES = 2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}

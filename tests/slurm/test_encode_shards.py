@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.encode_config import EncodeConfig
-from data_prep.encoding import ShardEncoder
+from data_prep.encoder.config import EncodeConfig
+from data_prep.encoder.encoder import ShardEncoder
 from data_prep.make_toy import make_toy
 
 VIDEOS, DISTINCT, PARTS, VIDEOS_PER_SHARD = 5000, 250, 4, 50

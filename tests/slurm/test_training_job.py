@@ -8,11 +8,11 @@ import os
 import signal
 
 import pytest
-from toy_set import write_set
-from training_job import TrainingJob
 
 from flowception.codecs import CodecConfig, build_codec
-from flowception.generation.run import GenerateOptions, generate
+from flowception.generation.generate import GenerateOptions, generate
+from tests.slurm.training_job import TrainingJob
+from tests.training.workers.toy_set import write_set
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500), pytest.mark.xdist_group("slurm")]
 

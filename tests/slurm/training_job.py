@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import yaml
-from distributed_worker import rank_environment
-from ports import free_port
 
 from flowception.checkpoint.format import list_steps
+from tests.distributed_worker import rank_environment
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/train_2b.sh"

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+from tests.distributed_worker import run_distributed
 
-from distributed_worker import run_distributed  # noqa: E402
-
-WORKER = str(HERE / "small_engine.py")
+WORKER = "tests.training.workers.small_engine"
 
 
 @pytest.fixture(scope="session")

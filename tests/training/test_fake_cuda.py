@@ -5,33 +5,33 @@ from functools import lru_cache
 
 import pytest
 import torch
-from fake_cuda import DEVICE, FakeCuda, content, gradients
-from toy_set import write_config, write_set
 
-from flowception.config import load_config
 from flowception.data.loader import PackLoader
 from flowception.data.pack import Pack, empty_pack
-from flowception.data.sending import SentPacks
+from flowception.data.shared_memory import SentPacks
 from flowception.nn import FlowceptionDiT
-from flowception.training.dataset import heldout_plan, open_data
-from flowception.training.distributed import Ranks
-from flowception.training.observe import OBSERVED
+from flowception.training.config import load_config
+from flowception.training.data import heldout_plan, open_data
+from flowception.training.diagnostics import OBSERVED
+from flowception.training.distributed.collectives import Ranks
 from flowception.training.step import run_micro_steps
 from flowception.training.validation import Validation, ValidationConfig
+from tests.fake_cuda import DEVICE, FakeCuda, content, gradients
+from tests.training.workers.toy_set import write_config, write_set
 
 ROPE = "to device: nn/rope.py:VideoRoPE._constants (_to_copy)"
 """Constants of the rotary positions, once for a device."""
 STEP = {
     ROPE,
-    "to device, non_blocking: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "to device, non_blocking: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/step.py:run_micro_steps (_local_scalar_dense)",
 }
 """Packs, from pinned memory; all sums of a step are read once, after its last backward pass."""
 VALIDATION = {
-    "to device: nn/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
+    "to device: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/validation.py:Validation._sums (_local_scalar_dense)",
-    "to device: training/distributed.py:all_sum (_to_copy)",
-    "wait: training/distributed.py:all_sum (_local_scalar_dense)",
+    "to device: training/distributed/collectives.py:all_sum (_to_copy)",
+    "wait: training/distributed/collectives.py:all_sum (_local_scalar_dense)",
 }
 """Each pack's sums are read as it ends, and the ranks' sums of each time: seldom, and no step waits behind it."""
 
@@ -72,9 +72,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def _stream_of_its_own(monkeypatch):
     """The copying stream is kept for a process; that of a test ends with it."""
-    monkeypatch.setattr(
-        "flowception.training.transfer._copy_stream", lru_cache(lambda device: torch.cuda.Stream(device))
-    )
+    monkeypatch.setattr("flowception.data.transfer._copy_stream", lru_cache(lambda device: torch.cuda.Stream(device)))
 
 
 def ranks(device):

@@ -2,25 +2,25 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed_worker import run_distributed
-from toy_set import write_config, write_set
 
-from flowception.checkpoint.format import checkpoint_dir, hashes, list_steps, read_full, read_manifest
-from flowception.config import load_config
-from flowception.data.steps import Cursor
+from flowception.checkpoint.format import checkpoint_dir, list_steps, read_manifest
+from flowception.checkpoint.reader import hashes, read_full
+from flowception.data.step_plan import Cursor
 from flowception.errors import ConfigError
-from flowception.training.dataset import open_data
-from flowception.training.distributed import Ranks
+from flowception.training.config import load_config
+from flowception.training.data import open_data
+from flowception.training.distributed.collectives import Ranks
+from flowception.training.distributed.zero import StepOutcome
 from flowception.training.guard import NO_CLIPS, SPIKE, Guard, GuardConfig, GuardState
-from flowception.training.zero import StepOutcome
+from tests.distributed_worker import run_distributed
+from tests.training.workers.toy_set import write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("guards"), pytest.mark.timeout(900)]
 
-WORKER = str(Path(__file__).parent / "guard_worker.py")
+WORKER = "tests.training.workers.guard_worker"
 POISONED_STEP = 3
 REASONS = {"loss": "the loss is not finite", "gradient": "the gradient is not finite", "spike": "gradient spike"}
 

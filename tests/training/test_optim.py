@@ -1,11 +1,13 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from flowception.errors import ConfigError
-from flowception.training.ema import EmaConfig, decay_at, update
+from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.ema import EmaConfig, decay_at
 from flowception.training.optim import OptimConfig, build_optimizer, learning_rate
 
 CPU = torch.device("cpu")
@@ -78,7 +80,7 @@ def test_ema_decay_grows_and_update_is_the_formula():
     assert decay_at(config, 10_000) == 0.99
     assert decay_at(EmaConfig(decay=0.5, warmup_updates=1), 0) == 0.5
     ema, weight = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 6.0])]
-    update(ema, weight, 0.75)
+    ShardedState.update_ema(SimpleNamespace(ema=ema, masters=weight), 0.75)
     assert ema[0].tolist() == [1.5, 3.0]
     with pytest.raises(ConfigError, match="ema.decay"):
         EmaConfig(decay=1.0)

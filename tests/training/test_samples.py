@@ -1,29 +1,29 @@
 """Clips sampled during training: made by all ranks, of the run's own tasks, and nothing of the training changes."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed_worker import run_distributed
-from samples_worker import settings
-from toy_set import write_config, write_set
 
-from flowception.checkpoint.format import checkpoint_dir, hashes
+from flowception.checkpoint.format import checkpoint_dir
+from flowception.checkpoint.reader import hashes
 from flowception.codecs.patchify import PatchifyCodec
 from flowception.codecs.video_file import read_video
-from flowception.config import load_config
 from flowception.errors import ConfigError
-from flowception.generation.during_training import TrainingSampler
+from flowception.generation.training_sampler import TrainingSampler
 from flowception.generation.video import write_mp4
-from flowception.nn.backbone import build_backbone
-from flowception.nn.initialise import initialise
-from flowception.training.dataset import heldout_plan, open_data
+from flowception.nn.build import build_backbone
+from flowception.nn.init import initialise
+from flowception.training.config import load_config
+from flowception.training.data import heldout_plan, open_data
 from flowception.training.samples import SamplesConfig
+from tests.distributed_worker import run_distributed
+from tests.training.workers.samples_worker import settings
+from tests.training.workers.toy_set import write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]
-WORKER = str(Path(__file__).parent / "samples_worker.py")
+WORKER = "tests.training.workers.samples_worker"
 
 
 def decodable_set(folder):
@@ -119,7 +119,7 @@ def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone, mo
         written[path] = video.astype(int)
         write_mp4(path, video, fps=fps)
 
-    monkeypatch.setattr("flowception.generation.during_training.write_mp4", keep_and_write)
+    monkeypatch.setattr("flowception.generation.training_sampler.write_mp4", keep_and_write)
     _, records, folder, calls = alone(0, 1)
     assert [record["seed"] for record in records] == list(range(5))
     assert len({record["task"] for record in records}) > 1

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy_set import write_config, write_set
 
-from flowception.config import load_config
 from flowception.data.loader import PackLoader
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
-from flowception.training.dataset import open_data
-from flowception.training.distributed import Ranks
+from flowception.training.config import load_config
+from flowception.training.data import open_data
+from flowception.training.distributed.collectives import Ranks
 from flowception.training.step import run_micro_steps
+from tests.training.workers.toy_set import write_config, write_set
 
 INSERTION_LOSS_WEIGHT = 0.3
 

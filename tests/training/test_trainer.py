@@ -1,27 +1,27 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from distributed_worker import run_distributed
-from toy_set import write_config, write_set
 
-from flowception.checkpoint.format import checkpoint_dir, hashes, latest_valid, list_steps, read_full, read_manifest
-from flowception.config import load_config
-from flowception.data.index import ClipIndex
-from flowception.data.plan import Cursor
-from flowception.data.schema import NullText
+from flowception import run_directory
+from flowception.checkpoint.format import checkpoint_dir, list_steps, read_manifest
+from flowception.checkpoint.reader import hashes, latest_valid, read_full
+from flowception.data.step_plan import Cursor
 from flowception.errors import RunDirectoryError
 from flowception.nn.dit import FlowceptionDiT
-from flowception.training import run_directory
-from flowception.training.dataset import open_data
+from flowception.shards.index import ClipIndex
+from flowception.shards.schema import NullText
+from flowception.training.config import load_config
+from flowception.training.data import open_data
+from tests.distributed_worker import run_distributed
+from tests.training.workers.toy_set import write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one set-up makes all runs
 
-WORKER = str(Path(__file__).parent / "trainer_worker.py")
+WORKER = "tests.training.workers.trainer_worker"
 
 
 def damage_all_clips(folder):

@@ -3,15 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_set import write_config, write_set
 
-from flowception.config import load_config
 from flowception.data.pack import build_pack
 from flowception.errors import ConfigError
-from flowception.nn.layout import ModelOutput
-from flowception.training.dataset import heldout_plan, mean_log_rate, open_data
-from flowception.training.distributed import Ranks
+from flowception.packing.layout import ModelOutput
+from flowception.training.config import load_config
+from flowception.training.data import heldout_plan, mean_log_rate, open_data
+from flowception.training.distributed.collectives import Ranks
 from flowception.training.validation import Validation, ValidationConfig
+from tests.training.workers.toy_set import write_config, write_set
 
 
 class Oracle:

@@ -1,0 +1,127 @@
+"""Decodes many videos in several processes, in order, and survives videos that kill a decoder or hang it.
+
+With no workers it decodes in this process, one video after another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from data_prep.encoder.clip_cutter import CutSettings, CutVideo, cut_video
+from flowception.errors import DataError
+
+Decoder = Callable[[Path, CutSettings], CutVideo]
+Decoded = CutVideo | str
+"""A video's clips, or the reason why there are none."""
+_AHEAD = 2
+"""Videos decoded or waiting for each worker; bounds the memory."""
+CRASHED = "the decoder crashed on it"
+HUNG = "the decoder was stopped, it took longer than decode_timeout_s"
+
+
+class _HungDecoderError(Exception):
+    """A decoder took too long; the processes of its pool are dead."""
+
+
+def decode_videos(
+    videos: Sequence[tuple[Path, CutSettings]],
+    num_workers: int,
+    decoder: Decoder = cut_video,
+    timeout_s: float | None = None,
+) -> Generator[Decoded, None, None]:
+    """Decode videos.
+
+    Args:
+        videos: Video files, and how to cut each.
+        num_workers: Processes; 0 decodes in this one, where a crash of the decoder is a crash of the job.
+        decoder: What cuts one video; a function that can be pickled.
+        timeout_s: How long one video may hold up the others; then its decoder is killed. None waits for ever, and so
+            does decoding in this process.
+
+    Yields:
+        For each video, in order, its clips or the reason why there are none.
+    """
+    if num_workers == 0:
+        yield from (_decode(decoder, path, settings) for path, settings in videos)
+        return
+    pool, waiting, at = _new_pool(num_workers), deque[tuple[tuple[Path, CutSettings], Future[Decoded]]](), 0
+    try:
+        while waiting or at < len(videos):
+            while at < len(videos) and len(waiting) < _AHEAD * num_workers:
+                waiting.append((videos[at], _submit(pool, decoder, *videos[at])))
+                at += 1
+            video, future = waiting.popleft()
+            try:
+                yield _result(pool, future, timeout_s)
+            except (BrokenProcessPool, _HungDecoderError) as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, _HungDecoderError):
+                    yield f"{video[0]}: {HUNG}"
+                else:  # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
+                    yield _decode_alone(decoder, *video, timeout_s)
+                pool = _new_pool(num_workers)
+                waiting = deque((v, f if _succeeded(f) else _submit(pool, decoder, *v)) for v, f in waiting)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode(decoder: Decoder, path: Path, settings: CutSettings) -> Decoded:
+    try:
+        return decoder(path, settings)
+    except DataError as error:
+        return str(error)
+
+
+def _decode_alone(decoder: Decoder, path: Path, settings: CutSettings, timeout_s: float | None) -> Decoded:
+    with _new_pool(1) as pool:
+        try:
+            return _result(pool, pool.submit(_decode, decoder, path, settings), timeout_s)
+        except BrokenProcessPool:
+            return f"{path}: {CRASHED}"
+        except _HungDecoderError:
+            return f"{path}: {HUNG}"
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Decoded], timeout_s: float | None) -> Decoded:
+    """What a video gave; if it takes too long, the pool's processes are killed: one that hangs heeds nothing else."""
+    wait_for([future], timeout_s)
+    if future.done():
+        return future.result()
+    for process in list(pool._processes.values()):
+        process.kill()
+    raise _HungDecoderError
+
+
+def _submit(pool: ProcessPoolExecutor, decoder: Decoder, path: Path, settings: CutSettings) -> Future[Decoded]:
+    try:
+        return pool.submit(_decode, decoder, path, settings)
+    except BrokenProcessPool as error:
+        failed: Future[Decoded] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _succeeded(future: Future[Decoded]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _new_pool(num_workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: this process runs torch's threads and perhaps CUDA.
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """End this worker when the encoding process is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -1,0 +1,75 @@
+"""What a plan will do, step by step, as each rank would see it (``flowception plan``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowception.data.loader import packs_of_rank
+from flowception.data.plan import Plan
+from flowception.data.step_plan import Cursor, StepPlan, check_world_size, combine_digests
+from flowception.errors import PlanError
+
+
+def cursor_at(plan: Plan, step: int) -> Cursor:
+    """The cursor of a run's step, counted from 0 over epochs."""
+    epoch = 0
+    while step >= plan.steps_in_epoch(epoch):
+        step -= plan.steps_in_epoch(epoch)
+        epoch += 1
+    return Cursor(epoch, step)
+
+
+def hash_from_ranks(step_plan: StepPlan, world_size: int) -> str:
+    """A step's order hash, put together from what the ranks hold: each draws only its own packs.
+
+    Args:
+        step_plan: The step.
+        world_size: Number of ranks.
+
+    Returns:
+        The hash.
+
+    Raises:
+        PlanError: If the ranks' packs together are not the step's.
+    """
+    digests: dict[int, str] = {}
+    for rank in range(world_size):
+        share = [pack for pack in packs_of_rank(step_plan.packs, rank, world_size) if pack is not None]
+        for pack, digest in zip(share, step_plan.plan.pack_digests(share)):
+            if pack.number in digests:
+                raise PlanError(f"pack {pack.number} of step {step_plan.step} went to two ranks of {world_size}")
+            digests[pack.number] = digest
+    if sorted(digests) != list(range(len(step_plan.packs))):
+        raise PlanError(f"step {step_plan.step} has {len(step_plan.packs)} packs, {world_size} ranks hold {digests}")
+    return combine_digests([digests[number] for number in sorted(digests)])
+
+
+def plan_table(plan: Plan, world_size: int, start: int, steps: int) -> list[dict[str, Any]]:
+    """Figures of some steps of a run.
+
+    Args:
+        plan: The plan.
+        world_size: Number of ranks to share the packs among.
+        start: First step, counted from 0 over epochs.
+        steps: How many.
+
+    Returns:
+        For each step ``{step, order_hash, clips, tokens, fill, flops_imbalance, attention_ratio}``.
+    """
+    check_world_size(plan.config.packs_per_step, world_size)
+    table, cursor = [], cursor_at(plan, start)
+    for step in range(start, start + steps):
+        found = plan.step(cursor)
+        table.append(
+            {
+                "step": step,
+                "order_hash": hash_from_ranks(found, world_size),
+                "clips": found.clips,
+                "tokens": found.tokens,
+                "fill": found.fill,
+                "flops_imbalance": found.flops_imbalance,
+                "attention_ratio": found.attention_ratio,
+            }
+        )
+        cursor = plan.next(cursor)
+    return table

@@ -1,0 +1,90 @@
+"""A set of toy clips in figures, and what the demo promises of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flowception.evaluation.lengths import length_histogram, sampling_total_variation, total_variation
+from flowception.evaluation.toy.score import ClipScore
+from flowception.evaluation.toy.world import LENGTH_LAW
+
+PROMISED_COLOUR_RIGHT = 0.90
+PROMISED_SINGLE_SHAPE = 0.70
+PROMISED_TIMES = 3.0
+"""A promise also asks for so many times the untrained model's share ..."""
+PROMISED_FAILURE_SHARE = 1 / 8
+"""... or for its failure halved thrice."""
+
+
+@dataclass(frozen=True)
+class SetSummary:
+    """The laws over a set of clips. Shares are of clips, but for ``single_shape``, which is of frames."""
+
+    clips: int
+    frames: int
+    colour_right: float
+    single_shape: float
+    colour_constant: float
+    position_right: float
+    area_variation: float
+    """Median over the clips that have a shape in every frame; nan if none has."""
+    position_error_px: float
+    """Median over the clips that have a track; nan if none has."""
+    speed_px: float
+    """Likewise, pixels a frame."""
+    mean_frames: float
+    length_total_variation: float
+    """Between the set's lengths and the law."""
+    length_total_variation_of_sampling: float
+    """What as many clips drawn from the law itself would show on average."""
+    length_histogram: dict[int, float] = field(default_factory=dict)
+
+
+def summarise(scores: Sequence[ClipScore]) -> SetSummary:
+    """Put the scores of at least one clip together."""
+    histogram = length_histogram(score.frames for score in scores)
+    frames = sum(score.frames for score in scores)
+    return SetSummary(
+        clips=len(scores),
+        frames=frames,
+        colour_right=float(np.mean([score.colour_right for score in scores])),
+        single_shape=sum(score.single_shape * score.frames for score in scores) / frames,
+        colour_constant=float(np.mean([score.colour_constant for score in scores])),
+        position_right=float(np.mean([score.position_right for score in scores])),
+        area_variation=_median([score.area_variation for score in scores]),
+        position_error_px=_median([score.position_error_px for score in scores]),
+        speed_px=_median([score.speed_px for score in scores]),
+        mean_frames=frames / len(scores),
+        length_total_variation=total_variation(histogram, LENGTH_LAW),
+        length_total_variation_of_sampling=sampling_total_variation(LENGTH_LAW, len(scores)),
+        length_histogram=histogram,
+    )
+
+
+def _median(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.median(known)) if known else math.nan
+
+
+def promises(generated: SetSummary, untrained: SetSummary) -> list[tuple[str, bool]]:
+    """What the demo promises, and whether it holds.
+
+    Args:
+        generated: The trained model's clips.
+        untrained: The untrained model's.
+
+    Returns:
+        Each promise in words, with its truth.
+    """
+    found = []
+    for name, least in (("colour_right", PROMISED_COLOUR_RIGHT), ("single_shape", PROMISED_SINGLE_SHAPE)):
+        share, before = float(getattr(generated, name)), float(getattr(untrained, name))
+        words = name.replace("_", " ")
+        found.append((f"{words} {share:.1%}, promised at least {least:.0%}", share >= least))
+        better = share >= PROMISED_TIMES * before or 1.0 - share <= PROMISED_FAILURE_SHARE * (1.0 - before)
+        found.append((f"{words} {PROMISED_TIMES:.0f} x the untrained {before:.1%}, or its failure / 8", better))
+    return found

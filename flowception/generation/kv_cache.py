@@ -1,0 +1,216 @@
+"""Fewer evaluations: once the clock has ended, finished frames are no longer queries.
+
+From clock 1 on no frame is inserted, and one frame after another reaches time 1. The plain sampler goes on computing
+the finished ones, only so that the others can attend to them. Here their keys and values in every block are kept, the
+text's and the context's too: only the live frames, those not finished, run through the linear layers and as queries,
+and they attend to kept and fresh keys and values together.
+
+It is an approximation, since attention is bidirectional and a finished frame's keys would still change with the live
+ones. So every ``refresh_steps`` steps, counted from the last step of the clock, all frames are computed anew; 1 is the
+plain sampler. A frame that finishes between two refreshes keeps the keys and values of its last step. The error and the
+saving are measured in ``benchmarks/sampling.py``.
+
+Shape legend: ``T`` tokens of the whole pack, ``Q`` live tokens, ``F`` frames, ``B`` clips, ``H`` heads, ``d`` width of
+a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowception.errors import ConfigError
+from flowception.flow import Prediction, SamplerState
+from flowception.generation.predictor import NetworkPredictor, velocity_frames
+from flowception.nn.dit import FlowceptionDiT
+from flowception.packing.layout import PackInput, PackLayout, PackShape, TokenKind
+
+
+class KeyValueCache:
+    """Keys and values of all tokens of a pack, in every block."""
+
+    def __init__(self, num_blocks: int, door: Callable[..., Tensor]) -> None:
+        """An empty cache; the first evaluation through ``attend`` must have every token live.
+
+        Args:
+            num_blocks: Blocks of the network.
+            door: The network's own attention, ``flowception.nn.attention.attention`` with its backend.
+        """
+        self.keys: list[Tensor] = [torch.empty(0)] * num_blocks
+        self.values: list[Tensor] = [torch.empty(0)] * num_blocks
+        self.door = door
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: PackLayout,
+        *,
+        block: int,
+        whole: PackLayout,
+        live_token: Tensor,
+    ) -> Tensor:
+        """Renew the live tokens' keys and values, then attend to all of the clip.
+
+        Args:
+            query: ``[Q, H, d]``.
+            key: ``[Q, H, d]``.
+            value: ``[Q, H, d]``.
+            layout: Of the live tokens.
+            block: Number of the block.
+            whole: Layout of all tokens.
+            live_token: int64 ``[Q]``: places of the live tokens among all.
+
+        Returns:
+            ``[Q, H, d]``.
+        """
+        if len(live_token) == len(whole.token_kind):
+            self.keys[block], self.values[block] = key, value.contiguous()
+        else:
+            self.keys[block].index_copy_(0, live_token, key)
+            self.values[block].index_copy_(0, live_token, value)
+        return self.door(query, self.keys[block], self.values[block], layout, key_layout=whole)
+
+    def keep(self, tokens: Tensor) -> None:
+        """Drop all tokens but those at the places, int64."""
+        self.keys = [key[tokens] for key in self.keys]
+        self.values = [value[tokens] for value in self.values]
+
+    def make_room(self, places: Tensor, tokens: int) -> None:
+        """Lay the kept tokens at their places, int64, among more tokens; the others must be live next."""
+
+        def spread(kept: Tensor) -> Tensor:
+            return kept.new_zeros(tokens, *kept.shape[1:]).index_copy_(0, places, kept)
+
+        self.keys, self.values = [spread(key) for key in self.keys], [spread(value) for value in self.values]
+
+
+def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[PackInput, Tensor]:
+    """The part of a tight pack that belongs to its live frames; ranks and numbers of frames stay those of the whole.
+
+    Args:
+        pack: On the CPU, without padding.
+        live: bool ``[F]``; every clip has a live frame.
+        with_text: Whether text tokens are live.
+
+    Returns:
+        The narrow pack, and the places of its tokens in the whole one, int64 ``[Q]``.
+    """
+    layout = pack.layout
+    is_text = layout.token_kind == TokenKind.TEXT
+    chosen = torch.where(is_text, with_text, live[layout.token_frame])
+    places = torch.nonzero(chosen).flatten()
+    token_number, frame_number = chosen.cumsum(0) - 1, live.cumsum(0) - 1
+    lengths = torch.bincount(layout.token_clip[places], minlength=len(layout.clip_frames))
+    text_token = token_number[layout.text_token] if with_text else layout.text_token[:0]
+    narrow = PackLayout(
+        shape=PackShape(
+            token_budget=len(places),
+            max_frames=int(live.sum()),
+            max_clips=len(lengths),
+            max_seqlen=int(lengths.max()),
+        ),
+        segment_lengths=tuple(lengths.tolist()),
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
+        token_kind=layout.token_kind[places],
+        token_frame=torch.where(is_text, 0, frame_number[layout.token_frame])[places],
+        token_clip=layout.token_clip[places],
+        token_position=layout.token_position[places],
+        text_token=text_token,
+        insertion_token=token_number[layout.insertion_token[live]],
+        frame_clip=layout.frame_clip[live],
+        frame_rank=layout.frame_rank[live],
+        frame_valid=layout.frame_valid[live],
+        clip_frames=layout.clip_frames,
+    )
+    text = pack.text if pack.text is None or with_text else pack.text[:0]
+    narrowed = replace(
+        pack,
+        layout=narrow,
+        noisy=pack.noisy[places],
+        condition=pack.condition[places],
+        time=pack.time[live],
+        role=pack.role[live],
+        text=text,
+    )
+    return narrowed, places
+
+
+class FrozenFramePredictor(NetworkPredictor):
+    """A ``NetworkPredictor`` that computes finished frames only every ``refresh_steps`` steps."""
+
+    def __init__(
+        self, model: FlowceptionDiT, class_labels: Sequence[int], *, refresh_steps: int, **settings: Any
+    ) -> None:
+        """Bind a model to the conditions of a batch.
+
+        Args:
+            model: In evaluation mode.
+            class_labels: Class of each of the B clips; -1 for none.
+            refresh_steps: Steps from one evaluation of all frames to the next, from the clock's end on.
+            **settings: As for ``NetworkPredictor``.
+        """
+        if refresh_steps < 1:
+            raise ConfigError(f"cache_refresh_steps is {refresh_steps}; give at least 1, or leave it out for no cache")
+        if model.config.attention_pattern != "full":
+            raise ConfigError(
+                f"the network has attention_pattern={model.config.attention_pattern}; keys and values of finished "
+                "frames can be kept with full attention only: leave cache_refresh_steps out"
+            )
+        super().__init__(model, class_labels, **settings)
+        self.dit = model
+        self.refresh_steps = refresh_steps
+        self._cache: KeyValueCache | None = None
+        self._step = -1
+        self._clips = torch.empty(0, dtype=torch.bool)
+        self._layout: PackLayout | None = None
+
+    def refreshes(self, state: SamplerState) -> bool:
+        """Whether this evaluation computes every frame."""
+        steps_after_last = state.step - (state.last_birth_step - 1)
+        return steps_after_last < 0 or steps_after_last % self.refresh_steps == 0
+
+    def live_frames(self, state: SamplerState) -> Tensor:
+        """Frames that are computed in this evaluation, bool [F]."""
+        return super().live_frames(state) if self.refreshes(state) else state.moving
+
+    def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
+        if state.step < state.last_birth_step - 1:
+            return super()._evaluate(pack, state)
+        refresh = self.refreshes(state)
+        cache = self._begin_step(pack.layout, state, refresh)
+        live = self.live_frames(state)[state.unfinished_clips[state.frame_clip]]
+        narrow, places = narrow_pack(pack, live.repeat(2) if self.guided else live, with_text=refresh)
+        attend = partial(cache.attend, whole=pack.layout.to(self.device), live_token=places.to(self.device))
+        attends = [partial(attend, block=block) for block in range(len(cache.keys))]
+        output = self.dit(narrow.to(self.device), attends)
+        return Prediction(velocity_frames(output.velocity, narrow.layout, state.frames), output.log_rate.float())
+
+    def _begin_step(self, layout: PackLayout, state: SamplerState, refresh: bool) -> KeyValueCache:
+        """The cache for this step: an empty one at a refresh, else the last one's without the clips that finished."""
+        clips = state.unfinished_clips
+        if refresh:
+            self._cache = KeyValueCache(len(self.dit.blocks), self.dit.attend)
+        elif self._cache is None or self._layout is None or self._step != state.step - 1:
+            raise ValueError(
+                f"step {state.step} needs the keys and values of step {state.step - 1}, the last was {self._step}; "
+                f"evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
+            )
+        else:
+            halves = 2 if self.guided else 1
+            if not torch.equal(clips, self._clips):
+                stays = clips[self._clips].repeat(halves)
+                self._cache.keep(torch.nonzero(stays[self._layout.token_clip]).flatten().to(self.device))
+            if state.step == state.last_birth_step:  # frames may just have been born, the last ones
+                old = (state.born_step < state.step)[clips[state.frame_clip]].repeat(halves)
+                is_text = layout.token_kind == TokenKind.TEXT
+                known = torch.nonzero(is_text | old[layout.token_frame]).flatten()
+                self._cache.make_room(known.to(self.device), len(is_text))
+        self._step, self._clips, self._layout = state.step, clips, layout
+        return self._cache

@@ -1,0 +1,224 @@
+"""Clips sampled while a run trains: held-out clips say what is given, the network in training does the rest.
+
+Each clip has the task, context frames, class and text that the run's own laws draw for one held-out clip, the same
+every time, so pictures of different steps can be compared. Clip i comes out the same at any number of ranks.
+
+Shape legend: ``n`` latent frames of a held-out clip, ``C, h, w`` of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flowception.codecs.video_file import read_video
+from flowception.data.plan import Plan
+from flowception.errors import DataError, FlowceptionError
+from flowception.files import write_atomically
+from flowception.flow import TASKS, Context, Role, SamplerConfig, SampleResult, SamplerState, sample
+from flowception.flow.delays import build_delay_law
+from flowception.generation.generate import DEFAULT_FPS
+from flowception.generation.load import codec_of, data_fps
+from flowception.generation.predictor import NetworkPredictor
+from flowception.generation.video import write_contact_sheet, write_mp4
+from flowception.shards.open import DataReader
+from flowception.shards.schema import NO_CLASS
+from flowception.training.config import TrainConfig
+
+
+class _Given(NamedTuple):
+    """What a clip that exists gives to one that is sampled."""
+
+    row: int
+    task: str
+    context: Context | None
+    text: Tensor | None
+
+
+class TrainingSampler:
+    """One rank's part in sampling."""
+
+    def __init__(
+        self, config: TrainConfig, reader: DataReader, plan: Plan, *, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        """Choose the clips that say what is given.
+
+        Args:
+            config: The run's; ``config.samples`` says how many clips and steps.
+            reader: The set.
+            plan: Of the clips to take tasks, context and conditions from.
+            rank: This process among ``world_size``.
+            world_size: Processes.
+            device: Where the network computes.
+
+        Raises:
+            DataError: If no clip that could give context can be read.
+        """
+        self.config, self.reader, self.device = config, reader, device
+        self.folder = Path(config.run_dir) / "samples"
+        self.law = build_delay_law(config.delay_law)
+        self.fps = data_fps(config.data) or DEFAULT_FPS
+        clips = plan.index.clips
+        grids = np.stack([clips["height"][plan.rows], clips["width"][plan.rows]], axis=1)
+        kinds, which, counts = np.unique(grids, axis=0, return_inverse=True, return_counts=True)
+        rows = plan.rows[which.reshape(-1) == counts.argmax()].astype(np.int64)
+        self.grid = (int(kinds[counts.argmax()][0]), int(kinds[counts.argmax()][1]))
+        per_rank = -(-config.samples.num_clips // world_size)
+        self.numbers = range(rank * per_rank, (rank + 1) * per_rank)
+        self.given = [self._first_readable(plan, np.roll(rows, -number)) for number in self.numbers]
+        self.lengths = [int(clips["frames"][given.row]) for given in self.given]
+        labelled = config.model.num_classes > 0
+        self.labels = [int(clips["class_label"][given.row]) if labelled else NO_CLASS for given in self.given]
+
+    def _first_readable(self, plan: Plan, rows: NDArray[np.int64]) -> _Given:
+        """What the first of some clips that can be read gives."""
+        for row in rows.tolist():
+            try:
+                return self._read(plan, row)
+            except DataError as error:
+                print(f"WARNING: samples take another clip ({error})", flush=True)
+        raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
+
+    def _read(self, plan: Plan, row: int) -> _Given:
+        """What one clip gives: context frames by the roles drawn for it, and its text."""
+        draws = plan.draws(0, np.array([row]), np.zeros(1, dtype=np.int64))
+        roles = draws.roles[0, : int(plan.index.clips["frames"][row])]
+        task = TASKS[int(draws.task[0])].name
+        active, passive = roles == Role.CONTEXT_ACTIVE, roles == Role.CONTEXT_PASSIVE
+        places = torch.nonzero(active | passive).flatten()
+        latents, text = self.reader.read_clip(row, places.numpy())
+        if not len(places):
+            return _Given(row, task, None, text)
+        starts = torch.nonzero(roles == Role.START).flatten()
+        context = Context(
+            frames=latents.float().to(self.device),
+            active=active[places],
+            num_start_frames=None if (starts > places[0]).any() else 0,
+            begins_with_start=bool(roles[0] == Role.START),
+            places=places.tolist(),
+        )
+        return _Given(row, task, context, text)
+
+    def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
+        """Sample and write this rank's clips; every rank calls ``model`` equally often.
+
+        Args:
+            model: The network in evaluation mode.
+            step: Steps done.
+
+        Returns:
+            A line of ``clips.jsonl`` for each clip written; none where decoding or writing failed, which is reported.
+        """
+        wanted = self.config.samples
+        predictor = _EqualEvaluations(NetworkPredictor(model, self.labels, **self._conditions()))
+        result = sample(
+            predictor,
+            frame_shape=(self.reader.latent_channels, *self.grid),
+            batch_size=len(self.numbers),
+            config=self._sampler_config(),
+            context=[given.context for given in self.given],
+            seed=self.numbers[0],
+            device=self.device,
+            num_frames=None if self.law.inserts else self.lengths,
+        )
+        predictor.fill(self._most_evaluations())
+        mine = [number for number in self.numbers if number < wanted.num_clips]
+        try:
+            return self._write(result, mine, step)
+        except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
+            print(f"WARNING: samples of step {step} could not be written ({error}); training goes on", flush=True)
+            return []
+
+    def _conditions(self) -> dict[str, Any]:
+        config, null_text = self.config, self.reader.null_text
+        if config.model.flop_spec().text_dim is None or null_text is None:
+            return {"guidance": config.samples.guidance}
+        texts = [(null_text if given.text is None else given.text).float() for given in self.given]
+        return {"guidance": config.samples.guidance, "texts": texts, "null_text": null_text.float()}
+
+    def _sampler_config(self) -> SamplerConfig:
+        config = self.config
+        return SamplerConfig(
+            num_inference_steps=config.samples.num_inference_steps,
+            num_start_frames=config.num_start_frames,
+            order="learned" if self.law.inserts else config.delay_law,
+            insertion_schedule=config.insertion_schedule,
+            insertion_exponent=config.insertion_exponent,
+            max_frames=max(config.samples.max_frames, *self.lengths),
+            time_shift=config.time_shift,
+        )
+
+    def _most_evaluations(self) -> int:
+        """Evaluations that a batch of any rank can take, from the longest clip of the whole set."""
+        longest = int(self.reader.index.clips["frames"].max())
+        clock_end = float(self.law.clock_end(torch.full((1, longest), int(Role.FREE))))
+        return round(clock_end * self.config.samples.num_inference_steps)
+
+    def _write(self, result: SampleResult, numbers: list[int], step: int) -> list[dict[str, Any]]:
+        if not numbers:
+            return []
+        folder = self.folder / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        codec = codec_of(self.reader.meta, self.device)
+        videos = codec.decode_many([latents.cpu() for latents in result.clips()[: len(numbers)]])
+        records = []
+        for slot, (number, video) in enumerate(zip(numbers, videos)):
+            given = self.given[slot]
+            name = f"clip_{number:04d}.mp4"
+            write_mp4(folder / name, np.asarray(video), fps=self.fps)
+            records.append(
+                {
+                    "file": name,
+                    "step": step,
+                    "task": given.task,
+                    "of": self.reader.index.key(given.row),
+                    "class_label": None if self.labels[slot] == NO_CLASS else self.labels[slot],
+                    "frames": len(video),
+                    "latent_frames": int(result.cu_frames[slot + 1] - result.cu_frames[slot]),
+                    "seed": number,
+                }
+            )
+        return records
+
+    def join(self, step: int, records: list[dict[str, Any]]) -> Path | None:
+        """Write ``clips.jsonl`` and ``contact.png`` of all ranks' clips.
+
+        Returns:
+            The picture; None if there is no clip, or it could not be written, which is reported.
+        """
+        if not records:
+            return None
+        folder = self.folder / f"step_{step:08d}"
+        try:
+            write_atomically(folder / "clips.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            videos = [read_video(folder / record["file"]) for record in records]
+            labels = [f"{record['seed']} {record['task']} of {record['of']}" for record in records]
+            write_contact_sheet(folder / "contact.png", videos, labels)
+        except (FlowceptionError, OSError) as error:
+            print(f"WARNING: samples of step {step} could not be joined ({error}); training goes on", flush=True)
+            return None
+        return folder / "contact.png"
+
+
+class _EqualEvaluations:
+    """A predictor that can be brought to a number of evaluations: what is missing evaluates the first state again."""
+
+    def __init__(self, predictor: Callable[[SamplerState], tuple[Tensor, Tensor]]) -> None:
+        self._predictor, self.evaluations = predictor, 0
+        self._first: SamplerState | None = None
+
+    def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
+        self._first = self._first or state
+        self.evaluations += 1
+        return self._predictor(state)
+
+    def fill(self, total: int) -> None:
+        while self._first is not None and self.evaluations < total:
+            self(self._first)

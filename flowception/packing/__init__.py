@@ -1,0 +1,1 @@
+"""What a pack is and what it costs: the layout of a token buffer, exact FLOPs, and balancing clips over packs."""

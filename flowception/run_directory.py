@@ -1,0 +1,145 @@
+"""A run directory's description: which model, which data, which code.
+
+``config.yaml`` is the resolved configuration of the newest start, ``manifest.json`` what must stay the same for a run
+to be one run, and what is worth knowing of how it was made.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flowception.errors import RunDirectoryError
+from flowception.files import FileLock, write_atomically
+from flowception.nn.build import count_parameters
+from flowception.nn.presets import DiTConfig
+from flowception.shards.schema import ShardMeta
+
+_MAY_CHANGE = {"attention_backend", "compile", "activation_checkpointing", "initial_log_rate"}
+_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+
+
+def describe(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:
+    """The content of ``manifest.json``."""
+    return {
+        "format_version": 1,
+        **identity(model, meta),
+        "parameters": count_parameters(model),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git_revision": _git_revision(),
+    }
+
+
+def identity(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:
+    """The part of ``manifest.json`` that ``check`` compares."""
+    return {"model": asdict(model.resolved()), "shards": json.loads(meta.to_json())}
+
+
+def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
+    """Refuse a directory that belongs to a run of another model or other latents.
+
+    Args:
+        run_dir: The run; it may be new.
+        manifest: From ``describe`` or ``identity``.
+
+    Raises:
+        RunDirectoryError: If it does, or its manifest cannot be read.
+    """
+    was = read(run_dir)
+    if was is None:
+        return
+    for name, value in manifest["model"].items():
+        if name not in _MAY_CHANGE and was["model"].get(name) != value:
+            raise RunDirectoryError(
+                f"{run_dir} was made by another model: model.{name} was {was['model'].get(name)} and is {value}; "
+                "set it as it was, or choose another run_dir"
+            )
+    _check_codec(run_dir, was, manifest["shards"])
+
+
+def check_codec(run_dir: str | Path, meta: ShardMeta, new_is_fine: bool = True) -> None:
+    """Refuse latents of another codec than a run was begun with.
+
+    Args:
+        run_dir: The run.
+        meta: Of the shard set to train on.
+        new_is_fine: Whether a directory without a manifest passes.
+
+    Raises:
+        RunDirectoryError: If codec or fingerprint differ, or the manifest is missing or cannot be read.
+    """
+    was = read(run_dir)
+    if was is not None:
+        _check_codec(run_dir, was, asdict(meta))
+    elif not new_is_fine:
+        raise RunDirectoryError(f"{run_dir} has no manifest.json, which names its codec; give a whole run directory")
+
+
+def read(run_dir: str | Path) -> dict[str, Any] | None:
+    """The manifest of a run; None for a new one.
+
+    Raises:
+        RunDirectoryError: If it cannot be read.
+    """
+    path = Path(run_dir) / "manifest.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); restore it, or choose another run_dir") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("model", "shards")):
+        raise RunDirectoryError(f"{path} is damaged: it does not describe a run; restore it, or choose another run_dir")
+    return found
+
+
+def write(run_dir: str | Path, config_text: str, manifest: dict[str, Any]) -> None:
+    """Write the description; an existing manifest stays, as it says how the run began.
+
+    Args:
+        run_dir: The run.
+        config_text: The resolved configuration as YAML.
+        manifest: From ``describe``.
+
+    Raises:
+        RunDirectoryError: If it cannot be written.
+    """
+    folder = Path(run_dir)
+    try:
+        if not (folder / "manifest.json").is_file():
+            write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_atomically(folder / "config.yaml", config_text)
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be written ({error}); free its disk or choose another") from error
+
+
+def _check_codec(run_dir: str | Path, was: dict[str, Any], shards: dict[str, Any]) -> None:
+    for name in ("codec", "codec_fingerprint"):
+        if was["shards"].get(name) != shards[name]:
+            raise RunDirectoryError(
+                f"{run_dir} was trained on shards of {name} {was['shards'].get(name)}, data.path has "
+                f"{shards[name]}; give shards of the same codec, or another run directory"
+            )
+
+
+def lock(run_dir: str | Path) -> FileLock:
+    """Take a run directory for this job; it is given back when the job ends, in whatever way.
+
+    Raises:
+        RunDirectoryError: If another job holds it, or the folder cannot be written or locked.
+    """
+    advice = "wait for that job, stop it, or choose another run_dir"
+    return FileLock(Path(run_dir) / "run.lock", RunDirectoryError, advice)
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,150 @@
+"""Several sets as one, each with a weight: how many times an epoch shows each of its clips on average.
+
+A clip of a set of weight 2.3 comes twice an epoch, and with probability 0.3 a third time; one of weight 0.5 comes in
+half of the epochs. Which, is drawn like everything else from the seed, the epoch and the clip, so it is the plan's and
+the same on every rank. Each time of the same epoch is another place and so another global time; delays and noise are
+the clip's in that epoch.
+
+Shape legend: ``M`` clips of all sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from flowception.errors import ConfigError, DataError
+from flowception.shards.index import ClipIndex
+from flowception.shards.reader import ClipReader
+from flowception.shards.schema import NO_CLASS, ShardMeta, same_text
+
+
+class SetReader(ClipReader, Protocol):
+    """A reader that knows what its set is."""
+
+    index: ClipIndex
+    meta: ShardMeta
+
+
+class MixtureReader:
+    """Reads clips of several sets by their rows in one index."""
+
+    def __init__(self, readers: Sequence[SetReader], names: Sequence[str], weights: Sequence[float]) -> None:
+        """Join sets.
+
+        Args:
+            readers: One for each set.
+            names: What to call them in errors.
+            weights: Expected times that an epoch shows each clip of a set.
+
+        Raises:
+            ConfigError: If a weight is not a positive number.
+            DataError: If the sets are of different codecs or text encoders, name classes differently, or share a key.
+        """
+        for name, weight in zip(names, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"the weight of {name} is {weight}; give a positive number, or leave the set out")
+        for reader, name in zip(readers, names, strict=True):
+            _check_alike(readers[0], reader, names[0], name)
+        self.meta = replace(readers[0].meta, class_names=_common_class_names(readers, names))
+        self._readers = list(readers)
+        self._starts = np.cumsum([0, *(len(reader.index) for reader in readers)])
+        self.index = _join([reader.index for reader in readers])
+        self.index.weights = np.repeat(np.asarray(weights, np.float64), [len(reader.index) for reader in readers])
+        self._check_keys(names)
+
+    def _check_keys(self, names: Sequence[str]) -> None:
+        order = np.argsort(self.index.clips["clip_id"], kind="stable")
+        ids = self.index.clips["clip_id"][order]
+        twice = np.flatnonzero(ids[1:] == ids[:-1])
+        if len(twice):
+            first, second = int(order[twice[0]]), int(order[twice[0] + 1])
+            sets = [names[int(np.searchsorted(self._starts, row, side="right")) - 1] for row in (first, second)]
+            raise DataError(
+                f"clip {self.index.key(first)} is in {sets[0]} and in {sets[1]}; keys must differ within a mixture"
+            )
+
+    @property
+    def text_width(self) -> int | None:
+        """D of text embeddings; None if the sets have no text."""
+        return self.meta.text_width
+
+    @property
+    def null_text(self) -> Tensor | None:
+        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the sets have no text."""
+        return self._readers[0].null_text
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.meta.latent_channels
+
+    def _find(self, row: int) -> tuple[SetReader, int]:
+        if not 0 <= row < len(self.index):
+            raise DataError(f"row {row} is not in the mixture, which has {len(self.index)} clips")
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._readers[which], row - int(self._starts[which])
+
+    def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
+        """Some latent frames of a clip and its text; see ``ShardReader.read_clip``."""
+        reader, own = self._find(row)
+        return reader.read_clip(own, frames)
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        """Make ready for reading some clips soon."""
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(which).tolist():
+            self._readers[number].prefetch(rows[which == number] - self._starts[number])
+
+    def describe(self, row: int) -> str:
+        """A clip and the file it is in, for a message."""
+        reader, own = self._find(row)
+        return reader.describe(own)
+
+
+def _check_alike(first: SetReader, other: SetReader, first_name: str, other_name: str) -> None:
+    """Refuse two sets of different codecs or text encoders."""
+    for field in ("codec", "codec_fingerprint", "latent_channels", "text_width"):
+        ours, theirs = getattr(first.meta, field), getattr(other.meta, field)
+        if ours != theirs:
+            raise DataError(
+                f"{other_name} has {field} {theirs!r} and {first_name} has {ours!r}; sets of a mixture must be encoded "
+                "alike"
+            )
+    ours, theirs = first.null_text, other.null_text
+    if ours is not None and theirs is not None and not same_text(ours, theirs):
+        raise DataError(
+            f"the null text (the embedding of the empty caption) of {other_name}, {tuple(theirs.shape)}, is not that "
+            f"of {first_name}, {tuple(ours.shape)}; sets of a mixture must be encoded alike, by one text encoder"
+        )
+
+
+def _common_class_names(readers: Sequence[SetReader], names: Sequence[str]) -> list[str]:
+    """The class names of the sets; a set without classes goes with any."""
+    named = [(reader.meta.class_names, name) for reader, name in zip(readers, names) if reader.meta.class_names]
+    if not named:
+        return []
+    (wanted, origin), *others = named
+    for found, name in others:
+        if found != wanted:
+            raise DataError(f"{name} names its classes otherwise than {origin}: a label would mean two things")
+    for reader, name in zip(readers, names):
+        if not reader.meta.class_names and np.any(reader.index.clips["class_label"] != NO_CLASS):
+            raise DataError(
+                f"{name} has class labels without class names, and {origin} has names: a label could mean two things; "
+                f"encode {name} again with the names"
+            )
+    return wanted
+
+
+def _join(parts: Sequence[ClipIndex]) -> ClipIndex:
+    """One index; each set's shards get numbers of their own."""
+    joined = ClipIndex.concatenate(parts)
+    shards = np.cumsum([0, *(int(part.clips["shard"].max(initial=0)) + 1 for part in parts)])
+    joined.clips["shard"] += np.repeat(shards[:-1], [len(part) for part in parts]).astype(np.uint32)
+    return joined

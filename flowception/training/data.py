@@ -1,0 +1,85 @@
+"""From a configuration to clips: the shard set, its two parts and their plans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowception import run_directory
+from flowception.data.pack import check_widths
+from flowception.data.plan import Plan
+from flowception.shards.open import DataReader
+from flowception.shards.open import open_data as open_reader
+from flowception.shards.reader import ClipReader
+from flowception.training.config import TrainConfig
+
+VALIDATION_SEED = 0
+_RATE_SAMPLE_CLIPS = 4096
+
+
+@dataclass
+class TrainingData:
+    """What a run reads."""
+
+    reader: DataReader
+    plan: Plan
+    """Of the training part, nothing quarantined."""
+    heldout_rows: NDArray[np.int64]
+
+
+def open_data(config: TrainConfig) -> TrainingData:
+    """Open the shard set of a configuration and plan its training part.
+
+    What cannot be trained is refused here, before anything is built or written.
+
+    Args:
+        config: ``model.in_channels`` is filled in from the set where it is None.
+
+    Returns:
+        Reader, plan and held-out rows.
+
+    Raises:
+        FlowceptionError: If the set is missing, empty, does not fit the configuration, or is of another codec than
+            the run in ``run_dir`` was begun with.
+    """
+    reader = open_reader(config.data)
+    run_directory.check_codec(config.run_dir, reader.meta)
+    if config.model.in_channels is None:
+        config.model = replace(config.model, in_channels=reader.latent_channels)
+    check_widths(config.model.flop_spec(), reader)
+    _, heldout_rows = reader.index.split(config.data.heldout_fraction)
+    return TrainingData(reader, training_plan(config, reader), heldout_rows)
+
+
+def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
+    """The plan of a set's training part.
+
+    Raises:
+        FlowceptionError: If there is no clip, one is longer than a pack, or has a class that the network lacks.
+    """
+    rows, _ = reader.index.split(config.data.heldout_fraction)
+    null = _null_text_tokens(reader)
+    return Plan(reader.index, rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
+
+
+def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
+    """The plan that validation draws from; its seed is fixed, so runs of different seeds can be compared."""
+    null, spec = _null_text_tokens(data.reader), config.model.flop_spec()
+    return Plan(data.reader.index, data.heldout_rows, config, spec, VALIDATION_SEED, null_text_tokens=null)
+
+
+def _null_text_tokens(reader: ClipReader) -> int:
+    return 0 if reader.null_text is None else len(reader.null_text)
+
+
+def mean_log_rate(plan: Plan) -> float:
+    """Log of the data's mean number of missing frames per insertion site, where the rate head starts."""
+    rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)].astype(np.int64)
+    draws = plan.draws(0, rows, np.arange(len(rows)))
+    weight = torch.where(draws.insertion_mask, draws.weight[:, None], 0.0)
+    missing, sites = float((weight * draws.missing).sum()), float(weight.sum())
+    return math.log(missing / sites) if missing > 0 and sites > 0 else 0.0

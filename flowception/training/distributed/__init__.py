@@ -1,0 +1,1 @@
+"""Many processes as one job: launch, collectives, DeepSpeed's engine and its state, and ranks that hang."""

@@ -1,0 +1,167 @@
+"""Where each rank computes, and whether the ranks fit together, before any collective.
+
+A rank takes the CPU only where nobody meant a GPU: a driver that is too old, or a torch built without CUDA, would else
+train for weeks on the CPU. What the ranks found goes through the store at which they meet, so that all of them refuse
+together; a node whose ranks came up on gloo would leave the others waiting in NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed import PrefixStore, Store
+
+from flowception.errors import ConfigError
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_SLURM_GPUS = (
+    "SLURM_GPUS",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_JOB_GPUS",
+    "SLURM_STEP_GPUS",
+)
+_NO_GPU = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is Slurm's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankDevice:
+    """Where a rank computes."""
+
+    host: str
+    device: str
+    """As torch writes it, such as ``cuda:3``; empty if the rank found none."""
+    name: str = ""
+    """Name of the GPU."""
+    uuid: str = ""
+    """Which GPU of all it is."""
+    problem: str = ""
+    """Why the rank cannot compute."""
+
+    @property
+    def kind(self) -> str:
+        """``cuda`` or ``cpu``."""
+        return self.device.split(":")[0]
+
+
+def why_a_gpu_is_meant(environment: Mapping[str, str], driver: Path = _DRIVER) -> str | None:
+    """What says that this process should compute on a GPU; None if nothing does.
+
+    Args:
+        environment: The process's variables.
+        driver: A file that NVIDIA's driver makes.
+
+    Returns:
+        A phrase for an error.
+    """
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        return None
+    if environment.get("DS_ACCELERATOR") == "cuda":
+        return "DS_ACCELERATOR=cuda"
+    for name in _SLURM_GPUS:
+        if environment.get(name, "0") not in ("", "0"):
+            return f"Slurm gave GPUs ({name}={environment[name]})"
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return None if visible in _NO_GPU else f"CUDA_VISIBLE_DEVICES={visible}"
+    return f"the machine has NVIDIA's driver ({driver})" if driver.exists() else None
+
+
+def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> RankDevice:
+    """This rank's device: the GPU of its local rank, the only GPU that it sees, or the CPU where none is meant.
+
+    Args:
+        local_rank: Number of this rank on its node.
+        environment: The process's variables.
+
+    Returns:
+        The place; one with a ``problem`` where there is no right one.
+    """
+    host = socket.gethostname()
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        return RankDevice(host=host, device="cpu")
+    if not torch.cuda.is_available():
+        reason = why_a_gpu_is_meant(environment)
+        if reason is None:
+            return RankDevice(host=host, device="cpu")
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        text = (
+            f"no GPU can be used, though {reason}: torch {torch.__version__} is built {built} and sees none "
+            f"({_cuda_error()}). Install "
+            "a torch that fits the driver (`nvidia-smi`, `flowception doctor`), or set DS_ACCELERATOR=cpu to train on "
+            "the CPU"
+        )
+        return RankDevice(host=host, device="", problem=text)
+    count = torch.cuda.device_count()
+    if 1 < count <= local_rank:
+        text = f"local rank {local_rank} has no GPU of its own: {count} are visible; start one rank for each GPU"
+        return RankDevice(host=host, device="", problem=text)
+    number = local_rank if count > 1 else 0
+    properties = torch.cuda.get_device_properties(number)
+    return RankDevice(
+        host=host, device=f"cuda:{number}", name=properties.name, uuid=str(getattr(properties, "uuid", ""))
+    )
+
+
+def _cuda_error() -> str:
+    """What CUDA says when it is asked to begin, such as that the driver is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).rstrip(".")
+    return "CUDA begins, but there is no device"
+
+
+def share_places(own: RankDevice, rank: int, world_size: int, store: Store) -> list[RankDevice]:
+    """Every rank's place, in the order of ranks, by way of the store at which they meet."""
+    store = PrefixStore("flowception/places", store)
+    store.set(str(rank), json.dumps(asdict(own)))
+    if rank == 0:
+        store.set("all", json.dumps([json.loads(store.get(str(other))) for other in range(world_size)]))
+    places = [RankDevice(**place) for place in json.loads(store.get("all"))]
+    store.set(f"{rank} has read", "")
+    if rank == 0:  # which may be about to leave, and the store with it
+        store.wait([f"{other} has read" for other in range(world_size)])
+    return places
+
+
+def check_places(places: Sequence[RankDevice]) -> None:
+    """Refuse ranks that cannot compute together.
+
+    Raises:
+        ConfigError: Naming the first rank that is to blame, and its node.
+    """
+    for rank, place in enumerate(places):
+        if place.problem:
+            raise ConfigError(f"rank {rank} on {place.host}: {place.problem}")
+    usual = Counter(place.kind for place in places).most_common(1)[0][0]
+    users: dict[str, int] = {}
+    for rank, place in enumerate(places):
+        if place.kind != usual:
+            raise ConfigError(
+                f"rank {rank} on {place.host} computes on {place.kind} and most ranks on {usual}; all must agree: "
+                "run `flowception doctor` on that node, or give DS_ACCELERATOR=cpu to all ranks or to none"
+            )
+        other = users.setdefault(place.uuid, rank) if place.uuid else rank
+        if other != rank:
+            raise ConfigError(
+                f"ranks {other} and {rank} on {place.host} see the same GPU, {place.name} {place.uuid}; start one rank "
+                "for each GPU"
+            )
+
+
+def describe_places(places: Sequence[RankDevice]) -> str:
+    """For a person, such as '8 ranks on 2 nodes: cuda (NVIDIA H100) x 8'."""
+    nodes = len({place.host for place in places})
+    counts = Counter(f"{place.kind} ({place.name})" if place.name else place.kind for place in places)
+    kinds = ", ".join(f"{kind} x {count}" for kind, count in counts.items())
+    return f"{len(places)} rank{'s' * (len(places) > 1)} on {nodes} node{'s' * (nodes > 1)}: {kinds}"

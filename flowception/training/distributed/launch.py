@@ -1,0 +1,80 @@
+"""Joining the job: under the deepspeed launcher, torchrun, ``srun python``, or alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+import torch
+import torch.distributed
+
+from flowception.errors import ConfigError
+from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks
+from flowception.training.distributed.devices import check_places, describe_places, find_place, share_places
+
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    Under Slurm they come from its variables, except for MASTER_ADDR of a job of several nodes, which the batch script
+    must set; alone they describe one rank with a free port.
+
+    Raises:
+        ConfigError: If a job of several ranks has no MASTER_ADDR.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_RANK", "0")
+    elif "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID") and "SLURM_NTASKS" in environment:
+        for name, slurm_name in _SLURM.items():
+            environment[name] = environment[slurm_name]
+    else:
+        environment.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    several = int(environment["WORLD_SIZE"]) > 1
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if several and missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not set for {environment['WORLD_SIZE']} ranks; in a Slurm script write: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
+        )
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    environment.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_distributed() -> Ranks:
+    """Choose this rank's device, see that those of all ranks fit together, and join the process group.
+
+    Returns:
+        This process's place in it.
+
+    Raises:
+        ConfigError: On all ranks, if one of them has no GPU that is meant to have one, or their devices differ.
+    """
+    from flowception.training.distributed.zero import COLLECTIVE_TIMEOUT, init_deepspeed
+
+    fill_environment()
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    # The process group reuses this store, which must live until then.
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    places = share_places(find_place(local_rank), rank, world_size, store)
+    try:
+        check_places(places)
+    except ConfigError as error:
+        raise mark_on_all_ranks(error) from None
+    device = torch.device(places[rank].device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the number of the device
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    init_deepspeed(backend)
+    return Ranks(rank, local_rank, world_size, device, f"{describe_places(places)}, {backend}")

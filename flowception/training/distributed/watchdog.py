@@ -1,0 +1,231 @@
+"""Names a rank that hangs, with its stacks, and ends the job; warns of a wait for data.
+
+A collective waits for ever for a rank that does not come, and so do all ranks that wait in it. Each rank therefore has
+two threads of its own, which take no part in collectives:
+
+* ``watch`` measures how long the main thread has made no progress. After ``guard.hang_timeout_s`` it prints the stacks
+  of all threads. It touches no file, so that storage that hangs cannot stop it, and ends the process with
+  ``EXIT_HUNG`` in any case.
+* ``beat`` writes the rank's heartbeat (``training.distributed.heartbeats``). When a rank hangs, the lowest rank that
+  still beats reports who is behind, at which step, in which phase and line; the other ranks see the report, write down
+  their stacks too, and when all have, everyone leaves. While a rank makes progress it reads no heartbeat but writes its
+  own.
+
+A rank that cannot run at all (SIGSTOP, a dead node, a call that never lets go of the interpreter) writes nothing; its
+heart stops, and the others name it. Time in which a whole process was stopped does not count, so a job that Slurm
+suspends and continues is no hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from torch import nn
+
+from flowception.files import write_atomically
+from flowception.training.distributed import heartbeats
+from flowception.training.distributed.collectives import Ranks, on_main
+from flowception.training.distributed.gpu_hang import gpu_is_busy, write_flight_record
+from flowception.training.distributed.heartbeats import Beat
+from flowception.training.guard import GuardConfig
+
+EXIT_HUNG = 86
+"""Exit code of a rank that ended because some rank hung."""
+_MOST_POLLS_A_GAP = 3
+"""A longer time between two looks is one in which the process was stopped."""
+_POLLS_A_BEAT = 6
+"""Looks between two heartbeats while all is well: every rank writes a file that the whole job's storage has to take."""
+_SILENT_POLLS = 24
+"""A heart that has not beaten for so many looks has stopped."""
+_GRACE_POLLS = 20
+"""Looks for which one waits for other ranks' stacks or report."""
+_LEAST_JOIN_S = 5.0
+"""What a thread has to end at least, however often it looks."""
+
+
+class _Progress(NamedTuple):
+    """Where the main thread is; one object, so that the threads never see one part new and another old."""
+
+    turn: int
+    """Phases entered."""
+    phase: str
+    step: int
+
+
+class Watchdog:
+    """Watches over this rank while it is open."""
+
+    def __init__(self, run_dir: str | Path, config: GuardConfig, ranks: Ranks, poll_s: float | None = None) -> None:
+        """Make a watchdog; opening it starts the threads. Collective.
+
+        Args:
+            run_dir: The run.
+            config: When to warn and when to give up.
+            ranks: This rank.
+            poll_s: Seconds between two looks; None chooses by the timeouts.
+        """
+        self._folder, self._ranks = heartbeats.folder_of(run_dir), ranks
+        self.hang_timeout_s, self.data_stall_warning_s = config.hang_timeout_s, config.data_stall_warning_s
+        shortest = min((t for t in (self.hang_timeout_s, self.data_stall_warning_s) if t is not None), default=0.0)
+        self._poll_s = poll_s if poll_s is not None else min(max(shortest / 20, 0.05), 5.0)
+        self.waiting_for: Callable[[], str] = lambda: "the next batch"
+        self._progress = _Progress(0, "start", 0)
+        self._idle_s, self._polls, self._polls_hung = 0.0, 0, 0
+        self._closing, self._hung, self._may_leave = threading.Event(), threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._watch, "watch"), (self._beat, "beat"))
+        ]
+        if shortest:
+            on_main(ranks, lambda: heartbeats.begin(run_dir))
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Note that the main thread goes on to a phase; every rank has to enter the same ones.
+
+        Args:
+            phase: data, forward, backward, optimizer, validation, samples, save, rollback.
+            step: Number of the step that begins; None for the same as before.
+        """
+        turn, _, before = self._progress
+        self._progress = _Progress(turn + 1, phase, before if step is None else step)
+
+    @contextlib.contextmanager
+    def each_forward(self, network: nn.Module, phase: str) -> Iterator[None]:
+        """Inside, every evaluation of a network is a phase of its own, and so is what comes before the first."""
+        self.enter(phase)
+        hook = network.register_forward_pre_hook(lambda module, inputs: self.enter(phase))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __enter__(self) -> Self:
+        if self.hang_timeout_s is not None or self.data_stall_warning_s is not None:
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._hung.is_set():  # a collective that broke because another rank has left: the exit code is the watch's
+            threading.Event().wait()
+        self._closing.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(_LEAST_JOIN_S, _GRACE_POLLS * self._poll_s))
+        with contextlib.suppress(OSError):
+            heartbeats.path_of(self._folder, self._ranks.rank).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        progress, warned, last = self._progress, -1, time.monotonic()
+        while not self._closing.wait(self._poll_s):
+            now = time.monotonic()
+            awake_s, last = min(now - last, _MOST_POLLS_A_GAP * self._poll_s), now
+            before, progress = progress, self._progress
+            self._idle_s = self._idle_s + awake_s if progress.turn == before.turn else 0.0
+            waits = progress.phase == "data" and progress.turn != warned
+            if waits and _exceeds(self._idle_s, self.data_stall_warning_s):
+                self._print(f"WARNING: no data for {self._idle_s:.0f} s; waiting for {self.waiting_for()}")
+                warned = progress.turn
+            if _exceeds(self._idle_s, self.hang_timeout_s) or self._hung.is_set():
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Print the stacks, wait until everyone has, and end the process."""
+        _, phase, step = self._progress
+        what = f"step {step}, {phase}, no progress for {self._idle_s:.0f} s"
+        waits = f", waiting for {self.waiting_for()}" if phase == "data" else ""
+        self._print(f"{what}{waits}\n{heartbeats.all_stacks()}")
+        self._hung.set()
+        self._may_leave.wait(3 * _GRACE_POLLS * self._poll_s)
+        os._exit(EXIT_HUNG)
+
+    def _print(self, text: str) -> None:
+        """Straight to standard error: the main thread may hold the lock of the stream."""
+        os.write(2, f"watchdog: rank {self._ranks.rank}: {text}\n".encode())
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._poll_s):
+            try:
+                self._beat_once()
+            except (OSError, ValueError, TypeError) as error:
+                self._print(f"heartbeats cannot be written or read ({error})")
+
+    def _beat_once(self) -> None:
+        """Write this rank's heartbeat, seldom while all is well; once nothing moves, act on those of the others."""
+        suspected = self._hung.is_set() or _exceeds(2 * self._idle_s, self.hang_timeout_s)
+        self._polls += 1
+        if not suspected and self._polls % _POLLS_A_BEAT != 1:
+            return
+        report, leave = self._folder / heartbeats.REPORT, self._folder / "leave"
+        written_down = self._hung.is_set()
+        first, self._polls_hung = written_down and not self._polls_hung, self._polls_hung + written_down
+        if first:
+            heartbeats.stacks_of(self._folder, self._ranks.rank).write_text(heartbeats.all_stacks())
+        self._write_heartbeat(written_down, suspected and gpu_is_busy(self._ranks.device))
+        if first:
+            write_flight_record(self._folder, self._ranks.rank)
+        if not suspected:
+            return
+        if leave.exists():
+            self._may_leave.set()
+        elif report.exists():
+            self._hung.set()
+            if self._is_reporter() and (self._all_written_down() or self._polls_hung > _GRACE_POLLS):
+                leave.touch()
+        elif self._is_reporter():
+            self._report_a_hang(report)
+
+    def _write_heartbeat(self, hung: bool, busy: bool) -> None:
+        where, in_collective = heartbeats.main_thread()
+        host, process = heartbeats.own_name()
+        turn, phase, step = self._progress
+        beat = Beat(
+            rank=self._ranks.rank,
+            time_s=time.time(),
+            turn=turn,
+            phase=phase,
+            step=step,
+            idle_s=self._idle_s,
+            where=where,
+            in_collective=in_collective,
+            gpu_is_busy=busy,
+            hung=hung,
+            host=host,
+            process=process,
+        )
+        heartbeats.write(self._folder, beat)
+
+    def _is_silent(self, beat: Beat | None) -> bool:
+        return beat is None or time.time() - beat.time_s > _SILENT_POLLS * self._poll_s
+
+    def _is_reporter(self) -> bool:
+        """Whether this is the lowest rank whose heart beats."""
+        lower = (heartbeats.read(self._folder, rank) for rank in range(self._ranks.rank))
+        return all(self._is_silent(beat) for beat in lower)
+
+    def _read_all(self) -> dict[int, Beat | None]:
+        return {rank: heartbeats.read(self._folder, rank) for rank in range(self._ranks.world_size)}
+
+    def _all_written_down(self) -> bool:
+        return all(self._is_silent(beat) or (beat is not None and beat.hung) for beat in self._read_all().values())
+
+    def _report_a_hang(self, path: Path) -> None:
+        beats = self._read_all()
+        if any(beat is not None and beat.hung for beat in beats.values()):
+            silent = [rank for rank, beat in beats.items() if self._is_silent(beat)]
+            text = heartbeats.report(beats, silent)
+            self._print(f"{text}\nthe stacks of all ranks that could write are in {self._folder}")
+            write_atomically(path, text + "\n")
+
+
+def _exceeds(value_s: float, limit_s: float | None) -> bool:
+    return limit_s is not None and value_s > limit_s

@@ -1,0 +1,86 @@
+"""What would stop a run, found without starting it and all at once (``train/main.py --dry-run``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flowception import run_directory
+from flowception.checkpoint.format import list_steps
+from flowception.data.pack import check_widths
+from flowception.data.plan import Plan
+from flowception.data.step_plan import check_world_size
+from flowception.errors import CheckpointError, Problems, require
+from flowception.nn import flash
+from flowception.nn.build import count_parameters
+from flowception.shards.open import open_data
+from flowception.training.config import TrainConfig
+from flowception.training.data import training_plan
+from flowception.training.metrics import check_packages
+
+
+def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
+    """Note everything that is wrong with a run's data.
+
+    Args:
+        config: The run; ``model.in_channels`` is filled in from the set where it is None.
+        problems: Where problems are noted.
+
+    Returns:
+        The plan of the training part, if there can be one.
+    """
+    reader = None
+    with problems.collected():
+        reader = open_data(config.data)
+    if reader is None:
+        return None
+    if config.model.in_channels is None:
+        config.model = replace(config.model, in_channels=reader.latent_channels)
+    with problems.collected():
+        run_directory.check_codec(config.run_dir, reader.meta)
+    with problems.collected():
+        run_directory.check(config.run_dir, run_directory.identity(config.model, reader.meta))
+    with problems.collected():
+        weights = _initial_weights(config)
+        if weights is not None and list_steps(weights):
+            run_directory.check_codec(weights, reader.meta, new_is_fine=False)
+    with problems.collected():
+        check_widths(config.model.flop_spec(), reader)
+    with problems.collected():
+        return training_plan(config, reader)
+    return None
+
+
+def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problems) -> None:
+    """Note everything else: sizes that do not go together, packages and checkpoints that are not there.
+
+    Args:
+        config: The run.
+        world_sizes: Numbers of ranks that it is meant for.
+        problems: Where problems are noted.
+    """
+    with problems.collected():
+        count_parameters(config.model)
+    for world_size in world_sizes:
+        with problems.collected():
+            check_world_size(config.packs_per_step, world_size)
+        with problems.collected():
+            config.zero.check_world_size(world_size)
+        with problems.collected():
+            config.profile.check_world_size(world_size)
+    with problems.collected():
+        check_packages(config.logging)
+    with problems.collected():
+        require("deepspeed")
+    if config.model.attention_backend == "flash":
+        with problems.collected():
+            flash.check_installed()
+    with problems.collected():
+        weights = _initial_weights(config)
+        if weights is not None and not list_steps(weights):
+            raise CheckpointError(f"init_from={weights} has no checkpoint; give the folder of a saved run")
+
+
+def _initial_weights(config: TrainConfig) -> str | None:
+    """``init_from``, but None where the run has a checkpoint of its own: then it is not read."""
+    return None if list_steps(config.run_dir) else config.init_from

@@ -1,0 +1,67 @@
+"""How many blocks a run computes again in the backward pass, where ``model.activation_checkpointing`` is ``auto``.
+
+As few as the memory of a device allows, by the estimate of the dry run (``memory``), which has a margin
+(``arrangements.USABLE_SHARE``). The smallest device of all ranks decides for all of them: they must run the same blocks
+again, or gather weights at different times.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+
+import torch
+
+from flowception.nn.build import count_parameters
+from flowception.nn.presets import AUTO
+from flowception.training.config import TrainConfig
+from flowception.training.distributed.collectives import Ranks, gather_values
+from flowception.training.estimate.arrangements import USABLE_SHARE, Job
+from flowception.training.hardware import GIB
+
+
+def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
+    """Replace ``auto`` by a number, the same on all ranks, and say which on rank 0. Collective.
+
+    An estimate refuses nothing: where it does not fit with every block computed again, it warns.
+
+    Args:
+        config: The run, ``model.in_channels`` known; its ``model.activation_checkpointing`` is changed.
+        ranks: This process among all.
+    """
+    if config.model.activation_checkpointing != AUTO:
+        return
+    memory_bytes, source = _device_memory(config, ranks)
+    job = Job.of(config, count_parameters(config.model))
+    layers = job.spec.num_layers
+    fewest = job.fewest_checkpointed(config.zero, ranks.world_size, memory_bytes)
+    blocks = layers if fewest is None else fewest
+    config.model = replace(config.model, activation_checkpointing=blocks)
+    estimate = job.memory(config.zero, ranks.world_size, blocks).total
+    limit = f"{USABLE_SHARE:.0%} of {memory_bytes / GIB:.2f} GiB ({source})"
+    line = (
+        f"activation_checkpointing auto: {blocks} of {layers} blocks are computed again, {layers - blocks} kept: the "
+        f"most with which the estimate, {estimate / GIB:.2f} GiB, is within {limit}"
+    )
+    if fewest is None:
+        line = (
+            f"WARNING: activation_checkpointing auto: all {layers} blocks are computed again, and the estimate, "
+            f"{estimate / GIB:.2f} GiB, is still above {limit}; if memory runs out see configs/overlays/low_memory.yaml"
+        )
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+def _device_memory(config: TrainConfig, ranks: Ranks) -> tuple[float, str]:
+    """Bytes of the smallest device of all ranks, and where the figure is from. Collective."""
+    if config.memory_gib is not None:
+        return config.memory_gib * GIB, "memory_gib"
+    if ranks.device.type == "cuda":
+        own, what = torch.cuda.get_device_properties(ranks.device).total_memory, "GPU"
+    else:
+        own, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "rank's part of a node"
+    places = gather_values((socket.gethostname(), float(own)))
+    hosts = [host for host, _ in places]
+    shares = [memory if ranks.device.type == "cuda" else memory / hosts.count(host) for host, memory in places]
+    return min(shares), f"the smallest {what}"

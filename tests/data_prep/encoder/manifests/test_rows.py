@@ -1,0 +1,38 @@
+import os
+
+from data_prep.encoder.manifests.rows import files_below
+
+
+def test_of_equal_names_the_first_in_order_counts_whatever_the_filesystem_lists(tmp_path, monkeypatch, capsys):
+    for name in ("b/same.mp4", "a/z/same.mp4", "a/other.mp4", "c.mp4", "b/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    class Backwards:
+        """What ``scandir`` gives, with the names from Z to A."""
+
+        def __init__(self, path):
+            with scandir(path) as entries:
+                self._entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
+
+        def __enter__(self):
+            return self._entries
+
+        def __exit__(self, *error):
+            return None
+
+        def __next__(self):
+            return next(self._entries)
+
+        def close(self):
+            return None
+
+    wanted = {"c.mp4": "c.mp4", "other.mp4": "a/other.mp4", "same.mp4": "a/z/same.mp4"}
+    assert files_below(tmp_path) == wanted
+    printed = capsys.readouterr().out
+    assert "2 files have the name of another and are left out, such as b/c.mp4" in printed
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert list(os.walk(tmp_path))[0][1] == ["b", "a"]
+    assert list(files_below(tmp_path).items()) == list(wanted.items())
+    assert capsys.readouterr().out == printed

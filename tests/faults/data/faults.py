@@ -1,0 +1,318 @@
+"""Faults of data and what happens at each: ``python tests/faults/data/faults.py`` prints ``docs/data_faults.md``.
+
+Stages. *open*: the set is damaged before it is opened, and is refused by name. *run*, *signed*, *remote*: a clip's
+bytes are damaged while a run reads them, or were written wrong with the right checksums, or do not come over the net;
+exactly the damaged clips become padding and are listed with shard and reason, every other number is the one of an
+undamaged run, a resumed run does the same, and the next epoch leaves them out. *encode*: an encoder meets the fault;
+nothing wrong is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import numpy as np
+
+from flowception.data.pack import check_widths
+from flowception.shards import reader as reader_module
+from flowception.shards.index import ClipIndex
+from flowception.shards.reader import ShardReader
+from flowception.shards.schema import ClipRecord, clip_id
+from flowception.shards.writer import ShardSetWriter
+from tests.faults.data.scene import META, SPEC, VICTIM, Fault, Scene, happens
+
+FAULTS: list[Fault] = []
+SHARD_1 = tuple(range(10, 20))
+
+
+def fault(name: str, stage: str, says: str, victims: tuple[int, ...] = ()):
+    """Add a function to the table."""
+
+    def add(inject: Callable) -> Callable:
+        FAULTS.append(Fault(name, stage, inject, says, victims))
+        return inject
+
+    return add
+
+
+def simple(name: str, stage: str, says: str, inject: Callable, victims: tuple[int, ...] = ()) -> None:
+    FAULTS.append(Fault(name, stage, inject, says, victims))
+
+
+def _edit_meta(scene: Scene, old: str, new: str) -> None:
+    path = scene.folder / "meta.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+simple("shard missing", "open", r"shard .*shard-000001.tar is missing", lambda s: s.shard.unlink())
+simple(
+    "shard truncated", "open", r"shard-000001.tar has \d+ bytes and should have", lambda s: os.truncate(s.shard, 5000)
+)
+simple("shard grown", "open", r"shard-000001.tar has \d+ bytes", lambda s: s.shard.open("ab").write(bytes(512)))
+simple("no meta.json", "open", r"meta.json cannot be read", lambda s: (s.folder / "meta.json").unlink())
+simple("meta.json cut", "open", r"meta.json is not JSON", lambda s: os.truncate(s.folder / "meta.json", 200))
+simple(
+    "meta.json of another schema",
+    "open",
+    "schema_version 9",
+    lambda s: _edit_meta(s, '"schema_version": 2', '"schema_version": 9'),
+)
+simple(
+    "meta.json without a field",
+    "open",
+    "does not describe a shard set",
+    lambda s: _edit_meta(s, '"codec": "patchify",', ""),
+)
+simple(
+    "meta.json lists a shard twice",
+    "open",
+    "lists shard 'shard-000000.tar' 2 times",
+    lambda s: _edit_meta(s, "shard-000001.tar", "shard-000000.tar"),
+)
+simple("no index", "open", r"index-clips.npy cannot be read", lambda s: (s.folder / "index-clips.npy").unlink())
+simple("index cut", "open", r"index-clips.npy cannot be read", lambda s: os.truncate(s.folder / "index-clips.npy", 700))
+simple(
+    "bit of the index flipped",
+    "open",
+    "not the one meta.json was written with",
+    lambda s: s.damage(600, b"\x55", s.folder / "index-clips.npy"),
+)
+simple("zero-frame clip in the index", "open", "a clip without frames", lambda s: s.sign(clips=s.changed(frames=0)))
+simple("offset outside the shard", "open", "outside its shard", lambda s: s.sign(clips=s.changed(latents_offset=2**40)))
+simple("shard that is not listed", "open", "does not list", lambda s: s.sign(clips=s.changed(shard=77)))
+simple("two rows of one clip", "open", "have one id", lambda s: s.sign(clips=s.changed(clip_id=clip_id("clip_000"))))
+simple(
+    "metadata longer than the clip", "open", "outside its shard", lambda s: s.sign(clips=s.changed(json_bytes=2**31))
+)
+
+
+@fault("key that is a path", "open", "not allowed")
+def _(scene: Scene) -> None:
+    keys = np.array(scene.index.keys)
+    keys[VICTIM] = b"../up"
+    scene.sign(keys=keys)
+
+
+@fault("index of an older version of the set", "open", "not the one meta.json was written with")
+def _(scene: Scene) -> None:
+    ClipIndex(scene.changed(frames=5), np.array(scene.index.frame_checksum), scene.index.keys).save(scene.folder)
+
+
+@fault("pickle in place of the keys", "open", "index-keys.npy cannot be read")
+def _(scene: Scene) -> None:
+    np.save(scene.folder / "index-keys.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+@fault("set of another codec", "open", "encoded with codec 'patchify'.*this run uses 'ltx'")
+def _(scene: Scene) -> None:
+    ShardReader(scene.folder, codec="ltx")
+
+
+@fault("other channel count than the model", "open", "4 latent channels and the model in_channels=8")
+def _(scene: Scene) -> None:
+    check_widths(replace(SPEC, in_channels=8), ShardReader(scene.folder))
+
+
+@fault("other text width than the model", "open", "text of width 6 and the model text_dim=8")
+def _(scene: Scene) -> None:
+    check_widths(replace(SPEC, text_dim=8), ShardReader(scene.folder))
+
+
+def _flip(scene: Scene, offset: int) -> None:
+    scene.damage(offset, bytes([scene.shard.read_bytes()[offset] ^ 1]))
+
+
+def _latents(scene: Scene) -> int:
+    return int(scene.index.clips["latents_offset"][VICTIM])
+
+
+simple(
+    "bit of a latent flipped",
+    "run",
+    "latent frame 0 does not match its checksum",
+    lambda s: _flip(s, _latents(s) + 3),
+    (VICTIM,),
+)
+simple(
+    "bit of the text flipped",
+    "run",
+    "headers, metadata or text do not match",
+    lambda s: _flip(s, _latents(s) - 1024),
+    (VICTIM,),
+)
+simple(
+    "bit of the caption flipped",
+    "run",
+    "headers, metadata or text do not match",
+    lambda s: _flip(s, int(s.index.clips["start"][VICTIM]) + 530),
+    (VICTIM,),
+)
+simple(
+    "garbage over a header in mid-file",
+    "run",
+    "headers, metadata or text do not match",
+    lambda s: s.damage(int(s.index.clips["start"][VICTIM]), np.random.default_rng(0).bytes(512)),
+    (VICTIM,),
+)
+simple("block of zeros in a shard", "run", "do(es)? not match", lambda s: s.damage(_latents(s), bytes(64)), (VICTIM,))
+simple(
+    "shard cut in mid-run",
+    "run",
+    "shard-000001.tar: the shard ends at byte",
+    lambda s: os.truncate(s.shard, 0),
+    SHARD_1,
+)
+simple("shard gone in mid-run", "run", "shard-000001.tar cannot be read", lambda s: s.shard.unlink(), SHARD_1)
+simple(
+    "shard replaced by random bytes of its size",
+    "run",
+    "do(es)? not match",
+    lambda s: s.shard.write_bytes(np.random.default_rng(1).bytes(s.shard.stat().st_size)),
+    SHARD_1,
+)
+simple(
+    "shard overwritten by another",
+    "run",
+    "do(es)? not match|the shard ends",
+    lambda s: s.shard.write_bytes((s.folder / "shard-000000.tar").read_bytes()),
+    SHARD_1,
+)
+simple("NaN latent, rightly signed", "signed", "not finite", lambda s: s.overwrite_frame(float("nan")), (VICTIM,))
+simple("infinite latent, rightly signed", "signed", "not finite", lambda s: s.overwrite_frame(float("inf")), (VICTIM,))
+simple("NaN text, rightly signed", "signed", "not finite", lambda s: s.overwrite_text(float("nan")), (VICTIM,))
+simple(
+    "more text promised by the index than there is",
+    "signed",
+    "text tokens, the clip holds others or none",
+    lambda s: s.sign(clips=s.changed(text_tokens=60)),
+    (VICTIM,),
+)
+simple(
+    "a little more text promised than there is",
+    "signed",
+    "text tokens, the clip holds others or none",
+    lambda s: s.sign(clips=s.changed(text_tokens=3)),
+    (VICTIM,),
+)
+
+
+@fault("input/output error of the disk", "run", "cannot be read .*Input/output error", SHARD_1)
+def _(scene: Scene) -> Callable[[], None]:
+    real, device = os.preadv, scene.shard.stat()
+
+    def failing(descriptor, *rest):
+        if os.fstat(descriptor).st_ino == device.st_ino:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, *rest)
+
+    reader_module.os.preadv = failing
+    return lambda: setattr(reader_module.os, "preadv", real)
+
+
+REMOTE = {
+    "stall": r"could not be fetched in 2 attempts", "reset": r"could not be fetched in 2 attempts",
+    "cut": r"could not be fetched in 2 attempts", "short": r"bytes came, it has", "error": r"could not be fetched.*503",
+}  # fmt: skip
+for _kind, _says in REMOTE.items():
+    simple(
+        f"remote: {_kind} at every attempt",
+        "remote",
+        _says,
+        lambda server, kind=_kind: server.faults.update({"shard-000001.tar": [kind] * 10**6}),
+        SHARD_1,
+    )
+simple(
+    "remote: shard not there",
+    "remote",
+    "it is not there",
+    lambda server: (server.folder / "shard-000001.tar").unlink(),
+    SHARD_1,
+)
+
+
+def _bad_record(**changes) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        good = scene.records[0]
+        fields = {"key": "new", "latents": good.latents, "text": good.text} | {
+            n: make(good) for n, make in changes.items()
+        }
+        ShardSetWriter(scene.scratch / "new", META).write_shard(0, (ClipRecord(**fields) for _ in range(1)))
+
+    return inject
+
+
+simple(
+    "encode: NaN latents",
+    "encode",
+    "latents hold a number that is not finite",
+    _bad_record(latents=lambda r: r.latents * float("nan")),
+)
+simple(
+    "encode: infinite in bfloat16",
+    "encode",
+    "latents hold a number that is not finite",
+    _bad_record(latents=lambda r: r.latents.float() * 0 + 3.4e38),
+)
+simple(
+    "encode: clip without frames", "encode", r"latents have shape \(0,", _bad_record(latents=lambda r: r.latents[:0])
+)
+simple(
+    "encode: wrong channel count",
+    "encode",
+    "has 3 channels, the set has 4",
+    _bad_record(latents=lambda r: r.latents[:, :3]),
+)
+simple(
+    "encode: text of another width",
+    "encode",
+    "text of width 5, the set has 6",
+    _bad_record(text=lambda r: r.text[:, :5]),
+)
+simple("encode: key that is a path", "encode", "not allowed", _bad_record(key=lambda r: "../up"))
+
+
+@fault("encode: two shards with one key", "encode", "clips clip_000 and clip_000 have one id")
+def _(scene: Scene) -> None:
+    writer = ShardSetWriter(scene.scratch / "new", META)
+    writer.write_shard(0, scene.records[:2])
+    writer.write_shard(1, scene.records[:1])
+    writer.finish()
+
+
+@fault("encode: another set in the folder", "encode", "codec was patchify, is ltx")
+def _(scene: Scene) -> None:
+    ShardSetWriter(scene.folder, replace(META, codec="ltx"))
+
+
+HEAD = """# Data faults
+
+Written by `python tests/faults/data/faults.py > docs/data_faults.md`; `make test-long` checks every row
+(`tests/faults/data/test_faults.py`), kills an encoder at each of its writes and lets its disk run full.
+
+| fault | what happened |
+|---|---|"""
+
+
+def main() -> None:
+    """Print the page."""
+    print(HEAD)
+    for entry in FAULTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = happens(entry, Path(scratch)).replace(scratch, "").replace("|", "/")
+        found = re.sub(r"(127\.0\.0\.1):\d+", r"\1", found)  # the port differs from run to run
+        print(f"| {entry.name} | {found[:240]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

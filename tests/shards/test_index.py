@@ -1,0 +1,33 @@
+"""An index whose rows and keys contradict each other is refused when it is opened."""
+
+import numpy as np
+import pytest
+
+from flowception.errors import DataError
+from flowception.shards.index import ClipIndex
+from flowception.shards.schema import clip_id
+
+
+@pytest.fixture
+def index():
+    return ClipIndex.from_arrays(frames=[2, 3, 1], height=[1, 2, 3], width=5)
+
+
+def test_tokens_of_a_frame_are_its_grid_and_one_for_insertion(index):
+    index.check()
+    assert index.tokens_per_frame.tolist() == [6, 11, 16]
+
+
+@pytest.mark.parametrize("key", [b"../clip", b"", b"a b", b"\xff", b"x" * 81])
+def test_a_key_that_could_be_a_path_is_refused_also_with_a_matching_id(index, key):
+    keys = index.keys.astype("S81")
+    keys[1] = key
+    index.clips["clip_id"][1] = clip_id(key.decode("latin-1"))
+    with pytest.raises(DataError, match="not allowed"):
+        ClipIndex(index.clips, index.frame_checksum, keys).check()
+
+
+def test_a_row_with_the_id_of_another_key_is_refused(index):
+    keys = np.array([index.keys[0], b"clip-other", index.keys[2]])
+    with pytest.raises(DataError, match="row 1 has not the id of its key clip-other"):
+        ClipIndex(index.clips, index.frame_checksum, keys).check()

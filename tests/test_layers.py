@@ -1,0 +1,157 @@
+"""The house's layers: who may import whom, where heavy packages live, how long a file and how full a folder may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "flowception"
+
+GROUND = {"errors", "rng", "files", "progress"}
+MAY_IMPORT = {
+    "packing": set(),
+    "flow": set(),
+    "nn": {"packing"},
+    "codecs": set(),
+    "checkpoint": set(),
+    "shards": set(),
+    "data": {"packing", "flow", "shards"},
+    "config": set(),
+    "run_directory": {"packing", "flow", "nn", "shards", "config"},
+    "training": {"packing", "flow", "nn", "checkpoint", "shards", "data", "config", "run_directory"},
+    "generation": {"packing", "flow", "nn", "codecs", "checkpoint", "shards", "data", "config", "run_directory"},
+    "evaluation": {"flow", "codecs", "shards"},
+    "doctor": {"packing", "nn", "codecs"},
+}
+"""What each room may import beside itself and the ground, from the bottom up. ``cli`` and scripts import anything."""
+ONE_DOOR = {
+    "deepspeed": "training/distributed/zero.py",
+    "wandb": "training/metrics.py",
+    "flash_attn": "nn/attention.py",
+}
+LAZY = {"deepspeed", "wandb", "flash_attn", "diffusers", "transformers", "streaming"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(p for folder in ("train", "data_prep", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """Dotted, from the repository's root."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in MODULES + SCRIPTS}
+
+
+def room_of(module: str) -> str:
+    """The part of the package that a module belongs to; the package itself has none."""
+    return module.removeprefix("flowception").lstrip(".").split(".")[0]
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(module, at the top level) of each import, those for type checking included."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: use absolute imports"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(name if name in FILES else node.module or "", id(node) in top) for name in modules]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_from_below(path):
+    room = room_of(name_of(path))
+    if room in ("", "cli"):
+        return
+    allowed = MAY_IMPORT.get(room, set()) | GROUND | {room, ""}
+    for imported, _ in imports_of(path):
+        if imported in FILES:
+            assert room_of(imported) in allowed, f"{name_of(path)} imports {imported}; {room} may import {allowed}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_come_through_their_door(path):
+    relative = str(path.relative_to(PACKAGE))
+    for imported, at_top in imports_of(path):
+        package = imported.split(".")[0]
+        assert ONE_DOOR.get(package, relative) == relative, (
+            f"{relative} imports {package}; only {ONE_DOOR[package]} may"
+        )
+        assert not (at_top and package in LAZY), f"{relative} imports {package} at the top; import it where it is used"
+
+
+def test_every_room_is_known():
+    assert {room_of(name_of(path)) for path in MODULES} == {*MAY_IMPORT, *GROUND, "cli", ""}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of more than one module that reach each other, and modules that import themselves (Tarjan)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        number[module] = low[module] = len(number)
+        stack.append(module)
+        for other in sorted(graph[module]):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == number[module]:
+            at = stack.index(module)
+            group, stack[at:] = set(stack[at:]), []
+            if len(group) > 1 or module in graph[module]:
+                found.append(group)
+
+    for module in sorted(graph):
+        if module not in number:
+            visit(module)
+    return found
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"e"}}
+    assert circles(graph) == [{"a", "b", "c"}, {"e"}]
+
+
+def test_no_import_goes_in_a_circle():
+    """Imports inside functions and for type checking count: they hide a circle and do not undo it."""
+    graph = {}
+    for module, path in FILES.items():
+        graph[module] = {name for name, _ in imports_of(path) if name in FILES}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_described_and_its_functions_are_short(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "a module opens with what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            body_doc = ast.get_docstring(node, clean=False) or ""
+            assert lines - body_doc.count("\n") <= 60, (
+                f"{node.name} has {lines} lines; at most 60 without its docstring"
+            )
+
+
+@pytest.mark.parametrize("group", [MODULES, SCRIPTS, TESTS], ids=["flowception", "scripts", "tests"])
+def test_files_are_short(group):
+    lengths = {path: path.read_text().count("\n") for path in group if path.name != "__init__.py"}
+    assert {str(path): lines for path, lines in lengths.items() if lines > 400} == {}, "a file is one room"
+    assert sorted(lengths.values())[len(lengths) // 2] <= 150
+
+
+def test_no_folder_is_crowded():
+    folders = {path.parent for path in MODULES + SCRIPTS + TESTS} | {ROOT / "configs", ROOT / "docs"}
+    held = {str(folder.relative_to(ROOT)): [p for p in folder.iterdir() if p.is_file()] for folder in folders}
+    assert {folder: len(files) for folder, files in held.items() if len(files) > 20} == {}

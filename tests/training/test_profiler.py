@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowception.errors import ConfigError
+from flowception.training.config import load_config
+from flowception.training.profiler import ProfileConfig, StepProfiler
+from tests.distributed_worker import run_distributed
+from tests.training.workers.toy_set import write_set
+
+WORKER = "tests.training.workers.trainer_worker"
+ROOT = Path(__file__).parents[2]
+
+
+def matmuls(path):
+    """Matrix products in a trace that ``products`` of a size made."""
+    events = json.loads(path.read_text())["traceEvents"]
+    return sum(event.get("name") == "aten::mm" for event in events)
+
+
+def run_steps(profiler, steps):
+    """Step s has s matrix products."""
+    x = torch.ones(8, 8)
+    for step in range(1, steps + 1):
+        for _ in range(step):
+            x = x.mm(x).clamp(max=1)
+        profiler.end_step(step)
+
+
+def test_the_active_steps_and_no_others_are_in_the_trace(tmp_path):
+    said = []
+    config = ProfileConfig(wait_steps=2, warmup_steps=1, active_steps=2, ranks=[1, 3])
+    profiler = StepProfiler(config, tmp_path, rank=3, say=said.append)
+    run_steps(profiler, 7)
+    profiler.close()
+    (trace,) = (tmp_path / "profile").glob("*.json")
+    assert trace.name == "rank_00003_step_00000005.json"
+    assert matmuls(trace) == 4 + 5
+    assert "aten::mm" in trace.with_suffix(".txt").read_text()
+    assert said == [f"profile of rank 3: {trace}, and its longest operators in {trace.stem}.txt"]
+
+
+@pytest.mark.parametrize("config", [ProfileConfig(), ProfileConfig(wait_steps=0, warmup_steps=0, active_steps=1)])
+def test_off_and_ranks_that_were_not_chosen_write_nothing(tmp_path, config):
+    profiler = StepProfiler(config, tmp_path, rank=1)
+    run_steps(profiler, 4)
+    profiler.close()
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_job_that_ends_early_writes_what_it_has(tmp_path):
+    profiler = StepProfiler(ProfileConfig(wait_steps=0, warmup_steps=1, active_steps=9), tmp_path, rank=0)
+    run_steps(profiler, 3)
+    profiler.close()
+    (trace,) = (tmp_path / "profile").glob("*.json")
+    assert matmuls(trace) == 2 + 3
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path):
+    (tmp_path / "profile").write_text("a file")
+    said = []
+    profiler = StepProfiler(ProfileConfig(wait_steps=0, warmup_steps=1, active_steps=1), tmp_path, 0, said.append)
+    run_steps(profiler, 3)
+    assert "could not be written" in said[0]
+
+
+def test_what_makes_no_sense_is_refused():
+    wrong = ({"active_steps": 0}, {"wait_steps": -1}, {"warmup_steps": -1}, {"ranks": []}, {"ranks": [-1]})
+    for change in wrong:
+        with pytest.raises(ConfigError, match=f"profile.{next(iter(change))}"):
+            ProfileConfig(**change)
+    with pytest.raises(ConfigError, match="there are 2 ranks"):
+        ProfileConfig(active_steps=1, ranks=[0, 2]).check_world_size(2)
+    ProfileConfig(ranks=[9]).check_world_size(2)
+
+
+@pytest.mark.xdist_group("runs")
+def test_a_run_is_profiled_and_the_same(tmp_path):
+    write_set(tmp_path / "shards")
+    changes = {"profile__wait_steps": 1, "profile__warmup_steps": 1, "profile__active_steps": 1, "max_steps": 4}
+    run_distributed(WORKER, "one_run", 1, folder=str(tmp_path), name="profiled", **changes)
+    (trace,) = (tmp_path / "profiled/profile").glob("*.json")
+    assert trace.name == "rank_00000_step_00000003.json"
+    assert "attention" in (text := trace.with_suffix(".txt").read_text()), text
+    assert (tmp_path / "profiled/metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_the_overlay_is_a_profile_of_any_recipe():
+    files = [ROOT / "configs/t2v_2b.yaml", ROOT / "configs/overlays/profile.yaml"]
+    config = load_config(files, ["data.path=x", "run_dir=y", "max_steps=16"])
+    profile = config.profile
+    assert profile.active_steps is not None
+    assert profile.wait_steps + profile.warmup_steps + profile.active_steps < 16

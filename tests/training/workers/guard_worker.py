@@ -1,0 +1,136 @@
+"""Worker side of the guards' tests: runs of the trainer in which some clips are poison to loss or gradient."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import torch
+
+from flowception.data.pack import Pack
+from flowception.errors import DataError
+from flowception.shards.reader import ShardReader
+from flowception.training import step
+from flowception.training.trainer import Trainer
+from tests.training.workers.trainer_worker import run
+
+HARMS = {  # what a poisonous clip adds to its pack's velocity loss, and what it multiplies the gradient by
+    "loss": (math.nan, 1.0),
+    "gradient": (0.0, math.nan),
+    "spike": (0.0, 1e6),
+    "both": (math.nan, math.nan),
+}
+
+
+class Harm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, added, factor):
+        ctx.factor = factor
+        return loss + added
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None, None
+
+
+@contextmanager
+def poisoned(keys, harm):
+    """Inside, a pack with one of these clips, unless it is padding, is harmed."""
+    keys, real_to, real_loss, packs = set(keys), Pack.to, step.velocity_loss_sum, []
+
+    def to(pack, *arguments, **options):
+        packs.append(pack)
+        return real_to(pack, *arguments, **options)
+
+    def velocity_loss_sum(*arguments):
+        loss, pack = real_loss(*arguments), packs[-1]
+        return Harm.apply(loss, *HARMS[harm]) if keys & set(pack.keys) - {bad.key for bad in pack.bad_clips} else loss
+
+    Pack.to, step.velocity_loss_sum = to, velocity_loss_sum
+    try:
+        yield
+    finally:
+        Pack.to, step.velocity_loss_sum = real_to, real_loss
+
+
+@contextmanager
+def unreadable(keys):
+    """Inside, these clips cannot be read, however many of a step they are."""
+    keys, real_read, real_quarantine = set(keys), ShardReader.read_clip, Trainer._quarantine
+
+    def read_clip(reader, row, frames):
+        if reader.index.key(row) in keys:
+            raise DataError("unreadable")
+        return real_read(reader, row, frames)
+
+    def quarantine(trainer, batch):
+        trainer.state.quarantine.update((key, "unreadable") for key in keys)
+
+    ShardReader.read_clip, Trainer._quarantine = read_clip, quarantine
+    try:
+        yield
+    finally:
+        ShardReader.read_clip, Trainer._quarantine = real_read, real_quarantine
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_after_rollback():
+    """Inside, the job dies when it has gone back, with nothing done after."""
+    real = Trainer._roll_back
+
+    def roll_back(trainer, metrics):
+        real(trainer, metrics)
+        raise Killed
+
+    Trainer._roll_back = roll_back
+    try:
+        yield
+    except Killed:
+        pass
+    finally:
+        Trainer._roll_back = real
+
+
+def scenarios(folder, in_a_row, clips_in_a_row, hopeless, twice, rank_1):
+    """Every argument but the folder is keys of clips."""
+    result = {}
+    back = {"guard__max_skipped_in_a_row": 3, "checkpoint__save_every_steps": 3}
+    with poisoned(in_a_row, "both"):
+        result["rolled"] = run(folder, "rolled", **back)
+        result["stopped"] = run(folder, "stopped", stop_after=6, **back)
+        result["resumed"] = run(folder, "stopped", **back)
+        with killed_after_rollback():
+            run(folder, "killed", **back)
+        result["tight"] = run(folder, "tight", **back | {"checkpoint__save_every_steps": 1, "checkpoint__keep_last": 2})
+    result["after_the_kill"] = run(folder, "killed", **back)
+    with unreadable(clips_in_a_row):
+        result["oracle"] = run(folder, "oracle", **back)
+    back["guard__max_skipped_in_a_row"] = 2
+    with poisoned(hopeless, "both"):
+        result["hopeless"] = run(folder, "hopeless", guard__max_rollbacks=1, **back)
+    with poisoned(twice, "both"):
+        result["twice"] = run(folder, "twice", guard__max_rollbacks=1, **back)
+    result |= harms(folder, rank_1, [(3, "fp32")])
+    with poisoned(rank_1, "spike"):
+        result["spike_stopped"] = run(folder, "spike_stopped", stop_after=1, **ONE_STEP)
+        result["spike_resumed"] = run(folder, "spike_stopped", **ONE_STEP)
+    return result
+
+
+ONE_STEP = {"max_steps": 5, "checkpoint__save_every_steps": 1, "checkpoint__keep_last": None}
+ONE_STEP |= {"guard__spike_memory_steps": 2, "validation__every_steps": None, "guard__max_skipped_in_a_row": None}
+
+
+def harms(folder, rank_1, settings):
+    """One poisoned step for each harm under each (stage, precision)."""
+    result = {}
+    for stage, precision in settings:
+        for harm in ("loss", "gradient", "spike"):
+            name = f"{harm}-{stage}-{precision}"
+            with poisoned(rank_1, harm):
+                result[name] = run(folder, name, zero__stage=stage, precision=precision, **ONE_STEP)
+    return result
