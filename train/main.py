@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowception.training.signals import EXIT_STOPPED, StopFlag
@@ -121,7 +122,20 @@ def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> Clip
     from flowception.training.data import heldout_plan
 
     plan = heldout_plan(config, data) if len(data.heldout_rows) else data.plan
-    return TrainingSampler(config, data.reader, plan, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+    samples = config.samples
+    return TrainingSampler(
+        config,
+        data.reader,
+        plan,
+        folder=Path(config.run_dir) / "samples",
+        num_clips=samples.num_clips,
+        num_inference_steps=samples.num_inference_steps,
+        max_frames=samples.max_frames,
+        guidance=samples.guidance,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
 
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:

@@ -186,11 +186,11 @@ class GenerationBatches:
             num_classes=run.config.model.num_classes,
         )
         self.height, self.width = _choose_size(run, options)
-        self.law = build_delay_law(run.config.delay_law)
+        self.law = build_delay_law(run.config.process.delay_law)
         self.data_fps = data_fps(run.config.data)
         self.config = self._sampler_config()
         self.contexts = self._read_contexts() if options.context_files else []
-        if warning := untrained(options.task, self.contexts, run.config, options.max_frames):
+        if warning := untrained(options.task, self.contexts, run.config.process, options.max_frames):
             print(f"WARNING: {warning}", flush=True)
         prompts = [self.wishes[number].prompt for first in self.first_clips for number in self.numbers(first)]
         self.texts = encode_prompts(run, prompts, options.text_encoder, device)
@@ -217,7 +217,7 @@ class GenerationBatches:
         return names[label] if 0 <= label < len(names) else None
 
     def _sampler_config(self) -> SamplerConfig:
-        process, options = self.run.config, self.options
+        process, options = self.run.config.process, self.options
         if not self.law.inserts and options.num_frames is None:
             raise ConfigError(
                 f"the run was trained with delay_law {process.delay_law}, which is given the length; give --num-frames"
@@ -251,7 +251,7 @@ class GenerationBatches:
             height=self.height,
             width=self.width,
             fps=self.data_fps,
-            max_context_frames=run.config.max_context_frames,
+            max_context_frames=run.config.process.max_context_frames,
             keep=options.keep,
         )
         contexts = reader.read(options.context_files)
@@ -372,7 +372,7 @@ def _write_batch(
             born_at,
             result.roles[here].tolist(),
             num_inference_steps=options.num_inference_steps,
-            time_shift=run.config.time_shift,
+            time_shift=run.config.process.time_shift,
             title=_growth_title(record),
         )
         yield record, video

@@ -13,12 +13,13 @@ from torch import nn
 from flowception.checkpoint.format import checkpoint_dir, list_steps
 from flowception.checkpoint.reader import latest_valid, read_full, verify
 from flowception.codecs import Codec, CodecConfig, build_codec
+from flowception.config import load
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
 from flowception.nn.build import build_backbone
 from flowception.nn.presets import DiTConfig
+from flowception.run_directory import RunConfig
 from flowception.shards.open import DataConfig, open_set
 from flowception.shards.schema import ShardMeta
-from flowception.training.config import TrainConfig, load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class LoadedRun:
     run_dir: Path
     step: int
     """Optimizer steps of the weights."""
-    config: TrainConfig
+    config: RunConfig
     model: nn.Module
     """In evaluation mode, EMA weights, on the device asked for."""
     codec: Codec
@@ -121,7 +122,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
         FlowceptionError: If anything is missing, damaged, or of another model.
     """
     manifest = read_manifest(run_dir)
-    config = load_config([run_dir / "config.yaml"])
+    config = load(RunConfig, [run_dir / "config.yaml"], others_allowed=True)
     meta = _shard_meta(manifest, config, run_dir)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=meta.latent_channels)
@@ -137,7 +138,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
     )
 
 
-def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Tensor | None:
+def _null_text(meta: ShardMeta, config: RunConfig, run_dir: Path) -> torch.Tensor | None:
     if config.model.flop_spec().text_dim is None:
         return None
     null_text = meta.null_embedding()
@@ -173,7 +174,7 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
     return model.to(device).eval().requires_grad_(False)
 
 
-def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) -> ShardMeta:
+def _shard_meta(manifest: dict[str, Any], config: RunConfig, run_dir: Path) -> ShardMeta:
     copied = manifest.get("shards")
     if copied:
         return ShardMeta.from_json(json.dumps(copied), str(run_dir / "manifest.json"))

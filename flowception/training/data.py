@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from flowception import run_directory
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
+from flowception.data.step_plan import PackPlan
 from flowception.shards.open import DataReader
 from flowception.shards.open import open_data as open_reader
 from flowception.shards.reader import ClipReader
@@ -63,13 +64,16 @@ def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
     """
     rows, _ = reader.index.split(config.data.heldout_fraction)
     null = _null_text_tokens(reader)
-    return Plan(reader.index, rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
+    return Plan(
+        reader.index, rows, config.process, config.plan, config.model.flop_spec(), config.seed, null_text_tokens=null
+    )
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
     """The plan that validation draws from; its seed is fixed, so runs of different seeds can be compared."""
-    null, spec = _null_text_tokens(data.reader), config.model.flop_spec()
-    return Plan(data.reader.index, data.heldout_rows, config, spec, VALIDATION_SEED, null_text_tokens=null)
+    index, null, spec = data.reader.index, _null_text_tokens(data.reader), config.model.flop_spec()
+    rows, process = data.heldout_rows, config.process
+    return Plan(index, rows, process, config.plan, spec, VALIDATION_SEED, null_text_tokens=null)
 
 
 def _null_text_tokens(reader: ClipReader) -> int:
@@ -79,7 +83,7 @@ def _null_text_tokens(reader: ClipReader) -> int:
 def mean_log_rate(plan: Plan) -> float:
     """Log of the data's mean number of missing frames per insertion site, where the rate head starts."""
     rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)].astype(np.int64)
-    draws = plan.draws(0, rows, np.arange(len(rows)))
+    draws = plan.clip_draws(PackPlan(0, 0, rows, np.arange(len(rows)))).clips
     weight = torch.where(draws.insertion_mask, draws.weight[:, None], 0.0)
     missing, sites = float((weight * draws.missing).sum()), float(weight.sum())
     return math.log(missing / sites) if missing > 0 and sites > 0 else 0.0

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flowception.data.loader import StepBatch, packs_of_rank
-from flowception.data.step_plan import PackPlan
+from flowception.data.step_plan import PackPlan, StepPlan
 from flowception.errors import ConfigError
 from flowception.training.distributed.collectives import Ranks, gather_values
 from flowception.training.distributed.zero import Refuse, StepOutcome
@@ -147,6 +147,7 @@ class Guard:
         outcome: StepOutcome,
         loss_by_rank: Sequence[float],
         not_finite: Sequence[int],
+        clip_keys: Callable[[StepPlan], list[str]],
     ) -> bool:
         """Remember a step, and write it down if it was refused. Collective.
 
@@ -157,6 +158,7 @@ class Guard:
             outcome: What the optimizer did, the same on all ranks.
             loss_by_rank: What each rank brings to the step's loss.
             not_finite: Micro-steps of this rank with a loss that is not finite.
+            clip_keys: Gives the keys of the step's clips.
 
         Returns:
             Whether the step counts as skipped.
@@ -174,8 +176,7 @@ class Guard:
                 state.rollbacks = 0
             return False
         state.skipped_in_a_row += 1
-        plan, index = batch.step_plan, batch.step_plan.plan.index
-        keys = [index.key(int(row)) for pack in plan.packs for row in pack.rows]
+        plan, keys = batch.step_plan, clip_keys(batch.step_plan)
         state.suspects = sorted({*state.suspects, *keys} - state.quarantine.keys())
         mine = [_describe_pack(batch, self._ranks, micro_step) for micro_step in not_finite]
         self._write(

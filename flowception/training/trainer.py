@@ -67,7 +67,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
     Returns:
         True when the run is complete, False when it was stopped.
     """
-    run_on_all_ranks(lambda: check_world_size(config.packs_per_step, ranks.world_size))
+    run_on_all_ranks(lambda: check_world_size(config.plan.packs_per_step, ranks.world_size))
     run_on_all_ranks(lambda: config.zero.check_world_size(ranks.world_size))
     run_on_all_ranks(lambda: config.profile.check_world_size(ranks.world_size))
     on_main(ranks, lambda: check_packages(config.logging))
@@ -113,7 +113,7 @@ class Trainer:
         """Build the engine and resume where the run is."""
         self.watchdog, self.guard = watchdog, Guard(config.guard, config.run_dir, ranks, self._say)
         self.config, self.ranks, self.data, self.stop = config, ranks, data, stop
-        self.micro_steps = -(-config.packs_per_step // ranks.world_size)
+        self.micro_steps = -(-config.plan.packs_per_step // ranks.world_size)
         self.engine = build_engine(
             lambda: build_backbone(config.model),
             lambda model: build_optimizer(model, config.optim, ranks.device),
@@ -133,7 +133,7 @@ class Trainer:
         self.peak = find_peak(config.logging.peak_tflops, config.precision, ranks.device)
         frames = data.plan.index.clips["frames"][data.plan.rows].astype("int64")
         self.expected_attention_ratio = expected_attention_ratio(
-            config, frames, data.plan.index.tokens_per_frame[data.plan.rows]
+            config.process, frames, data.plan.index.tokens_per_frame[data.plan.rows]
         )
 
     def _resume(self) -> RunState | None:
@@ -295,7 +295,8 @@ class Trainer:
         config, state, plan = self.config, self.state, batch.step_plan
         lr = learning_rate(config.optim, state.step, config.max_steps)
         self.shards.set_learning_rate(lr)
-        result = run_micro_steps(self.engine, batch, self.ranks, config.insertion_loss_weight, self.watchdog.enter)
+        insertion_weight = config.process.insertion_loss_weight
+        result = run_micro_steps(self.engine, batch, self.ranks, insertion_weight, self.watchdog.enter)
         self.watchdog.enter("optimizer")
         own = [result.velocity_sum, result.insertion_sum, data_wait_s, self.stop.is_set]
         own += [len(batch.quarantined), sum(bad.tokens for bad in batch.quarantined)]
@@ -312,14 +313,16 @@ class Trainer:
             self._quarantine(batch)
         state.advance(batch.next_cursor, clips, tokens)
         loss_by_rank = [
-            velocity / plan.velocity_denominator + config.insertion_loss_weight * insertion / plan.insertion_denominator
+            velocity / plan.velocity_denominator + insertion_weight * insertion / plan.insertion_denominator
             for velocity, insertion in zip(velocity_sums, insertion_sums, strict=True)
         ]
-        state.skipped_steps += self.guard.note(state.guard, state.step, batch, outcome, loss_by_rank, result.not_finite)
+        state.skipped_steps += self.guard.note(
+            state.guard, state.step, batch, outcome, loss_by_rank, result.not_finite, self.plan.keys
+        )
         velocity_loss = sum(velocity_sums) / plan.velocity_denominator
         insertion_loss = sum(insertion_sums) / plan.insertion_denominator
         return {
-            "loss": velocity_loss + config.insertion_loss_weight * insertion_loss,
+            "loss": velocity_loss + insertion_weight * insertion_loss,
             "loss/velocity": velocity_loss,
             "loss/insertion": insertion_loss,
             "lr": lr,
@@ -385,20 +388,20 @@ class Trainer:
 
     def _say_start(self) -> None:
         config, plan = self.config, self.data.plan
-        two_part = build_delay_law(config.delay_law).two_part
-        effective = effective_sample_ratio(config.insertion_share) if two_part else 1.0
+        two_part = build_delay_law(config.process.delay_law).two_part
+        effective = effective_sample_ratio(config.process.insertion_share) if two_part else 1.0
         parameters = sum(math.prod(shape) for shape in self.shards.parameter_shapes.values())
         self._say(
             f"{len(plan.rows):,} clips, {parameters:,} parameters, {self.ranks.world_size} ranks x {self.micro_steps} "
-            f"packs of {config.token_budget} tokens, ZeRO-{config.zero.stage}, {config.precision}, expected attention "
-            f"ratio {self.expected_attention_ratio:.3f}, effective sample ratio {effective:.2f}"
+            f"packs of {config.plan.token_budget} tokens, ZeRO-{config.zero.stage}, {config.precision}, expected "
+            f"attention ratio {self.expected_attention_ratio:.3f}, effective sample ratio {effective:.2f}"
         )
         known = f"{self.peak.tflops:g} TFLOP/s a rank ({self.peak.source})" if self.peak else None
         self._say(f"MFU refers to {known}" if known else "no MFU: no peak is known here; logging.peak_tflops sets one")
         text_width = self.data.reader.text_width
-        if text_width is not None and not plan.uses_text:
+        if text_width is not None and plan.spec.text_dim is None:
             self._say(f"the set's text is not used: the model has none; set model.text_dim={text_width} to use it")
-        if two_part and config.insertion_share == 1:
+        if two_part and config.process.insertion_share == 1:
             self._say("insertion_share is 1: no state after the clock's end is trained, which is another objective")
 
     def _say(self, line: str) -> None:

@@ -64,7 +64,7 @@ def test_every_clip_that_training_shows_at_a_time_is_measured_at_it(data, law, t
     packs = Validation(ValidationConfig(global_times=[time]), plan, opened.reader, ranks())._packs.get(time, [])
     assert {int(row) for pack in packs for row in pack.rows} == expected
     for pack in packs:
-        draws = plan.draws(0, pack.rows, pack.places, pack.u_time)
+        draws = plan.clip_draws(pack).clips
         assert draws.global_time.tolist() == pytest.approx([time] * len(pack.rows))
 
 
@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_square_error(data, alone, error):
     result = Validation(ValidationConfig(num_clips=6), plan, opened.reader, ranks()).run(Oracle(error))
     assert result["validation/loss/velocity"] == pytest.approx(error**2, abs=1e-12)
     assert result["validation/loss/insertion"] == pytest.approx(1.0)  # rate 1: 1 - k log 1
-    expected = error**2 + config.insertion_loss_weight
+    expected = error**2 + config.process.insertion_loss_weight
     assert result["validation/loss"] == pytest.approx(expected)
     assert result["validation/velocity/0.25"] == pytest.approx(error**2, abs=1e-12)
 
