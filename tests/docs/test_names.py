@@ -57,7 +57,7 @@ def unknown_keys(page: str) -> list[str]:
 def unknown_functions(page: str) -> list[str]:
     """Words ``module.name`` of which the module exists and does not define the name."""
     modules = {path.stem: path for path in SOURCES if path.suffix == ".py" and path.parts[-3] == "flowception"}
-    pairs = [word.split(".") for word in code_words(page) if re.fullmatch(r"[a-z_]+\.[A-Za-z_]+", word)]
+    pairs = [word.split(".") for word in code_words(page) - KEYS if re.fullmatch(r"[a-z_]+\.(?!sh$)[A-Za-z_]+", word)]
     return sorted(
         f"{module}.{name}"
         for module, name in pairs
