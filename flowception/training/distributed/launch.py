@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from flowception.errors import ConfigError
+from flowception.progress import show_log
 from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks
 from flowception.training.distributed.devices import check_places, describe_places, find_place, share_places
 
@@ -52,6 +53,8 @@ def _free_port() -> int:
 def init_distributed() -> Ranks:
     """Choose this rank's device, see that those of all ranks fit together, and join the process group.
 
+    From here on the package's log is shown: all of it on rank 0 (``progress.show_log``).
+
     Returns:
         This process's place in it.
 
@@ -62,6 +65,7 @@ def init_distributed() -> Ranks:
 
     fill_environment()
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    show_log(rank)
     # The process group reuses this store, which must live until then.
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     places = share_places(find_place(local_rank), rank, world_size, store)
