@@ -67,7 +67,6 @@ def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: Sampl
     Returns:
         True when the run is complete, False when it was stopped.
     """
-    logger.info("%s", ranks.everyone)
     run_on_all_ranks(lambda: check_world_size(config.packs_per_step, ranks.world_size))
     run_on_all_ranks(lambda: config.zero.check_world_size(ranks.world_size))
     run_on_all_ranks(lambda: config.profile.check_world_size(ranks.world_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import MutableMapping
@@ -13,6 +14,8 @@ from flowception.errors import ConfigError
 from flowception.progress import show_log
 from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks
 from flowception.training.distributed.devices import check_places, describe_places, find_place, share_places
+
+logger = logging.getLogger(__name__)
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -81,4 +84,6 @@ def init_distributed() -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
     init_deepspeed(backend)
-    return Ranks(rank, local_rank, world_size, device, f"{describe_places(places)}, {backend}")
+    everyone = f"{describe_places(places)}, {backend}"
+    logger.info("%s", everyone)
+    return Ranks(rank, local_rank, world_size, device, everyone)

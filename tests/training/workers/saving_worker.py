@@ -242,8 +242,12 @@ def leaving(scene):
     return {"reports": scene.reports, "names": names(scene.folder / "leaving")}
 
 
-@redirect_stdout(PRINTED)
 def scenarios(folder):
+    with redirect_stdout(PRINTED):
+        return _scenarios(folder)
+
+
+def _scenarios(folder):
     result = {}
     for stage in (0, 1, 3):
         result[f"snapshot {stage}"] = snapshot(Scene(Path(folder, str(stage)), stage))
