@@ -223,6 +223,9 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from flowception.checkpoint.format import checkpoint_dir, list_steps
     from flowception.checkpoint.reader import hashes, latest_valid
+    from flowception.progress import show_log
+
+    show_log(stream="stderr")
 
     run_dir: Path = arguments.run
     if not run_dir.is_dir():
@@ -238,7 +241,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
         _list_checkpoints(run_dir, steps, verified=arguments.verify)
     if arguments.hash:
         if arguments.checkpoint is None:
-            folder = latest_valid(run_dir, report=lambda line: print(line, file=sys.stderr))
+            folder = latest_valid(run_dir)
         else:
             folder = checkpoint_dir(run_dir, arguments.checkpoint)
         for name, digest in hashes(folder or run_dir).items():

@@ -39,6 +39,7 @@ from flowception.flow.sampler_state import (
     step_sizes,
 )
 from flowception.flow.task import Role, may_insert
+from flowception.progress import EVERY_RANK
 from flowception.rng import Stream, uniforms
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, 
             len(newly),
             shown,
             state.step,
+            extra=EVERY_RANK,
         )
     return kept, state.capped | torch.from_numpy(cut)
 

@@ -7,6 +7,7 @@ its number (``generation.requests``), so it comes out the same whatever the batc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ from flowception.generation.video import Video, write_mp4, write_preview
 from flowception.nn.dit import FlowceptionDiT
 from flowception.progress import Progress
 from flowception.shards.schema import NO_CLASS
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FPS = 16.0
 """Of the written files, where neither the options nor the training clips say."""
@@ -112,9 +115,8 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
     fps = options.fps or batches.data_fps or DEFAULT_FPS
     where = f"{options.run_dir} at step {run.step} on {device}"
     share = f", batches {options.part}, {options.part + options.num_parts} ..." if options.num_parts > 1 else ""
-    print(
-        f"generating {len(batches.wishes)} clips ({options.task}){share} from {where} into {options.out_dir}",
-        flush=True,
+    logger.info(
+        "generating %d clips (%s)%s from %s into %s", len(batches.wishes), options.task, share, where, options.out_dir
     )
     records: list[dict[str, Any]] = []
     videos: list[Video] = []
@@ -125,7 +127,7 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
                 records.append(record)
                 videos.append(video)
     sheet = write_lists(options.out_dir, options.part, options.num_parts, records, videos)
-    print(f"wrote {len(records)} clips" + (f"; overview: {sheet}" if records else ""), flush=True)
+    logger.info("wrote %d clips%s", len(records), f"; overview: {sheet}" if records else "")
     return records
 
 
@@ -191,7 +193,7 @@ class GenerationBatches:
         self.config = self._sampler_config()
         self.contexts = self._read_contexts() if options.context_files else []
         if warning := untrained(options.task, self.contexts, run.config.process, options.max_frames):
-            print(f"WARNING: {warning}", flush=True)
+            logger.warning("%s", warning)
         prompts = [self.wishes[number].prompt for first in self.first_clips for number in self.numbers(first)]
         self.texts = encode_prompts(run, prompts, options.text_encoder, device)
 

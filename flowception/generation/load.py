@@ -76,7 +76,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         CheckpointError: If there is none, or the one asked for is missing or damaged.
     """
     if step is None:
-        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True), check=_verify_weights)
+        newest = latest_valid(run_dir, check=_verify_weights)
         if newest is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; wait for the first one or set checkpoint.save_at_start"

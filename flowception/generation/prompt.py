@@ -6,6 +6,7 @@ Shape legend: ``L, D`` text tokens and their width.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.errors import ConfigError
 from flowception.generation.load import LoadedRun
 from flowception.shards.schema import same_text
+
+logger = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "seed", "class_label")
 _MOST_SEED = 2**62
@@ -111,7 +114,7 @@ def encode_prompts(
             raise ConfigError("a prompt was given and the model was trained without text; leave it out")
         return {}
     if set(wanted) == {None}:
-        print("WARNING: clips are unconditional: the model takes text; give --prompt or --prompts", flush=True)
+        logger.warning("clips are unconditional: the model takes text; give --prompt or --prompts")
     null_text = run.null_text
     captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
     embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}

@@ -127,9 +127,9 @@ def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task,
     assert max(record["latent_frames"] for record in records) > begun_with, "something must have been inserted"
 
 
-def test_what_the_run_was_not_trained_on_is_said(job, video, capsys):
+def test_what_the_run_was_not_trained_on_is_said(job, video, console):
     job(task="completion", context_files=(video[0],), num_clips=1)
-    assert "WARNING: the run was not trained on completion, only on t2v" in capsys.readouterr().out
+    assert "WARNING: the run was not trained on completion, only on t2v" in console.readouterr().out
 
 
 @pytest.mark.parametrize("law", PRESCRIBED_LAWS)

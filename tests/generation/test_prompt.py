@@ -79,14 +79,14 @@ def largest_difference(clips, others):
 SETTINGS = {"num_inference_steps": 4, "max_frames": 6, "device": "cpu", "class_label": "null"}
 
 
-def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, capsys):
+def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, console):
     for name, prompt in (("red", "a red disc"), ("cyan", "a cyan disc"), ("none", None), ("empty", "")):
         out = tmp_path / name
         records = generate(
             GenerateOptions(run_dir=run_with_text, out_dir=out, prompt=prompt, guidance=3.0, num_clips=2, **SETTINGS)
         )
         assert [record["prompt"] for record in records] == [prompt] * 2
-        assert ("WARNING: clips are unconditional" in capsys.readouterr().out) == (prompt is None)
+        assert ("WARNING: clips are unconditional" in console.readouterr().out) == (prompt is None)
     assert largest_difference(written["red"], written["cyan"]) > 4  # 9 and 16 were measured
     assert largest_difference(written["red"], written["none"]) > 4
     assert (
