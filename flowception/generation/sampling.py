@@ -225,7 +225,9 @@ def choose_size(run: LoadedRun, wanted: tuple[int, int] | None) -> tuple[int, in
     named = ", ".join(f"{height}x{width}" for height, width in known) or "unknown"
     if wanted is None:
         if len(known) != 1:
-            raise ConfigError(f"the run was trained at {len(known)} sizes ({named}); choose one with `size`")
+            raise ConfigError(
+                f"the run was trained at {len(known)} sizes ({named}); choose one with `size`, height and width"
+            )
         return known[0]
     if any(side < 1 or side % stride for side in wanted):
         raise ConfigError(
