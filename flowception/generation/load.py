@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ class LoadedRun:
         grids = sorted(self.meta.tokens_per_frame, key=lambda grid: -grid.get("clips", 0))
         stride = self.codec.spatial_stride
         return [(grid["height"] * stride, grid["width"] * stride) for grid in grids]
+
+    @cached_property
+    def fps(self) -> float | None:
+        """Frames per second of the training clips; None where the shards are out of reach or do not say."""
+        return data_fps(self.config.data)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:

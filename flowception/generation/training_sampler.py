@@ -26,10 +26,9 @@ from flowception.errors import DataError, FlowceptionError
 from flowception.files import write_atomically
 from flowception.flow import TASKS, Context, Role, SamplerConfig, SampleResult, SamplerState, sample
 from flowception.flow.delays import build_delay_law
-from flowception.generation.generate import DEFAULT_FPS
 from flowception.generation.load import codec_of, data_fps
 from flowception.generation.predictor import NetworkPredictor
-from flowception.generation.video import write_contact_sheet, write_mp4
+from flowception.generation.video import DEFAULT_FPS, write_contact_sheet, write_mp4
 from flowception.progress import EVERY_RANK
 from flowception.run_directory import RunConfig
 from flowception.shards.open import DataReader
