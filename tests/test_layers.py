@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flowception"
 
-GROUND = {"errors", "rng", "files", "progress"}
+GROUND = {"errors", "ranges", "rng", "files", "progress"}
 MAY_IMPORT = {
     "packing": set(),
     "flow": set(),

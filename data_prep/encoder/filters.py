@@ -13,6 +13,7 @@ from typing import Any
 
 from data_prep.encoder.video_headers import HeaderReader, Video
 from flowception.errors import ConfigError
+from flowception.ranges import number
 
 _HEADER_COLUMNS = ("duration_s", "height", "width", "fps")
 
@@ -27,8 +28,11 @@ class FilterRange:
     """Largest number kept; None is no bound."""
 
     def __post_init__(self) -> None:
+        bound = number().or_null("no bound")
+        bound.check("a filter's min", self.min)
+        bound.check("a filter's max", self.max)
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ConfigError(f"a filter has min {self.min} above max {self.max}; no video could pass")
+            raise ConfigError(f"a filter's min must be at most its max, got {self.min} and {self.max}")
 
     def keeps(self, value: float) -> bool:
         """Whether a number is in the range."""
