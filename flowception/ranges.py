@@ -2,7 +2,7 @@
 
     check_ranges("optim", self, {"lr": number(above=0), "warmup_steps": integer(at_least=0)})
 
-refuses ``lr: -1`` with ``optim.lr must be a number > 0, got -1``. NaN, infinity and booleans are not numbers here.
+raises ``optim.lr must be a number > 0, got -1``. NaN, infinity and booleans are not numbers here.
 """
 
 from __future__ import annotations

@@ -114,10 +114,13 @@ class EncodeConfig:
             size, stride = getattr(self, name), codec.spatial_stride
             if size is not None and (size < stride or size % stride):
                 nearest = max(stride, round(size / stride) * stride)
-                raise ConfigError(f"{name} is {size}; the {codec.name} codec needs a multiple of {stride}: {nearest}")
+                raise ConfigError(
+                    f"{name} must be a multiple of {stride} for the {codec.name} codec, such as {nearest}, got {size}"
+                )
         if self.max_frames is not None:
             usable = codec.usable_frames(self.max_frames)
             if usable != self.max_frames:
-                raise ConfigError(f"max_frames is {self.max_frames}; the {codec.name} codec accepts {usable}")
-            if usable < self.min_frames:
-                raise ConfigError(f"min_frames is {self.min_frames}; max_frames allows at most {usable}")
+                raise ConfigError(
+                    f"max_frames must be a length that the {codec.name} codec accepts, such as {usable}, got "
+                    f"{self.max_frames}"
+                )

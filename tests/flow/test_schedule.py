@@ -75,7 +75,7 @@ def test_build_schedule():
     assert isinstance(build_schedule("linear"), Linear)
     assert isinstance(build_schedule("cosine"), Cosine)
     assert build_schedule("power", 3.0).exponent == 3.0
-    with pytest.raises(ConfigError, match="'sqrt'.*linear"):
+    with pytest.raises(ConfigError, match="insertion_schedule must be one of linear.*'sqrt'"):
         build_schedule("sqrt")
     with pytest.raises(ConfigError, match="-1"):
         build_schedule("power", -1.0)

@@ -390,7 +390,7 @@ def test_what_cannot_be_opened_is_named(served, tmp_path):
     (server.folder / "meta.json").unlink()
     with pytest.raises(DataError, match=r"set/meta.json could not be fetched in 1 attempts"):
         open_remote()
-    with pytest.raises(ConfigError, match="cache_gb is 0"):
+    with pytest.raises(ConfigError, match="data.cache.cache_gb must be a number > 0, got 0"):
         CacheConfig(cache_gb=0)
     with pytest.raises(ConfigError, match="cannot be opened"):
         open_data(DataConfig(path="nosuch://set", cache=CacheConfig(cache_dir=str(tmp_path / "d"))))

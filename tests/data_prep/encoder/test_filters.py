@@ -53,7 +53,7 @@ def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
         read_manifest(source, filters={"motion": FilterRange(min=2)})
     with pytest.raises(DataError, match="filters leave no video of .*motion score at least 2: removed 1"):
         read_manifest(source, filters={"motion score": FilterRange(min=2)})
-    with pytest.raises(ConfigError, match="min 3 above max 2"):
+    with pytest.raises(ConfigError, match="min must be at most its max, got 3 and 2"):
         FilterRange(min=3, max=2)
 
 

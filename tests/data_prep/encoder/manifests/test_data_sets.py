@@ -133,5 +133,5 @@ def test_the_format_must_fit_the_source(tmp_path):
         read_manifest(tmp_path, "csv")
     with pytest.raises(ConfigError, match="has no splits"):
         read_manifest(tmp_path / "m.csv", split="test")
-    with pytest.raises(ConfigError, match="give one of auto, folder"):
+    with pytest.raises(ConfigError, match="source_format must be one of auto, folder, .*, got 'webvid'"):
         read_manifest(tmp_path, "webvid")
