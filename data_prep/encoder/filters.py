@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.encoder.video_headers import HeaderReader, Video
+from data_prep.encoder.video_headers import HeaderReader, VideoSource
 from flowception.errors import ConfigError
 from flowception.ranges import number
 
@@ -60,7 +60,7 @@ class FilterCount:
 
 def apply_filters(
     rows: Sequence[dict[str, Any]],
-    videos: Sequence[Video],
+    videos: Sequence[VideoSource],
     filters: dict[str, FilterRange],
     headers: HeaderReader,
 ) -> tuple[list[int], list[FilterCount]]:
@@ -89,7 +89,11 @@ def apply_filters(
 
 
 def _column(
-    column: str, rows: Sequence[dict[str, Any]], videos: Sequence[Video], kept: Sequence[int], headers: HeaderReader
+    column: str,
+    rows: Sequence[dict[str, Any]],
+    videos: Sequence[VideoSource],
+    kept: Sequence[int],
+    headers: HeaderReader,
 ) -> dict[int, float]:
     """A column's numbers for some videos; nan where there is none."""
     if any(column in row for row in rows):

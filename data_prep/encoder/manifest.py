@@ -87,7 +87,7 @@ class ManifestReport:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class VideoManifest:
     """All videos of a source, in a fixed order."""
 
     entries: tuple[VideoEntry, ...]
@@ -105,14 +105,14 @@ class Manifest:
         return hashlib.sha256(json.dumps([rows, list(self.class_names)]).encode()).hexdigest()
 
 
-def read_manifest(
+def read_source(
     source: str | Path,
     source_format: SourceFormat = "auto",
     split: str | None = None,
     filters: Mapping[str, FilterRange] | None = None,
     frame_folder_fps: float | None = None,
     headers: HeaderReader | None = None,
-) -> Manifest:
+) -> VideoManifest:
     """Read a source.
 
     Args:
@@ -152,7 +152,7 @@ def read_manifest(
         raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
     listed = len(entries) + len(found.missing)
     report = ManifestReport(chosen, listed, tuple(found.missing), tuple(counts), len(kept))
-    return Manifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
+    return VideoManifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
 
 
 def _guess_format(source: Path) -> str:

@@ -63,7 +63,7 @@ class InsertionSchedule(ABC):
         return (then - now) / (1 - now)
 
 
-class Linear(InsertionSchedule):
+class LinearSchedule(InsertionSchedule):
     """``kappa(t) = t``."""
 
     def kappa(self, t: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Linear(InsertionSchedule):
         return 1 / 3
 
 
-class Power(InsertionSchedule):
+class PowerSchedule(InsertionSchedule):
     """``kappa(t) = t^a``: late insertion for a > 1, early for a < 1."""
 
     def __init__(self, exponent: float) -> None:
@@ -115,7 +115,7 @@ class Power(InsertionSchedule):
         return 1 / (2 * self.exponent + 1)
 
 
-class Cosine(InsertionSchedule):
+class CosineSchedule(InsertionSchedule):
     """``kappa(t) = (1 - cos(pi t)) / 2``, computed as ``sin^2(pi t / 2)`` so that both ends are exact."""
 
     def kappa(self, t: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def build_schedule(name: str, exponent: float = 2.0) -> InsertionSchedule:
     """
     one_of(INSERTION_SCHEDULES).check("insertion_schedule", name)
     if name == "linear":
-        return Linear()
+        return LinearSchedule()
     if name == "power":
-        return Power(exponent)
-    return Cosine()
+        return PowerSchedule(exponent)
+    return CosineSchedule()

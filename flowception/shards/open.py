@@ -89,7 +89,7 @@ def open_set(path: str | Path, cache: CacheConfig | None = None) -> ShardReader 
     return ShardReader(path)
 
 
-def open_data(config: DataConfig) -> DataReader:
+def open_reader(config: DataConfig) -> DataReader:
     """The reader of what a run trains on: one set, or several as one.
 
     Raises:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from flowception import run_directory
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
-from flowception.shards.open import DataReader
-from flowception.shards.open import open_data as open_reader
+from flowception.shards.open import DataReader, open_reader
 from flowception.shards.reader import ClipReader
 from flowception.training.config import TrainConfig
 

@@ -90,7 +90,7 @@ def test_micro_steps_by_hand():
 
 def test_more_ranks_than_packs_are_refused(world):
     plan, reader = world
-    with pytest.raises(ConfigError, match="packs_per_step is 3 and there are 4 ranks"):
+    with pytest.raises(ConfigError, match="packs_per_step must be at least the number of ranks, got 3 and 4 ranks"):
         PackLoader(plan, reader, rank=0, world_size=4)
     with pytest.raises(ConfigError, match="rank is 3"):
         PackLoader(plan, reader, rank=3, world_size=3)

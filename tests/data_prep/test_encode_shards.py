@@ -376,29 +376,6 @@ def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp
     assert reasons[1].startswith("empty is a folder without frames")
 
 
-def test_a_set_begun_before_dropped_pieces_were_counted_goes_on(toy_folder, tmp_path, capsys):
-    config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "set", videos_per_shard=4, max_frames=8, min_frames=8)
-    whole = ShardEncoder(replace(config, out=str(tmp_path / "whole"))).run()
-    ShardEncoder(replace(config, num_parts=3)).run()
-    (tmp_path / "set" / "shard-000000.dropped.json").unlink()
-    settings = json.loads((tmp_path / "set" / "encode_settings.json").read_text())
-    del settings["min_motion"], settings["frame_folder_fps"]  # which there were not either
-    (tmp_path / "set" / "encode_settings.json").write_text(json.dumps(settings))
-    assert read_status(tmp_path / "set").describe().splitlines()[2:3] == [
-        "dropped pieces are not known of 1 shard that an earlier version encoded"
-    ]
-    summary = ShardEncoder(config).run()
-    later = [json.loads((tmp_path / "whole" / f"shard-00000{k}.dropped.json").read_text()) for k in (1, 2)]
-    counted = {"min_frames": sum(shard["min_frames"] for shard in later)}
-    assert 0 < counted["min_frames"] < whole.dropped.pieces["min_frames"]
-    assert (summary.clips, summary.dropped.pieces) == (whole.clips, counted)
-    assert json.loads((tmp_path / "set" / "dropped.json").read_text()) == {
-        **counted,
-        "min_motion": 0,
-        "shards_not_counted": 1,
-    }
-
-
 def test_a_full_disk_ends_the_job_with_one_line(toy_folder, tmp_path, capsys):
     """The second shard's counts go to ``/dev/full``, which refuses them; with room the job goes on there."""
     words = ["--config", str(ROOT / "configs/encode_toy.yaml"), f"source={toy_folder / 'manifest.jsonl'}"]

@@ -12,7 +12,7 @@ from flowception.data.plan import Plan
 from flowception.data.step_plan import Cursor
 from flowception.errors import ConfigError, DataError
 from flowception.shards.index import ClipIndex
-from flowception.shards.open import DataConfig, SetShare, open_data
+from flowception.shards.open import DataConfig, SetShare, open_reader
 from flowception.shards.reader import ShardReader
 from flowception.shards.schema import NullText, ShardMeta
 from flowception.shards.writer import ShardSetWriter
@@ -32,7 +32,7 @@ def two_sets(make_set, tmp_path):
 
 
 def mixture_of(folders, weights):
-    return open_data(DataConfig(mixture=[SetShare(path=str(f), weight=w) for f, w in zip(folders, weights)]))
+    return open_reader(DataConfig(mixture=[SetShare(path=str(f), weight=w) for f, w in zip(folders, weights)]))
 
 
 def test_rows_lead_to_the_clips_of_both_sets(two_sets):
