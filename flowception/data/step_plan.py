@@ -53,8 +53,8 @@ def check_world_size(packs_per_step: int, world_size: int) -> None:
     """Refuse more ranks than packs: some would never see data."""
     if packs_per_step < world_size:
         raise ConfigError(
-            f"packs_per_step must be at least the number of ranks, got {packs_per_step} and {world_size} ranks; raise "
-            "packs_per_step, or use fewer ranks"
+            f"packs_per_step must be at least the number of ranks, got {packs_per_step} and {world_size} ranks; set "
+            f"packs_per_step={world_size} or more, or use fewer ranks"
         )
 
 

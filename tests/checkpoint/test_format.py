@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flowception.checkpoint import format as format_module
+from flowception.checkpoint import reader as reader_module
 from flowception.checkpoint.format import KINDS, checkpoint_dir, list_steps, read_manifest
 from flowception.checkpoint.reader import SliceReader, hashes, latest_valid, read_full, verify
 from flowception.errors import CheckpointError, CheckpointUnreadableError
@@ -91,14 +92,14 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, rea
 def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
     save(tmp_path, 3)
     newest = save(tmp_path, 6)
-    real = format_module.sha256_bytes
+    real = reader_module.sha256_bytes
 
     def sha256_bytes(path, start, stop):
         if path.parent == newest:
             raise OSError(5, "Input/output error")
         return real(path, start, stop)
 
-    monkeypatch.setattr(format_module, "sha256_bytes", sha256_bytes)
+    monkeypatch.setattr(reader_module, "sha256_bytes", sha256_bytes)
     for look in (lambda: verify(newest), lambda: latest_valid(tmp_path)):
         with pytest.raises(CheckpointUnreadableError, match=r"cannot be read \(Input/output error\)"):
             look()
@@ -150,8 +151,8 @@ def test_one_kind_can_be_verified_by_itself(tmp_path, save, damaged, name):
 def test_a_kind_alone_is_read_to_verify_it(tmp_path, save, monkeypatch):
     folder = save(tmp_path, 1, writers=1)
     read = []
-    real = format_module.sha256_bytes
-    monkeypatch.setattr(format_module, "sha256_bytes", lambda *where: read.append(where[1:]) or real(*where))
+    real = reader_module.sha256_bytes
+    monkeypatch.setattr(reader_module, "sha256_bytes", lambda *where: read.append(where[1:]) or real(*where))
     verify(folder, kinds=("ema",))
     size = int.from_bytes((folder / "rank_00000.safetensors").read_bytes()[:8], "little")
     data = 8 + size

@@ -113,7 +113,7 @@ def test_bad_clips_are_listed_with_what_they_cost(world, num_workers):
 
 def test_settings_out_of_range_are_refused():
     for keys in ({"heldout_fraction": 1.0}, {"num_workers": -1}, {"prefetch_steps": 0}, {"max_bad_clips": -1}):
-        with pytest.raises(ConfigError, match=f"data.{next(iter(keys))} is"):
+        with pytest.raises(ConfigError, match=f"^data.{next(iter(keys))} must be .*, got {next(iter(keys.values()))}$"):
             DataConfig(path="x", **keys)
 
 
