@@ -176,9 +176,9 @@ PROCESS_MUTANTS = (
     ),
     mutant(
         "active and passive roles swapped",
-        "flow/test_task.py::test_the_network_is_told_generated_active_or_passive",
-        ("flow/task.py", "int(ModelRole.ACTIVE), generated", "int(ModelRole.PASSIVE), generated"),
-        ("flow/task.py", "int(ModelRole.PASSIVE), active", "int(ModelRole.ACTIVE), active"),
+        "data/test_pack.py::test_the_network_is_told_generated_active_or_passive",
+        ("data/pack.py", "int(ModelRole.ACTIVE), generated", "int(ModelRole.PASSIVE), generated"),
+        ("data/pack.py", "int(ModelRole.PASSIVE), active", "int(ModelRole.ACTIVE), active"),
     ),
     mutant(
         "importance weights left out",
