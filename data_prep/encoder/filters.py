@@ -1,7 +1,7 @@
 """Leaves out videos by numbers that are known of them before they are decoded: length, size, motion, any score.
 
 A filter names a column of the manifest. ``duration_s``, ``height``, ``width`` and ``fps`` are read from the video
-files' headers where the manifest has no such column; that opens every file once (``headers``).
+files' headers where the manifest has no such column; that opens every file once (``video_headers``).
 """
 
 from __future__ import annotations

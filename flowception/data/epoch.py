@@ -34,7 +34,7 @@ SEGMENT_CLIPS = 65536
 _CHUNK_CLIPS = 4096
 _MARGIN_DEVIATIONS = 4.0
 _MARGIN_BIAS = 5e-3
-"""Share by which expected tokens may be off for every clip alike (``expected.py``)."""
+"""Share by which expected tokens may be off for every clip alike (``expected_tokens.py``)."""
 _KEPT_SEGMENTS = 2
 PATIENCE_STEPS = 2
 """A clip that so many steps left over is packed before all others, so none waits for ever. Not earlier: packing is

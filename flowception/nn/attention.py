@@ -1,4 +1,4 @@
-"""The one door to attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
+"""Attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
 
 Backends, all equal up to rounding:
 

@@ -1,4 +1,4 @@
-"""The one door to networks: a configuration becomes the backbone it names.
+"""Networks by name: a configuration becomes the backbone it names.
 
 A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) whose ``spec`` is its
 ``ModelSpec`` and whose parts say how their weights begin (``nn.init``). Trainer, generation and export build it

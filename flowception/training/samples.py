@@ -1,7 +1,7 @@
 """Clips sampled while a run trains, made by all ranks together.
 
 Under ZeRO-3 an evaluation gathers weights and is collective, so every rank evaluates the network equally often. What
-samples stands on another floor (``generation.training_sampler``) and is handed in by ``train/main.py``.
+samples is in another layer (``generation.training_sampler``) and is handed in by ``train/main.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The door to networks: a name becomes a backbone, and another one can be hung beside it."""
+"""Networks by name: a name becomes a backbone, and another one can be added."""
 
 import pytest
 from torch import nn
