@@ -63,7 +63,9 @@ def shown(value: object) -> str:
     """A value as YAML writes it, texts in quotes."""
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def number(
@@ -74,7 +76,15 @@ def number(
     at_most: float | None = None,
     note: str = "",
 ) -> Rule:
-    """A finite number, at most one bound a side; ``note`` follows in parentheses."""
+    """The rule of a finite number; give at most one bound for each side.
+
+    Args:
+        above: It must be greater than this.
+        at_least: It must not be less than this.
+        below: It must be less than this.
+        at_most: It must not be greater than this.
+        note: What the message says of it in parentheses, such as a unit.
+    """
     low, opening = (at_least, "[") if above is None else (above, "(")
     high, closing = (at_most, "]") if below is None else (below, ")")
     words = "a number"
@@ -97,7 +107,13 @@ def number(
 
 
 def integer(*, at_least: int, at_most: int | None = None, note: str = "") -> Rule:
-    """An integer; ``note`` follows in parentheses."""
+    """The rule of an integer.
+
+    Args:
+        at_least: The smallest.
+        at_most: The greatest; None is no bound.
+        note: What the message says of it in parentheses, such as a unit.
+    """
     words = f"an integer >= {at_least}" if at_most is None else f"an integer from {at_least} to {at_most}"
 
     def holds(value: Any) -> bool:
@@ -108,12 +124,12 @@ def integer(*, at_least: int, at_most: int | None = None, note: str = "") -> Rul
 
 
 def one_of(choices: Sequence[str] | Mapping[str, object]) -> Rule:
-    """One of a few words; of a mapping, one of its keys."""
+    """The rule of a word that must be one of these, or a key of this mapping."""
     return Rule(f"one of {', '.join(choices)}", lambda value: value in tuple(choices))
 
 
 def list_of(rule: Rule, *, length: int | None = None) -> Rule:
-    """A list whose entries all obey a rule: of this length, or else of one entry or more."""
+    """The rule of a list whose entries all obey ``rule``; it has ``length`` entries, or one or more if that is None."""
 
     def holds(values: Any) -> bool:
         right_length = len(values) > 0 if length is None else len(values) == length

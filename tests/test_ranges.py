@@ -37,6 +37,7 @@ def test_what_is_right_passes(rule, value):
     ("rule", "value", "message"),
     [
         (number(above=0), -1, "key must be a number > 0, got -1"),
+        (number(above=0), np.float64(-0.5), "key must be a number > 0, got -0.5"),
         (number(above=0), 0.0, "key must be a number > 0, got 0.0"),
         (number(at_least=1), 0.5, "key must be a number >= 1, got 0.5"),
         (number(at_most=1), 2, "key must be a number <= 1, got 2"),
