@@ -85,7 +85,8 @@ def test_the_readme_is_filled_in():
 
 
 def test_wrong_names_would_be_found():
-    page = "`tests/nn/test_dit.py` `nn/layer.py` `packing/layout` `nowhere.py` `docs/data.md`\n\n```\nsbatch slurm/x.sh\n```\n"
+    page = "`tests/nn/test_dit.py` `nn/layer.py` `packing/layout` `nowhere.py` `docs/data.md`\n\n"
+    page += "```\nsbatch slurm/x.sh\n```\n"
     assert missing_files(page) == ["nn/layer.py", "nowhere.py", "slurm/x.sh", "tests/nn/test_dit.py"]
     assert unknown_keys("    train optim.lr=1 lr=2 `data.held` `zero.stage` `x = 1`") == ["data.held", "lr=2"]
     assert unknown_functions("`layout.build_layout` `layout.build` `dit.Block`") == ["layout.build"]
