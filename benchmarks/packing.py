@@ -129,7 +129,7 @@ def masked_attention(layout: PackLayout, visible: Tensor) -> Callable[..., Tenso
         visible: bool [F], in the order of the frame slots.
 
     Returns:
-        A function that takes the place of the attention door.
+        A function that takes the place of ``nn.attention.attention``.
     """
     clips, length = len(layout.segment_lengths), layout.segment_lengths[0]
     mask = visible[layout.token_frame].view(clips, 1, 1, length)

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowception.errors import CodecError, ConfigError
+from flowception.errors import CodecError
+from flowception.ranges import check_ranges, integer, number
 
 
 @dataclass(kw_only=True)
@@ -41,11 +42,9 @@ class CodecConfig:
     """ltx: share of noise mixed into the latents before decoding; 0 is none. The noise is the same at every call."""
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1:
-            raise ConfigError(f"codec.patch_size is {self.patch_size}; give a whole number of pixels, at least 1")
-        for name in ("decode_timestep", "decode_noise_scale"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"codec.{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        share = number(at_least=0, below=1)
+        rules = {"patch_size": integer(at_least=1), "decode_timestep": share, "decode_noise_scale": share}
+        check_ranges("codec", self, rules)
 
 
 class Codec(ABC):

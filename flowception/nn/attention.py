@@ -1,4 +1,4 @@
-"""The one door to attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
+"""Attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
 
 Backends, all equal up to rounding:
 
@@ -39,6 +39,7 @@ from flowception.nn.flash import VarlenKernel
 from flowception.nn.pattern import FULL, AttentionPattern, token_ranks, token_segments, visible_blocks
 from flowception.nn.segment_attention import segment_attention
 from flowception.packing.layout import PackLayout
+from flowception.ranges import one_of
 
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
@@ -71,8 +72,7 @@ def check_backend(requested: str, pattern: AttentionPattern) -> None:
     Raises:
         ConfigError: Saying which backends can.
     """
-    if requested not in BACKENDS:
-        raise ConfigError(f"attention_backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
+    one_of(BACKENDS).check("model.attention_backend", requested)
     if requested in _FULL_ONLY and pattern != FULL:
         raise ConfigError(
             f"attention_backend={requested} has no attention_pattern={pattern.name}, only full; sdpa and flex (CUDA) "

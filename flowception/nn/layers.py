@@ -61,10 +61,10 @@ class Embedding(nn.Embedding):
 class RotaryNorm(nn.Module):
     """Root mean square norm of each head with a learnt weight, then the rotation (for queries and keys)."""
 
-    def __init__(self, head_dim: int, leaves: FusedOps) -> None:
+    def __init__(self, head_dim: int, ops: FusedOps) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim))
-        self.norm_and_rotate = leaves.norm_and_rotate
+        self.norm_and_rotate = ops.norm_and_rotate
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """One."""
@@ -78,11 +78,11 @@ class RotaryNorm(nn.Module):
 class SwiGLU(nn.Module):
     """``W_out (silu(W_gate x) * W_value x)`` with both inputs in one matrix."""
 
-    def __init__(self, size: int, hidden_size: int, leaves: FusedOps) -> None:
+    def __init__(self, size: int, hidden_size: int, ops: FusedOps) -> None:
         super().__init__()
         self.gate_and_value = Linear(size, 2 * hidden_size, bias=False)
         self.output = Linear(hidden_size, size, bias=False)
-        self.swiglu = leaves.swiglu
+        self.swiglu = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` to the same shape."""

@@ -73,5 +73,5 @@ def test_bad_input_is_refused():
         codec.encode(torch.zeros(0, 16, 16, 3, dtype=torch.uint8))
     with pytest.raises(CodecError, match="48"):
         codec.decode(torch.zeros(1, 47, 4, 4))
-    with pytest.raises(ConfigError, match="patch_size is 0"):
+    with pytest.raises(ConfigError, match="codec.patch_size must be an integer >= 1, got 0"):
         CodecConfig(patch_size=0)

@@ -86,7 +86,7 @@ def write_run(
         **config_changes,
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    (folder / "manifest.json").write_text(json.dumps({"shards": dataclasses.asdict(meta)}))
+    (folder / "manifest.json").write_text(json.dumps({"model": {}, "shards": dataclasses.asdict(meta)}))
     model = tiny_model(num_classes=len(class_names), **dict(model_changes))
     for step in steps:
         write_checkpoint(folder, step, {name: p.detach() + step / 1000 for name, p in model.named_parameters()})

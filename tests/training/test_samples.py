@@ -155,5 +155,5 @@ def test_given_frames_are_those_of_the_held_out_clip(alone):
 
 @pytest.mark.parametrize("name", ["every_steps", "num_clips", "num_inference_steps", "max_frames"])
 def test_less_than_one_is_refused(name):
-    with pytest.raises(ConfigError, match=f"samples.{name} is 0"):
+    with pytest.raises(ConfigError, match=f"samples.{name} must be an integer >= 1.*, got 0"):
         SamplesConfig(**{name: 0})

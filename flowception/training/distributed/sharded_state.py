@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowception.nn.init import Gather
 from flowception.training.distributed.zero import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[bool]]
 
 
 @dataclass(frozen=True)
