@@ -1,4 +1,4 @@
-"""What a codec is: pixels in, normalised latents out, and back.
+"""What a codec is: pixels in, normalized latents out, and back.
 
 A codec works on one clip at a time. How many pixel frames it accepts is its own law (``usable_frames``), and its
 ``fingerprint`` says whether two sets of latents can be mixed.
@@ -48,7 +48,7 @@ class CodecConfig:
 
 
 class Codec(ABC):
-    """Turns clips of pixels into normalised latents and back."""
+    """Turns clips of pixels into normalized latents and back."""
 
     name: str
     """Name in ``CodecConfig`` and in a shard set's ``meta.json``."""
@@ -89,7 +89,7 @@ class Codec(ABC):
             video: uint8 [n_px, H, W, 3], RGB.
 
         Returns:
-            Normalised latents, float32 [n, C, h, w] on the CPU.
+            Normalized latents, float32 [n, C, h, w] on the CPU.
         """
 
     def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
@@ -108,7 +108,7 @@ class Codec(ABC):
         """Decode one clip.
 
         Args:
-            latents: Normalised latents [n, C, h, w], any floating dtype.
+            latents: Normalized latents [n, C, h, w], any floating dtype.
 
         Returns:
             uint8 [n_px, H, W, 3], RGB, on the CPU.

@@ -3,7 +3,7 @@
 ``tau_i = tau_g - u_i``. ``tau_i < 0``: deleted, not in the input. ``0 <= tau_i < 1``: flow. ``tau_i >= 1``: terminal.
 The delay law says how long the clock runs and how ``tau_g`` is drawn on it (``delays``, ``prior``).
 
-Everything here is a deterministic function of uniforms that the caller draws, vectorised over clips.
+Everything here is a deterministic function of uniforms that the caller draws, vectorized over clips.
 
 Shape legend: ``B`` clips, ``N`` frames of the longest of them. Tensors lie on the CPU, floats are float64.
 """

@@ -160,8 +160,8 @@ class SamplerState:
         if self.births is None:
             return may_insert(self.roles) & (self.step < self.num_inference_steps)
         visible = self.births <= self.step
-        left_neighbour = visible.cumsum(0) - 1
-        return torch.bincount(left_neighbour[~visible], minlength=len(self.roles)) > 0
+        left_neighbor = visible.cumsum(0) - 1
+        return torch.bincount(left_neighbor[~visible], minlength=len(self.roles)) > 0
 
     @property
     def unfinished_clips(self) -> Tensor:

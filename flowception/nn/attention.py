@@ -3,7 +3,7 @@
 Backends, all equal up to rounding:
 
 * ``sdpa``: ``scaled_dot_product_attention`` segment by segment, every pattern. The reference, and the way on a CPU;
-  neighbouring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
+  neighboring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
   segment, which saves nothing.
 * ``flex``: FlexAttention, every pattern, CUDA (on a CPU it has no backward). Blocks of pairs that the pattern leaves
   out are skipped.
@@ -230,7 +230,7 @@ def _varlen_of_sizes(
 
 
 def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
-    """Query and key lengths of neighbouring segments that are alike in both, and how many they are."""
+    """Query and key lengths of neighboring segments that are alike in both, and how many they are."""
     lengths = zip(layout.segment_lengths, keys.segment_lengths, strict=True)
     return [(alike, len(list(run))) for alike, run in groupby(lengths)]
 

@@ -21,7 +21,7 @@ BACKBONES: dict[str, Callable[[DiTConfig], nn.Module]] = {"dit": FlowceptionDiT}
 
 
 def build_backbone(config: DiTConfig) -> nn.Module:
-    """The network of a configuration, its weights not yet initialised.
+    """The network of a configuration, its weights not yet initialized.
 
     Raises:
         ConfigError: If there is no backbone of that name.

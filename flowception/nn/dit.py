@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from flowception.errors import DataError
 from flowception.nn.attention import Attend, BoundAttention, attention, bind
 from flowception.nn.fused_ops import EAGER, FusedOps, compiled_ops, modulate
-from flowception.nn.init import Gather, initialise
+from flowception.nn.init import Gather, initialize
 from flowception.nn.layers import (
     Embedding,
     Float32Linear,
@@ -52,7 +52,7 @@ class TokenEmbedding(nn.Module):
     """A pack's tokens at the network's entry.
 
     A latent token is a linear map of its noisy latent, its condition latent and its place in the grid, plus its frame's
-    role; an insertion token is learnt, plus counts and role; a text token is a linear map of its embedding.
+    role; an insertion token is learned, plus counts and role; a text token is a linear map of its embedding.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -204,7 +204,7 @@ class OutputHeads(nn.Module):
 
 
 class FlowceptionDiT(nn.Module):
-    """The network. Construct it, then call ``initialise`` (constructors leave no meaningful weights).
+    """The network. Construct it, then call ``initialize`` (constructors leave no meaningful weights).
 
     Args:
         config: Its sizes and settings.
@@ -226,9 +226,9 @@ class FlowceptionDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, ops, compiled) for _ in range(spec.num_layers))
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
-    def initialise(self, seed: int, gather: Gather | None = None) -> Self:
+    def initialize(self, seed: int, gather: Gather | None = None) -> Self:
         """Set all weights from the seed and their names; see ``flowception.nn.init``."""
-        initialise(self, seed, gather)
+        initialize(self, seed, gather)
         return self
 
     def forward(self, pack: PackInput, attends: Sequence[Attend] | None = None) -> ModelOutput:

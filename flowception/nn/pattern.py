@@ -8,7 +8,7 @@ Frames are counted among the visible ones, and an insertion token belongs to its
 text is seen by every token and sees text alone: text that saw frames would carry what a later or a far frame holds to
 everyone in the next layer.
 
-Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighbouring tokens that see alike (a frame, a
+Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighboring tokens that see alike (a frame, a
 clip's text, a padding segment), ``N`` blocks of tokens.
 """
 

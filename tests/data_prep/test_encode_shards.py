@@ -176,8 +176,8 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     videos, levels = tmp_path / "videos", {"m": [40, 90, 140, 190], "s": [128] * 4, "r": [128]}
     videos.mkdir()
     for name, pieces in (("a", "msmsr"), ("b", "mmr"), ("c", "ssr"), ("d", "ms")):
-        grey = np.array([level for piece in pieces for level in levels[piece]], dtype=np.uint8)
-        write_video(videos / f"{name}.mp4", np.broadcast_to(grey[:, None, None, None], (len(grey), 16, 16, 3)), fps=10)
+        gray = np.array([level for piece in pieces for level in levels[piece]], dtype=np.uint8)
+        write_video(videos / f"{name}.mp4", np.broadcast_to(gray[:, None, None, None], (len(gray), 16, 16, 3)), fps=10)
     config = EncodeConfig(
         source=str(videos), out=str(tmp_path / "one"), max_frames=4, min_frames=2, min_motion=10, videos_per_shard=2
     )

@@ -25,8 +25,8 @@ def tiny_config(**changes):
 
 
 def tiny_model(**changes):
-    """Random values everywhere, so that zero-initialised gates hide nothing; still close to nothing at the rate."""
-    model = FlowceptionDiT(tiny_config(**changes)).initialise(seed=1)
+    """Random values everywhere, so that zero-initialized gates hide nothing; still close to nothing at the rate."""
+    model = FlowceptionDiT(tiny_config(**changes)).initialize(seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -30,7 +30,7 @@ PROCESS_MUTANTS = (
         ),
     ),
     mutant(
-        "inserted frame takes its neighbour's clock",
+        "inserted frame takes its neighbor's clock",
         f"{SAMPLER}::test_frames_keep_their_order_and_identity",
         (
             "flow/sampler.py",

@@ -137,9 +137,9 @@ def test_null_texts_may_differ_by_rounding_and_by_no_more(make_set, tmp_path):
 def test_a_set_without_classes_goes_with_one_that_has_them(two_sets, tmp_path):
     *_, records = two_sets
     meta = ShardMeta.load(tmp_path / "a")
-    labelled = [replace(each, class_label=1) for each in records[:10]]
+    labeled = [replace(each, class_label=1) for each in records[:10]]
     plain = [replace(each, class_label=None) for each in records[10:20]]
-    a = set_with(tmp_path / "named", labelled, meta, class_names=["x", "y"])
+    a = set_with(tmp_path / "named", labeled, meta, class_names=["x", "y"])
     b = set_with(tmp_path / "none", plain, meta, class_names=[])
     for folders in ((a, b), (b, a)):
         reader = mixture_of(folders, (1, 1))

@@ -14,7 +14,7 @@ from flowception.errors import ConfigError
 from flowception.generation.training_sampler import TrainingSampler
 from flowception.generation.video import write_mp4
 from flowception.nn.build import build_backbone
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.training.config import load_config
 from flowception.training.data import heldout_plan, open_data
 from flowception.training.samples import SamplesConfig
@@ -99,7 +99,7 @@ def alone(tmp_path_factory):
         data = open_data(config)
         if model is None:
             model = Counted(build_backbone(config.model).eval())
-            initialise(model.inner, 3)
+            initialize(model.inner, 3)
             for parameter in model.inner.parameters():
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
         plan, cpu = heldout_plan(config, data), torch.device("cpu")

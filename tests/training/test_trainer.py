@@ -141,7 +141,7 @@ def test_learning_rate_rises_over_the_warm_up(runs):
 
 def test_step_0_is_the_untrained_model(runs):
     run_dir = runs[0] / "whole"
-    model = FlowceptionDiT(load_config([run_dir / "config.yaml"]).model).initialise(0)
+    model = FlowceptionDiT(load_config([run_dir / "config.yaml"]).model).initialize(0)
     for kind in ("weights", "ema"):
         saved = read_full(checkpoint_dir(run_dir, 0), kind)
         for name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ float32, and gradients accumulate and reduce in float32, always. With ``precisio
   state in other forms.
 
 DeepSpeed makes its masters from the weights it is given, which are bfloat16 by then; so initial weights are written to
-the masters afterwards (``ShardedState.initialise``), exactly, at any stage.
+the masters afterwards (``ShardedState.initialize``), exactly, at any stage.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Assumptions:
     world_sizes: str = ""
     """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
     hfu: float = 0.4
-    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilisation)."""
+    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilization)."""
     peak_tflops: float | None = None
     """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
     bandwidth_gb_per_s: float = 25.0

@@ -28,7 +28,7 @@ from flowception.flow.schedule import CosineSchedule, LinearSchedule
 
 ACTIVE, PASSIVE, START = int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE), int(Role.START)
 TWO_OR_FIVE = GaussianClips(lengths={2: 0.5, 5: 0.5}, correlation=0.8)
-LABELLED = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=1.5, num_start_frames=2)
+LABELED = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=1.5, num_start_frames=2)
 
 
 def image(num_frames):
@@ -64,7 +64,7 @@ def test_the_posterior_by_brute_force():
     assert velocity.item() == pytest.approx((t - (1 - t)) / variance * 0.7, rel=1e-9)
 
 
-def test_where_a_labelled_frame_lies_by_bayes():
+def test_where_a_labeled_frame_lies_by_bayes():
     """Two frames of a clip of three, the second at 1 or 2 with means 3 and 6: densities by torch.distributions."""
     law = GaussianClips(lengths={3: 1.0}, correlation=0.5, slope=3.0)
     times, seen = torch.tensor([0.5, 0.3]).double(), torch.tensor([0.2, 1.4]).double()
@@ -84,7 +84,7 @@ def test_where_a_labelled_frame_lies_by_bayes():
 
 CASES = {
     "text to video": (TWO_OR_FIVE, {"num_start_frames": 1}),
-    "labelled": (LABELLED, {"num_start_frames": 2, "insertion_schedule": "cosine", "time_shift": 3.0}),
+    "labeled": (LABELED, {"num_start_frames": 2, "insertion_schedule": "cosine", "time_shift": 3.0}),
     "image to video": (
         GaussianClips(lengths={2: 0.3, 3: 0.3, 5: 0.4}, correlation=-0.5, slope=0.5, context=image, num_start_frames=0),
         {"num_start_frames": 0, "tasks": {"i2v": 1.0}, "insertion_schedule": "power"},
@@ -174,10 +174,10 @@ def test_the_sampler_gives_the_joint_law_of_each_length(num_steps, clips, slack)
     assert_law(result, TWO_OR_FIVE, slack=slack)
 
 
-def test_labelled_frames_come_out_in_their_places_with_a_shifted_time_and_another_schedule():
+def test_labeled_frames_come_out_in_their_places_with_a_shifted_time_and_another_schedule():
     config = SamplerConfig(num_inference_steps=50, num_start_frames=2, insertion_schedule="cosine", time_shift=3.0)
-    result = sample(GaussianOracle(LABELLED, CosineSchedule()), frame_shape=(1, 1, 1), batch_size=1000, config=config)
-    assert_law(result, LABELLED, slack=0.03)
+    result = sample(GaussianOracle(LABELED, CosineSchedule()), frame_shape=(1, 1, 1), batch_size=1000, config=config)
+    assert_law(result, LABELED, slack=0.03)
 
 
 CONTEXTS = {
@@ -189,7 +189,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_labelled_frames_are_inserted_in_the_right_gap_of_a_context(name):
+def test_labeled_frames_are_inserted_in_the_right_gap_of_a_context(name):
     """Given frames of true clips, all of a clip must have the law of clips, context and generated frames jointly."""
     context, starts, slope = CONTEXTS[name]
     law = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=slope, context=context, num_start_frames=starts)

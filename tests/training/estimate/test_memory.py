@@ -41,7 +41,7 @@ def kept_bytes(num_layers, compiled, arithmetic, checkpointed=0):
     sizes = {"in_channels": 8, "hidden_size": WIDTH, "num_layers": num_layers, "num_heads": 3}
     config = DiTConfig(preset=None, compile=compiled, activation_checkpointing=checkpointed, **sizes)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
-    model = FlowceptionDiT(config).initialise(0).to(dtype)
+    model = FlowceptionDiT(config).initialize(0).to(dtype)
     layout = build_layout([ClipShape(8, 8, 8)] * 2)
     tokens, frames = layout.shape.token_budget, layout.shape.max_frames
     pack = PackInput(
