@@ -1,10 +1,31 @@
 """What every test begins with."""
 
+import logging
+
 import pytest
 import torch
+
+from flowception.progress import show_log
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Draws that name no generator are the same whatever ran before: other tests, in an order that xdist chooses."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A command that a test runs in this process may have put the package's log on the console."""
+    logger = logging.getLogger("flowception")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
+
+
+@pytest.fixture
+def console(capsys):
+    """What is printed, the package's log with it."""
+    show_log()
+    return capsys

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from data_prep.encoder.config import EncodeConfig
 from flowception.config import dotted_keys, dump, load
@@ -26,9 +27,7 @@ def leaves(path):
 
 
 def at(config, key):
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
+    return OmegaConf.select(OmegaConf.create(dump(config)), key)
 
 
 def test_later_layers_win(tmp_path):

@@ -102,16 +102,12 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     import torch
 
-    from flowception.progress import show_log
     from flowception.training.distributed.launch import init_distributed
     from flowception.training.trainer import train
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     ranks = init_distributed()
-    if ranks.is_main:
-        print(ranks.everyone, flush=True)
-        show_log()
     complete = train(config, ranks, stop, _make_sampler if config.samples.every_steps else None)
     return 0 if complete else EXIT_STOPPED
 

@@ -7,8 +7,6 @@ clips in the epoch's order, until they reach ``(1 - headroom) * packs_per_step *
 that crosses this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried
 into the next step (``epoch.py`` says with which precedence, and how a large epoch is planned in segments). No clip is
 dropped, cut or repeated in an epoch, and only its last step may be short.
-
-Shape legend: ``K`` clips of the epoch, ``k`` clips of a pack, ``G`` packs of a step, ``B, N`` as in ``flow``.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ from flowception.packing.flops import TRAINING_PASSES, ModelSpec
 from flowception.packing.layout import PackShape
 from flowception.shards.index import ClipIndex
 
-_KEPT_EPOCHS = 2
-_CHUNK_PLACES = 8192
+_KEPT_EPOCHS, _CHUNK_PLACES = 2, 8192
 _NOT_PLANNED = {"insertion_loss_weight"}
 
 
@@ -94,9 +91,8 @@ class Plan:
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan without the given clips as well; for the next epoch."""
-        left_out, null = {*self.quarantine, *keys}, self.null_text_tokens
-        rows, spec = self._all_rows, self.spec
-        return Plan(self.index, rows, self.process, self.sizes, spec, self.seed, left_out, null_text_tokens=null)
+        what, null = (self.process, self.sizes, self.spec, self.seed), self.null_text_tokens
+        return Plan(self.index, self._all_rows, *what, {*self.quarantine, *keys}, null_text_tokens=null)
 
     def _check(self) -> None:
         if not len(self.rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class LoadedRun:
         stride = self.codec.spatial_stride
         return [(grid["height"] * stride, grid["width"] * stride) for grid in grids]
 
+    @cached_property
+    def fps(self) -> float | None:
+        """Frames per second of the training clips; None where the shards are out of reach or do not say."""
+        return data_fps(self.config.data)
+
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The run's ``manifest.json``.
@@ -76,7 +82,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         CheckpointError: If there is none, or the one asked for is missing or damaged.
     """
     if step is None:
-        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True), check=_verify_weights)
+        newest = latest_valid(run_dir, check=_verify_weights)
         if newest is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; wait for the first one or set checkpoint.save_at_start"

@@ -9,6 +9,7 @@ Shape legend: ``n`` latent frames of a held-out clip, ``C, h, w`` of one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +26,15 @@ from flowception.errors import DataError, FlowceptionError
 from flowception.files import write_atomically
 from flowception.flow import TASKS, Context, Role, SamplerConfig, SampleResult, SamplerState, sample
 from flowception.flow.delays import build_delay_law
-from flowception.generation.generate import DEFAULT_FPS
 from flowception.generation.load import codec_of, data_fps
 from flowception.generation.predictor import NetworkPredictor
-from flowception.generation.video import write_contact_sheet, write_mp4
+from flowception.generation.video import DEFAULT_FPS, write_contact_sheet, write_mp4
+from flowception.progress import EVERY_RANK
 from flowception.run_directory import RunConfig
 from flowception.shards.open import DataReader
 from flowception.shards.schema import NO_CLASS
+
+logger = logging.getLogger(__name__)
 
 
 class _Given(NamedTuple):
@@ -102,7 +105,7 @@ class TrainingSampler:
             try:
                 return self._read(plan, row)
             except DataError as error:
-                print(f"WARNING: samples take another clip ({error})", flush=True)
+                logger.warning("samples take another clip (%s)", error, extra=EVERY_RANK)
         raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
 
     def _read(self, plan: Plan, row: int) -> _Given:
@@ -151,7 +154,8 @@ class TrainingSampler:
         try:
             return self._write(result, mine, step)
         except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
-            print(f"WARNING: samples of step {step} could not be written ({error}); training goes on", flush=True)
+            text = "samples of step %d could not be written (%s); training goes on"
+            logger.warning(text, step, error, extra=EVERY_RANK)
             return []
 
     def _conditions(self) -> dict[str, Any]:
@@ -220,7 +224,7 @@ class TrainingSampler:
             labels = [f"{record['seed']} {record['task']} of {record['of']}" for record in records]
             write_contact_sheet(folder / "contact.png", videos, labels)
         except (FlowceptionError, OSError) as error:
-            print(f"WARNING: samples of step {step} could not be joined ({error}); training goes on", flush=True)
+            logger.warning("samples of step %d could not be joined (%s); training goes on", step, error)
             return None
         return folder / "contact.png"
 

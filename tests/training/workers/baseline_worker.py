@@ -38,11 +38,11 @@ def train_and_generate(folder: str) -> dict[str, dict]:
         options = GenerateOptions(
             run_dir=run_dir,
             out_dir=run_dir / "clips",
-            num_clips=2,
+            num=2,
             num_inference_steps=NUM_INFERENCE_STEPS,
             max_frames=12,
             num_frames=NUM_FRAMES if prescribed else None,
-            size_pixels=(4, 4),
+            size=(4, 4),
             device="cpu",
         )
         metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
