@@ -41,7 +41,7 @@ def lengths(count: int) -> list[int]:
     return np.random.default_rng(5).integers(1, 9, count).tolist()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     def make(**keys) -> RunConfig:
         return RunConfig(**{"token_budget": 200, "packs_per_step": 8, "shuffle_block_shards": 2} | keys)
@@ -49,7 +49,7 @@ def make_config():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_spec():
     def make(**keys) -> ModelSpec:
         sizes = {
@@ -65,8 +65,8 @@ def make_spec():
     return make
 
 
-@pytest.fixture
-def make_set(tmp_path):
+@pytest.fixture(scope="session")
+def make_set(tmp_path_factory):
     """Write a set of ``count`` clips in shards of ``per_shard``; returns (folder, records)."""
 
     def make(count: int = 30, per_shard: int = 10, *, text: bool = False, name: str = "set"):
@@ -81,10 +81,11 @@ def make_set(tmp_path):
             null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
             class_names=["red", "green", "blue"],
         )
-        writer = ShardSetWriter(tmp_path / name, meta)
+        folder = tmp_path_factory.mktemp("sets") / name
+        writer = ShardSetWriter(folder, meta)
         for shard in range(-(-count // per_shard)):
             writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
         writer.finish()
-        return tmp_path / name, records
+        return folder, records
 
     return make

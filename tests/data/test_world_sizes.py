@@ -15,7 +15,7 @@ from flowception.shards.reader import ShardReader
 WORLD_SIZES = (1, 2, 3, 4, 8, 16, 64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def world(make_set, make_config, make_spec):
     folder, _ = make_set(count=400, per_shard=50)
     reader = ShardReader(folder)
@@ -43,7 +43,7 @@ def next_step(running):
     return (found, tuple(keys[number] for number in sorted(keys))), cursor
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(world):
     """Every step of two epochs in one process, by cursor."""
     plan, reader = world
