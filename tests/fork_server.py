@@ -16,6 +16,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,6 +125,10 @@ class Server:
             self.listen(1.0)
         return Forked(self, self._pids.pop(0))
 
+    def start_python(self, words: Sequence[object], environment: Mapping[str, str], log: Path) -> Forked:
+        """Fork what ``python WORDS`` is in the repository's folder: a script, or ``-m`` and a module, and arguments."""
+        return self.start(__name__, "_interpret", [str(word) for word in words], environment=environment, log=log)
+
     def listen(self, timeout_s: float) -> None:
         """Take in what the server says, waiting for its first word if it says nothing now."""
         while select.select([self._process.stdout], [], [], max(timeout_s, 0))[0]:
@@ -143,6 +148,41 @@ class Server:
         """End the server, and its children with it."""
         self._process.kill()
         self._process.wait()
+
+
+def run_python(words: Sequence[object], environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
+    """What ``python WORDS`` does in the repository's folder, in a fork: exit code, and output with errors.
+
+    Args:
+        words: A script or ``-m`` and a module, then arguments.
+        environment: All of the process's.
+        timeout_s: How long it may take.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = Server.shared().start_python(words, environment, log)
+        try:
+            return process.wait(timeout_s), log.read_text()
+        finally:
+            process.kill()
+
+
+def _interpret(words: list[str]) -> object:
+    """In a fork: what the interpreter does with its command line."""
+    os.chdir(ROOT)
+    is_module, name = words[0] == "-m", words[1] if words[0] == "-m" else words[0]
+    sys.argv = words[1:] if is_module else words
+    sys.path.insert(0, str(ROOT) if is_module else str(Path(name).resolve().parent))
+    code: object = None
+    try:
+        if is_module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    atexit._run_exitfuncs()
+    return code
 
 
 def _live(request: list[Any], replies: int) -> None:
