@@ -38,7 +38,7 @@ test: setup  ## within 8 minutes on 2 cores
 	$(BIN)/pytest -m "not long and not gpu and not mds" -n 2 --dist loadgroup
 
 test-long: setup setup-mds  ## kills, faults, mutants and other tests of minutes, within 30 minutes on 2 cores
-	$(BIN)/pytest -m "long and not gpu and not mds" --timeout 1500
+	$(BIN)/pytest -m "long and not gpu and not mds" -n 2 --dist loadgroup --timeout 1500
 	.venv-mds/bin/pytest -m mds --timeout 1500 tests/data
 
 check: setup  ## format, lint, types, layers
