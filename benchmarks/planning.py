@@ -43,10 +43,7 @@ XL = ModelSpec(
 TEXT_TOKENS, NULL_TEXT_TOKENS = 77, 1
 FAR_EPOCH = 37
 
-
-@dataclass(kw_only=True)
-class Config(ProcessConfig, PlanConfig):
-    """Process and sizes in one object, as the training config is."""
+PROCESS = ProcessConfig()
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,13 @@ class Case:
     def plan(self, index: ClipIndex) -> Plan:
         """A plan whose packs hold ``clips_per_rank`` clips on average."""
         longest = TEXT_TOKENS + self.max_frames * (self.grid**2 + 1)
-        sizing = Plan(
-            index, None, Config(token_budget=longest, packs_per_step=1), XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS
-        )
+        sizing = self._plan(index, PlanConfig(token_budget=longest, packs_per_step=1))
         mean = float(sizing._token_moments[0].mean()) / TOKEN_UNITS
         budget = max(longest, 64 * int(np.ceil(self.clips_per_rank * mean / 0.99 / 64)))
-        config = Config(token_budget=budget, packs_per_step=self.ranks)
-        return Plan(index, None, config, XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS)
+        return self._plan(index, PlanConfig(token_budget=budget, packs_per_step=self.ranks))
+
+    def _plan(self, index: ClipIndex, sizes: PlanConfig) -> Plan:
+        return Plan(index, None, PROCESS, sizes, XL, seed=0, null_text_tokens=NULL_TEXT_TOKENS)
 
 
 CASES = (
@@ -114,7 +111,7 @@ def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
     return {
         **asdict(case),
         "clips": len(seen),
-        "token_budget": plan.config.token_budget,
+        "token_budget": plan.sizes.token_budget,
         "steps": len(fill),
         "every_clip_once": bool(np.all(seen == 1)),
         "fill_min": min(fill[full]),
@@ -164,7 +161,7 @@ def first_pack(case: Case, folder: Path) -> dict[str, float]:
     index.check(ids=False)
     opened = time.perf_counter()
     plan = case.plan(index)
-    steps = int(plan._token_moments[0].sum() / TOKEN_UNITS / (case.ranks * plan.config.token_budget))
+    steps = int(plan._token_moments[0].sum() / TOKEN_UNITS / (case.ranks * plan.sizes.token_budget))
     step = plan.step(Cursor(FAR_EPOCH, steps // 2))
     planned = time.perf_counter()
     pack = packs_of_rank(step.packs, 0, case.ranks)[0]

@@ -112,7 +112,7 @@ def sample_clips(
     groups = (
         [(n, [i for i in range(clips) if lengths[i] == n]) for n in sorted(set(lengths))]
         if full
-        else [(run.config.num_start_frames, list(range(clips)))]
+        else [(run.config.process.num_start_frames, list(range(clips)))]
     )
     height, width = run.sizes_pixels[0]
     stride = run.codec.spatial_stride
@@ -127,9 +127,9 @@ def sample_clips(
                 num_inference_steps=setting.num_inference_steps,
                 num_start_frames=start,
                 insertion=None if full else "thinning",
-                insertion_schedule=run.config.insertion_schedule,
-                insertion_exponent=run.config.insertion_exponent,
-                time_shift=run.config.time_shift,
+                insertion_schedule=run.config.process.insertion_schedule,
+                insertion_exponent=run.config.process.insertion_exponent,
+                time_shift=run.config.process.time_shift,
             )
             shape = (run.codec.latent_channels, height // stride, width // stride)
             yield sample(predict, frame_shape=shape, batch_size=len(batch), config=config, seed=seed + batch[0]), labels

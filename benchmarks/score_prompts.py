@@ -78,7 +78,7 @@ def generate_and_score(arguments: argparse.Namespace) -> dict[str, PromptScore]:
                 GenerateOptions(
                     run_dir=arguments.run,
                     out_dir=out,
-                    num_clips=arguments.num,
+                    num=arguments.num,
                     prompt=prompt,
                     seed=arguments.seed + number * arguments.num,
                     checkpoint_step=arguments.checkpoint,

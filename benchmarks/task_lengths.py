@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", required=True, help="of the run that generated")
     parser.add_argument("--generated", type=Path, required=True, help="a folder that holds one folder a task")
     options = parser.parse_args(arguments)
-    process = load_config(options.config)
+    config = load_config(options.config)
     print(
         "| task | clips | mean length by the law | generated | total variation | of sampling alone |\n"
         + "|---" * 6
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for task in TASK_NUMBERS:
         if (options.generated / task / "clips.jsonl").is_file():
-            row = measure(options.generated / task, process)
+            row = measure(options.generated / task, config.process)
             print(
                 f"| `{task}` | {row['clips']} | {row['mean_expected']:.2f} | {row['mean_frames']:.2f} "
                 f"| {row['total_variation']:.2f} | {row['sampling_total_variation']:.2f} |"

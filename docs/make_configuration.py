@@ -65,20 +65,25 @@ def default_of(field: dataclasses.Field) -> str:
     return f"`{text.removeprefix('- ')}`"
 
 
-def sections(kind: type, prefix: str = "") -> Iterator[tuple[str, type, list[dataclasses.Field]]]:
-    """Every dataclass of a configuration with its own plain fields, outermost first."""
+def sections(kind: type, prefix: str = "", title: str = "Top level") -> Iterator[tuple[str, str, type]]:
+    """Title, prefix of keys and dataclass of each section of a configuration, outermost first."""
     types = typing.get_type_hints(kind)
-    nested = [f.name for f in dataclasses.fields(kind) if dataclasses.is_dataclass(types[f.name])]
-    yield prefix, kind, [f for f in dataclasses.fields(kind) if f.name not in nested]
-    for name in nested:
-        yield from sections(types[name], f"{prefix}{name}.")
+    yield title, prefix, kind
+    nested = [f for f in dataclasses.fields(kind) if dataclasses.is_dataclass(types[f.name])]
+    for field in sorted(nested, key=lambda field: not field.metadata.get("flat")):
+        flat, name = field.metadata.get("flat"), f"{prefix}{field.name}"
+        title = f"Top level: {field.name}" if flat else f"`{name}`"
+        yield from sections(types[field.name], prefix if flat else f"{name}.", title)
 
 
 def tables(kind: type) -> Iterator[str]:
     """A heading, a sentence and a table for each dataclass."""
-    for prefix, section, plain in sections(kind):
+    for title, prefix, section in sections(kind):
+        types = typing.get_type_hints(section)
+        plain = [f for f in dataclasses.fields(section) if not dataclasses.is_dataclass(types[f.name])]
+        if not plain:
+            continue
         docs = field_docs(section)
-        title = f"`{prefix.removesuffix('.')}`" if prefix else "Top level"
         summary = (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
         yield f"### {title}\n\n{summary}\n\n| key | default | |\n|---|---|---|"
         for field in plain:

@@ -7,6 +7,7 @@ subcommand that needs it, so that ``--help`` is quick.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,6 +224,9 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from flowception.checkpoint.format import checkpoint_dir, list_steps
     from flowception.checkpoint.reader import hashes, latest_valid
+    from flowception.progress import show_log
+
+    show_log(stream="stderr")
 
     run_dir: Path = arguments.run
     if not run_dir.is_dir():
@@ -238,7 +242,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
         _list_checkpoints(run_dir, steps, verified=arguments.verify)
     if arguments.hash:
         if arguments.checkpoint is None:
-            folder = latest_valid(run_dir, report=lambda line: print(line, file=sys.stderr))
+            folder = latest_valid(run_dir)
         else:
             folder = checkpoint_dir(run_dir, arguments.checkpoint)
         for name, digest in hashes(folder or run_dir).items():
@@ -274,35 +278,32 @@ def _generate(arguments: argparse.Namespace) -> int:
     show_log()
     if arguments.num is None and arguments.prompts is None:
         raise ConfigError("--num is missing; give the number of clips to generate")
-    options = GenerateOptions(
-        run_dir=arguments.run,
-        out_dir=arguments.out,
-        task=arguments.task,
-        num_clips=arguments.num or 1,
-        context_files=tuple(arguments.context),
-        keep=parse_keep(arguments.keep) if arguments.keep else None,
-        class_label=arguments.class_label,
-        prompt=arguments.prompt,
-        prompts_file=arguments.prompts,
-        text_encoder=arguments.text_encoder,
-        seed=arguments.seed,
-        checkpoint_step=arguments.checkpoint,
-        guidance=arguments.guidance,
-        rate_guidance=arguments.rate_guidance,
-        insertion=arguments.insertion,
-        num_inference_steps=arguments.num_inference_steps,
-        cache_refresh_steps=arguments.cache_refresh,
-        max_frames=arguments.max_frames,
-        num_frames=arguments.num_frames,
-        batch_size=arguments.batch_size,
-        part=arguments.part,
-        num_parts=arguments.num_parts,
-        size_pixels=_size(arguments.size) if arguments.size else None,
-        fps=arguments.fps,
-        device=arguments.device,
-    )
-    generate(options)
+    same = (
+        "task", "context", "prompt", "class_label", "text_encoder", "seed", "num_inference_steps", "guidance",
+        "rate_guidance", "insertion", "max_frames", "num_frames", "cache_refresh", "batch_size", "part", "num_parts",
+        "fps", "device",
+    )  # fmt: skip
+    try:
+        options = GenerateOptions(
+            run_dir=arguments.run,
+            out_dir=arguments.out,
+            prompts_file=arguments.prompts,
+            checkpoint_step=arguments.checkpoint,
+            num=arguments.num or 1,
+            keep=parse_keep(arguments.keep) if arguments.keep else None,
+            size=_size(arguments.size) if arguments.size else None,
+            **{name: getattr(arguments, name) for name in same},
+        )
+        generate(options)
+    except FlowceptionError as error:
+        error.args = (_as_flags(str(error)),)
+        raise
     return 0
+
+
+def _as_flags(message: str) -> str:
+    """A message with the names of options, which stand in backticks, as the flags of the same names."""
+    return re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

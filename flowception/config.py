@@ -1,10 +1,9 @@
-"""A run's whole configuration, and how it is read.
+"""Reading YAML into any dataclass, and writing it back. Knows no section by name.
 
-Every dataclass lives beside its owner; this module only composes them. YAML files hold differences from the
-defaults and are merged left to right, then ``key=value`` words of the command line; a file that ``extends`` another
-holds differences from that one. Unknown keys are refused with
-the nearest right one. The keys of the process and of the plan are top-level (``insertion_share``, ``token_budget``),
-all others are nested (``optim.lr``, ``zero.stage``).
+YAML files hold differences from the defaults and are merged left to right, then ``key=value`` words of the command
+line; a file that ``extends`` another holds differences from that one. Unknown keys are refused with the nearest right
+one. A field that holds a dataclass is a section, whose keys are nested (``optim.lr``), unless it is marked ``FLAT``:
+then they stand at the top level (``token_budget``).
 """
 
 from __future__ import annotations
@@ -24,14 +23,23 @@ from flowception.errors import ConfigError, Problems
 
 Schema = TypeVar("Schema")
 
+FLAT = {"flat": True}
+"""Metadata of a section whose keys stand at the top level of a file."""
+REPLACED = {"replaced": True}
+"""Metadata of a mapping that a file gives whole, instead of what a file before said; a word changes one entry of it."""
 
-def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Schema:
+
+def load(
+    schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = (), *, others_allowed: bool = False
+) -> Schema:
     """Read a configuration of any dataclass: defaults, then files left to right, then ``key=value`` words.
 
     Args:
         schema: The dataclass to fill.
         paths: YAML files, later ones win.
         overrides: Words such as ``optim.lr=1e-4``; they win over files.
+        others_allowed: Whether files may have other keys at the top level, which are left out: ``schema`` is then a
+            part of what the files are for.
 
     Returns:
         An instance of ``schema``, its ranges checked.
@@ -52,8 +60,9 @@ def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[
             layers.append((word, _word(word)))
     for origin, layer in layers:
         with problems.collected():
-            if "tasks" in config and origin not in overrides and OmegaConf.is_dict(layer) and "tasks" in layer:
-                config.tasks = {}  # a file's mixture replaces the one before it; a word changes one task of it
+            layer = _nested(layer, schema, origin, others_allowed)
+            if origin not in overrides:
+                _forget_replaced(config, layer, schema)
             config = _merge(config, layer, origin, schema, problems)
     _check_sections(config, schema, problems, name_missing=all_read)
     problems.raise_if_any()
@@ -62,6 +71,46 @@ def load(schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[
     if not isinstance(filled, schema):
         raise ConfigError(f"configuration {' '.join(map(str, paths))} does not hold keys of {schema.__name__}")
     return filled
+
+
+def _sections(schema: type) -> dict[str, type]:
+    """The dataclass of each section of a schema."""
+    hints = get_type_hints(schema)
+    return {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+
+
+def _flat_sections(schema: type) -> dict[str, type]:
+    """Those whose keys stand at the top level."""
+    flat = {known.name for known in fields(schema) if known.metadata.get("flat")}
+    return {name: kind for name, kind in _sections(schema).items() if name in flat}
+
+
+def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
+    """A layer with the keys of flat sections put into them."""
+    content = OmegaConf.to_container(layer)
+    if not isinstance(content, dict):
+        return layer
+    flat = _flat_sections(schema)
+    home = {known.name: name for name, kind in flat.items() for known in fields(kind)}
+    own = {known.name for known in fields(schema)} - flat.keys()
+    result: dict[Any, Any] = {}
+    for key, value in content.items():
+        if key in home:
+            result.setdefault(home[key], {})[key] = value
+        elif key in flat:
+            raise ConfigError(f"{origin}: unknown key {key}; nearest: {nearest_key(schema, str(key))}")
+        elif key in own or not others_allowed:
+            result[key] = value
+    return OmegaConf.create(result)
+
+
+def _forget_replaced(config: Any, layer: Any, schema: type) -> None:
+    """Empty the mappings that a file gives whole."""
+    for prefix, kind in [("", schema), *((f"{name}.", kind) for name, kind in _sections(schema).items())]:
+        for known in fields(kind):
+            key = prefix + known.name
+            if known.metadata.get("replaced") and OmegaConf.is_dict(OmegaConf.select(layer, key)):
+                OmegaConf.update(config, key, {}, merge=False)
 
 
 def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problems) -> Any:
@@ -82,20 +131,34 @@ def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problem
 
 def _check_sections(config: Any, schema: type, problems: Problems, *, name_missing: bool) -> None:
     """Note the first value out of range of each section, and every missing value unless a file could not be read."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    sections = {name: kind for name, kind in get_type_hints(schema).items() if is_dataclass(kind)}
-    for key in missing if name_missing else ():
-        if key in sections:
-            needed = [f.name for f in fields(sections[key]) if f.default is f.default_factory]
-            key = f"{key}.{[*needed, fields(sections[key])[0].name][0]}"
+    missing = OmegaConf.missing_keys(config)
+    for key in sorted(_missing_values(missing, schema)) if name_missing else ():
         problems.add(f"{key} has no value; write {key}=... or set it in a file")
-    for name in sections:
+    for name in _sections(schema):
         if not any(key == name or key.startswith(f"{name}.") for key in missing):
             with problems.collected(), _blaming("configuration", schema):
                 OmegaConf.to_object(config[name])
     if not problems.found:
         with problems.collected(), _blaming("configuration", schema):
             OmegaConf.to_object(config)
+
+
+def _missing_values(missing: set[str], schema: type) -> Iterator[str]:
+    """Missing keys as a person writes them: of a section that is missing whole, what it cannot do without."""
+    sections, flat = _sections(schema), _flat_sections(schema)
+    for key in missing:
+        if key in sections:
+            needed = [f.name for f in fields(sections[key]) if f.default is f.default_factory]
+            needed = needed or [fields(sections[key])[0].name]
+            yield from needed if key in flat else [f"{key}.{needed[0]}"]
+        else:
+            yield _written(key, schema)
+
+
+def _written(key: str, schema: type) -> str:
+    """A key as it stands in a file: without the name of a flat section."""
+    section, _, rest = key.partition(".")
+    return rest if rest and section in _flat_sections(schema) else key
 
 
 def _word(word: str) -> Any:
@@ -129,14 +192,15 @@ def _blaming(origin: str, schema: type) -> Iterator[None]:
     try:
         yield
     except ConfigKeyError as error:
-        key = str(error.full_key)
+        key = _written(str(error.full_key), schema)
         raise ConfigError(f"{origin}: unknown key {key}; nearest: {nearest_key(schema, key)}") from error
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value; write {error.full_key}=... or set it in a file") from error
+        key = _written(str(error.full_key), schema)
+        raise ConfigError(f"{key} has no value; write {key}=... or set it in a file") from error
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         where = getattr(error, "full_key", None)
         reason = str(error).split("\n    full_key")[0]
-        raise ConfigError(f"{origin}: {reason}" + (f" (key {where})" if where else "")) from error
+        raise ConfigError(f"{origin}: {reason}" + (f" (key {_written(where, schema)})" if where else "")) from error
 
 
 def nearest_key(schema: type, key: str) -> str:
@@ -158,13 +222,22 @@ def nearest_key(schema: type, key: str) -> str:
 
 def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a schema, those of sections included."""
-    types = get_type_hints(schema)
+    sections, flat = _sections(schema), _flat_sections(schema)
     for known in fields(schema):
+        if known.name in flat:
+            yield from dotted_keys(flat[known.name], prefix)
+            continue
         yield prefix + known.name
-        if is_dataclass(types[known.name]):
-            yield from dotted_keys(types[known.name], f"{prefix}{known.name}.")
+        if known.name in sections:
+            yield from dotted_keys(sections[known.name], f"{prefix}{known.name}.")
 
 
 def dump(config: object) -> str:
-    """The resolved configuration as YAML; ``load`` of it gives an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML, sections last; ``load`` of it gives an equal one."""
+    sections, flat = _sections(type(config)), _flat_sections(type(config))
+    content = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(content, dict)
+    top: dict[Any, Any] = {}
+    for name, value in content.items():
+        top |= value if name in flat else {} if name in sections else {name: value}
+    return OmegaConf.to_yaml(OmegaConf.create(top | {n: content[n] for n in sections if n not in flat}))

@@ -1,4 +1,8 @@
-"""What a job says while it runs: progress as a bar on a terminal or plain lines in a log, and the package's log."""
+"""What a job says while it runs: progress as a bar on a terminal or plain lines in a log, and the package's log.
+
+Modules of the package log and do not print; what is printed is a command's output. ``show_log`` puts the log on the
+console. It is called once a process: by a command, or for a rank of a training job by ``init_distributed``.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,48 @@ import logging
 import sys
 import time
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Literal, Self, TextIO
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def show_log() -> None:
-    """Print what the package logs, such as which attention backend was chosen and why, from INFO on."""
+EVERY_RANK = {"every_rank": True}
+"""For a line that its own rank alone can say: ``logger.info(..., extra=EVERY_RANK)``."""
+
+
+def show_log(rank: int = 0, stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Print what the package logs, from INFO on; warnings begin with ``WARNING:``, errors with ``ERROR:``.
+
+    Ranks other than 0 print errors, and lines logged with ``EVERY_RANK``: of all others each rank logs the same.
+
+    Args:
+        rank: This process among those of a job.
+        stream: Where to; a command whose output is read by programs keeps its log out of it.
+    """
+    console = _Console(stream)
+    console.addFilter(lambda record: rank == 0 or record.levelno >= logging.ERROR or hasattr(record, "every_rank"))
     logger = logging.getLogger("flowception")
     logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        handler = _ToPresentStdout()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Console)] + [console]
+    logger.propagate = False  # else a package that configures the root logger prints every line once more
 
 
-class _ToPresentStdout(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stdout`` is when something is logged: another stream while output is captured."""
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to what the stream is when something is logged: another one while output is captured."""
+
+    def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
+        self._name_of_stream = stream
+        super().__init__()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stdout
+        self.stream = sys.stdout if self._name_of_stream == "stdout" else sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"{record.levelname}: {message}" if record.levelno >= logging.WARNING else message
 
 
 class Progress:

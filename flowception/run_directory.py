@@ -9,18 +9,35 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from flowception.config import FLAT
 from flowception.errors import RunDirectoryError
 from flowception.files import FileLock, write_atomically
+from flowception.flow.extended_time import ProcessConfig
 from flowception.nn.build import count_parameters
 from flowception.nn.presets import DiTConfig
+from flowception.shards.open import DataConfig
 from flowception.shards.schema import ShardMeta
 
 _MAY_CHANGE = {"attention_backend", "compile", "activation_checkpointing", "initial_log_rate"}
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The part of a run's configuration that whoever uses the run needs; training adds its own to it."""
+
+    process: ProcessConfig = field(default_factory=ProcessConfig, metadata=FLAT)
+    """The process that the model learns."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
+    data: DataConfig
+    """The shard set and how it is read."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The network."""
 
 
 def describe(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:

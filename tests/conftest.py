@@ -1,7 +1,11 @@
 """What every test begins with."""
 
+import logging
+
 import pytest
 import torch
+
+from flowception.progress import show_log
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -13,3 +17,20 @@ def pytest_runtest_setup() -> None:
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A command that a test runs in this process may have put the package's log on the console."""
+    logger = logging.getLogger("flowception")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
+
+
+@pytest.fixture
+def console(capsys):
+    """What is printed, the package's log with it."""
+    show_log()
+    return capsys

@@ -90,6 +90,11 @@ def test_i2v_without_context(tmp_path, capsys):
     assert "does not exist" in fails_in_one_line(capsys, *words, "--context", tmp_path / "missing.png")
 
 
+def test_errors_of_generation_name_flags(tmp_path, capsys):
+    words = ("generate", tmp_path, "--num", 1, "--out", tmp_path / "out", "--part", 3, "--num-parts", 2)
+    assert "--part is 3 of --num-parts 2; give" in fails_in_one_line(capsys, *words)
+
+
 def test_every_task_of_the_process_can_be_generated():
     from flowception.flow import TASK_NUMBERS
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from data_prep.encoder.config import EncodeConfig
 from flowception.config import dotted_keys, dump, load
@@ -26,9 +27,7 @@ def leaves(path):
 
 
 def at(config, key):
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
+    return OmegaConf.select(OmegaConf.create(dump(config)), key)
 
 
 def test_later_layers_win(tmp_path):
@@ -150,7 +149,9 @@ def test_every_overlay_changes_what_it_names_and_nothing_else(recipe, overlay):
     differing = {key for key in dotted_keys(TrainConfig) if at(plain, key) != at(changed, key)} - SECTIONS
     assert differing
     assert differing <= set(leaves(overlay))
-    assert changed.packs_per_step * changed.token_budget == plain.packs_per_step * plain.token_budget
+    assert (
+        changed.plan.packs_per_step * changed.plan.token_budget == plain.plan.packs_per_step * plain.plan.token_budget
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -161,7 +162,7 @@ def test_recipes_are_the_paper_s_size(recipe):
     assert spec.in_channels == 128
     assert config.zero.stage == 3
     assert config.run_dir == f"runs/{recipe}"
-    tasks = {task for task, probability in config.tasks.items() if probability}
+    tasks = {task for task, probability in config.process.tasks.items() if probability}
     assert (
         tasks
         == {
@@ -177,7 +178,7 @@ def test_a_file_extends_another_beside_it(tmp_path):
     (tmp_path / "base.yaml").write_text("seed: 5\noptim: {lr: 0.5}\ntasks: {t2v: 1.0}\n")
     (tmp_path / "over.yaml").write_text("extends: base.yaml\noptim: {warmup_steps: 3}\ntasks: {i2v: 1.0}\n")
     config = load_config([tmp_path / "over.yaml"], NEEDED)
-    assert (config.seed, config.optim.lr, config.optim.warmup_steps, config.tasks) == (5, 0.5, 3, {"i2v": 1.0})
+    assert (config.seed, config.optim.lr, config.optim.warmup_steps, config.process.tasks) == (5, 0.5, 3, {"i2v": 1.0})
     (tmp_path / "base.yaml").write_text("extends: over.yaml\n")
     with pytest.raises(ConfigError, match="extends itself"):
         load_config([tmp_path / "over.yaml"], NEEDED)

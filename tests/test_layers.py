@@ -30,6 +30,11 @@ ONE_DOOR = {
     "wandb": "training/metrics.py",
     "flash_attn": "nn/attention.py",
 }
+KNOW_DEEPSPEED = {"training/distributed/zero.py", "training/distributed/sharded_state.py"}
+"""What is inside DeepSpeed's engine, its optimizers and a partitioned weight is known here and nowhere else."""
+INSIDE_DEEPSPEED = {"optimizer", "module", "zero_optimization_stage", "was_step_applied", "FWD_MODULE_STACK"}
+PRINTS = {"cli.py", "progress.py"}
+"""A command's output, and its progress where there is no terminal; other modules log."""
 LAZY = {"deepspeed", "wandb", "flash_attn", "diffusers", "transformers", "streaming"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -85,6 +90,29 @@ def test_heavy_packages_come_through_their_door(path):
             f"{relative} imports {package}; only {ONE_DOOR[package]} may"
         )
         assert not (at_top and package in LAZY), f"{relative} imports {package} at the top; import it where it is used"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_deepspeeds_inside_is_known_to_two_modules(path):
+    found = {name for name in names_in(path) if name in INSIDE_DEEPSPEED or name.startswith("ds_")}
+    relative = str(path.relative_to(PACKAGE))
+    assert bool(found) == (relative in KNOW_DEEPSPEED), f"{relative} asks an engine or a weight for {found}"
+
+
+def names_in(path: Path) -> set[str]:
+    """Attributes that are asked for, by dot or by a string."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    by_dot = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    asked = [call.args[1] for call in calls if call.func.id in ("getattr", "hasattr", "setattr", "delattr")]
+    return by_dot | {word.value for word in asked if isinstance(word, ast.Constant)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_print_and_modules_log(path):
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    prints = any(isinstance(called, ast.Name) and called.id == "print" for called in calls)
+    assert not prints or str(path.relative_to(PACKAGE)) in PRINTS, "use logging.getLogger(__name__)"
 
 
 def test_every_room_is_known():

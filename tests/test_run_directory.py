@@ -61,7 +61,7 @@ def test_another_text_width_is_refused(config, tmp_path):
 def test_shards_of_another_codec_are_named_before_they_are_planned(config, written, tmp_path):
     open_data(config)
     alter_meta(tmp_path / "shards", codec_fingerprint="0" * 64)
-    config.token_budget = 6
+    config.plan.token_budget = 6
     with pytest.raises(RunDirectoryError, match="trained on shards of codec_fingerprint f"):
         open_data(config)
 

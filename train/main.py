@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowception.training.signals import EXIT_STOPPED, StopFlag
@@ -101,16 +102,12 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
     import torch
 
-    from flowception.progress import show_log
     from flowception.training.distributed.launch import init_distributed
     from flowception.training.trainer import train
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     ranks = init_distributed()
-    if ranks.is_main:
-        print(ranks.everyone, flush=True)
-        show_log()
     complete = train(config, ranks, stop, _make_sampler if config.samples.every_steps else None)
     return 0 if complete else EXIT_STOPPED
 
@@ -121,7 +118,20 @@ def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> Clip
     from flowception.training.data import heldout_plan
 
     plan = heldout_plan(config, data) if len(data.heldout_rows) else data.plan
-    return TrainingSampler(config, data.reader, plan, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+    samples = config.samples
+    return TrainingSampler(
+        config,
+        data.reader,
+        plan,
+        folder=Path(config.run_dir) / "samples",
+        num_clips=samples.num_clips,
+        num_inference_steps=samples.num_inference_steps,
+        max_frames=samples.max_frames,
+        guidance=samples.guidance,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
 
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:

@@ -150,8 +150,8 @@ def _cost_of(plan: Plan, step: StepPlan) -> tuple[float, int]:
     """Training FLOPs and frames in flow of a step."""
     flops, flow_frames = 0.0, 0
     for pack in step.packs:
-        draws, clips = plan.draws(pack.epoch, pack.rows, pack.places), plan.index.clips[pack.rows]
-        visible, text = draws.visible_frames.numpy(), plan.text_tokens(pack.epoch, pack.rows)
-        flops += float(training_flops(plan.flop_spec, visible, clips["height"], clips["width"], text).sum())
-        flow_frames += int(draws.flow_mask.sum())
+        draws, clips = plan.clip_draws(pack), plan.index.clips[pack.rows]
+        visible, text = draws.clips.visible_frames.numpy(), draws.text_tokens
+        flops += float(training_flops(plan.spec, visible, clips["height"], clips["width"], text).sum())
+        flow_frames += int(draws.clips.flow_mask.sum())
     return flops, flow_frames

@@ -115,7 +115,7 @@ def _measure(study: Study, arm: Arm, seed: int, point: str, ranks: Ranks) -> dic
         train(config, ranks, StopFlag())
     trained = time.perf_counter()
     model = load_network(find_checkpoint(run_dir, spent.steps), config.model, ranks.device)
-    law = build_delay_law(config.delay_law)
+    law = build_delay_law(config.process.delay_law)
     tracks, evaluations = sample_tracks(model, config, study.budget, seed)
     sampled = time.perf_counter()
     return {
@@ -149,11 +149,11 @@ def sample_tracks(
     Returns:
         Positions of each clip, [n, 2] in pixels, and the number of evaluations.
     """
-    chooses_length = build_delay_law(config.delay_law).inserts
+    chooses_length = build_delay_law(config.process.delay_law).inserts
     settings = SamplerConfig(
         num_inference_steps=budget.num_inference_steps,
-        num_start_frames=config.num_start_frames,
-        order="learned" if chooses_length else config.delay_law,
+        num_start_frames=config.process.num_start_frames,
+        order="learned" if chooses_length else config.process.delay_law,
         max_frames=4 * max(LENGTH_LAW),
     )
     clips = budget.sampled_clips

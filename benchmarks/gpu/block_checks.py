@@ -108,7 +108,11 @@ def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any])
         seen: From ``block_inputs``.
     """
     spec, layout = case.config.model.flop_spec(), pack.layout
-    tokens, size, count = case.config.token_budget, spec.hidden_size, len(layout.frame_rank) + len(layout.clip_frames)
+    tokens, size, count = (
+        case.config.plan.token_budget,
+        spec.hidden_size,
+        len(layout.frame_rank) + len(layout.clip_frames),
+    )
     generator = torch.Generator(scene.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

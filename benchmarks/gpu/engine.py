@@ -55,7 +55,7 @@ class Training:
 
     def micro_steps(self, batch: StepBatch) -> float:
         """Forward and backward passes of a step; returns its velocity loss."""
-        seen = run_micro_steps(self.engine, batch, self.ranks, self.config.insertion_loss_weight, lambda phase: None)
+        seen = run_micro_steps(self.engine, batch, self.ranks, self.config.process.insertion_loss_weight)
         return seen.velocity_sum / batch.step_plan.velocity_denominator
 
     def optimizer_step(self) -> None:

@@ -100,7 +100,8 @@ class Case:
             text_tokens=self.clip.text_tokens,
         )
         spec = self.config.model.flop_spec()
-        return Plan(index, None, self.config, spec, self.config.seed, null_text_tokens=NULL_TEXT_TOKENS)
+        config, null = self.config, NULL_TEXT_TOKENS
+        return Plan(index, None, config.process, config.plan, spec, config.seed, null_text_tokens=null)
 
     @cached_property
     def reader(self) -> MadeUpClips:
@@ -121,8 +122,8 @@ class Case:
 
     def pack_clips(self, pack: PackPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Visible frames and text tokens of a pack's clips."""
-        draws = self.plan.draws(pack.epoch, pack.rows, pack.places, pack.u_time)
-        return draws.visible_frames.numpy(), self.plan.text_tokens(pack.epoch, pack.rows)
+        draws = self.plan.clip_draws(pack)
+        return draws.clips.visible_frames.numpy(), draws.text_tokens
 
     def pack_flops(self, pack: PackPlan) -> float:
         """Exact FLOPs of a pack's forward and backward pass, padding and recomputation left out."""

@@ -61,7 +61,7 @@ def _bytes(parts: Sequence[Any]) -> int:
 
 def products(scene: Scene, case: Case) -> dict[str, dict[str, float]]:
     """The matrix products of a block, each with TFLOP/s."""
-    spec, tokens = case.config.model.flop_spec(), case.config.token_budget
+    spec, tokens = case.config.model.flop_spec(), case.config.plan.token_budget
     size, hidden = spec.hidden_size, spec.mlp_hidden_size
     shapes = {
         "query_key_value": (size, 3 * size),
@@ -122,7 +122,7 @@ def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict
         pack: On the device.
         rows: Which row each of its tokens takes.
     """
-    shape = (case.config.token_budget, case.config.model.flop_spec().hidden_size)
+    shape = (case.config.plan.token_budget, case.config.model.flop_spec().hidden_size)
     real = (pack.layout.token_kind != TokenKind.PADDING).unsqueeze(1)
     values = torch.where(real, torch.randn(shape, device=scene.device), 0.0)
 

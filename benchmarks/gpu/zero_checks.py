@@ -58,7 +58,7 @@ def by_deepspeed(case: Case, stage: int, precision: str, ranks: Ranks, batches: 
     shards.set_learning_rate(_LEARNING_RATE)
     losses = []
     for number, batch in enumerate(batches):
-        seen = run_micro_steps(engine, batch, ranks, 1.0, lambda phase: None)
+        seen = run_micro_steps(engine, batch, ranks, 1.0)
         plan = batch.step_plan
         losses.append(seen.velocity_sum / plan.velocity_denominator + seen.insertion_sum / plan.insertion_denominator)
         wanted = REFUSAL if number == REFUSED_STEP else None

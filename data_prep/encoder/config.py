@@ -24,7 +24,8 @@ class EncodeConfig:
     source: str = MISSING
     """Folder of videos, a ``.csv`` or ``.jsonl`` manifest, or the folder of a data set."""
     source_format: SourceFormat = "auto"
-    """How the source is laid out, as ``data_prep/manifests/`` describes; ``auto`` tells a folder, a CSV and a JSONL."""
+    """How the source is laid out, as ``data_prep/encoder/manifests/`` describes; ``auto`` tells a folder, a
+    CSV and a JSONL."""
     split: str | None = None
     """Which part of a data set to encode; None is its training part."""
     filters: dict[str, FilterRange] = field(default_factory=dict)

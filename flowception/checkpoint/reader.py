@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from flowception.checkpoint.format import (
     read_manifest,
 )
 from flowception.errors import CheckpointError, CheckpointUnreadableError
+
+logger = logging.getLogger(__name__)
 
 
 def verify(
@@ -71,17 +74,12 @@ def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence
 
 
 def latest_valid(
-    run_dir: str | Path,
-    report: Callable[[str], None] | None = None,
-    *,
-    steps: Sequence[int] | None = None,
-    check: Callable[[Path], object] = verify,
+    run_dir: str | Path, *, steps: Sequence[int] | None = None, check: Callable[[Path], object] = verify
 ) -> Path | None:
-    """The newest checkpoint of a run that is whole.
+    """The newest checkpoint of a run that is whole; each damaged one that is passed over is warned of.
 
     Args:
         run_dir: The run.
-        report: Called with a line for each damaged checkpoint that is passed over.
         steps: The run's checkpoints in ascending order, where the caller listed them; None lists them.
         check: Raises CheckpointError for a damaged checkpoint; ranks that share the reading give their own.
 
@@ -99,8 +97,7 @@ def latest_valid(
         except CheckpointUnreadableError:
             raise
         except CheckpointError as error:
-            if report:
-                report(f"checkpoint of step {step} is passed over: {error}")
+            logger.warning("checkpoint of step %d is passed over: %s", step, error)
         else:
             return checkpoint_dir(run_dir, step)
     if steps:

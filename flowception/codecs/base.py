@@ -59,6 +59,8 @@ class Codec(ABC):
     """Pixels along the side of one latent cell."""
     temporal_stride: int
     """Pixel frames of one latent frame (of every one but the first, for a codec whose first stands for one)."""
+    decodes_frame_by_frame: bool = False
+    """Whether a latent frame decodes to the same pixels whatever lies beside it, so that it can be decoded alone."""
     latent_mean: tuple[float, ...]
     """[C]: mean of the raw latents, removed by ``encode`` and put back by ``decode``."""
     latent_std: tuple[float, ...]

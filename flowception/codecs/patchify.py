@@ -21,6 +21,7 @@ class PatchifyCodec(Codec):
 
     name = "patchify"
     temporal_stride = 1
+    decodes_frame_by_frame = True
 
     def __init__(self, patch_size: int = 4) -> None:
         self.patch_size = self.spatial_stride = patch_size

@@ -21,12 +21,14 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowception.data.clip_costs import ClipCosts
 from flowception.data.expected_tokens import TOKEN_UNITS
+from flowception.data.step_plan import PlanConfig
 from flowception.errors import PlanError
 from flowception.packing.balance import CARRIED, pack_clips
 
@@ -34,57 +36,15 @@ SEGMENT_CLIPS = 65536
 _CHUNK_CLIPS = 4096
 _MARGIN_DEVIATIONS = 4.0
 _MARGIN_BIAS = 5e-3
-"""Share by which expected tokens may be off for every clip alike (``expected.py``)."""
+"""Share by which expected tokens may be off for every clip alike (``expected_tokens.py``)."""
 _KEPT_SEGMENTS = 2
 PATIENCE_STEPS = 2
 """A clip that so many steps left over is packed before all others, so none waits for ever. Not earlier: packing is
 best when the smallest clips come last, and those are the ones left over."""
 
 
-@dataclass
-class ClipCosts:
-    """What the plan needs to know of each of some clips."""
-
-    tokens: NDArray[np.int64]
-    """Visible tokens, text included."""
-    flops: NDArray[np.float64]
-    attention_pairs: NDArray[np.float64]
-    """Attention pairs between visible latent and insertion tokens."""
-    full_attention_pairs: NDArray[np.float64]
-    """The same with every frame visible."""
-    velocity: NDArray[np.float64]
-    """Expected elements with a velocity loss."""
-    insertion: NDArray[np.float64]
-    """Expected sites with an insertion loss."""
-
-    def __getitem__(self, which: slice | NDArray[np.int64]) -> ClipCosts:
-        return ClipCosts(*(getattr(self, field.name)[which] for field in fields(self)))
-
-
 CostsOf = Callable[[NDArray[np.int64]], ClipCosts]
 """Gives the costs of the clips at given places."""
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """What a step holds."""
-
-    token_budget: int
-    """T: tokens of a pack."""
-    packs_per_step: int
-    """G."""
-    headroom: float
-    """A step is offered no further clip once this share of its tokens, or less, would be left free."""
-
-    @property
-    def capacity(self) -> int:
-        """``G T``."""
-        return self.packs_per_step * self.token_budget
-
-    @property
-    def limit(self) -> int:
-        """Tokens that a step is offered, the last clip not counted."""
-        return int((1.0 - self.headroom) * self.capacity)
 
 
 @dataclass(frozen=True)
@@ -100,7 +60,7 @@ class StepClips:
 class StepMaker:
     """Makes steps of given places, in their order, as far as asked; nothing is read from shards."""
 
-    def __init__(self, places: NDArray[np.int64], costs_of: CostsOf, sizes: StepSizes) -> None:
+    def __init__(self, places: NDArray[np.int64], costs_of: CostsOf, sizes: PlanConfig) -> None:
         """Begin.
 
         Args:
@@ -187,7 +147,7 @@ class EpochSteps:
         variance_per_token: float,
         largest_clip: int,
         costs_of: CostsOf,
-        sizes: StepSizes,
+        sizes: PlanConfig,
     ) -> None:
         """Cut an epoch into segments.
 

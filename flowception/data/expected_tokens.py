@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowception.flow.extended_time import ProcessConfig, draw_clips
+from flowception.shards.index import ClipIndex
 
 TOKEN_UNITS = 64
 """Mean tokens are counted in parts of so many of a token."""
@@ -55,28 +56,25 @@ def _kronecker(dimensions: int) -> NDArray[np.float64]:
 
 
 def token_moments(
-    process: ProcessConfig,
-    frames: NDArray[np.int64],
-    tokens_per_frame: NDArray[np.int32],
-    own_text: NDArray[np.int64],
-    null_text: int,
+    process: ProcessConfig, index: ClipIndex, null_text_tokens: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Mean, in parts of ``TOKEN_UNITS``, and variance of the visible tokens of clips.
+    """Mean, in parts of ``TOKEN_UNITS``, and variance of the visible tokens of every clip of a set.
 
     Args:
         process: The process.
-        frames: [M] latent frames.
-        tokens_per_frame: [M].
-        own_text: [M] tokens of each clip's text, 0 for none.
-        null_text: Tokens of the text that stands in for none.
+        index: The set's.
+        null_text_tokens: Tokens of the text that stands in for none; None for a network without text.
 
     Returns:
         [M], at least one token, and [M].
     """
-    lengths, which = np.unique(frames, return_inverse=True)
+    lengths, which = np.unique(index.clips["frames"].astype(np.int64), return_inverse=True)
     mean, variance = visible_moments(process, lengths)
-    dropped = np.where(own_text > 0, process.condition_dropout, 1.0)
-    tokens = mean[which] * tokens_per_frame + (1.0 - dropped) * own_text + dropped * null_text
-    spread = variance[which] * tokens_per_frame.astype(np.float64) ** 2
-    spread += dropped * (1.0 - dropped) * (own_text - null_text).astype(np.float64) ** 2
+    tokens = mean[which] * index.tokens_per_frame
+    spread = variance[which] * index.tokens_per_frame.astype(np.float64) ** 2
+    if null_text_tokens is not None:
+        own = index.clips["text_tokens"].astype(np.int64)
+        dropped = np.where(own > 0, process.condition_dropout, 1.0)
+        tokens = tokens + (1.0 - dropped) * own + dropped * null_text_tokens
+        spread += dropped * (1.0 - dropped) * (own - null_text_tokens).astype(np.float64) ** 2
     return np.maximum(TOKEN_UNITS, np.rint(TOKEN_UNITS * tokens)).astype(np.int64), spread

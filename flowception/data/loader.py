@@ -107,7 +107,7 @@ class PackLoader:
             prefetch: Steps that each worker keeps ready.
             left_out: Keys of clips that become padding in their places, with the reason.
         """
-        check_world_size(plan.config.packs_per_step, world_size)
+        check_world_size(plan.sizes.packs_per_step, world_size)
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; with {world_size} ranks it is from 0 to {world_size - 1}")
         self._plan, self._reader = plan, reader

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowception import rng
+from flowception.data.step_plan import PlanConfig
 from flowception.rng import Stream
+from flowception.shards.index import ClipIndex
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -106,3 +108,53 @@ def repeat_ids(clip_ids: NDArray[np.uint64], times: NDArray[np.int64]) -> NDArra
     first = np.cumsum(times) - times
     number = (np.arange(int(times.sum())) - np.repeat(first, times)).astype(np.uint64)
     return np.repeat(clip_ids, times) + number * _ODD
+
+
+class EpochOrder:
+    """The order of the clips of any epoch, and the global times of its places."""
+
+    def __init__(self, index: ClipIndex, rows: NDArray[np.int32], sizes: PlanConfig, seed: int) -> None:
+        """Prepare nothing; an order is made when it is asked for.
+
+        Args:
+            index: The set's; its weights say how often an epoch shows each clip, once where it has none.
+            rows: Rows to show.
+            sizes: Of the blocks of shards and of places.
+            seed: The run's.
+        """
+        self._index, self._rows, self._sizes, self._seed = index, rows, sizes, seed
+        self._counted: tuple[int, int] | None = None
+
+    def _times_shown(self, epoch: int) -> NDArray[np.int64]:
+        """How often an epoch shows each row: once, or what the weights of a mixture say."""
+        if self._index.weights is None:
+            return np.ones(len(self._rows), np.int64)
+        ids = self._index.clips["clip_id"][self._rows]
+        uniforms = rng.uniforms(self._seed, Stream.ORDER, epoch=epoch, clip=ids)[..., 1]
+        return times_shown(self._index.weights[self._rows], uniforms)
+
+    def _num_places(self, epoch: int) -> int:
+        if self._index.weights is None:
+            return len(self._rows)
+        if self._counted is None or self._counted[0] != epoch:
+            self._counted = (epoch, int(self._times_shown(epoch).sum()))
+        return self._counted[1]
+
+    def rows_by_place(self, epoch: int) -> NDArray[np.int32]:
+        """[K] rows of the epoch's clips in its order."""
+        clips, times = self._index.clips, self._times_shown(epoch)
+        rows, shards = np.repeat(self._rows, times), clips["shard"]
+        by_place = epoch_order(
+            repeat_ids(clips["clip_id"][self._rows], times),
+            shards[rows],
+            int(shards.max()) + 1,
+            seed=self._seed,
+            epoch=epoch,
+            shuffle_block_shards=self._sizes.shuffle_block_shards,
+        )
+        return rows[by_place]
+
+    def u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[k] uniforms for the global times of places [k], stratified over blocks of places."""
+        block_clips, num_places = self._sizes.time_block_clips, self._num_places(epoch)
+        return stratified_uniforms(places, num_places, seed=self._seed, epoch=epoch, block_clips=block_clips)

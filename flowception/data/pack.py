@@ -19,10 +19,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowception import rng
+from flowception.data.draws import PackDraws
 from flowception.data.plan import Plan
 from flowception.data.step_plan import PackPlan
 from flowception.errors import ConfigError, DataError
@@ -80,15 +83,10 @@ class _ClipContent:
     """[L, D]."""
 
 
-def _clip_shapes(plan: Plan, pack_plan: PackPlan, draws: ClipDraws) -> list[ClipShape]:
-    clips = plan.index.clips[pack_plan.rows]
-    text = plan.text_tokens(pack_plan.epoch, pack_plan.rows).tolist()
-    return [
-        ClipShape(frames, height, width, tokens)
-        for frames, height, width, tokens in zip(
-            draws.visible_frames.tolist(), clips["height"].tolist(), clips["width"].tolist(), text
-        )
-    ]
+def _clip_shapes(plan: Plan, rows: NDArray[np.int64], draws: PackDraws) -> list[ClipShape]:
+    clips = plan.index.clips[rows]
+    sizes = (draws.clips.visible_frames, clips["height"], clips["width"], draws.text_tokens)
+    return [ClipShape(*clip) for clip in zip(*(size.tolist() for size in sizes))]
 
 
 def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, reader: ClipReader) -> _ClipContent:
@@ -120,7 +118,7 @@ def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, re
 
 
 def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text_width: int | None) -> Pack:
-    layout, channels = build_layout(shapes, plan.pack_shape), plan.flop_spec.in_channels
+    layout, channels = build_layout(shapes, plan.pack_shape), plan.spec.in_channels
     tokens, frames, clips = layout.shape.token_budget, layout.shape.max_frames, layout.shape.max_clips
     text = None if text_width is None else torch.zeros(len(layout.text_token), text_width, dtype=torch.bfloat16)
     return Pack(
@@ -144,7 +142,7 @@ def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text
 
 def empty_pack(plan: Plan) -> Pack:
     """A pack of padding alone, for a micro-step that a rank has no pack for."""
-    return _blank_pack(plan, [], (), plan.flop_spec.text_dim)
+    return _blank_pack(plan, [], (), plan.spec.text_dim)
 
 
 def _fill_frames(pack: Pack, draws: ClipDraws) -> None:
@@ -192,33 +190,31 @@ def build_pack(
     Raises:
         ConfigError: If the set has other channels or another text width than the network.
     """
-    check_widths(plan.flop_spec, reader)
-    if plan.uses_text and (reader.null_text is None or len(reader.null_text) != plan.null_text_tokens):
+    check_widths(plan.spec, reader)
+    uses_text = plan.spec.text_dim is not None
+    if uses_text and (reader.null_text is None or len(reader.null_text) != plan.null_text_tokens):
         raise ConfigError(f"the plan counts {plan.null_text_tokens} tokens of null text, the set has another number")
-    draws = plan.draws(pack_plan.epoch, pack_plan.rows, pack_plan.places, pack_plan.u_time)
-    rows = pack_plan.rows.tolist()
-    shapes = _clip_shapes(plan, pack_plan, draws)
-    pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.flop_spec.text_dim)
-    _fill_frames(pack, draws)
-    keeps_condition = plan.keeps_condition(pack_plan.epoch, pack_plan.rows)
-    shows_caption = plan.shows_caption(pack_plan.epoch, pack_plan.rows)
+    draws, rows = plan.clip_draws(pack_plan), pack_plan.rows.tolist()
+    shapes = _clip_shapes(plan, pack_plan.rows, draws)
+    pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.spec.text_dim)
+    _fill_frames(pack, draws.clips)
     bad, at, at_text = [], 0, 0
     for slot, row in enumerate(rows):
-        shape, keep_condition = shapes[slot], keeps_condition[slot]
+        shape = shapes[slot]
         latent = torch.nonzero(pack.layout.token_kind[at : at + shape.tokens] == 0).flatten() + at
         try:
             if pack.keys[slot] in left_out:
                 raise DataError(left_out[pack.keys[slot]])
-            clip = _read_clip(plan, row, pack_plan.epoch, draws, slot, reader)
+            clip = _read_clip(plan, row, pack_plan.epoch, draws.clips, slot, reader)
         except DataError as error:
             bad.append(BadClip(plan.index.key(row), str(error), shape.tokens))
             _silence(pack, slot)
         else:
             pack.noisy[latent], pack.condition[latent] = clip.noisy, clip.condition
             pack.velocity_target[latent] = clip.target
-            if keep_condition and plan.flop_spec.num_classes:
+            if draws.keeps_condition[slot] and plan.spec.num_classes:
                 pack.class_label[slot] = int(plan.index.clips["class_label"][row])
-            text = clip.text if shows_caption[slot] else reader.null_text
+            text = clip.text if draws.shows_caption[slot] else reader.null_text
             if pack.text is not None and text is not None:
                 pack.text[at_text : at_text + shape.text_tokens] = text
         at, at_text = at + shape.tokens, at_text + shape.text_tokens

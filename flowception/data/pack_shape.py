@@ -1,6 +1,6 @@
-"""The static sizes of a run's packs, from the index: what no pack can exceed.
+"""The static sizes of a run's packs, from the index: what no pack can exceed, and whether every clip fits a pack.
 
-Shape legend: ``M`` clips.
+Shape legend: ``M`` clips of the index.
 """
 
 from __future__ import annotations
@@ -8,30 +8,48 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from flowception.errors import PlanError
 from flowception.packing.layout import PackShape
+from flowception.shards.index import ClipIndex
 
 
-def static_shape(
-    token_budget: int,
-    num_frames: NDArray[np.int64],
-    tokens_per_frame: NDArray[np.int64],
-    text_tokens: NDArray[np.int64],
-) -> PackShape:
+def _full_tokens(index: ClipIndex, text_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[M] tokens of each clip with all its frames and its longest text."""
+    return text_tokens + index.clips["frames"].astype(np.int64) * index.tokens_per_frame
+
+
+def static_shape(index: ClipIndex, text_tokens: NDArray[np.int64], token_budget: int) -> PackShape:
     """Sizes that hold every pack of a run: a pack of T tokens has room for frames of the smallest grid alone.
 
     Args:
+        index: The set's.
+        text_tokens: [M], the most text that each clip can bring.
         token_budget: T.
-        num_frames: [M] latent frames of every clip of the set.
-        tokens_per_frame: [M].
-        text_tokens: [M], the most text that each can bring.
 
     Returns:
         The shape.
     """
-    most_frames = token_budget // int(tokens_per_frame.min())
+    most_frames = token_budget // int(index.tokens_per_frame.min())
     return PackShape(
         token_budget=token_budget,
         max_frames=most_frames,
         max_clips=most_frames,
-        max_seqlen=int((text_tokens + num_frames * tokens_per_frame).max()),
+        max_seqlen=int(_full_tokens(index, text_tokens).max()),
     )
+
+
+def check_clips_fit(index: ClipIndex, text_tokens: NDArray[np.int64], token_budget: int) -> None:
+    """Refuse a set with a clip longer than a pack; arguments as in ``static_shape``.
+
+    Raises:
+        PlanError: It names the longest clip.
+    """
+    full = _full_tokens(index, text_tokens)
+    worst = int(np.argmax(full))
+    if full[worst] > token_budget:
+        tokens, text = int(index.tokens_per_frame[worst]), int(text_tokens[worst])
+        raise PlanError(
+            f"clip {index.key(worst)} has {full[worst]} tokens ({index.clips['frames'][worst]} frames of {tokens}, "
+            f"{text} of text) and token_budget is {token_budget}; set token_budget={full[worst]} or more, or encode "
+            f"clips of at most {max(0, token_budget - text) // tokens} latent frames"
+        )

@@ -7,8 +7,6 @@ clips in the epoch's order, until they reach ``(1 - headroom) * packs_per_step *
 that crosses this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried
 into the next step (``epoch.py`` says with which precedence, and how a large epoch is planned in segments). No clip is
 dropped, cut or repeated in an epoch, and only its last step may be short.
-
-Shape legend: ``K`` clips of the epoch, ``k`` clips of a pack, ``G`` packs of a step, ``B, N`` as in ``flow``.
 """
 
 from __future__ import annotations
@@ -22,26 +20,24 @@ from dataclasses import asdict, fields
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flowception import rng
-from flowception.data.epoch import ClipCosts, EpochSteps, StepSizes, give_back_freed_memory
+from flowception.data.clip_costs import ClipCosts, clip_costs
+from flowception.data.draws import EpochDraws, PackDraws, pack_digests
+from flowception.data.epoch import EpochSteps, give_back_freed_memory
 from flowception.data.expected_tokens import TOKEN_UNITS, token_moments
-from flowception.data.order import epoch_order, repeat_ids, stratified_uniforms, times_shown
-from flowception.data.pack_shape import static_shape
-from flowception.data.step_plan import Cursor, PackPlan, PlanConfig, StepPlan
+from flowception.data.order import EpochOrder
+from flowception.data.pack_shape import check_clips_fit, static_shape
+from flowception.data.step_plan import Cursor, PackPlan, PlanConfig, StepPlan, combine_digests
 from flowception.errors import DataError, PlanError
-from flowception.flow.extended_time import ClipDraws, ProcessConfig, draw_clips
-from flowception.flow.loss import denominators, expected_counts
+from flowception.flow.extended_time import ProcessConfig
+from flowception.flow.loss import denominators
 from flowception.packing.balance import imbalance
-from flowception.packing.flops import TRAINING_PASSES, ModelSpec, clip_flops
+from flowception.packing.flops import TRAINING_PASSES, ModelSpec
 from flowception.packing.layout import PackShape
-from flowception.rng import Stream
 from flowception.shards.index import ClipIndex
 
-_KEPT_EPOCHS = 2
-_CHUNK_PLACES = 8192
+_KEPT_EPOCHS, _CHUNK_PLACES = 2, 8192
 _NOT_PLANNED = {"insertion_loss_weight"}
 
 
@@ -56,8 +52,9 @@ class Plan:
         self,
         index: ClipIndex,
         rows: NDArray[np.signedinteger] | None,
-        config: PlanConfig,
-        flop_spec: ModelSpec,
+        process: ProcessConfig,
+        sizes: PlanConfig,
+        spec: ModelSpec,
         seed: int,
         quarantine: Iterable[str] = (),
         *,
@@ -68,8 +65,9 @@ class Plan:
         Args:
             index: The set's index.
             rows: Rows to train on (a part of ``index.split``); None for all.
-            config: Sizes and process: an object that is both a ``PlanConfig`` and a ``ProcessConfig``.
-            flop_spec: Sizes of the network, for balancing and to know whether text is used.
+            process: What is drawn for a clip.
+            sizes: Of packs and steps.
+            spec: Sizes of the network, for balancing and to know whether text is used.
             seed: The run's seed.
             quarantine: Keys of clips left out, found bad in earlier epochs.
             null_text_tokens: Length of the set's null text, which a clip without a caption or condition brings.
@@ -78,56 +76,23 @@ class Plan:
             DataError: If there is no clip.
             PlanError: If a clip is longer than a pack, or has a class the network lacks.
         """
-        if not isinstance(config, ProcessConfig):
-            raise PlanError(f"a plan needs a config that is also a ProcessConfig, got {type(config).__name__}")
-        PlanConfig.__post_init__(config)  # a subclass of several configs may have skipped it
-        self.index, self.config, self.flop_spec, self.seed = index, config, flop_spec, seed
-        self.process: ProcessConfig = config
+        self.index, self.process, self.sizes, self.spec, self.seed = index, process, sizes, spec, seed
         self.null_text_tokens = null_text_tokens
+        self._draws = EpochDraws(index, process, seed, null_text_tokens if spec.text_dim is not None else None)
         self.quarantine = tuple(sorted(set(quarantine)))
         # 32 bits here and below: every rank of a node keeps such arrays of the whole set.
         self._all_rows = np.arange(len(index), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
         left_out = index.rows_of(self.quarantine)
         self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
         self._check()
+        self._order = EpochOrder(index, self.rows, sizes, seed)
         self._epochs: OrderedDict[int, tuple[NDArray[np.int32], EpochSteps]] = OrderedDict()
-        self._counted: tuple[int, int] | None = None
         self._lock = threading.RLock()  # a thread plans ahead of the one that trains
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan without the given clips as well; for the next epoch."""
-        left_out = {*self.quarantine, *keys}
-        null = self.null_text_tokens
-        return Plan(self.index, self._all_rows, self.config, self.flop_spec, self.seed, left_out, null_text_tokens=null)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether text tokens are part of packs."""
-        return self.flop_spec.text_dim is not None
-
-    def shows_caption(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which clips of an epoch are trained with their own text, bool [B] for rows [B]; others with the null text."""
-        return self.keeps_condition(epoch, rows) & (self.index.clips["text_tokens"][rows] > 0)
-
-    def text_tokens(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Text tokens that clips bring into a pack of an epoch, int64 [B] for rows [B]; 0 for a network without text.
-
-        A clip without a caption, or trained without its condition, brings the null text, so that it looks exactly like
-        an unconditional clip of the sampler. Which clips these are is drawn ahead, so the count is exact.
-        """
-        if not self.uses_text:
-            return np.zeros(len(rows), np.int64)
-        own = self.index.clips["text_tokens"][rows].astype(np.int64)
-        return np.where(self.shows_caption(epoch, rows), own, self.null_text_tokens)
-
-    def _most_text_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same at most, in any epoch."""
-        own = self.index.clips["text_tokens"][rows].astype(np.int64)
-        return np.maximum(own, self.null_text_tokens) if self.uses_text else np.zeros_like(own)
-
-    def _full_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        frames = self.index.clips["frames"][rows].astype(np.int64)
-        return self._most_text_tokens(rows) + frames * self.index.tokens_per_frame[rows]
+        what, null = (self.process, self.sizes, self.spec, self.seed), self.null_text_tokens
+        return Plan(self.index, self._all_rows, *what, {*self.quarantine, *keys}, null_text_tokens=null)
 
     def _check(self) -> None:
         if not len(self.rows):
@@ -135,32 +100,20 @@ class Plan:
                 f"there is no clip to train on: the set has {len(self.index)}, this part {len(self._all_rows)}, "
                 f"{len(self.quarantine)} are quarantined; encode more clips or lower data.heldout_fraction"
             )
-        full, budget = self._full_tokens(np.arange(len(self.index))), self.config.token_budget
-        worst = int(np.argmax(full))
-        if full[worst] > budget:
-            tokens, text = int(self.index.tokens_per_frame[worst]), int(self._most_text_tokens(np.array([worst]))[0])
-            raise PlanError(
-                f"clip {self.index.key(worst)} has {full[worst]} tokens ({self.index.clips['frames'][worst]} frames of "
-                f"{tokens}, {text} of text) and token_budget is {budget}; set token_budget={full[worst]} or more, "
-                f"or encode clips of at most {max(0, budget - text) // tokens} latent frames"
-            )
-        classes, label = self.flop_spec.num_classes, int(self.index.clips["class_label"].max())
+        check_clips_fit(self.index, self._draws.most_text_tokens, self.sizes.token_budget)
+        classes, label = self.spec.num_classes, int(self.index.clips["class_label"].max())
         if classes and label >= classes:
             raise PlanError(f"the set has class label {label}; set the model's num_classes={label + 1} or more")
 
     @cached_property
     def pack_shape(self) -> PackShape:
         """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
-        clips, every = self.index.clips, np.arange(len(self.index))
-        frames, tokens = clips["frames"].astype(np.int64), self.index.tokens_per_frame.astype(np.int64)
-        return static_shape(self.config.token_budget, frames, tokens, self._most_text_tokens(every))
+        return static_shape(self.index, self._draws.most_text_tokens, self.sizes.token_budget)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that the plan depends on, hex."""
-        config = {f.name: getattr(self.config, f.name) for f in fields(PlanConfig)}
-        process = {f.name: getattr(self.process, f.name) for f in fields(ProcessConfig) if f.name not in _NOT_PLANNED}
-        process["tasks"] = self.process.task_probabilities().tolist()
+        process = {f.name: getattr(self.process, f.name) for f in fields(self.process) if f.name not in _NOT_PLANNED}
         content = {
             "version": 5,
             "seed": self.seed,
@@ -168,94 +121,44 @@ class Plan:
             "rows": _digest(self._all_rows.astype("<i8")),
             "quarantine": self.quarantine,
             "weights": None if self.index.weights is None else _digest(self.index.weights.astype("<f8")),
-            "plan": config,
-            "process": process,
-            "network": asdict(self.flop_spec),
+            "plan": asdict(self.sizes),
+            "process": process | {"tasks": self.process.task_probabilities().tolist()},
+            "network": asdict(self.spec),
             "null_text_tokens": self.null_text_tokens,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def draws(
-        self,
-        epoch: int,
-        rows: NDArray[np.int64],
-        places: NDArray[np.int64],
-        u_time: NDArray[np.float64] | None = None,
-    ) -> ClipDraws:
-        """The draws of some clips of an epoch; a clip's are the same whatever else is asked for.
+    def clip_draws(self, pack: PackPlan) -> PackDraws:
+        """All that is drawn for the clips of a pack; a clip's draws are the same in any company."""
+        return self._draws.of_pack(pack.epoch, pack.rows, self._u_time(pack))
 
-        Args:
-            epoch: Epoch number.
-            rows: [B] rows in the index.
-            places: [B] their places in the epoch's order.
-            u_time: [B] uniforms for the global times; None for the plan's own, stratified over places.
+    def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
+        """SHA-256 of each of some packs of one epoch: their clips and all that is drawn for them."""
+        if not packs:
+            return []
+        rows, u_time = np.concatenate([p.rows for p in packs]), np.concatenate([self._u_time(p) for p in packs])
+        draws = self._draws.of_pack(packs[0].epoch, rows, u_time)
+        return pack_digests(packs, draws, self.index.clips["clip_id"][rows])
 
-        Returns:
-            Draws, in the order given.
-        """
-        ids, frames = self.index.clips["clip_id"][rows], self.index.clips["frames"][rows].astype(np.int64)
-        if u_time is None:
-            u_time = self._u_time(epoch, places)
-        u_task = rng.uniforms(self.seed, Stream.TASK, epoch=epoch, clip=ids)[..., 0]
-        slots = np.arange(int(frames.max(initial=0)))
-        u_frame = rng.uniforms(self.seed, Stream.FRAME, epoch=epoch, clip=ids[:, None], frame=slots)
-        return draw_clips(self.process, frames, u_time, u_task, u_frame)
+    def order_hash(self, step: StepPlan) -> str:
+        """SHA-256 of a step's clips, their draws and their packs. Knows nothing of ranks."""
+        return combine_digests(self.pack_digests(step.packs))
 
-    def _u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
-        block_clips = self.config.time_block_clips
-        num_places = self._num_places(epoch)
-        return stratified_uniforms(places, num_places, seed=self.seed, epoch=epoch, block_clips=block_clips)
+    def keys(self, step: StepPlan) -> list[str]:
+        """Keys of a step's clips, pack after pack."""
+        return [self.index.key(int(row)) for pack in step.packs for row in pack.rows]
 
-    def _times_shown(self, epoch: int) -> NDArray[np.int64]:
-        """How often an epoch shows each of ``rows``: once, or what the weights of a mixture say."""
-        if self.index.weights is None:
-            return np.ones(len(self.rows), np.int64)
-        ids = self.index.clips["clip_id"][self.rows]
-        uniforms = rng.uniforms(self.seed, Stream.ORDER, epoch=epoch, clip=ids)[..., 1]
-        return times_shown(self.index.weights[self.rows], uniforms)
-
-    def _num_places(self, epoch: int) -> int:
-        if self.index.weights is None:
-            return len(self.rows)
-        if self._counted is None or self._counted[0] != epoch:
-            self._counted = (epoch, int(self._times_shown(epoch).sum()))
-        return self._counted[1]
-
-    def keeps_condition(self, epoch: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which clips of an epoch are trained with their class and text, bool [B] for rows [B]; the rest without."""
-        ids = self.index.clips["clip_id"][rows]
-        u_dropout = rng.uniforms(self.seed, Stream.CONDITION_DROPOUT, epoch=epoch, clip=ids)[..., 0]
-        return u_dropout >= self.process.condition_dropout
+    def _u_time(self, pack: PackPlan) -> NDArray[np.float64]:
+        return self._order.u_time(pack.epoch, pack.places) if pack.u_time is None else pack.u_time
 
     def _costs(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> ClipCosts:
-        draws, clips = self.draws(epoch, rows, places), self.index.clips
-        height, width = clips["height"][rows].astype(np.int64), clips["width"][rows].astype(np.int64)
-        visible, text = draws.visible_frames.numpy(), self.text_tokens(epoch, rows)
-        per_frame = self.index.tokens_per_frame[rows]
-        latent_and_insertion = (visible * per_frame).astype(np.int64)
-        velocity, insertion = expected_counts(
-            draws.roles,
-            torch.from_numpy(self.flop_spec.in_channels * height * width),
-            self.process.schedule(),
-            self.process.delay_law,
-        )
-        return ClipCosts(
-            tokens=text + latent_and_insertion,
-            flops=clip_flops(self.flop_spec, visible, height, width, text),
-            attention_pairs=latent_and_insertion.astype(np.float64) ** 2,
-            full_attention_pairs=(clips["frames"][rows] * per_frame).astype(np.float64) ** 2,
-            velocity=velocity.numpy(),
-            insertion=insertion.numpy(),
-        )
+        draws = self._draws.of_pack(epoch, rows, self._order.u_time(epoch, places))
+        return clip_costs(self.index, rows, draws, self.process, self.spec)
 
     @cached_property
     def _token_moments(self) -> tuple[NDArray[np.int32], float]:
         """Mean of the visible tokens of each clip of the index, in parts of ``TOKEN_UNITS``; most variance a token."""
-        clips = self.index.clips
-        text = clips["text_tokens"].astype(np.int64) if self.uses_text else np.zeros(len(clips), np.int64)
-        null = self.null_text_tokens if self.uses_text else 0
-        frames = clips["frames"].astype(np.int64)
-        mean, variance = token_moments(self.process, frames, self.index.tokens_per_frame, text, null)
+        mean, variance = token_moments(self.process, self.index, self._draws.null_text_tokens)
         return mean.astype(np.int32), TOKEN_UNITS * float((variance / mean).max())
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int32], EpochSteps]:
@@ -263,21 +166,14 @@ class Plan:
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
-        clips, config = self.index.clips, self.config
-        times = self._times_shown(epoch)
-        rows = np.repeat(self.rows, times)
-        ids, shards, block = repeat_ids(clips["clip_id"][self.rows], times), clips["shard"], config.shuffle_block_shards
-        by_place = epoch_order(
-            ids, shards[rows], int(shards.max()) + 1, seed=self.seed, epoch=epoch, shuffle_block_shards=block
-        )
-        order = rows[by_place]
+        order = self._order.rows_by_place(epoch)
         mean, variance_per_token = self._token_moments
         steps = EpochSteps(
             mean[order],
             variance_per_token,
             self.pack_shape.max_seqlen,
             lambda places: self._costs(epoch, order[places].astype(np.int64), places),
-            StepSizes(config.token_budget, config.packs_per_step, config.headroom),
+            self.sizes,
         )
         self._epochs[epoch] = (order, steps)
         if len(self._epochs) > _KEPT_EPOCHS:
@@ -329,22 +225,18 @@ class Plan:
             found = steps.step(cursor.step)
         if found is None:
             raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
-        costs, config = found.costs, self.config
+        costs = found.costs
         tokens, edges = int(costs.tokens.sum()), np.cumsum([0, *map(len, found.packs)])
         divisors = denominators(costs.velocity, costs.insertion)
         return StepPlan(
-            plan=self,
             epoch=cursor.epoch,
             step=cursor.step,
-            packs=[
-                PackPlan(cursor.epoch, number, order[pack].astype(np.int64), pack)
-                for number, pack in enumerate(found.packs)
-            ],
+            packs=[PackPlan(cursor.epoch, i, order[pack].astype(np.int64), pack) for i, pack in enumerate(found.packs)],
             velocity_denominator=divisors.velocity,
             insertion_denominator=divisors.insertion,
             clips=len(costs.tokens),
             tokens=tokens,
-            fill=tokens / (config.packs_per_step * config.token_budget),
+            fill=tokens / self.sizes.capacity,
             flops=float(TRAINING_PASSES * costs.flops.sum()),
             flops_imbalance=imbalance(np.diff(np.append(0.0, np.cumsum(costs.flops))[edges])),
             attention_ratio=float(costs.attention_pairs.sum() / costs.full_attention_pairs.sum()),
@@ -355,35 +247,3 @@ class Plan:
         with self._lock:
             goes_on = self._epoch(cursor.epoch)[1].has(cursor.step + 1)
         return Cursor(cursor.epoch, cursor.step + 1) if goes_on else Cursor(cursor.epoch + 1, 0)
-
-    def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
-        """SHA-256 of each pack: its clips in order, their times, roles and delays, and which lose their condition.
-
-        Args:
-            packs: Packs of one epoch.
-
-        Returns:
-            One digest for each.
-        """
-        if not packs:
-            return []
-        rows, places = np.concatenate([p.rows for p in packs]), np.concatenate([p.places for p in packs])
-        epoch = packs[0].epoch
-        u_time = np.concatenate([self._u_time(epoch, p.places) if p.u_time is None else p.u_time for p in packs])
-        draws = self.draws(epoch, rows, places, u_time)
-        inside = np.arange(draws.roles.shape[1]) < draws.num_frames.numpy()[:, None]
-        drawn = np.where(draws.visible.numpy(), draws.roles.numpy(), -2 - draws.roles.numpy()).astype(np.int8)
-        ids, time, delay = self.index.clips["clip_id"][rows], draws.global_time.numpy(), draws.delay.numpy()
-        kept = self.keeps_condition(epoch, rows)
-        digests, at = [], 0
-        for pack in packs:
-            here = slice(at, at + len(pack.rows))
-            digest = hashlib.sha256(f"{pack.epoch} {pack.number} {len(pack.rows)};".encode())
-            real = inside[here]
-            for array in (
-                ids[here], time[here], kept[here], real.sum(axis=1), drawn[here][real], delay[here][real],
-            ):  # fmt: skip
-                digest.update(np.ascontiguousarray(array).tobytes())
-            digests.append(digest.hexdigest())
-            at = here.stop
-        return digests

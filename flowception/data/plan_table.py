@@ -19,11 +19,12 @@ def cursor_at(plan: Plan, step: int) -> Cursor:
     return Cursor(epoch, step)
 
 
-def hash_from_ranks(step_plan: StepPlan, world_size: int) -> str:
+def hash_from_ranks(plan: Plan, step_plan: StepPlan, world_size: int) -> str:
     """A step's order hash, put together from what the ranks hold: each draws only its own packs.
 
     Args:
-        step_plan: The step.
+        plan: The plan.
+        step_plan: Its step.
         world_size: Number of ranks.
 
     Returns:
@@ -35,7 +36,7 @@ def hash_from_ranks(step_plan: StepPlan, world_size: int) -> str:
     digests: dict[int, str] = {}
     for rank in range(world_size):
         share = [pack for pack in packs_of_rank(step_plan.packs, rank, world_size) if pack is not None]
-        for pack, digest in zip(share, step_plan.plan.pack_digests(share)):
+        for pack, digest in zip(share, plan.pack_digests(share)):
             if pack.number in digests:
                 raise PlanError(f"pack {pack.number} of step {step_plan.step} went to two ranks of {world_size}")
             digests[pack.number] = digest
@@ -56,14 +57,14 @@ def plan_table(plan: Plan, world_size: int, start: int, steps: int) -> list[dict
     Returns:
         For each step ``{step, order_hash, clips, tokens, fill, flops_imbalance, attention_ratio}``.
     """
-    check_world_size(plan.config.packs_per_step, world_size)
+    check_world_size(plan.sizes.packs_per_step, world_size)
     table, cursor = [], cursor_at(plan, start)
     for step in range(start, start + steps):
         found = plan.step(cursor)
         table.append(
             {
                 "step": step,
-                "order_hash": hash_from_ranks(found, world_size),
+                "order_hash": hash_from_ranks(plan, found, world_size),
                 "clips": found.clips,
                 "tokens": found.tokens,
                 "fill": found.fill,

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flowception.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flowception.data.plan import Plan
 
 
 @dataclass(kw_only=True)
@@ -43,6 +38,16 @@ class PlanConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give an integer of at least 1")
         if not 0.0 <= self.headroom < 1.0:
             raise ConfigError(f"headroom is {self.headroom}; give a share from 0 to below 1")
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a step, ``packs_per_step * token_budget``."""
+        return self.packs_per_step * self.token_budget
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a step is offered, the last clip not counted."""
+        return int((1.0 - self.headroom) * self.capacity)
 
 
 def check_world_size(packs_per_step: int, world_size: int) -> None:
@@ -81,7 +86,6 @@ class PackPlan:
 class StepPlan:
     """One optimizer step."""
 
-    plan: Plan = field(repr=False)
     epoch: int
     step: int
     packs: list[PackPlan]
@@ -98,11 +102,6 @@ class StepPlan:
     """FLOPs of forward and backward over all packs, padding and recomputation left out."""
     attention_ratio: float
     """Attention pairs between visible frames' tokens over those of full clips."""
-
-    @cached_property
-    def order_hash(self) -> str:
-        """SHA-256 of the step's clips, their draws and their packs. Knows nothing of ranks."""
-        return combine_digests(self.plan.pack_digests(self.packs))
 
 
 def combine_digests(digests: Sequence[str]) -> str:

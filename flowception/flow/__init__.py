@@ -22,7 +22,7 @@ from flowception.flow.loss import (
 )
 from flowception.flow.path import interpolate, shift_time, velocity_target
 from flowception.flow.prior import effective_sample_ratio
-from flowception.flow.sampler import CountedPredictor, Predictor, sample, sample_states
+from flowception.flow.sampler import CountedPredictor, Predictor, SampleArguments, sample, sample_states
 from flowception.flow.sampler_state import Context, SamplerConfig, SampleResult, SamplerState, StepRecord
 from flowception.flow.schedule import InsertionSchedule, build_schedule
 from flowception.flow.streaming import FinalFrames, final_lengths, stream_frames
@@ -52,6 +52,7 @@ __all__ = [
     "ProcessConfig",
     "Role",
     "RoleConfig",
+    "SampleArguments",
     "SampleResult",
     "SamplerConfig",
     "SamplerState",

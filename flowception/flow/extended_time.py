@@ -40,7 +40,7 @@ from flowception.flow.task import (
 class ProcessConfig(RoleConfig):
     """The process that a model learns."""
 
-    tasks: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0})
+    tasks: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0}, metadata={"replaced": True})
     """Probability of each task (``t2v``, ``i2v``, ``v2v``, ``interpolation``, ``completion``); need not sum to 1."""
     insertion_schedule: str = "linear"
     """kappa: ``linear``, ``power`` or ``cosine``."""
@@ -65,7 +65,7 @@ class ProcessConfig(RoleConfig):
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        RoleConfig.__post_init__(self)
+        super().__post_init__()
         self.task_probabilities()
         build_schedule(self.insertion_schedule, self.insertion_exponent)
         build_delay_law(self.delay_law)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Required, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from flowception.flow.sampler_state import (
     step_sizes,
 )
 from flowception.flow.task import Role, may_insert
+from flowception.progress import EVERY_RANK
 from flowception.rng import Stream, uniforms
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, 
             len(newly),
             shown,
             state.step,
+            extra=EVERY_RANK,
         )
     return kept, state.capped | torch.from_numpy(cut)
 
@@ -163,96 +165,72 @@ def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: Sampler
     return replace(moved, step=state.step + 1)
 
 
+class SampleArguments(TypedDict, total=False):
+    """What ``sample`` and ``sample_states`` take beside the predictor and the config."""
+
+    frame_shape: Required[tuple[int, int, int]]
+    """(C, H, W)."""
+    batch_size: Required[int]
+    """B."""
+    context: Sequence[Context | None] | None
+    """One entry for each clip; None where, or if, nothing is given (the default)."""
+    seed: int | Sequence[int]
+    """Clip i has seed ``seed + i``, or the i-th where a seed is given for each. Default 0."""
+    device: torch.device | str
+    """Where frames live and ``predict`` works. Default ``cpu``."""
+    num_frames: Sequence[int] | None
+    """Length of each clip under a prescribed order; None takes the config's (the default)."""
+
+
 def sample_states(
-    predict: Predictor,
-    *,
-    frame_shape: tuple[int, int, int],
-    batch_size: int,
-    config: SamplerConfig,
-    context: Sequence[Context | None] | None = None,
-    seed: int | Sequence[int] = 0,
-    device: torch.device | str = "cpu",
-    num_frames: Sequence[int] | None = None,
+    predict: Predictor, *, config: SamplerConfig, **arguments: Unpack[SampleArguments]
 ) -> Iterator[SamplerState]:
     """Sample step by step.
 
     Args:
         predict: The predictor, or an exact oracle.
-        frame_shape: (C, H, W).
-        batch_size: B.
-        config: The sampler's.
-        context: One entry for each clip; None where, or if, nothing is given.
-        seed: Clip i has seed ``seed + i``, or the i-th where a seed is given for each.
-        device: Where frames live and ``predict`` works.
-        num_frames: Length of each clip under a prescribed order; None takes the config's.
+        config: How clips are sampled.
+        **arguments: ``frame_shape``, ``batch_size``, ``context``, ``seed``, ``device`` and ``num_frames``, as
+            ``SampleArguments`` describes them.
 
     Yields:
         Every state, from clock 0 to the finished one; its ``step`` is the number of evaluations so far.
+
+    Raises:
+        ConfigError: If the arguments contradict each other; at the first state.
     """
-    state = initial_state(tuple(frame_shape), batch_size, config, context, seed, device, num_frames)
+    state = initial_state(config=config, **arguments)
+    if isinstance(predict, CountedPredictor):
+        state = replace(state, clip_flops=torch.zeros(len(state.clip_frames), dtype=torch.float64))
     yield state
     while not state.finished:
         with torch.no_grad():
             velocity, rate = predict(state)
-            state = advance(state, velocity, rate, config)
+            following = advance(state, velocity, rate, config)
+        if isinstance(predict, CountedPredictor) and state.clip_flops is not None:
+            following = replace(following, clip_flops=state.clip_flops + predict.flops(state))
+        state = following
         yield state
 
 
-def sample(
-    predict: Predictor,
-    *,
-    frame_shape: tuple[int, int, int],
-    batch_size: int,
-    config: SamplerConfig,
-    context: Sequence[Context | None] | None = None,
-    seed: int | Sequence[int] = 0,
-    device: torch.device | str = "cpu",
-    num_frames: Sequence[int] | None = None,
-    watch: Callable[[SamplerState], None] | None = None,
-) -> SampleResult:
+def sample(predict: Predictor, *, config: SamplerConfig, **arguments: Unpack[SampleArguments]) -> SampleResult:
     """Sample clips.
 
     Args:
-        predict: The predictor, or an exact oracle.
-        frame_shape: (C, H, W).
-        batch_size: B.
-        config: The sampler's.
-        context: One entry for each clip; None where, or if, nothing is given.
-        seed: Clip i has seed ``seed + i``, or the i-th where a seed is given for each.
-        device: Where frames live and ``predict`` works.
-        num_frames: Length of each clip under a prescribed order; None takes the config's.
-        watch: Is shown every state, to report progress.
+        predict: ``predict(state) -> (velocity [F, C, H, W], rate [F])``: a network, or an exact oracle.
+        config: How clips are sampled.
+        **arguments: ``frame_shape``, ``batch_size``, ``context``, ``seed``, ``device`` and ``num_frames``, as
+            ``SampleArguments`` describes them.
 
     Returns:
         The finished clips.
+
+    Raises:
+        ConfigError: If the arguments contradict each other.
     """
-    clip_flops = torch.zeros(batch_size, dtype=torch.float64) if isinstance(predict, CountedPredictor) else None
-    history: list[StepRecord] = []
-    states = sample_states(
-        predict,
-        frame_shape=frame_shape,
-        batch_size=batch_size,
-        config=config,
-        context=context,
-        seed=seed,
-        device=device,
-        num_frames=num_frames,
-    )
-    for state in states:
-        if watch is not None:
-            watch(state)
-        if isinstance(predict, CountedPredictor) and clip_flops is not None and not state.finished:
-            clip_flops += predict.flops(state)
-        if config.record_history:
-            clock = min(state.step, state.last_birth_step) / config.num_inference_steps
+    history: list[StepRecord] | None = [] if config.record_history else None
+    for state in sample_states(predict, config=config, **arguments):
+        if history is not None:
+            clock = min(state.step, state.last_birth_step) / state.num_inference_steps
             history.append(StepRecord(clock=clock, times=state.times, cu_frames=state.cu_frames))
-    return SampleResult(
-        frames=state.frames,
-        cu_frames=state.cu_frames,
-        born_at=state.born_step.double() / config.num_inference_steps,
-        roles=state.roles,
-        evaluations=state.step,
-        clip_flops=clip_flops,
-        capped=state.capped,
-        history=history if config.record_history else None,
-    )
+    return SampleResult.of(state, history)

@@ -132,6 +132,8 @@ class SamplerState:
     """s of the time shift."""
     births: Tensor | None = None
     """int64 [P], ``born_step`` of every frame of the finished clips, for a prescribed order; None for the learned."""
+    clip_flops: Tensor | None = None
+    """float64 [B], exact FLOPs spent on each clip so far; None if the predictor does not count."""
 
     @property
     def clock(self) -> Tensor:
@@ -235,6 +237,20 @@ class SampleResult:
     history: list[StepRecord] | None
     """Every state from the first to the last, where the config asked for it."""
 
+    @classmethod
+    def of(cls, state: SamplerState, history: list[StepRecord] | None = None) -> SampleResult:
+        """The clips of a finished state."""
+        return cls(
+            frames=state.frames,
+            cu_frames=state.cu_frames,
+            born_at=state.born_step.double() / state.num_inference_steps,
+            roles=state.roles,
+            evaluations=state.step,
+            clip_flops=state.clip_flops,
+            capped=state.capped,
+            history=history,
+        )
+
     @property
     def flops(self) -> float | None:
         """Exact FLOPs of all clips; None if the predictor does not count."""
@@ -310,11 +326,12 @@ def initial_state(
 ) -> SamplerState:
     """The state at clock 0: each clip's context frames and its start frames as noise.
 
-    Arguments as in ``flowception.flow.sampler.sample``.
+    Arguments as in ``flowception.flow.sampler.SampleArguments``.
 
     Returns:
         The state.
     """
+    frame_shape = tuple(frame_shape)
     contexts = list(context) if context is not None else [None] * batch_size
     if len(contexts) != batch_size:
         raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}; give as many")

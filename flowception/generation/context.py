@@ -19,17 +19,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor, cat
 
 from flowception.codecs import Codec
-from flowception.codecs.video_file import cover_and_crop, decode_frames, resample
+from flowception.codecs.video_file import cover_and_crop
 from flowception.errors import ConfigError, DataError
 from flowception.flow import TASKS, Context, ProcessConfig, Role, context_probability, task_number
-from flowception.generation.video import Video, read_first_frame
+from flowception.generation.context_source import ContextSource
+from flowception.generation.video import Video
 
 VIDEO_TASKS = ("v2v", "interpolation", "completion")
 """Tasks whose context can be a video of which frames are kept."""
@@ -57,46 +56,42 @@ def parse_keep(word: str) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is a still image."""
-    try:
-        with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except OSError:  # not an image: PIL's UnidentifiedImageError is one of these
-        return False
-
-
-def check_files(task: str, files: Sequence[Path], keep: tuple[int, ...] | None) -> None:
-    """Refuse files and frames that cannot be a task's context, before anything is loaded.
+def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, ...] | None) -> None:
+    """Refuse sources and frames that cannot be a task's context, before anything is loaded.
 
     Raises:
-        ConfigError: If files are missing or too many, or ``keep`` does not fit the task.
+        ConfigError: If sources are missing or too many, or ``keep`` does not fit the task.
         DataError: If a file is not there or holds no picture.
     """
-    if task == "t2v" and files:
+    if task == "t2v" and sources:
         raise ConfigError(
-            "--context was given and the task is t2v; choose --task i2v, v2v, interpolation or completion"
+            "`context` was given and the task is t2v; choose `task` i2v, v2v, interpolation or completion"
         )
-    if task != "t2v" and not files:
-        raise ConfigError(f"--task {task} needs --context with at least one {'video' if task != 'i2v' else 'image'}")
-    for path in files:
-        read_first_frame(path)
-    images = sum(is_image(path) for path in files) if task in VIDEO_TASKS else 0
-    if task == "interpolation" and 0 < images < max(2, len(files)):
+    if task != "t2v" and not sources:
+        raise ConfigError(f"`task` {task} needs `context` with at least one {'video' if task != 'i2v' else 'image'}")
+    for source in sources:
+        source.first_frame()
+    images = sum(source.is_image for source in sources) if task in VIDEO_TASKS else 0
+    if task == "interpolation" and 0 < images < max(2, len(sources)):
         raise ConfigError(
-            f"--task interpolation got {images} images and {len(files) - images} videos; give at least two images, the "
-            "keyframes in order, or videos alone"
+            f"`task` interpolation got {images} images and {len(sources) - images} videos; give at least two images, "
+            "the keyframes in order, or videos alone"
         )
     if task == "completion" and images:
-        raise ConfigError("--task completion needs videos; --context has an image")
-    if keep is None:
-        return
+        raise ConfigError("`task` completion needs videos; `context` has an image")
+    if keep is not None:
+        _check_keep(task, keep, images)
+
+
+def _check_keep(task: str, keep: tuple[int, ...], images: int) -> None:
+    if not keep or keep[0] < 0:
+        raise ConfigError(f"`keep` is {list(keep)}; give at least one latent frame, counted from 0")
     if task not in VIDEO_TASKS or (task == "interpolation" and images):
-        raise ConfigError("--keep chooses frames of a video for --task v2v, interpolation or completion; leave it out")
+        raise ConfigError("`keep` chooses frames of a video for `task` v2v, interpolation or completion; leave it out")
     if task == "v2v" and len(keep) != keep[-1] - keep[0] + 1:
-        raise ConfigError(f"--keep has a hole after frame {_hole(keep)}; --task v2v continues one run, such as 0-3")
+        raise ConfigError(f"`keep` has a hole after frame {_hole(keep)}; `task` v2v continues one run, such as 0-3")
     if task == "interpolation" and len(keep) < 2:
-        raise ConfigError(f"--keep names frame {keep[0]} alone; --task interpolation needs two keyframes at least")
+        raise ConfigError(f"`keep` names frame {keep[0]} alone; `task` interpolation needs two keyframes at least")
 
 
 def _hole(keep: tuple[int, ...]) -> int:
@@ -105,7 +100,7 @@ def _hole(keep: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextReader:
-    """Reads a task's context files for one run."""
+    """Reads a task's context for one run."""
 
     task: str
     codec: Codec
@@ -120,45 +115,45 @@ class ContextReader:
     keep: tuple[int, ...] | None = None
     """Latent frames of a video; None takes the task's default."""
 
-    def read(self, files: Sequence[Path]) -> list[Context]:
+    def read(self, sources: Sequence[ContextSource]) -> list[Context]:
         """The contexts that clips cycle over.
 
         Args:
-            files: As ``check_files`` accepts them.
+            sources: As ``check_context`` accepts them.
 
         Returns:
-            A context for each file, or one of all images for interpolation.
+            A context for each source, or one of all images for interpolation.
 
         Raises:
-            DataError: If a file cannot be read, is too short, or leaves nothing to generate.
+            DataError: If a source cannot be read, is too short, or leaves nothing to generate.
         """
         if self.task == "i2v":
-            return [Context(frames=self._image(path, first=True)) for path in files]
-        if self.task == "interpolation" and is_image(files[0]):
-            latents = [self._image(path, first=number == 0) for number, path in enumerate(files)]
+            return [Context(frames=self._image(source, first=True)) for source in sources]
+        if self.task == "interpolation" and sources[0].is_image:
+            latents = [self._image(source, first=number == 0) for number, source in enumerate(sources)]
             return [_keyframes(cat(latents))]
         read = {"v2v": self._continuation, "interpolation": self._interpolation, "completion": self._completion}
-        return [read[self.task](path, self._video(path)) for path in files]
+        return [read[self.task](source, self._video(source)) for source in sources]
 
-    def _image(self, path: Path, *, first: bool) -> Tensor:
+    def _image(self, source: ContextSource, *, first: bool) -> Tensor:
         """[1, C, h, w]: an image as a clip's first latent, or as one of its others."""
-        image = cover_and_crop(read_first_frame(path), self.height, self.width)
+        image = cover_and_crop(source.first_frame(), self.height, self.width)
         repeats = 1 if first else self.codec.pixel_frames(2)
         return self.codec.encode(np.repeat(image[None], repeats, axis=0))[-1:].float()
 
-    def _video(self, path: Path) -> Video:
+    def _video(self, source: ContextSource) -> Video:
         """uint8 [n, H, W, 3] at the frame rate and size of training."""
-        frames = resample(decode_frames(path), self.fps)
-        return np.stack([cover_and_crop(frame.image, self.height, self.width) for frame in frames])
+        frames = source.frames(self.fps)
+        return np.stack([cover_and_crop(frame, self.height, self.width) for frame in frames])
 
-    def _latent_frames(self, path: Path, video: Video) -> int:
+    def _latent_frames(self, source: ContextSource, video: Video) -> int:
         """L, checked against ``keep``."""
         usable = self.codec.usable_frames(len(video))
         count = self.codec.latent_frames(usable) if usable else 0
         if count == 0 or (self.keep is not None and self.keep[-1] >= count):
-            wish = "" if self.keep is None else f" and --keep asks for frame {self.keep[-1]}"
+            wish = "" if self.keep is None else f" and `keep` asks for frame {self.keep[-1]}"
             raise DataError(
-                f"context file {path} has {len(video)} frames, which make latent frames 0 to {count - 1}{wish}; give a "
+                f"{source.name} has {len(video)} frames, which make latent frames 0 to {count - 1}{wish}; give a "
                 "longer video or other frames"
             )
         return count
@@ -168,28 +163,26 @@ class ContextReader:
         end = self.codec.pixel_frames(last + 1)
         return self.codec.encode(video[end - self.codec.pixel_frames(last - first + 1) : end]).float()
 
-    def _continuation(self, path: Path, video: Video) -> Context:
-        count = self._latent_frames(path, video)
+    def _continuation(self, source: ContextSource, video: Video) -> Context:
+        count = self._latent_frames(source, video)
         if self.keep is not None:
             return Context(frames=self._run(video, self.keep[0], self.keep[-1]))
         given = min(count, self.max_context_frames)
         return Context(frames=self.codec.encode(video[len(video) - self.codec.pixel_frames(given) :]).float())
 
-    def _interpolation(self, path: Path, video: Video) -> Context:
-        count = self._latent_frames(path, video)
+    def _interpolation(self, source: ContextSource, video: Video) -> Context:
+        count = self._latent_frames(source, video)
         keep = self.keep or (0, count - 1)
         if count < 2:
-            raise DataError(f"context file {path} has one latent frame; --task interpolation needs two at least")
+            raise DataError(f"{source.name} has one latent frame; `task` interpolation needs two at least")
         return _keyframes(self._run(video, keep[0], keep[-1])[[k - keep[0] for k in keep]])
 
-    def _completion(self, path: Path, video: Video) -> Context:
-        count = self._latent_frames(path, video)
+    def _completion(self, source: ContextSource, video: Video) -> Context:
+        count = self._latent_frames(source, video)
         quarter = max(1, count // 4)
         keep = self.keep or (*range(quarter), *range(count - quarter, count))
         if len(set(keep)) >= count:
-            raise DataError(
-                f"context file {path} has {count} latent frames and all would be kept; leave some out of --keep"
-            )
+            raise DataError(f"{source.name} has {count} latent frames and all would be kept; leave some out of `keep`")
         latents = self._run(video, 0, count - 1)
         return Context(
             frames=latents[list(keep)],

@@ -9,6 +9,7 @@ Shape legend: ``n`` frames of the finished clip, ``S`` evaluations of the sample
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from flowception.errors import ConfigError
 from flowception.flow import Role, shift_time
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 CONTEXT_COLOUR = "#56b4e9"
 START_COLOUR = "#009e73"
@@ -53,25 +57,58 @@ def noise_levels(
     return level
 
 
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The picture of one clip's growth. ``Clip.growth`` makes it.
+
+    Shape legend: ``n`` latent frames of the finished clip.
+    """
+
+    born_at: Sequence[float]
+    """Clock from 0 to 1 at which each of the n frames appeared."""
+    roles: Sequence[Role]
+    """Role of each of them."""
+    num_inference_steps: int
+    """The sampler's N."""
+    time_shift: float = 1.0
+    """The sampler's time shift s."""
+    title: str = ""
+    """What to write above the picture."""
+
+    def save(self, path: str | Path) -> None:
+        """Draw the picture and write it.
+
+        Args:
+            path: File to write: ``.png``, ``.svg`` or ``.pdf``. Its folder must exist.
+
+        Raises:
+            ConfigError: If the suffix is another one.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ConfigError(f"a picture cannot be saved as {path.name}; give a name that ends in .png, .svg or .pdf")
+        self.figure().savefig(path)
+
+    def figure(self) -> Figure:
+        """The picture as a matplotlib figure, 8 inches wide."""
+        return draw_growth(
+            self.born_at,
+            self.roles,
+            num_inference_steps=self.num_inference_steps,
+            time_shift=self.time_shift,
+            title=self.title,
+        )
+
+
 def draw_growth(
-    path: Path,
     born_at: Sequence[float],
     roles: Sequence[int],
     *,
     num_inference_steps: int,
     time_shift: float = 1.0,
     title: str = "",
-) -> None:
-    """Draw the picture of one clip's growth.
-
-    Args:
-        path: File to write (png, svg or pdf by its suffix).
-        born_at: Clock at which each frame of the finished clip appeared.
-        roles: A ``flow.Role`` for each frame.
-        num_inference_steps: The sampler's N.
-        time_shift: The sampler's time shift.
-        title: What to write above the picture.
-    """
+) -> Figure:
+    """Draw the picture of one clip's growth; arguments as ``Growth`` has them."""
     number = len(born_at)
     context = [Role(role) in (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE) for role in roles]
     level = noise_levels(born_at, context, num_inference_steps=num_inference_steps, time_shift=time_shift)
@@ -106,7 +143,7 @@ def draw_growth(
     figure.colorbar(image, ax=axes, label="noise level", fraction=0.05, pad=0.02)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path)
+    return figure
 
 
 def _mark_births(axes: object, born_at: Sequence[float], roles: Sequence[int]) -> None:

@@ -157,11 +157,11 @@ class FrozenFramePredictor(NetworkPredictor):
             **settings: As for ``NetworkPredictor``.
         """
         if refresh_steps < 1:
-            raise ConfigError(f"cache_refresh_steps is {refresh_steps}; give at least 1, or leave it out for no cache")
+            raise ConfigError(f"`cache_refresh` is {refresh_steps}; give at least 1, or leave it out for no cache")
         if model.config.attention_pattern != "full":
             raise ConfigError(
                 f"the network has attention_pattern={model.config.attention_pattern}; keys and values of finished "
-                "frames can be kept with full attention only: leave cache_refresh_steps out"
+                "frames can be kept with full attention only: leave `cache_refresh` out"
             )
         super().__init__(model, class_labels, **settings)
         self.dit = model

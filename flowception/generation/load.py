@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import nn
 from flowception.checkpoint.format import checkpoint_dir, list_steps
 from flowception.checkpoint.reader import latest_valid, read_full, verify
 from flowception.codecs import Codec, CodecConfig, build_codec
+from flowception.config import load
 from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
 from flowception.nn.build import build_backbone
 from flowception.nn.presets import DiTConfig
+from flowception.run_directory import RunConfig
 from flowception.shards.open import DataConfig, open_set
 from flowception.shards.schema import ShardMeta
-from flowception.training.config import TrainConfig, load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class LoadedRun:
     run_dir: Path
     step: int
     """Optimizer steps of the weights."""
-    config: TrainConfig
+    config: RunConfig
     model: nn.Module
     """In evaluation mode, EMA weights, on the device asked for."""
     codec: Codec
@@ -43,6 +45,11 @@ class LoadedRun:
         grids = sorted(self.meta.tokens_per_frame, key=lambda grid: -grid.get("clips", 0))
         stride = self.codec.spatial_stride
         return [(grid["height"] * stride, grid["width"] * stride) for grid in grids]
+
+    @cached_property
+    def fps(self) -> float | None:
+        """Frames per second of the training clips; None where the shards are out of reach or do not say."""
+        return data_fps(self.config.data)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         CheckpointError: If there is none, or the one asked for is missing or damaged.
     """
     if step is None:
-        newest = latest_valid(run_dir, report=lambda line: print(line, flush=True), check=_verify_weights)
+        newest = latest_valid(run_dir, check=_verify_weights)
         if newest is None:
             raise CheckpointError(
                 f"{run_dir} has no checkpoint yet; wait for the first one or set checkpoint.save_at_start"
@@ -121,7 +128,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
         FlowceptionError: If anything is missing, damaged, or of another model.
     """
     manifest = read_manifest(run_dir)
-    config = load_config([run_dir / "config.yaml"])
+    config = load(RunConfig, [run_dir / "config.yaml"], others_allowed=True)
     meta = _shard_meta(manifest, config, run_dir)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=meta.latent_channels)
@@ -137,7 +144,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
     )
 
 
-def _null_text(meta: ShardMeta, config: TrainConfig, run_dir: Path) -> torch.Tensor | None:
+def _null_text(meta: ShardMeta, config: RunConfig, run_dir: Path) -> torch.Tensor | None:
     if config.model.flop_spec().text_dim is None:
         return None
     null_text = meta.null_embedding()
@@ -173,7 +180,7 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
     return model.to(device).eval().requires_grad_(False)
 
 
-def _shard_meta(manifest: dict[str, Any], config: TrainConfig, run_dir: Path) -> ShardMeta:
+def _shard_meta(manifest: dict[str, Any], config: RunConfig, run_dir: Path) -> ShardMeta:
     copied = manifest.get("shards")
     if copied:
         return ShardMeta.from_json(json.dumps(copied), str(run_dir / "manifest.json"))

@@ -14,6 +14,7 @@ from typing import Any
 
 from flowception.errors import ConfigError
 from flowception.files import FileLock, write_atomically
+from flowception.generation.clip import condition_of
 from flowception.generation.video import Video, write_contact_sheet
 
 LIST_NAME = "clips.jsonl"
@@ -35,7 +36,7 @@ def check_part(part: int, num_parts: int) -> None:
         ConfigError: Naming both numbers.
     """
     if num_parts < 1 or not 0 <= part < num_parts:
-        raise ConfigError(f"--part is {part} of --num-parts {num_parts}; give a part from 0 to num-parts - 1")
+        raise ConfigError(f"`part` is {part} of `num_parts` {num_parts}; give a part from 0 to num-parts - 1")
 
 
 def _part_path(folder: Path, part: int, num_parts: int) -> Path:
@@ -87,11 +88,6 @@ def _number(record: dict[str, Any]) -> int:
     return int(record["file"].removesuffix(".mp4").removeprefix("clip_"))
 
 
-def condition_of(record: dict[str, Any]) -> str:
-    """What a clip was asked to show."""
-    numbered = "" if record["class_label"] is None else f"class {record['class_label']}"
-    return " ".join((record["prompt"] or record["class_name"] or numbered).split())
-
-
 def _contact_label(record: dict[str, Any]) -> str:
-    return f"{_number(record):04d} {record['task']} {condition_of(record)}".rstrip()
+    asked = condition_of(record["prompt"], record["class_name"], record["class_label"])
+    return f"{_number(record):04d} {record['task']} {asked}".rstrip()

@@ -6,6 +6,7 @@ Shape legend: ``L, D`` text tokens and their width.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.errors import ConfigError
 from flowception.generation.load import LoadedRun
 from flowception.shards.schema import same_text
+
+logger = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "seed", "class_label")
 _MOST_SEED = 2**62
@@ -33,7 +36,7 @@ class Prompt:
     """Of the prompt's first clip, the next ones count on from it; None: clip i of the job has the job's seed + i."""
     class_label: str | None = None
     """Number or name of a class, or ``null``; None: as for the job."""
-    place: str = "--prompts"
+    place: str = "`prompt`"
     """Where it stands, for messages."""
 
 
@@ -111,7 +114,7 @@ def encode_prompts(
             raise ConfigError("a prompt was given and the model was trained without text; leave it out")
         return {}
     if set(wanted) == {None}:
-        print("WARNING: clips are unconditional: the model takes text; give --prompt or --prompts", flush=True)
+        logger.warning("clips are unconditional: the model takes text; give a prompt")
     null_text = run.null_text
     captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
     embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
@@ -129,7 +132,7 @@ def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | Non
     if text_encoder is not None:
         config = replace(config, model=text_encoder)
     if config.model is None:
-        raise ConfigError("prompts need --text-encoder, a folder or hub id of the T5 encoder that made the shards")
+        raise ConfigError("prompts need `text_encoder`, a folder or hub id of the T5 encoder that made the shards")
     encoder = TextEncoder.from_config(config, device)
     width = null_text.shape[1]
     if encoder.text_dim != width:
@@ -137,6 +140,6 @@ def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | Non
     if not same_text(null_text, encoder.encode([""])[0]):
         raise ConfigError(
             f"{config.model} embeds the empty caption otherwise than the encoder that made the shards; "
-            "give that encoder with --text-encoder"
+            "give that encoder with `text_encoder`"
         )
     return encoder

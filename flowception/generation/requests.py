@@ -49,9 +49,9 @@ def clip_requests(
     Raises:
         ConfigError: If the model has no such class.
     """
-    words = [(class_label, "--class-label")]
+    words = [(class_label, "`class_label`")]
     if prompts:
-        words = [(class_label, "--class-label") if p.class_label is None else (p.class_label, p.place) for p in prompts]
+        words = [words[0] if p.class_label is None else (p.class_label, p.place) for p in prompts]
     numbers = [None if word is None else class_number(word, class_names, num_classes, place) for word, place in words]
     wishes = []
     for clip in range(count * max(1, len(prompts))):

@@ -9,6 +9,7 @@ Shape legend: ``n`` latent frames of a held-out clip, ``C, h, w`` of one.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 
 from flowception.codecs.video_file import read_video
 from flowception.data.plan import Plan
+from flowception.data.step_plan import PackPlan
 from flowception.errors import DataError, FlowceptionError
 from flowception.files import write_atomically
 from flowception.flow import TASKS, Context, Role, SamplerConfig, SampleResult, SamplerState, sample
 from flowception.flow.delays import build_delay_law
-from flowception.generation.generate import DEFAULT_FPS
 from flowception.generation.load import codec_of, data_fps
 from flowception.generation.predictor import NetworkPredictor
-from flowception.generation.video import write_contact_sheet, write_mp4
+from flowception.generation.video import DEFAULT_FPS, write_contact_sheet, write_mp4
+from flowception.progress import EVERY_RANK
+from flowception.run_directory import RunConfig
 from flowception.shards.open import DataReader
 from flowception.shards.schema import NO_CLASS
-from flowception.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 class _Given(NamedTuple):
@@ -46,14 +50,31 @@ class TrainingSampler:
     """One rank's part in sampling."""
 
     def __init__(
-        self, config: TrainConfig, reader: DataReader, plan: Plan, *, rank: int, world_size: int, device: torch.device
+        self,
+        config: RunConfig,
+        reader: DataReader,
+        plan: Plan,
+        *,
+        folder: Path,
+        num_clips: int,
+        num_inference_steps: int,
+        max_frames: int,
+        guidance: float | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
     ) -> None:
         """Choose the clips that say what is given.
 
         Args:
-            config: The run's; ``config.samples`` says how many clips and steps.
+            config: The run's.
             reader: The set.
             plan: Of the clips to take tasks, context and conditions from.
+            folder: Where a folder is made for each step's clips.
+            num_clips: Clips of all ranks.
+            num_inference_steps: Evaluations that a frame takes from noise to data.
+            max_frames: Cap on latent frames of a clip.
+            guidance: Classifier-free guidance on the velocity; None is off.
             rank: This process among ``world_size``.
             world_size: Processes.
             device: Where the network computes.
@@ -61,16 +82,17 @@ class TrainingSampler:
         Raises:
             DataError: If no clip that could give context can be read.
         """
-        self.config, self.reader, self.device = config, reader, device
-        self.folder = Path(config.run_dir) / "samples"
-        self.law = build_delay_law(config.delay_law)
+        self.config, self.reader, self.device, self.folder = config, reader, device, folder
+        self.num_clips, self.num_inference_steps = num_clips, num_inference_steps
+        self.max_frames, self.guidance = max_frames, guidance
+        self.law = build_delay_law(config.process.delay_law)
         self.fps = data_fps(config.data) or DEFAULT_FPS
         clips = plan.index.clips
         grids = np.stack([clips["height"][plan.rows], clips["width"][plan.rows]], axis=1)
         kinds, which, counts = np.unique(grids, axis=0, return_inverse=True, return_counts=True)
         rows = plan.rows[which.reshape(-1) == counts.argmax()].astype(np.int64)
         self.grid = (int(kinds[counts.argmax()][0]), int(kinds[counts.argmax()][1]))
-        per_rank = -(-config.samples.num_clips // world_size)
+        per_rank = -(-num_clips // world_size)
         self.numbers = range(rank * per_rank, (rank + 1) * per_rank)
         self.given = [self._first_readable(plan, np.roll(rows, -number)) for number in self.numbers]
         self.lengths = [int(clips["frames"][given.row]) for given in self.given]
@@ -83,12 +105,12 @@ class TrainingSampler:
             try:
                 return self._read(plan, row)
             except DataError as error:
-                print(f"WARNING: samples take another clip ({error})", flush=True)
+                logger.warning("samples take another clip (%s)", error, extra=EVERY_RANK)
         raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
 
     def _read(self, plan: Plan, row: int) -> _Given:
         """What one clip gives: context frames by the roles drawn for it, and its text."""
-        draws = plan.draws(0, np.array([row]), np.zeros(1, dtype=np.int64))
+        draws = plan.clip_draws(PackPlan(0, 0, np.array([row]), np.zeros(1, dtype=np.int64))).clips
         roles = draws.roles[0, : int(plan.index.clips["frames"][row])]
         task = TASKS[int(draws.task[0])].name
         active, passive = roles == Role.CONTEXT_ACTIVE, roles == Role.CONTEXT_PASSIVE
@@ -116,7 +138,6 @@ class TrainingSampler:
         Returns:
             A line of ``clips.jsonl`` for each clip written; none where decoding or writing failed, which is reported.
         """
-        wanted = self.config.samples
         predictor = _EqualEvaluations(NetworkPredictor(model, self.labels, **self._conditions()))
         result = sample(
             predictor,
@@ -129,37 +150,38 @@ class TrainingSampler:
             num_frames=None if self.law.inserts else self.lengths,
         )
         predictor.fill(self._most_evaluations())
-        mine = [number for number in self.numbers if number < wanted.num_clips]
+        mine = [number for number in self.numbers if number < self.num_clips]
         try:
             return self._write(result, mine, step)
         except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
-            print(f"WARNING: samples of step {step} could not be written ({error}); training goes on", flush=True)
+            text = "samples of step %d could not be written (%s); training goes on"
+            logger.warning(text, step, error, extra=EVERY_RANK)
             return []
 
     def _conditions(self) -> dict[str, Any]:
         config, null_text = self.config, self.reader.null_text
         if config.model.flop_spec().text_dim is None or null_text is None:
-            return {"guidance": config.samples.guidance}
+            return {"guidance": self.guidance}
         texts = [(null_text if given.text is None else given.text).float() for given in self.given]
-        return {"guidance": config.samples.guidance, "texts": texts, "null_text": null_text.float()}
+        return {"guidance": self.guidance, "texts": texts, "null_text": null_text.float()}
 
     def _sampler_config(self) -> SamplerConfig:
         config = self.config
         return SamplerConfig(
-            num_inference_steps=config.samples.num_inference_steps,
-            num_start_frames=config.num_start_frames,
-            order="learned" if self.law.inserts else config.delay_law,
-            insertion_schedule=config.insertion_schedule,
-            insertion_exponent=config.insertion_exponent,
-            max_frames=max(config.samples.max_frames, *self.lengths),
-            time_shift=config.time_shift,
+            num_inference_steps=self.num_inference_steps,
+            num_start_frames=config.process.num_start_frames,
+            order="learned" if self.law.inserts else config.process.delay_law,
+            insertion_schedule=config.process.insertion_schedule,
+            insertion_exponent=config.process.insertion_exponent,
+            max_frames=max(self.max_frames, *self.lengths),
+            time_shift=config.process.time_shift,
         )
 
     def _most_evaluations(self) -> int:
         """Evaluations that a batch of any rank can take, from the longest clip of the whole set."""
         longest = int(self.reader.index.clips["frames"].max())
         clock_end = float(self.law.clock_end(torch.full((1, longest), int(Role.FREE))))
-        return round(clock_end * self.config.samples.num_inference_steps)
+        return round(clock_end * self.num_inference_steps)
 
     def _write(self, result: SampleResult, numbers: list[int], step: int) -> list[dict[str, Any]]:
         if not numbers:
@@ -202,7 +224,7 @@ class TrainingSampler:
             labels = [f"{record['seed']} {record['task']} of {record['of']}" for record in records]
             write_contact_sheet(folder / "contact.png", videos, labels)
         except (FlowceptionError, OSError) as error:
-            print(f"WARNING: samples of step {step} could not be joined ({error}); training goes on", flush=True)
+            logger.warning("samples of step %d could not be joined (%s); training goes on", step, error)
             return None
         return folder / "contact.png"
 

@@ -17,6 +17,9 @@ from flowception.errors import DataError
 
 Video = NDArray[np.uint8]
 
+DEFAULT_FPS = 16.0
+"""Of written files, where neither the options nor the training clips say."""
+
 SMALL_SIDE_PIXELS = 128
 """Below this, chroma is kept at full resolution (yuv444p): halving it would smear a toy clip's colours."""
 PREVIEW_SIDE_PIXELS = 160

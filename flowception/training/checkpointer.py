@@ -11,9 +11,10 @@ A save that fails is a warning and a count. It ends nothing and removes no other
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -29,6 +30,8 @@ from flowception.errors import CheckpointError
 from flowception.training.distributed.collectives import broadcast_object, mark_on_all_ranks
 from flowception.training.distributed.sharded_state import ShardedState
 from flowception.training.resume import CheckpointConfig
+
+logger = logging.getLogger(__name__)
 
 _LEAVING_TIMEOUT_S = 30.0
 """How long a job that ends with an error still waits for the receipts of others."""
@@ -108,16 +111,13 @@ class _Attempt(NamedTuple):
 class Saver:
     """Saves a run's checkpoints. Every rank has one, and calls the same methods in the same order."""
 
-    def __init__(
-        self, run_dir: str | Path, config: CheckpointConfig, shards: ShardedState, report: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig, shards: ShardedState) -> None:
         """Clear what killed jobs left, and take the memory for the copy. Collective; the run's lock is held.
 
         Args:
             run_dir: The run.
             config: How many checkpoints are kept, and how long a save may take.
             shards: This rank's part of the training state.
-            report: Called on rank 0 with a line for each save that failed.
         """
         self.saved_step: int | None = None
         """Newest step known to be saved: on rank 0 at once, on the others after ``wait``. Set it after resuming."""
@@ -125,7 +125,7 @@ class Saver:
         """Saves that failed since the job's start; known like ``saved_step``."""
         self.failure: str | None = None
         """Why the last save failed; None if it did not. Known like ``saved_step``."""
-        self._run_dir, self._config, self._shards, self._report = run_dir, config, shards, report
+        self._run_dir, self._config, self._shards = run_dir, config, shards
         if shards.rank == 0:
             self._remove_leftovers()
         self._job: str = broadcast_object(secrets.token_hex(4))
@@ -141,7 +141,7 @@ class Saver:
         try:
             writer.remove_leftovers(self._run_dir)
         except OSError as error:
-            self._report(f"WARNING: what an unfinished save left could not be removed ({error})")
+            logger.warning("what an unfinished save left could not be removed (%s)", error)
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Copy this rank's part and let it be saved in the background. No collectives.
@@ -193,7 +193,7 @@ class Saver:
         return checkpoint_format.checkpoint_dir(self._run_dir, step)
 
     def poll(self) -> dict[str, float]:
-        """Metrics for the step just done; reports a save that has failed since the last call.
+        """Metrics for the step just done; warns of a save that has failed since the last call.
 
         Returns:
             ``failed_saves``; ``save_blocked_s`` in the step after a save began, ``save_s`` after it was committed.
@@ -210,7 +210,7 @@ class Saver:
         self._thread.shutdown()
 
     def _settle(self) -> None:
-        """Wait for this rank's thread, and on rank 0 note and report what became of the save."""
+        """Wait for this rank's thread, note what became of the save, and warn of a failure."""
         attempt, self._under_way = self._under_way, None
         if attempt is None:
             return
@@ -224,8 +224,8 @@ class Saver:
             if self._shards.rank == 0:
                 self.saved_step, self.failure = attempt.step, None
                 self._metrics["save_s"] = saved.seconds
-        if warning is not None and self._shards.rank == 0:
-            self._report(f"WARNING: {warning}")
+        if warning is not None:
+            logger.warning("%s", warning)
 
     def _note_failure(self, step: int, error: CheckpointError) -> str:
         """Count a failed save; on other ranks than 0 ``wait`` sets it right. Returns the warning."""

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from omegaconf import MISSING
 
-from flowception.config import load
+from flowception.config import FLAT, load
 from flowception.data.step_plan import PlanConfig
 from flowception.errors import ConfigError
-from flowception.flow.extended_time import ProcessConfig
-from flowception.nn.presets import DiTConfig
 from flowception.rng import MAX_SEED
-from flowception.shards.open import DataConfig
+from flowception.run_directory import RunConfig
 from flowception.training.distributed.zero import ZeroConfig
 from flowception.training.ema import EmaConfig
 from flowception.training.guard import GuardConfig
@@ -32,9 +29,11 @@ from flowception.training.validation import ValidationConfig
 
 
 @dataclass(kw_only=True)
-class TrainConfig(ProcessConfig, PlanConfig):
-    """Everything that ``train/main.py`` reads. The process's and the plan's own fields come first."""
+class TrainConfig(RunConfig):
+    """Everything that ``train/main.py`` reads."""
 
+    plan: PlanConfig = field(metadata=FLAT)
+    """Sizes of steps and packs."""
     run_dir: str = MISSING
     """Folder of the run. The same command with the same folder resumes."""
     max_steps: int = MISSING
@@ -43,15 +42,9 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """Decides every draw of the run."""
     init_from: str | None = None
     """Run directory whose newest EMA weights this run starts from; None for a fresh start."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
     memory_gib: float | None = None
     """Memory of one rank's device in GiB, which ``model.activation_checkpointing: auto`` goes by. None asks them: it is
     that of the smallest GPU or, on CPUs, a rank's part of its machine's memory."""
-    data: DataConfig
-    """The shard set and how it is read."""
-    model: DiTConfig = field(default_factory=DiTConfig)
-    """The network."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -72,9 +65,7 @@ class TrainConfig(ProcessConfig, PlanConfig):
     """A trace of a few steps."""
 
     def __post_init__(self) -> None:
-        """Check the mixins' ranges and this class's own."""
-        ProcessConfig.__post_init__(self)
-        PlanConfig.__post_init__(self)
+        """Check the ranges of this class's own keys, and sections against each other."""
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
         if self.max_steps < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -12,10 +13,15 @@ from numpy.typing import NDArray
 from flowception import run_directory
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
+from flowception.data.step_plan import PackPlan
+from flowception.flow.delays import build_delay_law
+from flowception.flow.extended_time import expected_attention_ratio
 from flowception.shards.open import DataReader
 from flowception.shards.open import open_data as open_reader
 from flowception.shards.reader import ClipReader
 from flowception.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 0
 _RATE_SAMPLE_CLIPS = 4096
@@ -63,13 +69,16 @@ def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
     """
     rows, _ = reader.index.split(config.data.heldout_fraction)
     null = _null_text_tokens(reader)
-    return Plan(reader.index, rows, config, config.model.flop_spec(), config.seed, null_text_tokens=null)
+    return Plan(
+        reader.index, rows, config.process, config.plan, config.model.flop_spec(), config.seed, null_text_tokens=null
+    )
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
     """The plan that validation draws from; its seed is fixed, so runs of different seeds can be compared."""
-    null, spec = _null_text_tokens(data.reader), config.model.flop_spec()
-    return Plan(data.reader.index, data.heldout_rows, config, spec, VALIDATION_SEED, null_text_tokens=null)
+    index, null, spec = data.reader.index, _null_text_tokens(data.reader), config.model.flop_spec()
+    rows, process = data.heldout_rows, config.process
+    return Plan(index, rows, process, config.plan, spec, VALIDATION_SEED, null_text_tokens=null)
 
 
 def _null_text_tokens(reader: ClipReader) -> int:
@@ -79,7 +88,23 @@ def _null_text_tokens(reader: ClipReader) -> int:
 def mean_log_rate(plan: Plan) -> float:
     """Log of the data's mean number of missing frames per insertion site, where the rate head starts."""
     rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)].astype(np.int64)
-    draws = plan.draws(0, rows, np.arange(len(rows)))
+    draws = plan.clip_draws(PackPlan(0, 0, rows, np.arange(len(rows)))).clips
     weight = torch.where(draws.insertion_mask, draws.weight[:, None], 0.0)
     missing, sites = float((weight * draws.missing).sum()), float(weight.sum())
     return math.log(missing / sites) if missing > 0 and sites > 0 else 0.0
+
+
+def mean_attention_ratio(config: TrainConfig, plan: Plan) -> float:
+    """The attention ratio that is expected of a step, over the clips of a plan."""
+    frames = plan.index.clips["frames"][plan.rows].astype(np.int64)
+    return expected_attention_ratio(config.process, frames, plan.index.tokens_per_frame[plan.rows])
+
+
+def log_what_is_not_used(config: TrainConfig, data: TrainingData) -> None:
+    """Log what a run leaves unused of the set or of the process, which may be meant and may be an oversight."""
+    text_width = data.reader.text_width
+    if text_width is not None and data.plan.spec.text_dim is None:
+        text = "the set's text is not used: the model has none; set model.text_dim=%d to use it"
+        logger.info(text, text_width)
+    if build_delay_law(config.process.delay_law).two_part and config.process.insertion_share == 1:
+        logger.info("insertion_share is 1: no state after the clock's end is trained, which is another objective")

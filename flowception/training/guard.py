@@ -18,6 +18,7 @@ rolled back run does again, and refuses again, is there twice.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from flowception.data.loader import StepBatch, packs_of_rank
-from flowception.data.step_plan import PackPlan
+from flowception.data.step_plan import PackPlan, StepPlan
 from flowception.errors import ConfigError
 from flowception.training.distributed.collectives import Ranks, gather_values
 from flowception.training.distributed.zero import Refuse, StepOutcome
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "skipped.jsonl"
 LOSS_NOT_FINITE = "the loss is not finite"
@@ -103,16 +106,15 @@ class GuardState:
 class Guard:
     """Judges the steps of a run."""
 
-    def __init__(self, config: GuardConfig, run_dir: str | Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+    def __init__(self, config: GuardConfig, run_dir: str | Path, ranks: Ranks) -> None:
         """Guard a run.
 
         Args:
             config: What to refuse.
             run_dir: Where ``skipped.jsonl`` is.
             ranks: This rank.
-            say: Prints a line on rank 0.
         """
-        self._config, self._ranks, self._say = config, ranks, say
+        self._config, self._ranks = config, ranks
         self.journal = Path(run_dir) / JOURNAL
 
     def refusal(self, state: GuardState, loss_sums: Sequence[float], clips: int) -> Refuse:
@@ -147,6 +149,7 @@ class Guard:
         outcome: StepOutcome,
         loss_by_rank: Sequence[float],
         not_finite: Sequence[int],
+        clip_keys: Callable[[StepPlan], list[str]],
     ) -> bool:
         """Remember a step, and write it down if it was refused. Collective.
 
@@ -157,6 +160,7 @@ class Guard:
             outcome: What the optimizer did, the same on all ranks.
             loss_by_rank: What each rank brings to the step's loss.
             not_finite: Micro-steps of this rank with a loss that is not finite.
+            clip_keys: Gives the keys of the step's clips.
 
         Returns:
             Whether the step counts as skipped.
@@ -174,8 +178,7 @@ class Guard:
                 state.rollbacks = 0
             return False
         state.skipped_in_a_row += 1
-        plan, index = batch.step_plan, batch.step_plan.plan.index
-        keys = [index.key(int(row)) for pack in plan.packs for row in pack.rows]
+        plan, keys = batch.step_plan, clip_keys(batch.step_plan)
         state.suspects = sorted({*state.suspects, *keys} - state.quarantine.keys())
         mine = [_describe_pack(batch, self._ranks, micro_step) for micro_step in not_finite]
         self._write(
@@ -191,9 +194,14 @@ class Guard:
                 "packs_not_finite": [pack for own in gather_values(mine) for pack in own],
             }
         )
-        self._say(
-            f"WARNING: step {step} is skipped: {outcome.refused} (gradient norm {outcome.grad_norm:.4g}, usual "
-            f"{state.usual_norm:.4g}); {state.skipped_in_a_row} in a row, see {self.journal}"
+        logger.warning(
+            "step %d is skipped: %s (gradient norm %.4g, usual %.4g); %d in a row, see %s",
+            step,
+            outcome.refused,
+            outcome.grad_norm,
+            state.usual_norm,
+            state.skipped_in_a_row,
+            self.journal,
         )
         return True
 
@@ -222,7 +230,7 @@ class Guard:
             with self.journal.open("a") as stream:
                 stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         except OSError as error:
-            self._say(f"WARNING: {self.journal} cannot be written ({error}); step {line['step']} is missing from it")
+            logger.warning("%s cannot be written (%s); step %d is missing from it", self.journal, error, line["step"])
 
 
 def _describe_pack(batch: StepBatch, ranks: Ranks, micro_step: int) -> dict[str, Any]:

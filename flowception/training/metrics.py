@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import logging
 import math
 import os
 import secrets
@@ -17,6 +18,8 @@ from typing import Any
 
 from flowception.errors import ConfigError, RunDirectoryError, require
 from flowception.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -68,7 +71,7 @@ class MetricsLog:
             ) from error
         self._wandb: Any = None
         if config.wandb_project:
-            self._to_wandb(lambda: setattr(self, "_wandb", _start_wandb(config, Path(run_dir))))
+            self._wandb = self._to_wandb(lambda: _start_wandb(config, Path(run_dir)))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; a console line every ``every_steps`` and at the last step.
@@ -80,7 +83,7 @@ class MetricsLog:
         self._append(json.dumps(known) + "\n")
         step = metrics["step"]
         if step % self._config.every_steps == 0 or step == self._max_steps:
-            print(console_line(known, self._max_steps), flush=True)
+            logger.info("%s", console_line(known, self._max_steps))
         if self._wandb is not None:
             self._to_wandb(lambda: self._wandb.log(known))
 
@@ -90,16 +93,17 @@ class MetricsLog:
             wandb = require("wandb", extra="wandb")
             self._to_wandb(lambda: self._wandb.log({name: wandb.Image(str(picture)), "step": step}))
 
-    def _to_wandb(self, call: Callable[[], object]) -> None:
-        """Ask wandb for something; whatever goes wrong there ends the logging there and not the run.
+    def _to_wandb(self, call: Callable[[], Any]) -> Any:
+        """What ``call`` asks of wandb; whatever goes wrong there ends the logging there and not the run.
 
         Its service is a process of its own, which a cluster's signals reach too.
         """
         try:
-            call()
+            return call()
         except Exception as error:
-            print(f"WARNING: wandb fails ({error}); the run goes on without it, see metrics.jsonl", flush=True)
+            logger.warning("wandb fails (%s); the run goes on without it, see metrics.jsonl", error)
             self._wandb = None
+            return None
 
     def rewind(self, last_step: int) -> None:
         """Cut off the lines after a step that the run went back to. Weights & Biases draws these steps twice.
@@ -124,7 +128,7 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._warned:
-                print(f"WARNING: metrics.jsonl cannot be written ({error}); steps are missing from it", flush=True)
+                logger.warning("metrics.jsonl cannot be written (%s); steps are missing from it", error)
             self._warned = True
 
     def close(self) -> None:
@@ -166,7 +170,8 @@ def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
     online = not config.wandb_offline and ("WANDB_MODE" in os.environ or _has_api_key(wandb))
     reason = "as logging.wandb_offline says" if config.wandb_offline else "no API key"
     name = config.wandb_name or run_dir.resolve().name
-    print(f"wandb: project {config.wandb_project}, run {name}, {'online' if online else f'offline ({reason})'}")
+    where = "online" if online else f"offline ({reason})"
+    logger.info("wandb: project %s, run %s, %s", config.wandb_project, name, where)
     run = wandb.init(
         project=config.wandb_project,
         name=name,

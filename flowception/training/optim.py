@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flowception.errors import ConfigError
+from flowception.training.distributed.zero import full_shape
 
 LrSchedule = Literal["constant", "linear", "cosine"]
 
@@ -80,13 +81,13 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """The model's parameters in two groups: with weight decay and without.
 
-    Works on partitioned weights too (ZeRO-3), whose full shape is ``ds_shape``.
+    Works on partitioned weights too (ZeRO-3).
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        dimensions = len(full_shape(parameter))
         (decay if dimensions >= 2 and id(parameter) not in embeddings else plain).append(parameter)
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},

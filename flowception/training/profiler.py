@@ -8,7 +8,7 @@ slower.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from flowception.errors import ConfigError
+from flowception.progress import EVERY_RANK
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 40
 """Operators in the table."""
@@ -59,18 +62,15 @@ class ProfileConfig:
 class StepProfiler:
     """Traces this rank's steps, if it is one of the chosen; else does nothing."""
 
-    def __init__(
-        self, config: ProfileConfig, run_dir: str | Path, rank: int, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, config: ProfileConfig, run_dir: str | Path, rank: int) -> None:
         """Begin to count steps.
 
         Args:
             config: Which steps and ranks.
             run_dir: The run.
             rank: This one.
-            say: Where to report what was written, or why it could not be.
         """
-        self._folder, self._rank, self._say, self._step = Path(run_dir) / "profile", rank, say, 0
+        self._folder, self._rank, self._step = Path(run_dir) / "profile", rank, 0
         self._profile: torch.profiler.profile | None = None
         if config.active_steps is None or rank not in config.ranks:
             return
@@ -114,9 +114,15 @@ class StepProfiler:
             profile.export_chrome_trace(str(path))
             path.with_suffix(".txt").write_text(table + "\n")
         except (OSError, RuntimeError) as error:
-            self._say(f"WARNING: the profile {path} could not be written ({error}); training goes on")
+            logger.warning("the profile %s could not be written (%s); training goes on", path, error, extra=EVERY_RANK)
         else:
-            self._say(f"profile of rank {self._rank}: {path}, and its longest operators in {path.stem}.txt")
+            logger.info(
+                "profile of rank %d: %s, and its longest operators in %s.txt",
+                self._rank,
+                path,
+                path.stem,
+                extra=EVERY_RANK,
+            )
 
     @staticmethod
     def _longest() -> str:

@@ -6,17 +6,28 @@ ranges that a rank now needs, whatever ranks and ZeRO stage the checkpoint was s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from flowception.checkpoint import reader
+from flowception import run_directory
+from flowception.checkpoint import reader, writer
 from flowception.checkpoint.format import KINDS, Manifest, list_steps
 from flowception.errors import CheckpointError, ConfigError
-from flowception.training.distributed.collectives import broadcast_object, mark_on_all_ranks, run_on_all_ranks
+from flowception.shards.schema import ShardMeta
+from flowception.training.distributed.collectives import (
+    Ranks,
+    broadcast_object,
+    mark_on_all_ranks,
+    on_main,
+    run_on_all_ranks,
+)
 from flowception.training.distributed.sharded_state import ShardedState
+from flowception.training.run_state import RunState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -50,6 +61,30 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.save_timeout_s is {self.save_timeout_s}; give more than 0, at most 1500")
 
 
+def load_newest(run_dir: str | Path, shards: ShardedState) -> RunState | None:
+    """Load the newest whole checkpoint of a run. Collective.
+
+    Returns:
+        Where the run is; None if it has no checkpoint.
+
+    Raises:
+        CheckpointError: If all are damaged, belong to another model, or a rank cannot read its part.
+    """
+    folder = find_latest(run_dir, shards)
+    return None if folder is None else RunState.from_json(load(folder, shards).state)
+
+
+def set_aside_newer(run_dir: str | Path, step: int, ranks: Ranks) -> None:
+    """Rename what is newer than the checkpoint that a run goes on from: it is damaged, and is not deleted."""
+    if not ranks.is_main:
+        return
+    try:
+        for folder in writer.set_aside(run_dir, newer_than=step):
+            logger.info("a damaged checkpoint was renamed to %s; remove it when you have no use for it", folder)
+    except OSError as error:
+        logger.warning("damaged checkpoints after step %d could not be renamed (%s)", step, error)
+
+
 def load(folder: str | Path, shards: ShardedState) -> Manifest:
     """Load a checkpoint into the masters, moments, EMA and model. Collective.
 
@@ -65,10 +100,27 @@ def load(folder: str | Path, shards: ShardedState) -> Manifest:
     return manifest
 
 
-def load_initial_weights(folder: str | Path, shards: ShardedState) -> None:
-    """Start weights and EMA from another run's EMA. Collective."""
+def load_initial_weights(run_dir: str | Path, shards: ShardedState, meta: ShardMeta, ranks: Ranks) -> None:
+    """Start weights and EMA from the newest EMA of another run. Collective.
+
+    Args:
+        run_dir: The other run.
+        shards: Filled.
+        meta: Of the shard set to train on.
+        ranks: This rank.
+
+    Raises:
+        CheckpointError: If it has no checkpoint, or one of another model.
+        RunDirectoryError: If it was trained on latents of another codec.
+    """
+    folder = find_latest(run_dir, shards)
+    if folder is None:
+        text = f"init_from={run_dir} has no checkpoint; give the run directory of a run that saved one"
+        raise mark_on_all_ranks(CheckpointError(text))
+    on_main(ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
     run_on_all_ranks(lambda: _read(folder, shards, {"weight": "ema", "ema": "ema"}))
     shards.push()
+    logger.info("starting from the EMA weights of %s", folder)
 
 
 @torch.no_grad()
@@ -93,15 +145,12 @@ def _check_same_model(manifest: Manifest, shards: ShardedState, folder: str | Pa
             )
 
 
-def find_latest(
-    run_dir: str | Path, shards: ShardedState, report: Callable[[str], None], up_to: int | None = None
-) -> Path | None:
+def find_latest(run_dir: str | Path, shards: ShardedState, up_to: int | None = None) -> Path | None:
     """The newest whole checkpoint of a run; the ranks share the reading. Collective.
 
     Args:
         run_dir: The run.
         shards: For rank, world size and device.
-        report: Called on rank 0 with a line for each damaged checkpoint that is passed over.
         up_to: The latest step that is wanted; None for any.
 
     Returns:
@@ -115,7 +164,6 @@ def find_latest(
     try:
         return reader.latest_valid(
             run_dir,
-            report if shards.rank == 0 else None,
             steps=steps,
             check=lambda folder: run_on_all_ranks(lambda: reader.verify(folder, shards.rank, shards.world_size)),
         )

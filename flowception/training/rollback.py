@@ -9,7 +9,7 @@ saved during those steps are removed first, so that no resume takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from flowception.training.distributed.sharded_state import ShardedState
 from flowception.training.guard import Guard, GuardConfig
 from flowception.training.run_state import RunState
 
+logger = logging.getLogger(__name__)
+
 
 def roll_back(
     config: GuardConfig,
@@ -29,7 +31,6 @@ def roll_back(
     shards: ShardedState,
     state: RunState,
     ranks: Ranks,
-    say: Callable[[str], None],
 ) -> RunState:
     """Load the last checkpoint before the skipped steps. Collective; no save may be under way.
 
@@ -40,7 +41,6 @@ def roll_back(
         shards: Filled from the checkpoint.
         state: Where the run is.
         ranks: This rank.
-        say: Prints a line on rank 0.
 
     Returns:
         Where the run is now; save it.
@@ -58,7 +58,7 @@ def roll_back(
                 "guard.spike_factor if the gradients only look unusual; then run the same command again"
             )
         )
-    folder = resume.find_latest(run_dir, shards, say, up_to=good_step)
+    folder = resume.find_latest(run_dir, shards, up_to=good_step)
     if folder is None:
         raise mark_on_all_ranks(
             GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew")
@@ -73,8 +73,9 @@ def roll_back(
         rollbacks=state.guard.rollbacks + 1,
         rollback_step=state.step,
     )
-    say(f"WARNING: {what}; back to step {found.step} without their {len(state.guard.suspects)} clips")
+    logger.warning("%s; back to step %d without their %d clips", what, found.step, len(state.guard.suspects))
     guard.note_rollback(state.step, found.step, found.guard)
+    resume.set_aside_newer(run_dir, found.step, ranks)
     return found
 
 

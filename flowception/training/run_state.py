@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flowception.data.loader import StepBatch
 from flowception.data.plan import Plan
 from flowception.data.step_plan import Cursor
-from flowception.errors import PlanError
+from flowception.errors import DataError, PlanError
+from flowception.shards.open import DataConfig
+from flowception.training.distributed.collectives import gather_values, mark_on_all_ranks
 from flowception.training.guard import GuardState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,3 +100,30 @@ def plan_of(state: RunState, plan: Plan) -> Plan:
         )
     state.plan_fingerprint = plan.fingerprint
     return plan
+
+
+def note_bad_clips(state: RunState, batch: StepBatch, config: DataConfig) -> None:
+    """List all ranks' bad clips of a step; too many are a fault of the storage. Collective.
+
+    Args:
+        state: Where the run is, this step not yet counted; its quarantine is added to.
+        batch: This rank's packs.
+        config: How many bad clips an epoch may have.
+
+    Raises:
+        DataError: On all ranks, if no clip of a full step could be read, or more of the epoch's than allowed.
+    """
+    own = [(bad.key, bad.reason) for bad in batch.quarantined if bad.key not in state.guard.quarantine]
+    found = [pair for pairs in gather_values(own) for pair in pairs]
+    for key, reason in found:
+        state.quarantine[key] = reason
+        logger.info("clip %s is left out from the next epoch on: %s", key, reason)
+    in_epoch, allowed, plan = state.bad_clips_of_epoch(), config.max_bad_clips, batch.step_plan
+    if len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch:  # an epoch's last step may be one clip
+        what = f"none of the {plan.clips} clips of step {plan.step} of epoch {plan.epoch} could be read"
+    elif allowed is not None and in_epoch > allowed:
+        what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"
+    else:
+        return
+    stores = " and ".join(share.path for share in config.sets)
+    raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))

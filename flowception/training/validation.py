@@ -64,7 +64,7 @@ class Validation:
     def _uniforms(self, global_time: float) -> NDArray[np.float64]:
         """The uniform that leads each clip to the time, at least 1 for a clip that training never shows at it."""
         process, places = self._plan.process, np.arange(len(self._rows))
-        roles = self._plan.draws(0, self._rows, places).roles
+        roles = self._plan.clip_draws(PackPlan(0, 0, self._rows, places)).clips.roles
         times = torch.full((len(places),), global_time, dtype=torch.float64)
         return build_delay_law(process.delay_law).uniform_of(times, roles, process.insertion_share).numpy()
 
@@ -75,12 +75,12 @@ class Validation:
         if not len(places):
             return []
         rows, u_time = self._rows[places], u_time[places]
-        draws = self._plan.draws(0, rows, places, u_time)
-        latent = draws.visible_frames.numpy() * self._plan.index.tokens_per_frame[rows]
-        tokens = latent + self._plan.text_tokens(0, rows)
+        draws = self._plan.clip_draws(PackPlan(0, 0, rows, places, u_time))
+        latent = draws.clips.visible_frames.numpy() * self._plan.index.tokens_per_frame[rows]
+        tokens = latent + draws.text_tokens
         left, packs = np.arange(len(rows)), list[PackPlan]()
         while len(left):
-            taken = pack_clips(tokens[left], tokens[left].astype(float), 1, self._plan.config.token_budget) != CARRIED
+            taken = pack_clips(tokens[left], tokens[left].astype(float), 1, self._plan.sizes.token_budget) != CARRIED
             chosen = left[taken]
             packs.append(PackPlan(0, len(packs), rows[chosen], places[chosen], u_time[chosen]))
             left = left[~taken]

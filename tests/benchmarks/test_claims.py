@@ -78,7 +78,7 @@ def test_flops_and_flow_frames_by_hand_for_full_sequence(study):
     assert spent.trained_clips == TINY.data_clips
     assert spent.flow_frames == frames.sum()
     assert spent.tokens == 2 * frames.sum()
-    assert spent.training_flops == pytest.approx(training_flops(plan.flop_spec, frames, 1, 1).sum())
+    assert spent.training_flops == pytest.approx(training_flops(plan.spec, frames, 1, 1).sum())
 
 
 def test_autoregression_goes_on_to_flowceptions_flow_frames(study):

@@ -7,7 +7,7 @@ import pytest
 
 HOLES = """
 from pathlib import Path
-from flowception.data.memory import give_back_freed_memory
+from flowception.data.epoch import give_back_freed_memory
 
 def own_mb():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

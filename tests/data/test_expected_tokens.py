@@ -4,6 +4,7 @@ import pytest
 from flowception.data.expected_tokens import TOKEN_UNITS, token_moments, visible_moments
 from flowception.flow.delays import DELAY_LAWS
 from flowception.flow.extended_time import ProcessConfig, draw_clips
+from flowception.shards.index import ClipIndex
 
 
 @pytest.mark.parametrize("delay_law", DELAY_LAWS)
@@ -22,7 +23,8 @@ def test_moments_are_those_of_a_simulation(delay_law):
 def test_text_counts_by_how_often_it_is_shown():
     # Full-sequence: every frame is visible, so only the text varies: 10 tokens in 3 of 4 epochs, else 2.
     config = ProcessConfig(delay_law="full_sequence", condition_dropout=0.25)
-    mean, variance = token_moments(config, np.array([3, 3]), np.array([7, 7]), np.array([10, 0]), 2)
+    index = ClipIndex.from_arrays(frames=[3, 3], height=2, width=3, text_tokens=[10, 0])
+    mean, variance = token_moments(config, index, 2)
     assert mean.tolist() == [TOKEN_UNITS * (21 + 8), TOKEN_UNITS * (21 + 2)]
     assert variance.tolist() == pytest.approx([0.25 * 0.75 * 64, 0.0])
 

@@ -23,7 +23,7 @@ def world(make_set, make_config, make_spec):
     folder, records = make_set(text=True)
     reader = ShardReader(folder)
     config = make_config(tasks={"t2v": 0.5, "i2v": 0.5}, time_shift=3.0, condition_dropout=0.3, insertion_share=0.7)
-    return Plan(reader.index, None, config, make_spec(text_dim=6), SEED, null_text_tokens=2), reader, records
+    return Plan(reader.index, None, *config, make_spec(text_dim=6), SEED, null_text_tokens=2), reader, records
 
 
 def packs_of_epoch(plan, epoch=0):
@@ -36,7 +36,7 @@ def test_contents_of_a_pack_frame_by_frame(world):
     met = set()
     for pack_plan in packs_of_epoch(plan):
         pack = build_pack(plan, pack_plan, reader)
-        draws = plan.draws(0, pack_plan.rows, pack_plan.places)
+        draws = plan.clip_draws(pack_plan).clips
         token = frame_slot = text_row = 0
         for slot, row in enumerate(pack_plan.rows):
             record, key = records[row], int(reader.index.clips["clip_id"][row])
@@ -111,7 +111,7 @@ def test_a_clip_is_the_same_in_another_pack_and_place_of_the_pack(world):
 
 def test_noise_is_keyed_by_the_epoch(world, make_config, make_spec):
     _, reader, records = world
-    plan = Plan(reader.index, None, make_config(), make_spec(), SEED)
+    plan = Plan(reader.index, None, *make_config(), make_spec(), SEED)
     x_1, key = records[4].latents[0].float(), int(reader.index.clips["clip_id"][4])
     for epoch in (0, 1):  # at global time 0 frame 0 is a start frame of pure noise
         pack = build_pack(plan, PackPlan(epoch, 0, np.array([4]), np.array([0]), np.array([0.0])), reader)
@@ -123,7 +123,7 @@ def test_noise_is_keyed_by_the_epoch(world, make_config, make_spec):
 def test_prescribed_times_are_used(world):
     plan, reader, records = world
     rows = np.array([0, 1, 2])
-    draws = plan.draws(0, rows, rows, np.array([0.0, 0.7, 0.85]))
+    draws = plan.clip_draws(PackPlan(0, 0, rows, rows, np.array([0.0, 0.7, 0.85]))).clips
     assert draws.global_time.tolist() == pytest.approx([0.0, 1.0, 1.5])
     pack = build_pack(plan, PackPlan(0, 0, rows, rows, np.array([0.85] * 3)), reader)
     assert pack.layout.clip_frames[:3].tolist() == [len(records[i].latents) for i in rows]
@@ -197,21 +197,21 @@ def test_a_network_of_other_widths_is_refused(world, make_config, make_spec):
     plan, reader, _ = world
     pack_plan = packs_of_epoch(plan)[0]
     for keys, wanted in (({"in_channels": 8}, "in_channels=4"), ({"text_dim": 9}, "text_dim=6")):
-        other = Plan(reader.index, None, make_config(), make_spec(**keys), SEED, null_text_tokens=2)
+        other = Plan(reader.index, None, *make_config(), make_spec(**keys), SEED, null_text_tokens=2)
         with pytest.raises(ConfigError, match=wanted):
             build_pack(other, pack_plan, reader)
 
 
 def test_a_plan_of_another_null_text_is_refused(world, make_config, make_spec):
     _, reader, _ = world
-    other = Plan(reader.index, None, make_config(), make_spec(text_dim=6), SEED, null_text_tokens=1)
+    other = Plan(reader.index, None, *make_config(), make_spec(text_dim=6), SEED, null_text_tokens=1)
     with pytest.raises(ConfigError, match="counts 1 tokens of null text"):
         build_pack(other, packs_of_epoch(other)[0], reader)
 
 
 def test_a_network_without_text_or_classes_gets_neither(world, make_config, make_spec):
     _, reader, _ = world
-    plan = Plan(reader.index, None, make_config(condition_dropout=0.0), make_spec(num_classes=0), SEED)
+    plan = Plan(reader.index, None, *make_config(condition_dropout=0.0), make_spec(num_classes=0), SEED)
     pack = build_pack(plan, packs_of_epoch(plan)[0], reader)
     assert pack.text is None
     assert not (pack.layout.token_kind == TokenKind.TEXT).any()

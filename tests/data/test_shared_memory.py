@@ -21,7 +21,7 @@ def packs(request, make_set, make_config, make_spec):
     reader = ShardReader(folder)
     spec = make_spec(**({"text_dim": 6} if request.param else {}))
     null = 0 if reader.null_text is None else len(reader.null_text)
-    plan = Plan(reader.index, None, make_config(packs_per_step=2), spec, 1, null_text_tokens=null)
+    plan = Plan(reader.index, None, *make_config(packs_per_step=2), spec, 1, null_text_tokens=null)
     return [*(build_pack(plan, pack, reader) for pack in plan.step(Cursor()).packs), empty_pack(plan)]
 
 

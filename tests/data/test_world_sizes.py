@@ -19,14 +19,14 @@ WORLD_SIZES = (1, 2, 3, 4, 8, 16, 64)
 def world(make_set, make_config, make_spec):
     folder, _ = make_set(count=400, per_shard=50)
     reader = ShardReader(folder)
-    return Plan(reader.index, None, make_config(packs_per_step=64, token_budget=80), make_spec(), 1), reader
+    return Plan(reader.index, None, *make_config(packs_per_step=64, token_budget=80), make_spec(), 1), reader
 
 
 def loaders(plan, reader, world_size, cursor, num_workers=0):
     return [iter(PackLoader(plan, reader, rank, world_size, cursor, num_workers)) for rank in range(world_size)]
 
 
-def next_step(running):
+def next_step(plan, running):
     """Hash of the next step, from what each rank got, and the cursor after it."""
     batches = [next(rank) for rank in running]
     digests, keys = {}, {}
@@ -35,10 +35,10 @@ def next_step(running):
         for number, pack in zip(numbers, batch.packs):
             planned = batch.step_plan.packs[number]
             keys[number] = pack.keys
-            digests[number] = batch.step_plan.plan.pack_digests([planned])[0]
-            assert pack.keys == tuple(batch.step_plan.plan.index.key(row) for row in planned.rows)
+            digests[number] = plan.pack_digests([planned])[0]
+            assert pack.keys == tuple(plan.index.key(row) for row in planned.rows)
     found = combine_digests([digests[number] for number in sorted(digests)])
-    assert found == batches[0].step_plan.order_hash
+    assert found == plan.order_hash(batches[0].step_plan)
     (cursor,) = {batch.next_cursor for batch in batches}
     return (found, tuple(keys[number] for number in sorted(keys))), cursor
 
@@ -52,7 +52,7 @@ def expected(world):
         running = loaders(plan, reader, 1, cursor)
         for _ in range(plan.steps_in_epoch(cursor.epoch)):
             at = cursor
-            steps[at], cursor = next_step(running)
+            steps[at], cursor = next_step(plan, running)
     assert len(steps) >= 6
     return steps
 
@@ -62,8 +62,8 @@ def test_every_world_size_sees_the_same_from_any_cursor(world, expected):
     cursors = list(expected)
     for world_size in WORLD_SIZES:
         for start in (cursors[1], cursors[len(cursors) // 2], cursors[-1]):
-            fresh = Plan(reader.index, None, plan.config, plan.flop_spec, 1)
-            found, _ = next_step(loaders(fresh, reader, world_size, start))
+            fresh = Plan(reader.index, None, plan.process, plan.sizes, plan.spec, 1)
+            found, _ = next_step(plan, loaders(fresh, reader, world_size, start))
             assert found == expected[start]
 
 
@@ -71,12 +71,12 @@ def test_any_sequence_of_world_sizes_sees_every_step_once(world, expected):
     plan, reader = world
     random, cursor, seen = np.random.default_rng(0), Cursor(), []
     while cursor.epoch < 2:
-        fresh = Plan(reader.index, None, plan.config, plan.flop_spec, 1)
+        fresh = Plan(reader.index, None, plan.process, plan.sizes, plan.spec, 1)
         running = loaders(fresh, reader, int(random.choice(WORLD_SIZES)), cursor)
         epoch, left = cursor.epoch, int(random.integers(1, 4))
         while left and cursor.epoch == epoch:
             seen.append(cursor)
-            found, cursor = next_step(running)
+            found, cursor = next_step(plan, running)
             assert found == expected[seen[-1]]
             left -= 1
     assert seen == list(expected)
@@ -92,7 +92,7 @@ def test_workers_change_nothing_and_the_cursor_is_that_of_the_step_handed_out(wo
         assert batch.next_cursor == plan.next(at)
         assert tuple(pack.keys for pack in batch.packs) == expected[at][1]
         if number == 1:
-            resumed, _ = next_step(loaders(plan, reader, 2, batch.next_cursor))
+            resumed, _ = next_step(plan, loaders(plan, reader, 2, batch.next_cursor))
             assert resumed == expected[batch.next_cursor]
 
 

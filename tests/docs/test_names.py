@@ -19,7 +19,8 @@ SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 
 
 def code_words(page: str) -> set[str]:
-    """Words of the page's code: in backticks, in fences, in indented blocks."""
+    """Words of the page's code: in backticks, in fences but for Python, which is run, and in indented blocks."""
+    page = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
     fences = re.findall(r"^```.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", prose) + re.findall(r"^ {4,}(.*)$", prose, re.MULTILINE)
@@ -57,7 +58,7 @@ def unknown_keys(page: str) -> list[str]:
 def unknown_functions(page: str) -> list[str]:
     """Words ``module.name`` of which the module exists and does not define the name."""
     modules = {path.stem: path for path in SOURCES if path.suffix == ".py" and path.parts[-3] == "flowception"}
-    pairs = [word.split(".") for word in code_words(page) if re.fullmatch(r"[a-z_]+\.[A-Za-z_]+", word)]
+    pairs = [word.split(".") for word in code_words(page) - KEYS if re.fullmatch(r"[a-z_]+\.(?!sh$)[A-Za-z_]+", word)]
     return sorted(
         f"{module}.{name}"
         for module, name in pairs
@@ -82,9 +83,8 @@ def test_the_readme_is_filled_in():
 
 
 def test_wrong_names_would_be_found():
-    page = (
-        "`tests/nn/test_dit.py` `nn/layer.py` `nn/layout` `nowhere.py` `docs/data.md`\n\n```\nsbatch slurm/x.sh\n```\n"
-    )
+    page = "`tests/nn/test_dit.py` `nn/layer.py` `nn/rope` `nowhere.py` `docs/data.md`\n\n```\nsbatch slurm/x.sh\n```\n"
     assert missing_files(page) == ["nn/layer.py", "nowhere.py", "slurm/x.sh", "tests/nn/test_dit.py"]
     assert unknown_keys("    train optim.lr=1 lr=2 `data.held` `zero.stage` `x = 1`") == ["data.held", "lr=2"]
+    assert unknown_keys("```python\nf(lr=2)\n```\n\n```\ntrain lr=2\n```\n") == ["lr=2"]
     assert unknown_functions("`layout.build_layout` `layout.build` `dit.Block`") == ["layout.build"]

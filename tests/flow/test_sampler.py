@@ -298,10 +298,32 @@ def test_a_clip_is_unfinished_until_its_own_last_frame_is_at_one(own_frame_predi
         assert state.unfinished_clips.tolist() == [state.step < end for end in ends]
 
 
-def test_watch_is_shown_every_state(constant_predictor):
-    seen = []
-    result = sample(
-        constant_predictor(rate=0.5), frame_shape=SHAPE, batch_size=2,
-        config=SamplerConfig(num_inference_steps=5), watch=lambda state: seen.append(state.step),
-    )  # fmt: skip
-    assert seen == list(range(result.evaluations + 1))
+class Counted:
+    """Costs 1 FLOP a frame and evaluation."""
+
+    def __init__(self, predict):
+        self.predict = predict
+
+    def __call__(self, state):
+        return self.predict(state)
+
+    def flops(self, state):
+        return state.clip_frames.double()
+
+
+def test_every_state_knows_what_its_clips_have_cost(constant_predictor):
+    config = {"num_inference_steps": 5}
+    states = states_of(Counted(constant_predictor(rate=0.5)), **config)
+    spent = torch.zeros(3, dtype=torch.float64)
+    for state in states:
+        assert torch.equal(state.clip_flops, spent)
+        spent = spent + state.clip_frames
+    result = run(Counted(constant_predictor(rate=0.5)), **config)
+    assert torch.equal(result.clip_flops, states[-1].clip_flops)
+    assert result.flops == float(states[-1].clip_flops.sum()) > 0
+    assert run(constant_predictor(rate=0.5), **config).flops is None
+
+
+def test_an_argument_that_there_is_not_is_refused(constant_predictor):
+    with pytest.raises(TypeError, match="batchsize"):
+        sample(constant_predictor(), frame_shape=SHAPE, batchsize=2, config=SamplerConfig())

@@ -9,10 +9,11 @@ import torch
 from flowception.checkpoint import writer
 from flowception.checkpoint.format import KINDS
 from flowception.codecs import CodecConfig, build_codec
+from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.flow import Context, SamplerConfig, SamplerState
 from flowception.flow.sampler_state import initial_state
 from flowception.nn import DiTConfig, FlowceptionDiT
-from flowception.shards.schema import ShardMeta
+from flowception.shards.schema import NullText, ShardMeta
 
 CHANNELS, HEIGHT, WIDTH = 12, 3, 2
 FRAME_SHAPE = (CHANNELS, HEIGHT, WIDTH)
@@ -90,6 +91,15 @@ def write_run(
     for step in steps:
         write_checkpoint(folder, step, {name: p.detach() + step / 1000 for name, p in model.named_parameters()})
     return folder
+
+
+def text_changes(encoder_folder):
+    """Changes for ``write_run``: its shard set names a T5 encoder and holds the empty caption's embedding."""
+    config = TextEncoderConfig(model=str(encoder_folder), dtype="float32")
+    encoder = TextEncoder.from_config(config)
+    null_text = NullText.of(encoder.encode([""])[0])
+    meta = {"text_width": encoder.text_dim, "null_text": null_text, "text_config": dataclasses.asdict(config)}
+    return {"model_changes": {"text_dim": encoder.text_dim}, "meta_changes": meta}
 
 
 def write_checkpoint(run_dir, step, ema):

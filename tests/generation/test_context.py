@@ -10,7 +10,8 @@ from flowception.codecs.base import Codec
 from flowception.codecs.video_file import read_video, write_video
 from flowception.errors import ConfigError, DataError
 from flowception.flow import ProcessConfig
-from flowception.generation.context import ContextReader, check_files, parse_keep, untrained
+from flowception.generation.context import ContextReader, check_context, parse_keep, untrained
+from flowception.generation.context_source import context_sources
 
 PATCHIFY = build_codec(CodecConfig(name="patchify", patch_size=2))
 SIZE = (6, 4)
@@ -91,21 +92,21 @@ def test_keep_that_names_nothing_is_refused(word):
 def test_continuation_is_given_the_run_or_the_end(clip):
     path, pixels = clip(7)
     latents = PATCHIFY.encode(pixels)
-    (context,) = reader("v2v", keep=(1, 2, 3)).read([path])
+    (context,) = reader("v2v", keep=(1, 2, 3)).read(context_sources([path]))
     assert torch.equal(context.frames, latents[1:4])
     assert (context.active, context.num_start_frames, context.begins_with_start) == (None, None, False)
-    assert torch.equal(reader("v2v", max_context_frames=3).read([path])[0].frames, latents[4:])
-    assert torch.equal(reader("v2v").read([path])[0].frames, latents)
+    assert torch.equal(reader("v2v", max_context_frames=3).read(context_sources([path]))[0].frames, latents[4:])
+    assert torch.equal(reader("v2v").read(context_sources([path]))[0].frames, latents)
 
 
 def test_interpolation_between_images_or_frames_of_a_video(clip, image):
     files = [image(10, "a.png"), image(90, "b.png"), image(200, "c.png")]
-    (context,) = reader("interpolation").read(files)
+    (context,) = reader("interpolation").read(context_sources(files))
     assert context.frames.mean(dim=(1, 2, 3)).tolist() == pytest.approx([v / 127.5 - 1 for v in (10, 90, 200)])
     assert marks(context) == ([True, True, False], 0, False)
     path, pixels = clip(7)
     latents = PATCHIFY.encode(pixels)
-    ends, chosen = (reader("interpolation", keep=k).read([path])[0] for k in (None, (1, 4, 5)))
+    ends, chosen = (reader("interpolation", keep=k).read(context_sources([path]))[0] for k in (None, (1, 4, 5)))
     assert torch.equal(ends.frames, latents[[0, 6]])
     assert torch.equal(chosen.frames, latents[[1, 4, 5]])
     assert marks(chosen) == ([True, True, False], 0, False)
@@ -123,14 +124,14 @@ def test_interpolation_between_images_or_frames_of_a_video(clip, image):
 )
 def test_completion_marks_the_ends_of_its_runs(clip, keep, active, begins_with_start):
     path, pixels = clip(8)
-    (context,) = reader("completion", keep=keep).read([path])
+    (context,) = reader("completion", keep=keep).read(context_sources([path]))
     assert torch.equal(context.frames, PATCHIFY.encode(pixels)[list(keep)])
     assert marks(context) == (active, 0, begins_with_start)
 
 
 def test_completion_keeps_the_first_and_the_last_quarter(clip):
     path, pixels = clip(9)
-    (context,) = reader("completion").read([path])
+    (context,) = reader("completion").read(context_sources([path]))
     assert torch.equal(context.frames, PATCHIFY.encode(pixels)[[0, 1, 7, 8]])
     assert marks(context) == ([False, True, False, False], 0, False)
 
@@ -144,7 +145,7 @@ def test_a_codec_that_compresses_time(clip, image):
         return pytest.approx([grey[first : last + 1].mean() for first, last in groups])
 
     def read(task, files=(path,), **changes):
-        (context,) = reader(task, codec=codec, **changes).read(list(files))
+        (context,) = reader(task, codec=codec, **changes).read(context_sources(list(files)))
         return context.frames[:, 0, 0, 0].tolist()
 
     assert read("completion", keep=(1, 3)) == means((1, 4), (9, 12))
@@ -157,7 +158,7 @@ def test_a_codec_that_compresses_time(clip, image):
 
 def test_a_video_is_brought_to_the_frame_rate_of_training(clip):
     path, pixels = clip(9, fps=24.0)
-    (context,) = reader("v2v", fps=8.0).read([path])
+    (context,) = reader("v2v", fps=8.0).read(context_sources([path]))
     assert torch.equal(context.frames, PATCHIFY.encode(pixels[[0, 3, 6]]))
 
 
@@ -166,39 +167,41 @@ def test_files_that_cannot_be_a_context_are_refused_before_loading(clip, image, 
     (tmp_path / "text.txt").write_text("no picture")
     wrong = [
         ("t2v", [still], None, "the task is t2v"),
-        ("v2v", [], None, "--task v2v needs --context"),
+        ("v2v", [], None, "`task` v2v needs `context`"),
         ("v2v", [tmp_path / "no.mp4"], None, "does not exist"),
         ("v2v", [tmp_path / "text.txt"], None, "text.txt"),
         ("interpolation", [still], None, "1 images and 0 videos"),
         ("interpolation", [still, still, video], None, "2 images and 1 videos"),
         ("completion", [still], None, "needs videos"),
-        ("i2v", [still], (0,), "--keep chooses frames"),
-        ("interpolation", [still, still], (0, 1), "--keep chooses frames"),
+        ("i2v", [still], (0,), "`keep` chooses frames"),
+        ("interpolation", [still, still], (0, 1), "`keep` chooses frames"),
         ("v2v", [video], (0, 2), "a hole after frame 0"),
         ("interpolation", [video], (1,), "frame 1 alone"),
     ]
     for task, files, keep, message in wrong:
         with pytest.raises((ConfigError, DataError), match=message):
-            check_files(task, files, keep)
+            check_context(task, context_sources(files), keep)
 
 
 def test_a_video_that_is_too_short_is_refused(clip):
     path, _ = clip(3)
-    with pytest.raises(DataError, match=r"latent frames 0 to 2 and --keep asks for frame 3"):
-        reader("completion", keep=(0, 3)).read([path])
+    with pytest.raises(DataError, match=r"latent frames 0 to 2 and `keep` asks for frame 3"):
+        reader("completion", keep=(0, 3)).read(context_sources([path]))
     with pytest.raises(DataError, match="all would be kept"):
-        reader("completion", keep=(0, 1, 2)).read([path])
+        reader("completion", keep=(0, 1, 2)).read(context_sources([path]))
     with pytest.raises(DataError, match="all would be kept"):
-        reader("completion").read([clip(2, name="b.mp4")[0]])
+        reader("completion").read(context_sources([clip(2, name="b.mp4")[0]]))
     with pytest.raises(DataError, match="has one latent frame"):
-        reader("interpolation").read([clip(1, name="c.mp4")[0]])
+        reader("interpolation").read(context_sources([clip(1, name="c.mp4")[0]]))
 
 
 def test_what_training_never_showed_is_said(clip):
     path, _ = clip(7)
     process = ProcessConfig(tasks={"v2v": 1, "completion": 1}, max_context_frames=4, max_cuts=2)
-    assert untrained("v2v", reader("v2v", keep=(0, 1, 2, 3)).read([path]), process, 20) is None
-    assert "such a context of 7 frames" in untrained("v2v", reader("v2v").read([path]), process, 20)
+    assert untrained("v2v", reader("v2v", keep=(0, 1, 2, 3)).read(context_sources([path])), process, 20) is None
+    assert "such a context of 7 frames" in untrained("v2v", reader("v2v").read(context_sources([path])), process, 20)
     assert "only on v2v, completion" in untrained("i2v", [], process, 20)
-    assert untrained("completion", reader("completion", keep=(2,)).read([path]), process, 20) is None
-    assert "3 frames" in untrained("completion", reader("completion", keep=(1, 3, 5)).read([path]), process, 20)
+    assert untrained("completion", reader("completion", keep=(2,)).read(context_sources([path])), process, 20) is None
+    assert "3 frames" in untrained(
+        "completion", reader("completion", keep=(1, 3, 5)).read(context_sources([path])), process, 20
+    )

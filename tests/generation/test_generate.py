@@ -16,7 +16,7 @@ from flowception.generation.generate import GenerateOptions, generate
 def job(make_run, tmp_path):
     def run(run_changes=(), out="out", **options):
         settings = {
-            "num_clips": 4,
+            "num": 4,
             "num_inference_steps": 5,
             "batch_size": 3,
             "seed": 20,
@@ -56,7 +56,7 @@ def test_a_clip_is_the_same_whatever_the_batch(job, monkeypatch):
     def write_mp4(path, video, *, fps):
         written[path.parent.name, path.name] = video.astype(int)
 
-    monkeypatch.setattr("flowception.generation.generate.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.clip.write_mp4", write_mp4)
     job(out="together", batch_size=4)
     job(out="alone", batch_size=1)
     for number in range(4):
@@ -70,7 +70,7 @@ def test_i2v_begins_with_the_context_image(job, tmp_path):
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for image, file in zip(images, files):
         Image.fromarray(image).save(file)
-    records = job(task="i2v", context_files=tuple(files))
+    records = job(task="i2v", context=tuple(files))
     for number, record in enumerate(records):
         assert record["task"] == "i2v"
         shown = read_video(tmp_path / "out" / record["file"])[0].astype(int)
@@ -106,10 +106,10 @@ def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task,
     """Pixels before H.264: the codec is lossless, so they are the file's own; and nothing lies right of a passive."""
     path, pixels = video
     written = []
-    monkeypatch.setattr("flowception.generation.generate.write_mp4", lambda path, video, *, fps: written.append(video))
+    monkeypatch.setattr("flowception.generation.clip.write_mp4", lambda path, video, *, fps: written.append(video))
     mixture = {"t2v": 1, "v2v": 1, "interpolation": 1, "completion": 1}
     changes = {"tasks": mixture, "max_context_frames": 4}
-    records = job(changes, task=task, context_files=(path,), keep=keep, max_frames=12, num_inference_steps=8)
+    records = job(changes, task=task, context=(path,), keep=keep, max_frames=12, num_inference_steps=8)
     begun_with = len(given) + (2 if task == "v2v" else 0) + (task == "completion" and given[0] > 0)
     for record, shown in zip(records, written, strict=True):
         at = given_frames(record)
@@ -127,20 +127,20 @@ def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task,
     assert max(record["latent_frames"] for record in records) > begun_with, "something must have been inserted"
 
 
-def test_what_the_run_was_not_trained_on_is_said(job, video, capsys):
-    job(task="completion", context_files=(video[0],), num_clips=1)
-    assert "WARNING: the run was not trained on completion, only on t2v" in capsys.readouterr().out
+def test_what_the_run_was_not_trained_on_is_said(job, video, console):
+    job(task="completion", context=(video[0],), num=1)
+    assert "WARNING: the run was not trained on completion, only on t2v" in console.readouterr().out
 
 
 @pytest.mark.parametrize("law", PRESCRIBED_LAWS)
 def test_a_run_of_a_prescribed_law_continues_and_interpolates(job, video, law):
     changes = {"delay_law": law, "tasks": {"v2v": 1, "interpolation": 1}}
-    options = {"context_files": (video[0],), "num_clips": 1}
+    options = {"context": (video[0],), "num": 1}
     (record,) = job(changes, task="v2v", keep=(0, 1, 2), num_frames=5, **options)
     assert (record["latent_frames"], given_frames(record)) == (5, [0, 1, 2])
     (record,) = job(changes, task="interpolation", keep=(0, 3, 6), num_frames=9, **options)
     assert (record["latent_frames"], given_frames(record)) == (9, [0, 4, 8])
-    with pytest.raises(ConfigError, match="--num-frames is 3 and the context has 3"):
+    with pytest.raises(ConfigError, match="`num_frames` is 3 and the context has 3"):
         job(changes, task="v2v", keep=(0, 1, 2), num_frames=3, **options)
     with pytest.raises(ConfigError, match="completion leaves open how many frames fill a gap"):
         job(changes, task="completion", num_frames=9, **options)
@@ -149,11 +149,11 @@ def test_a_run_of_a_prescribed_law_continues_and_interpolates(job, video, law):
 @pytest.mark.parametrize("law", PRESCRIBED_LAWS)
 def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law):
     changes = {"delay_law": law}
-    records = job(changes, num_clips=2, num_frames=7)
+    records = job(changes, num=2, num_frames=7)
     assert [r["latent_frames"] for r in records] == [7, 7]
     evaluations = {r["evaluations"] for r in records}
     assert evaluations <= {"full_sequence": {5}, "autoregressive": {35}}.get(law, set(range(6, 11)))
-    with pytest.raises(ConfigError, match="--num-frames"):
+    with pytest.raises(ConfigError, match="give `num_frames`"):
         job(changes)
     with pytest.raises(ConfigError, match="chooses the length itself"):
         job(num_frames=7)
@@ -162,15 +162,15 @@ def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "i2v"}, "needs --context"),
-        ({"task": "completion"}, "needs --context"),
+        ({"task": "i2v"}, "needs `context`"),
+        ({"task": "completion"}, "needs `context`"),
         ({"task": "v2t"}, "no task 'v2t'"),
         ({"prompt": "a red disc"}, "trained without text"),
         ({"class_label": "purple"}, "purple"),
         ({"class_label": "3"}, "from 0 to 2"),
-        ({"size_pixels": (7, 4)}, "multiples of 2"),
-        ({"device": "cuda:99"}, "--device is cuda:99 and this machine has"),
-        ({"device": "abacus"}, "--device is abacus"),
+        ({"size": (7, 4)}, "multiples of 2"),
+        ({"device": "cuda:99"}, "`device` is cuda:99 and this machine has"),
+        ({"device": "abacus"}, "`device` is abacus"),
     ],
 )
 def test_wishes_that_cannot_be_met_write_nothing(job, tmp_path, options, message):
@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_made_is_refused(job, tmp_path):
 
 
 def test_cached_keys_of_finished_frames_save_flops(job):
-    plain, exact, cached = (job(out=f"{r}", cache_refresh_steps=r) for r in (None, 1, 3))
+    plain, exact, cached = (job(out=f"{r}", cache_refresh=r) for r in (None, 1, 3))
     for one, same, other in zip(plain, exact, cached, strict=True):
         assert one["evaluations"] == same["evaluations"] == other["evaluations"]
         assert one["frames"] == same["frames"] == other["frames"]

@@ -10,7 +10,7 @@ from flowception.generation.growth import (
     CONTEXT_COLOUR,
     INSERTION_COLOUR,
     START_COLOUR,
-    draw_growth,
+    Growth,
     noise_levels,
 )
 
@@ -38,7 +38,9 @@ def count(picture, colour):
 @pytest.fixture
 def picture(tmp_path):
     def draw(born_at, roles):
-        draw_growth(tmp_path / "growth.png", born_at, roles, num_inference_steps=20, title="t2v, red, seed 7")
+        Growth(born_at=born_at, roles=roles, num_inference_steps=20, title="t2v, red, seed 7").save(
+            tmp_path / "growth.png"
+        )
         return np.asarray(Image.open(tmp_path / "growth.png").convert("RGB"))
 
     return draw
@@ -72,5 +74,6 @@ def test_a_long_clip_is_drawn_in_full(picture):
 
 
 def test_a_title_is_not_mathematics(tmp_path):
-    draw_growth(tmp_path / "growth.png", [0.0], [Role.START], num_inference_steps=2, title="class a$\\foo$")
+    growth = Growth(born_at=[0.0], roles=[Role.START], num_inference_steps=2, title="class a$\\foo$")
+    growth.save(tmp_path / "growth.png")
     assert (tmp_path / "growth.png").is_file()

@@ -40,11 +40,11 @@ def copied_run(make_run, tmp_path):
     return shutil.copytree(make_run(), tmp_path / "run")
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, capsys):
+def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, console):
     file = next((copied_run / "checkpoints" / "step_00000004").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     assert load_run(copied_run).step == 0
-    assert "step 4" in capsys.readouterr().out
+    assert "step 4" in console.readouterr().out
     with pytest.raises(CheckpointError):
         load_run(copied_run, step=4)
 
@@ -81,10 +81,10 @@ def test_only_ema_weights_are_read(copied_run, make_model, step):
         assert torch.equal(value, expected[name] + 4 / 1000)
 
 
-def test_damaged_ema_weights_are_found(copied_run, capsys):
+def test_damaged_ema_weights_are_found(copied_run, console):
     damage(copied_run / "checkpoints" / "step_00000004", "ema")
     assert load_run(copied_run).step == 0
-    assert "step 4 is passed over" in capsys.readouterr().out
+    assert "step 4 is passed over" in console.readouterr().out
     with pytest.raises(CheckpointError, match="sha256 of its ema does not match"):
         load_run(copied_run, step=4)
 

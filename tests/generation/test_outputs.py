@@ -18,8 +18,8 @@ def pixels(monkeypatch):
     def write_mp4(path, video, *, fps):
         written.setdefault(path.parent.name, {})[path.name] = video.tobytes()
 
-    monkeypatch.setattr("flowception.generation.generate.write_mp4", write_mp4)
-    monkeypatch.setattr("flowception.generation.generate.draw_growth", lambda *arguments, **options: None)
+    monkeypatch.setattr("flowception.generation.clip.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.clip.Growth.save", lambda *arguments: None)
     return written
 
 
@@ -33,7 +33,7 @@ def test_the_set_is_the_same_to_the_bit_at_any_number_of_jobs(make_run, pixels, 
     def job(out, part=0, num_parts=1):
         settings = {"num_inference_steps": 4, "batch_size": 2, "seed": 7, "max_frames": 9, "device": "cpu"}
         options = GenerateOptions(
-            run_dir=make_run(), out_dir=tmp_path / out, num_clips=3, part=part, num_parts=num_parts, **settings
+            run_dir=make_run(), out_dir=tmp_path / out, num=3, part=part, num_parts=num_parts, **settings
         )
         return generate(options)
 
@@ -95,5 +95,5 @@ def test_parts_make_every_batch_once(num_clips, batch_size):
 
 @pytest.mark.parametrize(("part", "num_parts"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_part_that_there_is_not_is_refused(part, num_parts):
-    with pytest.raises(ConfigError, match=f"--part is {part} of --num-parts {num_parts}"):
+    with pytest.raises(ConfigError, match=f"`part` is {part} of `num_parts` {num_parts}"):
         check_part(part, num_parts)

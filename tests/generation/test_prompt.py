@@ -1,6 +1,5 @@
 """Prompts on a run trained with text: the encoder that made the shards, another one, and none; files of prompts."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,12 +8,11 @@ import torch
 from PIL import Image
 
 from data_prep.make_toy_text_encoder import make_text_encoder
-from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.errors import ConfigError
 from flowception.generation.generate import GenerateOptions, generate
 from flowception.generation.load import load_run
 from flowception.generation.prompt import Prompt, encode_prompts, read_prompts
-from flowception.shards.schema import NullText
+from tests.generation.conftest import text_changes
 
 pytest.importorskip("transformers")
 
@@ -26,11 +24,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_with_text(make_run, encoder_folder):
-    """Its shard set names the encoder and holds the empty caption's embedding."""
-    config = TextEncoderConfig(model=str(encoder_folder), dtype="float32")
-    null_text = NullText.of(TextEncoder.from_config(config).encode([""])[0])
-    meta = {"text_width": 16, "null_text": null_text, "text_config": dataclasses.asdict(config)}
-    return make_run(model_changes={"text_dim": 16}, meta_changes=meta)
+    return make_run(**text_changes(encoder_folder))
 
 
 def test_the_encoder_of_the_shards_is_taken(run_with_text, encoder_folder):
@@ -64,8 +58,8 @@ def written(monkeypatch):
     def write_mp4(path, video, *, fps):
         clips.setdefault(path.parent.name, {})[path.name] = video.astype(int)
 
-    monkeypatch.setattr("flowception.generation.generate.write_mp4", write_mp4)
-    monkeypatch.setattr("flowception.generation.generate.draw_growth", lambda *arguments, **options: None)
+    monkeypatch.setattr("flowception.generation.clip.write_mp4", write_mp4)
+    monkeypatch.setattr("flowception.generation.clip.Growth.save", lambda *arguments: None)
     return clips
 
 
@@ -79,14 +73,14 @@ def largest_difference(clips, others):
 SETTINGS = {"num_inference_steps": 4, "max_frames": 6, "device": "cpu", "class_label": "null"}
 
 
-def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, capsys):
+def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, console):
     for name, prompt in (("red", "a red disc"), ("cyan", "a cyan disc"), ("none", None), ("empty", "")):
         out = tmp_path / name
         records = generate(
-            GenerateOptions(run_dir=run_with_text, out_dir=out, prompt=prompt, guidance=3.0, num_clips=2, **SETTINGS)
+            GenerateOptions(run_dir=run_with_text, out_dir=out, prompt=prompt, guidance=3.0, num=2, **SETTINGS)
         )
         assert [record["prompt"] for record in records] == [prompt] * 2
-        assert ("WARNING: clips are unconditional" in capsys.readouterr().out) == (prompt is None)
+        assert ("WARNING: clips are unconditional" in console.readouterr().out) == (prompt is None)
     assert largest_difference(written["red"], written["cyan"]) > 4  # 9 and 16 were measured
     assert largest_difference(written["red"], written["none"]) > 4
     assert (
@@ -97,23 +91,23 @@ def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tm
 RED, CYAN, GREEN = (f"a {colour} disc moving left and up" for colour in ("red", "cyan", "green"))
 
 
-@pytest.mark.parametrize("cache_refresh_steps", [None, 2])
-def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tmp_path, written, cache_refresh_steps):
+@pytest.mark.parametrize("cache_refresh", [None, 2])
+def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tmp_path, written, cache_refresh):
     """Two rounds over three prompts of different lengths, with guidance: clip i is what --prompt makes of its seed."""
     captions = [RED, "a disc", CYAN]
     (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n\n" for caption in captions))
-    settings = {**SETTINGS, "guidance": 3.0, "cache_refresh_steps": cache_refresh_steps, "run_dir": run_with_text}
+    settings = {**SETTINGS, "guidance": 3.0, "cache_refresh": cache_refresh, "run_dir": run_with_text}
     together = GenerateOptions(
         out_dir=tmp_path / "together",
         prompts_file=tmp_path / "prompts.txt",
-        num_clips=2,
+        num=2,
         batch_size=4,
         **settings,
     )
     records = generate(together)
     assert [(record["prompt"], record["seed"]) for record in records] == list(zip(captions * 2, range(6)))
     for number, caption in enumerate(captions * 2):
-        generate(GenerateOptions(out_dir=tmp_path / "alone", prompt=caption, num_clips=1, seed=number, **settings))
+        generate(GenerateOptions(out_dir=tmp_path / "alone", prompt=caption, num=1, seed=number, **settings))
         alone, clip = written["alone"]["clip_0000.mp4"], written["together"][f"clip_{number:04d}.mp4"]
         assert alone.shape == clip.shape
         # Latents agree to 1e-4 (test_predictor), so a level may round either way.
@@ -134,7 +128,7 @@ def test_tasks_share_the_prompts(run_with_text, tmp_path, written):
                     run_dir=run_with_text,
                     out_dir=tmp_path / out,
                     prompts_file=tmp_path / "prompts.jsonl",
-                    num_clips=1,
+                    num=1,
                     batch_size=2,
                     seed=20,
                     part=part,
@@ -164,9 +158,9 @@ def test_each_context_file_meets_its_prompt(run_with_text, tmp_path, written):
             run_dir=run_with_text,
             out_dir=tmp_path / "out",
             task="i2v",
-            context_files=tuple(files),
+            context=tuple(files),
             prompts_file=tmp_path / "prompts.txt",
-            num_clips=2,
+            num=2,
             batch_size=3,
             **SETTINGS,
         )  # fmt: skip
@@ -212,7 +206,7 @@ def test_lines_become_prompts(tmp_path):
 )
 def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    options = {"run_dir": run_with_text, "out_dir": tmp_path / "out", "prompts_file": tmp_path / name, "num_clips": 1}
+    options = {"run_dir": run_with_text, "out_dir": tmp_path / "out", "prompts_file": tmp_path / name, "num": 1}
     with pytest.raises(ConfigError, match=message):
         generate(GenerateOptions(**options, **SETTINGS))
     assert not (tmp_path / "out").exists()
@@ -220,7 +214,7 @@ def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, 
 
 def test_wishes_that_contradict_each_other_write_nothing(make_run, run_with_text, tmp_path):
     file = tmp_path / "prompts.txt"
-    options = {"out_dir": tmp_path / "out", "prompts_file": file, "num_clips": 1, **SETTINGS}
+    options = {"out_dir": tmp_path / "out", "prompts_file": file, "num": 1, **SETTINGS}
     with pytest.raises(ConfigError, match="cannot be read"):
         generate(GenerateOptions(run_dir=run_with_text, **options))
     file.write_text("a red disc\n")

@@ -24,7 +24,7 @@ def test_classes(word, expected):
 
 def test_classes_of_a_model_without():
     assert [wish.class_label for wish in wishes(2, class_names=[], num_classes=0)] == [-1, -1]
-    with pytest.raises(ConfigError, match="--class-label: class is '1' and the model was trained without classes"):
+    with pytest.raises(ConfigError, match="`class_label`: class is '1' and the model was trained without classes"):
         wishes(2, class_label="1", class_names=[], num_classes=0)
 
 

@@ -1,7 +1,5 @@
 """Sampling shows the network what training showed it: one clip in one moment makes the same pack on both roads."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -9,21 +7,13 @@ import torch
 from flowception import rng
 from flowception.data.pack import build_pack
 from flowception.data.plan import Plan
-from flowception.data.step_plan import Cursor, PlanConfig
-from flowception.flow import ProcessConfig, Role, SamplerState
+from flowception.data.step_plan import Cursor
+from flowception.flow import Role, SamplerState
 from flowception.generation.predictor import NetworkPredictor
 from flowception.shards.index import ClipIndex
+from tests.small_sets import configs
 
 STEPS = 1000
-
-
-@dataclass(kw_only=True)
-class Config(ProcessConfig, PlanConfig):
-    """A process and the sizes of its packs."""
-
-    def __post_init__(self):
-        ProcessConfig.__post_init__(self)
-        PlanConfig.__post_init__(self)
 
 
 class Latents:
@@ -80,15 +70,15 @@ def state_of(plan, pack_plan, draws):
 
 @pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "interpolation", "completion"])
 def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
-    config = Config(
+    config = configs(
         tasks={task: 1.0}, token_budget=400, packs_per_step=1, num_start_frames=2, time_shift=3.0, condition_dropout=0.0
     )
     labels = np.arange(12) % 3
     index = ClipIndex.from_arrays(frames=6 + np.arange(12) % 4, height=3, width=2, class_label=labels)
-    plan = Plan(index, None, config, model.spec, seed=5)
+    plan = Plan(index, None, *config, model.spec, seed=5)
     (pack_plan,) = plan.step(Cursor(0, 0)).packs
     trained = build_pack(plan, pack_plan, Latents())
-    draws = plan.draws(0, pack_plan.rows, pack_plan.places)
+    draws = plan.clip_draws(pack_plan).clips
     sampled = NetworkPredictor(model, labels[pack_plan.rows].tolist()).build_pack(state_of(plan, pack_plan, draws))
 
     tokens, clips, frames = len(sampled.noisy), len(pack_plan.rows), len(sampled.time)
@@ -119,19 +109,19 @@ class Captioned(Latents):
 def test_a_clip_trained_without_its_condition_looks_like_an_unprompted_one(make_model):
     """Length and rows of the text, the class, and every position: what the sampler shows without a prompt."""
     model = make_model(text_dim=16)
-    config = Config(
+    config = configs(
         tasks={"t2v": 1.0}, token_budget=600, packs_per_step=1, num_start_frames=2, time_shift=3.0,
         condition_dropout=0.5,
     )  # fmt: skip
     index = ClipIndex.from_arrays(
         frames=6 + np.arange(12) % 4, height=3, width=2, class_label=np.arange(12) % 3, text_tokens=np.arange(12) % 4
     )
-    plan = Plan(index, None, config, model.spec, seed=5, null_text_tokens=len(NULL_TEXT))
+    plan = Plan(index, None, *config, model.spec, seed=5, null_text_tokens=len(NULL_TEXT))
     (pack_plan,) = plan.step(Cursor(0, 0)).packs
     trained = build_pack(plan, pack_plan, Captioned())
     assert plan.step(Cursor(0, 0)).tokens == sum(trained.layout.segment_lengths[: len(pack_plan.rows)])
-    draws = plan.draws(0, pack_plan.rows, pack_plan.places)
-    kept = plan.keeps_condition(0, pack_plan.rows).tolist()
+    draws = plan.clip_draws(pack_plan).clips
+    kept = plan.clip_draws(pack_plan).keeps_condition.tolist()
     assert len(set(kept)) == 2
     rows = pack_plan.rows.tolist()
     labels = [row % 3 if keep else -1 for row, keep in zip(rows, kept, strict=True)]

@@ -164,12 +164,12 @@ def recipe_layouts():
     config, model = recipe()
     clips = np.arange(20_000)
     index = ClipIndex.from_arrays(frames=5 + clips % 15, height=8, width=8, text_tokens=clips % 129)
-    plan = Plan(index, None, config, model.flop_spec(), seed=0, null_text_tokens=1)
+    plan = Plan(index, None, config.process, config.plan, model.flop_spec(), seed=0, null_text_tokens=1)
     cursor, layouts = Cursor(), []
     while len(layouts) < 1000:
         for pack in plan.step(cursor).packs:
-            visible = plan.draws(pack.epoch, pack.rows, pack.places, pack.u_time).visible_frames.tolist()
-            text = plan.text_tokens(pack.epoch, pack.rows).tolist()
+            draws = plan.clip_draws(pack)
+            visible, text = draws.clips.visible_frames.tolist(), draws.text_tokens.tolist()
             shapes = [ClipShape(frames, 8, 8, tokens) for frames, tokens in zip(visible, text, strict=True)]
             layouts.append(build_layout(shapes, plan.pack_shape))
         cursor = plan.next(cursor)

@@ -14,7 +14,7 @@ from flowception.errors import DataError
 from flowception.shards.mds import COLUMNS, MdsReader, import_streaming
 from flowception.shards.open import open_set
 from flowception.shards.reader import ShardReader
-from tests.data.conftest import NULL_TEXT_TOKENS
+from tests.small_sets import NULL_TEXT_TOKENS
 
 pytestmark = [pytest.mark.long, pytest.mark.mds]
 
@@ -47,7 +47,7 @@ def test_both_formats_give_the_same_packs(both, make_config, make_spec):
     plan = Plan(
         mds.index,
         None,
-        make_config(packs_per_step=4, token_budget=120),
+        *make_config(packs_per_step=4, token_budget=120),
         make_spec(text_dim=6),
         1,
         null_text_tokens=NULL_TEXT_TOKENS,
@@ -67,7 +67,7 @@ def test_both_formats_give_the_same_packs(both, make_config, make_spec):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_mds_run_goes_on_exactly_at_any_world_size(both, make_config, make_spec, num_workers):
     _, reader, _ = both
-    plan = Plan(reader.index, None, make_config(packs_per_step=4, token_budget=120), make_spec(), 1)
+    plan = Plan(reader.index, None, *make_config(packs_per_step=4, token_budget=120), make_spec(), 1)
     whole = list(PackLoader(plan, reader))
     cursor = whole[1].next_cursor
     for world_size in (1, 2, 3, 4):

@@ -25,8 +25,8 @@ from flowception.shards.remote_cache import CacheConfig, ShardCache
 from flowception.shards.remote_reader import RemoteReader
 from flowception.shards.schema import ShardMeta
 from flowception.shards.writer import ShardSetWriter
-from tests.data.conftest import NULL_TEXT_TOKENS
 from tests.faults.data.http_server import serve
+from tests.small_sets import NULL_TEXT_TOKENS
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_remote_set_reads_like_a_local_one_and_each_shard_is_fetched_once(serv
     plan = Plan(
         reader.index,
         None,
-        make_config(packs_per_step=3, token_budget=100),
+        *make_config(packs_per_step=3, token_budget=100),
         make_spec(text_dim=6),
         1,
         null_text_tokens=NULL_TEXT_TOKENS,
@@ -115,7 +115,7 @@ def test_clips_of_an_unreachable_shard_are_quarantined_the_same_way_after_a_resu
     plan = Plan(
         reader.index,
         None,
-        make_config(packs_per_step=3, token_budget=100),
+        *make_config(packs_per_step=3, token_budget=100),
         make_spec(text_dim=6),
         1,
         null_text_tokens=NULL_TEXT_TOKENS,

@@ -97,8 +97,8 @@ def test_a_job_array_generates_the_set_of_one_process(slurm_cluster, job, tmp_pa
     """Five clips in batches of two by two tasks."""
     job.run_uninterrupted(1)
     run_dir, out = job.folder / "uninterrupted", tmp_path / "array"
-    wishes = {"num_clips": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
-    words = [f"--{name.replace('_clips', '').replace('_', '-')}={value}" for name, value in wishes.items()]
+    wishes = {"num": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in wishes.items()]
     logs = f"--output={tmp_path}/task-%a.log"
     sizes = ["--array=0-1", "--cpus-per-task=1", logs]
     array = slurm_cluster.submit(*sizes, "slurm/generate.sh", run_dir, *words, f"--out={out}")

@@ -113,11 +113,11 @@ def network(data):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch, precision):
     on_cpu = Engine(network())
-    expected = run_micro_steps(on_cpu, batch, ranks("cpu"), 0.3, lambda phase: None)
+    expected = run_micro_steps(on_cpu, batch, ranks("cpu"), 0.3)
     with FakeCuda() as cuda:
         engine = Engine(cuda.to_cuda(network().bfloat16() if precision == "bf16" else network()), cuda)
         with torch.enable_grad():
-            result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+            result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3)
     assert set(cuda.crossings) == STEP
     assert engine.crossings_before_the_end == 0
     assert len([c for c in cuda.crossings if c.startswith("wait")]) == (2 + OBSERVED) * len(batch.packs)
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_told_without_waiting_for_it(network, batch):
     batch = replace(batch, packs=[batch.packs[0], replace(batch.packs[1], noisy=batch.packs[1].noisy * torch.nan)])
     with FakeCuda() as cuda:
         engine = Engine(cuda.to_cuda(network()), cuda)
-        result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3, lambda phase: None)
+        result = run_micro_steps(engine, batch, ranks(DEVICE), 0.3)
     assert result.not_finite == [1]
     assert engine.crossings_before_the_end == 0
 

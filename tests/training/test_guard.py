@@ -206,4 +206,4 @@ def test_the_usual_norm_is_the_plain_mean_and_then_forgets(tmp_path):
 
 
 def make_guard(config, run_dir):
-    return Guard(config, run_dir, Ranks(rank=0, local_rank=0, world_size=1, device=None), print)
+    return Guard(config, run_dir, Ranks(rank=0, local_rank=0, world_size=1, device=None))

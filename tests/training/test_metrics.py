@@ -38,13 +38,13 @@ def steps_in(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_object_a_step_and_a_line_now_and_then(tmp_path, capsys):
+def test_one_object_a_step_and_a_line_now_and_then(tmp_path, console):
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=2), max_steps=5, first_step=0)
     for step in range(1, 6):
         log.write(values(step))
     log.close()
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
-    lines = capsys.readouterr().out.splitlines()
+    lines = console.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     for part in (
         "loss 1.0000",
@@ -71,12 +71,12 @@ def test_resuming_cuts_off_later_steps_and_a_torn_line(tmp_path):
     assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
-def test_what_is_not_finite_becomes_null(tmp_path, capsys):
+def test_what_is_not_finite_becomes_null(tmp_path, console):
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
     log.write(values(1, loss=math.nan))
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
-    assert "loss not finite" in capsys.readouterr().out
+    assert "loss not finite" in console.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_wandb_is_offline_without_a_key(tmp_path, fake_wandb, key, mode):
     assert fake_wandb["step_metric"] == ("*", "step")
 
 
-def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, capsys):
+def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, console):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
     for step in (1, 2, 3):
         log.write(values(step))
     log.close()
-    out = capsys.readouterr().out
+    out = console.readouterr().out
     assert out.count("WARNING: metrics.jsonl cannot be written") == 1
     assert "step 3/9" in out
 
@@ -203,12 +203,12 @@ def test_wandb_itself_says_whether_there_is_a_key(tmp_path, has_key):
     assert f"KEY {has_key}" in asked.stdout, asked.stderr
 
 
-def test_wandb_stays_offline_when_told_to(tmp_path, fake_wandb, capsys, monkeypatch):
+def test_wandb_stays_offline_when_told_to(tmp_path, fake_wandb, console, monkeypatch):
     fake_wandb["key"] = True
     monkeypatch.setenv("WANDB_MODE", "online")
     MetricsLog(tmp_path, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0).close()
     assert fake_wandb["mode"] == "offline"
-    assert "offline (as logging.wandb_offline says)" in capsys.readouterr().out
+    assert "offline (as logging.wandb_offline says)" in console.readouterr().out
 
 
 def test_config_refuses():
@@ -220,7 +220,9 @@ def test_config_refuses():
 
 KILLED_SERVICE = """
 import os, pathlib, psutil, sys
+from flowception.progress import show_log
 from flowception.training.metrics import LoggingConfig, MetricsLog
+show_log()
 folder = pathlib.Path(sys.argv[1])
 log = MetricsLog(folder, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0)
 children = psutil.Process().children(recursive=True)
@@ -251,7 +253,7 @@ def test_a_signal_that_ends_wandb_s_service_does_not_end_the_run(tmp_path):
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_a_wandb_that_does_not_start_does_not_end_the_run(tmp_path, fake_wandb, monkeypatch, capsys):
+def test_a_wandb_that_does_not_start_does_not_end_the_run(tmp_path, fake_wandb, monkeypatch, console):
     def init(**arguments):
         raise TimeoutError("no network")
 
@@ -259,4 +261,4 @@ def test_a_wandb_that_does_not_start_does_not_end_the_run(tmp_path, fake_wandb, 
     log = MetricsLog(tmp_path, LoggingConfig(wandb_project="p"), 9, 0)
     log.write(values(1))
     log.close()
-    assert "WARNING: wandb fails (no network); the run goes on" in capsys.readouterr().out
+    assert "WARNING: wandb fails (no network); the run goes on" in console.readouterr().out

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flowception.errors import ConfigError
+from flowception.progress import show_log
 from flowception.training.config import load_config
 from flowception.training.profiler import ProfileConfig, StepProfiler
 from tests.distributed_worker import run_distributed
@@ -29,17 +30,17 @@ def run_steps(profiler, steps):
         profiler.end_step(step)
 
 
-def test_the_active_steps_and_no_others_are_in_the_trace(tmp_path):
-    said = []
+def test_the_active_steps_and_no_others_are_in_the_trace(tmp_path, console):
+    show_log(rank=3)
     config = ProfileConfig(wait_steps=2, warmup_steps=1, active_steps=2, ranks=[1, 3])
-    profiler = StepProfiler(config, tmp_path, rank=3, say=said.append)
+    profiler = StepProfiler(config, tmp_path, rank=3)
     run_steps(profiler, 7)
     profiler.close()
     (trace,) = (tmp_path / "profile").glob("*.json")
     assert trace.name == "rank_00003_step_00000005.json"
     assert matmuls(trace) == 4 + 5
     assert "aten::mm" in trace.with_suffix(".txt").read_text()
-    assert said == [f"profile of rank 3: {trace}, and its longest operators in {trace.stem}.txt"]
+    assert console.readouterr().out == f"profile of rank 3: {trace}, and its longest operators in {trace.stem}.txt\n"
 
 
 @pytest.mark.parametrize("config", [ProfileConfig(), ProfileConfig(wait_steps=0, warmup_steps=0, active_steps=1)])
@@ -58,12 +59,14 @@ def test_a_job_that_ends_early_writes_what_it_has(tmp_path):
     assert matmuls(trace) == 2 + 3
 
 
-def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, console):
     (tmp_path / "profile").write_text("a file")
-    said = []
-    profiler = StepProfiler(ProfileConfig(wait_steps=0, warmup_steps=1, active_steps=1), tmp_path, 0, said.append)
+    profiler = StepProfiler(ProfileConfig(wait_steps=0, warmup_steps=1, active_steps=1), tmp_path, 0)
     run_steps(profiler, 3)
-    assert "could not be written" in said[0]
+    (line,) = console.readouterr().out.splitlines()
+    assert line.startswith(
+        f"WARNING: the profile {tmp_path / 'profile'}/rank_00000_step_00000002.json could not be written ("
+    )
 
 
 def test_what_makes_no_sense_is_refused():

@@ -24,6 +24,7 @@ from tests.training.workers.toy_set import write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]
 WORKER = "tests.training.workers.samples_worker"
+SAMPLER_KEYS = ("num_clips", "num_inference_steps", "max_frames", "guidance")
 
 
 def decodable_set(folder):
@@ -102,7 +103,8 @@ def alone(tmp_path_factory):
             for parameter in model.inner.parameters():
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
         plan, cpu = heldout_plan(config, data), torch.device("cpu")
-        sampler = TrainingSampler(config, data.reader, plan, rank=rank, world_size=world_size, device=cpu)
+        wanted = {name: getattr(config.samples, name) for name in SAMPLER_KEYS} | {"folder": folder / name / "samples"}
+        sampler = TrainingSampler(config, data.reader, plan, **wanted, rank=rank, world_size=world_size, device=cpu)
         model.calls = 0
         with torch.no_grad():
             records = sampler.sample(model, 7)

@@ -9,7 +9,7 @@ import torch
 from flowception import run_directory
 from flowception.checkpoint.format import checkpoint_dir, list_steps, read_manifest
 from flowception.checkpoint.reader import hashes, latest_valid, read_full
-from flowception.data.step_plan import Cursor
+from flowception.data.step_plan import Cursor, PackPlan
 from flowception.errors import RunDirectoryError
 from flowception.nn.dit import FlowceptionDiT
 from flowception.shards.index import ClipIndex
@@ -123,7 +123,7 @@ def test_what_a_step_shows_is_the_plan_s_over_all_ranks(runs):
     for line in lines[: plan.steps_in_epoch(0)]:
         step = plan.step(Cursor(0, line["step"] - 1))
         rows, places = (np.concatenate([getattr(pack, name) for pack in step.packs]) for name in ("rows", "places"))
-        draws = plan.draws(0, rows, places)
+        draws = plan.clip_draws(PackPlan(0, 0, rows, places)).clips
         assert line["rate/true"] == int(draws.missing[draws.insertion_mask].sum())
         assert line["flops"] == step.flops
         assert line["tflops_per_s"] == pytest.approx(step.flops / line["step_s"] / 2 / 1e12)

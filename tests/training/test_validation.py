@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flowception.data.pack import build_pack
+from flowception.data.step_plan import PackPlan
 from flowception.errors import ConfigError
 from flowception.packing.layout import ModelOutput
 from flowception.training.config import load_config
@@ -55,16 +56,17 @@ LAWS = {"uniform": 0.8, "random": 1.0, "left_to_right": 0.5, "full_sequence": 0.
 @pytest.mark.parametrize("law", LAWS)
 def test_every_clip_that_training_shows_at_a_time_is_measured_at_it(data, law, time):
     config, opened, _ = data
-    plan = heldout_plan(replace(config, delay_law=law, insertion_share=LAWS[law]), opened)
+    process = replace(config.process, delay_law=law, insertion_share=LAWS[law])
+    plan = heldout_plan(replace(config, process=process), opened)
     frames = {int(row): int(plan.index.clips["frames"][row]) for row in plan.rows}
     end = {"full_sequence": 1, "random": 1}.get(law, 2)  # random: with share 1 nothing above 1 is trained
-    context = plan.draws(0, plan.rows, np.arange(len(plan.rows))).task.tolist()
+    context = plan.clip_draws(PackPlan(0, 0, plan.rows, np.arange(len(plan.rows)))).clips.task.tolist()
     generated = {row: n - (task == 1) for (row, n), task in zip(frames.items(), context)}
     expected = {row for row in frames if time < (generated[row] if law == "autoregressive" else end)}
     packs = Validation(ValidationConfig(global_times=[time]), plan, opened.reader, ranks())._packs.get(time, [])
     assert {int(row) for pack in packs for row in pack.rows} == expected
     for pack in packs:
-        draws = plan.draws(0, pack.rows, pack.places, pack.u_time)
+        draws = plan.clip_draws(pack).clips
         assert draws.global_time.tolist() == pytest.approx([time] * len(pack.rows))
 
 
@@ -74,7 +76,7 @@ def test_the_loss_is_the_mean_square_error(data, alone, error):
     result = Validation(ValidationConfig(num_clips=6), plan, opened.reader, ranks()).run(Oracle(error))
     assert result["validation/loss/velocity"] == pytest.approx(error**2, abs=1e-12)
     assert result["validation/loss/insertion"] == pytest.approx(1.0)  # rate 1: 1 - k log 1
-    expected = error**2 + config.insertion_loss_weight
+    expected = error**2 + config.process.insertion_loss_weight
     assert result["validation/loss"] == pytest.approx(expected)
     assert result["validation/velocity/0.25"] == pytest.approx(error**2, abs=1e-12)
 
@@ -114,7 +116,7 @@ def test_the_same_clips_and_noise_each_time_and_only_held_out_ones(data):
 def test_mean_log_rate_is_that_of_the_draws(data):
     _, opened, _ = data
     plan = opened.plan
-    draws = plan.draws(0, plan.rows, np.arange(len(plan.rows)))
+    draws = plan.clip_draws(PackPlan(0, 0, plan.rows, np.arange(len(plan.rows)))).clips
     missing = draws.missing[draws.insertion_mask].double()
     assert mean_log_rate(plan) == pytest.approx(float(missing.mean().log()))
 

@@ -35,11 +35,11 @@ class Beat:
     time_s: float
     """Time of day when it was written; an old one is of a process that is stopped, dead or cut off."""
     turn: int
-    """Phases entered so far. All ranks enter the same ones, so the rank with the fewest is behind."""
+    """Phases begun and ended so far. All ranks have the same ones, so the rank with the fewest is behind."""
     phase: str
     step: int
     idle_s: float
-    """Seconds since it entered the phase."""
+    """Seconds since it began the phase, or ended the one before."""
     where: str
     """Innermost line of its main thread."""
     in_collective: bool

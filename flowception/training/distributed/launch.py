@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import MutableMapping
@@ -10,8 +11,11 @@ import torch
 import torch.distributed
 
 from flowception.errors import ConfigError
+from flowception.progress import show_log
 from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks
 from flowception.training.distributed.devices import check_places, describe_places, find_place, share_places
+
+logger = logging.getLogger(__name__)
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -52,6 +56,8 @@ def _free_port() -> int:
 def init_distributed() -> Ranks:
     """Choose this rank's device, see that those of all ranks fit together, and join the process group.
 
+    From here on the package's log is shown: all of it on rank 0 (``progress.show_log``).
+
     Returns:
         This process's place in it.
 
@@ -62,6 +68,7 @@ def init_distributed() -> Ranks:
 
     fill_environment()
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    show_log(rank)
     # The process group reuses this store, which must live until then.
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     places = share_places(find_place(local_rank), rank, world_size, store)
@@ -77,4 +84,6 @@ def init_distributed() -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
     init_deepspeed(backend)
-    return Ranks(rank, local_rank, world_size, device, f"{describe_places(places)}, {backend}")
+    everyone = f"{describe_places(places)}, {backend}"
+    logger.info("%s", everyone)
+    return Ranks(rank, local_rank, world_size, device, everyone)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowception.training.distributed.zero import full_shape
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[bool]]
 
@@ -69,11 +71,12 @@ class ShardedState:
             ]
         return list(self.engine.optimizer.single_partition_of_fp32_groups), self._stage_1_fragments(named)
 
-    def _stage_3_fragment(self, name: str, parameter: Any) -> Fragment | None:
+    def _stage_3_fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
         group, offset, size = self.engine.optimizer.grad_position[self.engine.optimizer.get_param_id(parameter)]
-        count = math.prod(parameter.ds_shape)
+        shape = full_shape(parameter)
+        count = math.prod(shape)
         start, stop = min(self.rank * size, count), min((self.rank + 1) * size, count)
-        return Fragment(name, tuple(parameter.ds_shape), start, stop, group, offset) if stop > start else None
+        return Fragment(name, shape, start, stop, group, offset) if stop > start else None
 
     def _stage_1_fragments(self, named: list[tuple[str, nn.Parameter]]) -> list[Fragment]:
         names = {id(parameter): name for name, parameter in named}
@@ -135,7 +138,7 @@ class ShardedState:
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter of the model."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.module.named_parameters()}
+        return {name: full_shape(parameter) for name, parameter in self.engine.module.named_parameters()}
 
     @property
     def optimizer_steps(self) -> int:
@@ -176,6 +179,13 @@ class ShardedState:
         """Move the EMA towards the weights, in place: ``ema <- decay * ema + (1 - decay) * weight``."""
         if self.ema:
             torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1.0 - decay)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the EMA. Collective, so after an error the weights are not put back."""
+        self.swap_ema()
+        yield
+        self.swap_ema()
 
     @torch.no_grad()
     def swap_ema(self) -> None:

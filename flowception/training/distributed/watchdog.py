@@ -34,7 +34,6 @@ from flowception.training.distributed import heartbeats
 from flowception.training.distributed.collectives import Ranks, on_main
 from flowception.training.distributed.gpu_hang import gpu_is_busy, write_flight_record
 from flowception.training.distributed.heartbeats import Beat
-from flowception.training.guard import GuardConfig
 
 EXIT_HUNG = 86
 """Exit code of a rank that ended because some rank hung."""
@@ -54,7 +53,7 @@ class _Progress(NamedTuple):
     """Where the main thread is; one object, so that the threads never see one part new and another old."""
 
     turn: int
-    """Phases entered."""
+    """Phases begun and ended."""
     phase: str
     step: int
 
@@ -62,21 +61,30 @@ class _Progress(NamedTuple):
 class Watchdog:
     """Watches over this rank while it is open."""
 
-    def __init__(self, run_dir: str | Path, config: GuardConfig, ranks: Ranks, poll_s: float | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        ranks: Ranks,
+        *,
+        hang_timeout_s: float | None,
+        data_stall_warning_s: float | None,
+        poll_s: float | None = None,
+    ) -> None:
         """Make a watchdog; opening it starts the threads. Collective.
 
         Args:
             run_dir: The run.
-            config: When to warn and when to give up.
             ranks: This rank.
+            hang_timeout_s: Seconds without progress after which the job is ended; None is off.
+            data_stall_warning_s: Seconds in the phase ``data`` after which a warning is printed; None is off.
             poll_s: Seconds between two looks; None chooses by the timeouts.
         """
         self._folder, self._ranks = heartbeats.folder_of(run_dir), ranks
-        self.hang_timeout_s, self.data_stall_warning_s = config.hang_timeout_s, config.data_stall_warning_s
+        self.hang_timeout_s, self.data_stall_warning_s = hang_timeout_s, data_stall_warning_s
         shortest = min((t for t in (self.hang_timeout_s, self.data_stall_warning_s) if t is not None), default=0.0)
         self._poll_s = poll_s if poll_s is not None else min(max(shortest / 20, 0.05), 5.0)
         self.waiting_for: Callable[[], str] = lambda: "the next batch"
-        self._progress = _Progress(0, "start", 0)
+        self._progress = _Progress(0, "between phases", 0)
         self._idle_s, self._polls, self._polls_hung = 0.0, 0, 0
         self._closing, self._hung, self._may_leave = threading.Event(), threading.Event(), threading.Event()
         self._threads = [
@@ -86,25 +94,36 @@ class Watchdog:
         if shortest:
             on_main(ranks, lambda: heartbeats.begin(run_dir))
 
-    def enter(self, phase: str, step: int | None = None) -> None:
-        """Note that the main thread goes on to a phase; every rank has to enter the same ones.
+    @contextlib.contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Inside, the main thread is in a phase, and after it in the one around. Every rank has the same phases.
+
+        To begin a phase and to end it is progress.
 
         Args:
-            phase: data, forward, backward, optimizer, validation, samples, save, rollback.
+            name: start, plan, data, forward, backward, optimizer, validation, metrics, samples, save, rollback, close.
             step: Number of the step that begins; None for the same as before.
         """
-        turn, _, before = self._progress
-        self._progress = _Progress(turn + 1, phase, before if step is None else step)
-
-    @contextlib.contextmanager
-    def each_forward(self, network: nn.Module, phase: str) -> Iterator[None]:
-        """Inside, every evaluation of a network is a phase of its own, and so is what comes before the first."""
-        self.enter(phase)
-        hook = network.register_forward_pre_hook(lambda module, inputs: self.enter(phase))
+        around = self._progress.phase
+        self._enter(name, step)
         try:
             yield
         finally:
-            hook.remove()
+            self._enter(around)
+
+    @contextlib.contextmanager
+    def each_forward(self, network: nn.Module, name: str) -> Iterator[None]:
+        """A phase in which every evaluation of a network is progress."""
+        with self.phase(name):
+            hook = network.register_forward_pre_hook(lambda module, inputs: self._enter(name))
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _enter(self, phase: str, step: int | None = None) -> None:
+        turn, _, before = self._progress
+        self._progress = _Progress(turn + 1, phase, before if step is None else step)
 
     def __enter__(self) -> Self:
         if self.hang_timeout_s is not None or self.data_stall_warning_s is not None:

@@ -1,4 +1,10 @@
-"""The only place that knows DeepSpeed: its configuration and how the engine is built.
+"""DeepSpeed: its configuration, how the engine is built, and its backward pass and optimizer step.
+
+This module alone imports DeepSpeed. It and ``sharded_state``, which finds the masters inside the ZeRO optimizers, alone
+know DeepSpeed's inside: these two are what a new version of DeepSpeed can break. To all others an engine is a module to
+call, with ``train``, ``eval`` and, between micro-steps, ``step``. Not public in DeepSpeed and used here are the list
+``FWD_MODULE_STACK``, the optimizers' ``_get_norm_groups`` and ``scaled_global_norm``, ``__compatible_ops__``, and
+``ds_shape`` of a partitioned weight.
 
 ZeRO stage 0 replicates everything, 1 shards the optimizer, 2 also the gradients, 3 also the weights. Master weights are
 float32, and gradients accumulate and reduce in float32, always. With ``precision: bf16``
@@ -189,6 +195,11 @@ def build_engine(
         model = build_model()
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
     return engine
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has partitioned it, so that this rank holds a flat part or nothing."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def backward(engine: Any, loss: Tensor) -> None:

@@ -52,10 +52,10 @@ class Job:
         return cls(
             parameters=parameters,
             spec=config.model.flop_spec(),
-            token_budget=config.token_budget,
+            token_budget=config.plan.token_budget,
             precision=config.precision,
             compiled=str(config.model.compile),
-            packs_per_step=config.packs_per_step,
+            packs_per_step=config.plan.packs_per_step,
             step_flops=step_flops,
         )
 

@@ -63,7 +63,7 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
         count_parameters(config.model)
     for world_size in world_sizes:
         with problems.collected():
-            check_world_size(config.packs_per_step, world_size)
+            check_world_size(config.plan.packs_per_step, world_size)
         with problems.collected():
             config.zero.check_world_size(world_size)
         with problems.collected():

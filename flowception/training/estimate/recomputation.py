@@ -7,6 +7,7 @@ again, or gather weights at different times.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import replace
@@ -20,9 +21,11 @@ from flowception.training.distributed.collectives import Ranks, gather_values
 from flowception.training.estimate.arrangements import USABLE_SHARE, Job
 from flowception.training.hardware import GIB
 
+logger = logging.getLogger(__name__)
+
 
 def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
-    """Replace ``auto`` by a number, the same on all ranks, and say which on rank 0. Collective.
+    """Replace ``auto`` by a number, the same on all ranks, and log which. Collective.
 
     An estimate refuses nothing: where it does not fit with every block computed again, it warns.
 
@@ -40,17 +43,24 @@ def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
     config.model = replace(config.model, activation_checkpointing=blocks)
     estimate = job.memory(config.zero, ranks.world_size, blocks).total
     limit = f"{USABLE_SHARE:.0%} of {memory_bytes / GIB:.2f} GiB ({source})"
-    line = (
-        f"activation_checkpointing auto: {blocks} of {layers} blocks are computed again, {layers - blocks} kept: the "
-        f"most with which the estimate, {estimate / GIB:.2f} GiB, is within {limit}"
-    )
     if fewest is None:
-        line = (
-            f"WARNING: activation_checkpointing auto: all {layers} blocks are computed again, and the estimate, "
-            f"{estimate / GIB:.2f} GiB, is still above {limit}; if memory runs out see configs/overlays/low_memory.yaml"
+        logger.warning(
+            "activation_checkpointing auto: all %d blocks are computed again, and the estimate, %.2f GiB, is still "
+            "above %s; if memory runs out see configs/overlays/low_memory.yaml",
+            layers,
+            estimate / GIB,
+            limit,
         )
-    if ranks.is_main:
-        print(line, flush=True)
+    else:
+        logger.info(
+            "activation_checkpointing auto: %d of %d blocks are computed again, %d kept: the most with which the "
+            "estimate, %.2f GiB, is within %s",
+            blocks,
+            layers,
+            layers - blocks,
+            estimate / GIB,
+            limit,
+        )
 
 
 def _device_memory(config: TrainConfig, ranks: Ranks) -> tuple[float, str]:

@@ -24,8 +24,8 @@ from flowception.shards.reader import ShardReader
 from flowception.shards.remote_cache import CacheConfig
 from flowception.shards.schema import NullText, ShardMeta, checksum, checksums
 from flowception.shards.writer import ShardSetWriter
-from tests.data.conftest import CHANNELS, NULL_TEXT_TOKENS, TEXT_WIDTH, RunConfig, record
 from tests.faults.data.http_server import serve
+from tests.small_sets import CHANNELS, NULL_TEXT_TOKENS, TEXT_WIDTH, configs, record
 
 SPEC = ModelSpec(
     hidden_size=32, num_layers=2, num_heads=2, in_channels=CHANNELS, mlp_hidden_size=88, num_classes=3,
@@ -136,11 +136,11 @@ class _IntactReader(ShardReader):
 
 def _outcome_of_reading(scene: Scene, open_reader: Callable, entry: Fault) -> str:
     """Run an epoch with the fault, compare with an undamaged one, resume, and plan the next epoch."""
-    config = RunConfig(token_budget=120, packs_per_step=2, shuffle_block_shards=3)
+    config = configs(token_budget=120, packs_per_step=2, shuffle_block_shards=3)
     with tempfile.TemporaryDirectory() as clean:
         intact = Scene(Path(clean))
         reader = open_reader()
-        plan = Plan(reader.index, None, config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS)
+        plan = Plan(reader.index, None, *config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS)
         # The plan of the damaged set, read from the intact one: what is not damaged must come out alike.
         undamaged = _IntactReader(intact.folder)
         undamaged.without = entry.victims
@@ -162,7 +162,7 @@ def _outcome_of_reading(scene: Scene, open_reader: Callable, entry: Fault) -> st
             assert not pack.velocity_mask[silent].any()
     resumed = list(
         PackLoader(
-            Plan(reader.index, None, config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS),
+            Plan(reader.index, None, *config, SPEC, 1, null_text_tokens=NULL_TEXT_TOKENS),
             open_reader(),
             cursor=found[0].next_cursor,
         )

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from flowception.training.distributed import heartbeats, watchdog
 from flowception.training.distributed.collectives import Ranks
 from flowception.training.distributed.heartbeats import Beat
 from flowception.training.distributed.watchdog import EXIT_HUNG, Watchdog
-from flowception.training.guard import GuardConfig
 from tests.distributed_worker import end_all, run_distributed, start_ranks
 from tests.training.workers.toy_set import write_set
 
@@ -166,8 +166,19 @@ def test_every_evaluation_is_progress(alone):
     with opened.each_forward(network, "samples"):
         for _ in range(3):
             network(torch.ones(1, 1))
+        assert opened._progress == (4, "samples", 0)
     network(torch.ones(1, 1))
-    assert opened._progress == (4, "samples", 0)
+    assert opened._progress == (5, "between phases", 0)
+
+
+def test_after_a_phase_is_the_one_around_it_also_after_an_error(alone):
+    opened = alone()
+    with opened.phase("rollback", 7):
+        with suppress(ValueError), opened.phase("save"):
+            assert opened._progress == (2, "save", 7)
+            raise ValueError
+        assert opened._progress == (3, "rollback", 7)
+    assert opened._progress == (4, "between phases", 7)
 
 
 @pytest.fixture
@@ -175,7 +186,8 @@ def alone(tmp_path, monkeypatch):
     """Makes watchdogs of one rank without a process group."""
     monkeypatch.setattr(watchdog, "on_main", lambda ranks, action: action())
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    return lambda **config: Watchdog(tmp_path, GuardConfig(**config), ranks, 0.01)
+    numbers = {"hang_timeout_s": 1200.0, "data_stall_warning_s": 60.0, "poll_s": 0.01}
+    return lambda **changes: Watchdog(tmp_path, ranks, **numbers | changes)
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(alone, monkeypatch):
@@ -207,14 +219,14 @@ def test_a_wait_for_data_is_warned_of_once_and_says_for_what(alone, capfd):
 
     with alone(hang_timeout_s=None, data_stall_warning_s=0.05) as opened:
         opened.waiting_for = lambda: "step 7 of epoch 0: clip x"
-        opened.enter("forward", 1)
-        wait_until(lambda: opened._idle_s > 0.1)
-        assert warnings() == 0
-        opened.enter("data", 2)
-        wait_until(warnings)
-        waited_s = opened._idle_s
-        wait_until(lambda: opened._idle_s > waited_s + 0.1)
-        assert warnings() == 1
-        opened.enter("data", 3)
-        wait_until(lambda: warnings() == 2)
+        with opened.phase("forward", 1):
+            wait_until(lambda: opened._idle_s > 0.1)
+            assert warnings() == 0
+        with opened.phase("data", 2):
+            wait_until(warnings)
+            waited_s = opened._idle_s
+            wait_until(lambda: opened._idle_s > waited_s + 0.1)
+            assert warnings() == 1
+        with opened.phase("data", 3):
+            wait_until(lambda: warnings() == 2)
     assert "watchdog: rank 0: WARNING: no data for 0 s; waiting for step 7" in "".join(said)

@@ -7,6 +7,7 @@ import torch
 
 from flowception.errors import ConfigError
 from flowception.nn import count_parameters
+from flowception.progress import show_log
 from flowception.training.config import load_config
 from flowception.training.distributed.collectives import Ranks
 from flowception.training.estimate import recomputation
@@ -31,32 +32,35 @@ def room_for(config, checkpointed):
 
 
 @pytest.mark.parametrize("blocks", [0, 2, 5])
-def test_as_many_blocks_are_kept_as_fit(make_config, capsys, blocks):
+def test_as_many_blocks_are_kept_as_fit(make_config, console, blocks):
     memory_gib = room_for(make_config(), blocks)
-    for ranks in (MAIN, OTHER):
+    for ranks in (OTHER, MAIN):
+        show_log(ranks.rank)
         config = make_config(f"memory_gib={memory_gib!r}")
         settle_recomputation(config, ranks)
         assert config.model.activation_checkpointing == config.model.checkpointed_blocks() == blocks
-    (line,) = capsys.readouterr().out.splitlines()  # of rank 0
+    (line,) = console.readouterr().out.splitlines()  # of rank 0
     assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are computed again, {6 - blocks} kept")
     assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB, is within 90% of {memory_gib:.2f} GiB (memory_gib)")
 
 
-def test_where_nothing_fits_all_blocks_are_computed_again_and_it_is_said(make_config, capsys):
+def test_where_nothing_fits_all_blocks_are_computed_again_and_it_is_said(make_config, console):
     config = make_config(f"memory_gib={room_for(make_config(), 6) * 0.99}")
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 6
-    assert capsys.readouterr().out.startswith("WARNING: activation_checkpointing auto: all 6 blocks are computed again")
+    assert console.readouterr().out.startswith(
+        "WARNING: activation_checkpointing auto: all 6 blocks are computed again"
+    )
 
 
-def test_a_number_is_left_alone(make_config, capsys):
+def test_a_number_is_left_alone(make_config, console):
     config = make_config("model.activation_checkpointing=1", "memory_gib=1e-9")
     settle_recomputation(config, MAIN)
     assert config.model.activation_checkpointing == 1
-    assert capsys.readouterr().out == ""
+    assert console.readouterr().out == ""
 
 
-def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, capsys):
+def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, console):
     """Two machines of equal memory, one with three ranks: a rank has a third of it."""
     third_gib = room_for(make_config(), 2)
     own = []
@@ -69,13 +73,13 @@ def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, capsys
     config = make_config()
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 2
-    assert f"{third_gib:.2f} GiB (the smallest rank's part of a node)" in capsys.readouterr().out
+    assert f"{third_gib:.2f} GiB (the smallest rank's part of a node)" in console.readouterr().out
     ((host, memory_bytes),) = own
     assert host == socket.gethostname()
     assert GIB / 4 < memory_bytes < 2**50
 
 
-def test_the_smallest_gpu_decides(make_config, monkeypatch, capsys):
+def test_the_smallest_gpu_decides(make_config, monkeypatch, console):
     gib = room_for(make_config(), 3)
     properties = type("Properties", (), {"total_memory": 7})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -83,7 +87,7 @@ def test_the_smallest_gpu_decides(make_config, monkeypatch, capsys):
     config = make_config()
     settle_recomputation(config, Ranks(0, 0, 2, torch.device("cuda:0")))
     assert config.model.checkpointed_blocks() == 3
-    assert "(the smallest GPU)" in capsys.readouterr().out
+    assert "(the smallest GPU)" in console.readouterr().out
 
 
 @pytest.mark.parametrize("memory_gib", [0, -1, "inf"])

@@ -46,7 +46,7 @@ def test_flops_are_those_of_the_clips_that_an_epoch_shows(config_path):
     for step in steps:
         total = 0.0
         for pack in step.packs:
-            visible = plan.draws(0, pack.rows, pack.places).visible_frames.numpy()
+            visible = plan.clip_draws(pack).clips.visible_frames.numpy()
             total += training_flops(config.model.flop_spec(), visible, 2, 2).sum()
         by_hand.append(total)
     assert [step.flops for step in steps] == pytest.approx(by_hand)

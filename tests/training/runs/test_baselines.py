@@ -31,7 +31,7 @@ def test_a_baseline_is_a_few_lines_of_the_demo(name):
     assert len(differing_lines(name)) <= 6
     config = load_config([CONFIGS / "demo.yaml", CONFIGS / f"{name}.yaml"])
     overlay = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert config.delay_law == overlay["delay_law"] in PRESCRIBED_LAWS
+    assert config.process.delay_law == overlay["delay_law"] in PRESCRIBED_LAWS
     assert config.run_dir == f"demo/{name.removeprefix('baseline_')}"
 
 

@@ -34,17 +34,17 @@ def train_and_generate(folder: str) -> dict[str, dict]:
         words = [f"run_dir={run_dir}", "checkpoint.save_every_steps=20", "validation.every_steps=20"]
         config = load_config([base] if overlay is None else [base, overlay], words)
         train(config, ranks, StopFlag())
-        prescribed = not build_delay_law(config.delay_law).inserts
+        prescribed = not build_delay_law(config.process.delay_law).inserts
         options = GenerateOptions(
             run_dir=run_dir,
             out_dir=run_dir / "clips",
-            num_clips=2,
+            num=2,
             num_inference_steps=NUM_INFERENCE_STEPS,
             max_frames=12,
             num_frames=NUM_FRAMES if prescribed else None,
-            size_pixels=(4, 4),
+            size=(4, 4),
             device="cpu",
         )
         metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        results[name] = {"law": config.delay_law, "metrics": metrics, "clips": generate(options)}
+        results[name] = {"law": config.process.delay_law, "metrics": metrics, "clips": generate(options)}
     return results

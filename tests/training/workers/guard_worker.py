@@ -11,7 +11,7 @@ import torch
 from flowception.data.pack import Pack
 from flowception.errors import DataError
 from flowception.shards.reader import ShardReader
-from flowception.training import step
+from flowception.training import step, trainer
 from flowception.training.trainer import Trainer
 from tests.training.workers import trainer_worker
 
@@ -59,21 +59,21 @@ def poisoned(keys, harm):
 @contextmanager
 def unreadable(keys):
     """Inside, these clips cannot be read, however many of a step they are."""
-    keys, real_read, real_quarantine = set(keys), ShardReader.read_clip, Trainer._quarantine
+    keys, real_read, real_note = set(keys), ShardReader.read_clip, trainer.note_bad_clips
 
     def read_clip(reader, row, frames):
         if reader.index.key(row) in keys:
             raise DataError("unreadable")
         return real_read(reader, row, frames)
 
-    def quarantine(trainer, batch):
-        trainer.state.quarantine.update((key, "unreadable") for key in keys)
+    def note_bad_clips(state, batch, config):
+        state.quarantine.update((key, "unreadable") for key in keys)
 
-    ShardReader.read_clip, Trainer._quarantine = read_clip, quarantine
+    ShardReader.read_clip, trainer.note_bad_clips = read_clip, note_bad_clips
     try:
         yield
     finally:
-        ShardReader.read_clip, Trainer._quarantine = real_read, real_quarantine
+        ShardReader.read_clip, trainer.note_bad_clips = real_read, real_note
 
 
 class Killed(Exception):
@@ -85,8 +85,8 @@ def killed_after_rollback():
     """Inside, the job dies when it has gone back, with nothing done after."""
     real = Trainer._roll_back
 
-    def roll_back(trainer, metrics):
-        real(trainer, metrics)
+    def roll_back(running, metrics):
+        real(running, metrics)
         raise Killed
 
     Trainer._roll_back = roll_back

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flowception.training.resume import CheckpointConfig
 from tests.training.workers.small_engine import make_engine, train
 
 RANK = int(os.environ.get("RANK", 0))
+PRINTED = io.StringIO()
 checkpointer._PIECE_ELEMENTS = 64  # many pieces, and vectors longer than one
 
 
@@ -59,16 +61,23 @@ def finished(saver):
 
 
 class Scene:
-    """Savers of one small engine, and what they reported."""
+    """Savers of one small engine, and what this rank printed of them."""
 
     def __init__(self, folder, stage):
         self.folder, self.stage = Path(folder), stage
         self.ranks, self.engine, self.shards = make_engine(stage, "fp32", 2)
-        self.reports = []
 
     def saver(self, name, **config):
-        self.reports.clear()
-        return Saver(self.folder / name, CheckpointConfig(**config), self.shards, self.reports.append)
+        PRINTED.seek(0)
+        PRINTED.truncate()
+        return Saver(self.folder / name, CheckpointConfig(**config), self.shards)
+
+    @property
+    def reports(self):
+        """Lines since the last saver was made; rank 0 alone prints what becomes of a save."""
+        lines = PRINTED.getvalue().splitlines()
+        assert RANK == 0 or not lines, lines
+        return lines
 
     def result(self, saver):
         """What a saver says at the end, on every rank."""
@@ -81,7 +90,7 @@ class Scene:
             "saved_step": saved_step,
             "failure": saver.failure,
             "metrics": metrics,
-            "reports": list(self.reports),
+            "reports": self.reports,
             "names": names(saver._run_dir),
         }
 
@@ -199,7 +208,7 @@ def leftovers(scene):
     torch.distributed.barrier()
     with changed(writer, "remove_leftovers", full):
         blind = scene.saver("leftovers")
-        said = list(scene.reports)
+        said = scene.reports
     with changed(writer, "write_slices", only_rank(1, full)):
         blind.begin(1, {})
         blind.wait()
@@ -230,10 +239,15 @@ def leaving(scene):
         saver.begin(1, {})
     saver.close()
     checkpointer._LEAVING_TIMEOUT_S = usual_s
-    return {"reports": list(scene.reports), "names": names(scene.folder / "leaving")}
+    return {"reports": scene.reports, "names": names(scene.folder / "leaving")}
 
 
 def scenarios(folder):
+    with redirect_stdout(PRINTED):
+        return _scenarios(folder)
+
+
+def _scenarios(folder):
     result = {}
     for stage in (0, 1, 3):
         result[f"snapshot {stage}"] = snapshot(Scene(Path(folder, str(stage)), stage))

@@ -120,7 +120,7 @@ def run(stage, steps, precision="fp32", micro_batches=3, run_dir=None, load_step
         assert engine.optimizer.gradient_accumulation_dtype == torch.float32
     first = 0
     if load_step is not None:
-        found = resume.find_latest(run_dir, shards, print)
+        found = resume.find_latest(run_dir, shards)
         assert found is not None
         assert found.name == f"step_{load_step:08d}", found
         resume.load(found, shards)

@@ -95,7 +95,7 @@ def scenarios(folder):
 
 
 def run_and_listen(folder, name, stop_after=None, **changes):
-    """What a job returned, and what rank 0 said."""
+    """What a job returned, and what rank 0 printed."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         returned = run(folder, name, stop_after, **changes)

@@ -1,0 +1,120 @@
+"""Where context comes from: image and video files, arrays, tensors and PIL images, all read the same way.
+
+Shape legend: ``n`` pixel frames, ``H`` and ``W`` pixels. Pixels are uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from flowception.codecs.video_file import decode_frames, resample
+from flowception.errors import DataError
+from flowception.generation.video import Video, read_first_frame
+
+ContextItem = str | os.PathLike[str] | NDArray[np.uint8] | Tensor | Image.Image
+"""What a caller may give: the path of an image or a video; uint8 ``[H, W, 3]`` or ``[n, H, W, 3]``; a PIL image."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """An image or a video in a file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"context file {self.path}"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a still image."""
+        try:
+            with Image.open(self.path) as image:
+                return getattr(image, "n_frames", 1) == 1
+        except OSError:  # not an image: PIL's UnidentifiedImageError is one of these
+            return False
+
+    def first_frame(self) -> NDArray[np.uint8]:
+        """The image, or the video's first frame, uint8 ``[H, W, 3]``.
+
+        Raises:
+            DataError: If the file is missing or is neither.
+        """
+        return read_first_frame(self.path)
+
+    def frames(self, fps: float | None) -> Iterator[NDArray[np.uint8]]:
+        """The video's frames, uint8 ``[H, W, 3]`` each.
+
+        Args:
+            fps: Frames per second to bring it to; None takes its frames as they are.
+        """
+        return (frame.image for frame in resample(decode_frames(self.path), fps))
+
+
+@dataclass(frozen=True)
+class PixelSource:
+    """An image or a video in memory; a video has the frame rate of training."""
+
+    name: str
+    """For messages."""
+    is_image: bool
+    pixels: Video = field(repr=False)
+    """uint8 ``[n, H, W, 3]``."""
+
+    def first_frame(self) -> NDArray[np.uint8]:
+        """The image, or the video's first frame, uint8 ``[H, W, 3]``."""
+        return self.pixels[0]
+
+    def frames(self, fps: float | None) -> Iterator[NDArray[np.uint8]]:
+        """The video's frames, uint8 ``[H, W, 3]`` each; they are not brought to another rate."""
+        return iter(self.pixels)
+
+
+ContextSource = FileSource | PixelSource
+
+
+def context_sources(context: ContextItem | Sequence[ContextItem] | None) -> list[ContextSource]:
+    """What a caller gave, as sources.
+
+    Args:
+        context: One item or several; None for nothing.
+
+    Returns:
+        A source for each item. Files are not opened yet.
+
+    Raises:
+        DataError: If an item is not a path, an image or a video.
+    """
+    if context is None:
+        return []
+    items: Sequence[Any] = context if isinstance(context, list | tuple) else [context]
+    return [_source(item, number) for number, item in enumerate(items)]
+
+
+def _source(item: Any, number: int) -> ContextSource:
+    if isinstance(item, str | os.PathLike):
+        return FileSource(Path(item))
+    if isinstance(item, Image.Image):
+        item = np.asarray(item.convert("RGB"))
+    if isinstance(item, Tensor):
+        item = item.detach().cpu().numpy()
+    name = f"context item {number}"
+    if not isinstance(item, np.ndarray):
+        raise DataError(f"{name} has type {type(item).__name__}; give a path, an array, a tensor or a PIL image")
+    if item.dtype != np.uint8 or item.ndim not in (3, 4) or item.shape[-1] != 3 or not item.size:
+        raise DataError(
+            f"{name} is {item.dtype} {list(item.shape)}; give uint8 RGB, [H, W, 3] for an image or [n, H, W, 3] for a "
+            "video"
+        )
+    is_image = item.ndim == 3
+    return PixelSource(f"{name} (uint8 {list(item.shape)})", is_image, item[None] if is_image else item)

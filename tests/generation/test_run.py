@@ -1,0 +1,245 @@
+"""The public API: a run is loaded, sampled and streamed; the command makes the same clips."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowception
+from flowception.codecs.patchify import PatchifyCodec
+from flowception.codecs.video_file import read_video, write_video
+from flowception.errors import CheckpointError, ConfigError, DataError, RunDirectoryError
+from flowception.flow import Role, sample_states
+from flowception.generation.generate import GenerateOptions, generate
+
+QUICK = {"num_inference_steps": 5, "max_frames": 9, "seed": 20}
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return flowception.load(make_run(), device="cpu")
+
+
+@pytest.fixture
+def pixels():
+    """Seven different noisy frames of the run's size."""
+    return np.random.default_rng(1).integers(0, 256, (7, 6, 4, 3), dtype=np.uint8)
+
+
+def same(clip, other):
+    return torch.equal(clip.latents, other.latents) and np.array_equal(clip.frames, other.frames)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    """And the public names are there all the same."""
+    code = (
+        "import sys, flowception\n"
+        "assert set(flowception.__all__) < set(dir(flowception))\n"
+        "print(sorted({'torch', 'numpy', 'matplotlib', 'deepspeed', 'omegaconf'} & set(sys.modules)))\n"
+        "assert flowception.load.__name__ == 'load' and 'torch' in sys.modules\n"
+        "assert 'deepspeed' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    with pytest.raises(AttributeError, match="no attribute 'lode'; public names are Clip,"):
+        flowception.lode  # noqa: B018
+
+
+def test_a_run_says_what_it_is(run, make_run):
+    assert (run.path, run.step, run.device) == (make_run(), 4, torch.device("cpu"))
+    assert (run.class_names, run.sizes, run.fps) == (["red", "green", "blue"], [(6, 4)], 16.0)
+    assert repr(run) == f"Run('{make_run()}', step=4, device='cpu')"
+    assert flowception.load(str(make_run()), step=0, device="cpu").step == 0
+
+
+def test_what_cannot_be_loaded(make_run, tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(RunDirectoryError, match="is no run directory"):
+            flowception.load(folder, device="cpu")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
+        flowception.load(make_run(), step=3, device="cpu")
+    with pytest.raises(ConfigError, match="`device` is abacus"):
+        flowception.load(make_run(), device="abacus")
+
+
+def test_a_clip_says_how_it_came_about(run):
+    clips = run.sample(num=4, **QUICK)
+    assert [(clip.class_label, clip.class_name, clip.seed) for clip in clips] == [
+        (0, "red", 20), (1, "green", 21), (2, "blue", 22), (0, "red", 23)
+    ]  # fmt: skip
+    for clip in clips:
+        count = len(clip.latents)
+        assert (clip.latents.shape, clip.latents.dtype) == ((count, 12, 3, 2), torch.float32)
+        assert (clip.frames.shape, clip.frames.dtype) == ((count, 6, 4, 3), np.uint8)
+        assert np.array_equal(clip.frames, PatchifyCodec(2).decode(clip.latents).numpy())
+        assert len(clip.roles) == count
+        assert set(clip.roles) <= {Role.START, Role.FREE}
+        inserted = torch.tensor([role == Role.FREE for role in clip.roles])
+        assert torch.equal(clip.born_at > 0, inserted)
+        assert clip.evaluations == round(5 * (1 + float(clip.born_at.max())))
+        assert clip.flops > 0
+        assert (clip.task, clip.prompt, clip.step, clip.fps) == ("t2v", None, 4, 16.0)
+        assert len(repr(clip)) < 400, "no pixels"
+    again, other = run.sample(num=1, **QUICK), run.sample(num=1, **{**QUICK, "seed": 21, "class_label": 0})
+    assert same(again[0], run.sample(num=1, **QUICK)[0])
+    assert not same(again[0], other[0])
+
+
+def test_a_class_has_a_name_and_a_number(run):
+    (one,), (other,) = (run.sample(class_label=label, **QUICK) for label in ("blue", 2))
+    assert same(one, other)
+    assert (one.class_label, one.class_name) == (2, "blue")
+    (none,) = run.sample(class_label="null", **QUICK)
+    assert (none.class_label, none.class_name) == (None, None)
+
+
+def test_an_image_may_be_a_path_an_array_a_tensor_or_a_picture(run, pixels, tmp_path):
+    image = pixels[0]
+    Image.fromarray(image).save(tmp_path / "first.png")
+    kinds = [tmp_path / "first.png", str(tmp_path / "first.png"), image, torch.from_numpy(image)]
+    kinds += [Image.fromarray(image), Image.fromarray(image).convert("RGBA"), image[None], [image]]
+    first, *others = (run.sample(task="i2v", context=kind, **QUICK)[0] for kind in kinds)
+    assert np.array_equal(first.frames[0], image)
+    assert first.roles[0] == Role.CONTEXT_ACTIVE
+    assert [same(first, other) for other in others] == [True] * 7
+
+
+def test_a_video_may_be_a_file_or_an_array(run, pixels, tmp_path):
+    write_video(tmp_path / "video.mp4", pixels, fps=8)
+    video = read_video(tmp_path / "video.mp4")
+    settings = {"task": "v2v", "keep": [3, 1, 2], **QUICK}
+    (clip,), (other,) = (run.sample(context=kind, **settings) for kind in (tmp_path / "video.mp4", video))
+    assert same(clip, other)
+    assert np.array_equal(clip.frames[:3], video[1:4])
+
+
+def test_clips_cycle_over_their_context(run, pixels):
+    clips = run.sample(task="i2v", context=[pixels[0], Image.fromarray(pixels[1])], num=4, batch_size=3, **QUICK)
+    assert [bool(np.array_equal(clip.frames[0], pixels[i % 2])) for i, clip in enumerate(clips)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "v2t"}, "no task 'v2t'"),
+        ({"task": "i2v"}, "`task` i2v needs `context`"),
+        ({"context": np.zeros((6, 4, 3), np.uint8)}, "`context` was given and the task is t2v"),
+        ({"task": "i2v", "context": ["missing.png"]}, "missing.png does not exist"),
+        ({"task": "i2v", "context": [3]}, "context item 0 has type int"),
+        ({"task": "i2v", "context": np.zeros((6, 4, 3))}, r"context item 0 is float64 \[6, 4, 3\]; give uint8"),
+        ({"task": "i2v", "context": np.zeros((0, 6, 4, 3), np.uint8)}, r"context item 0 is uint8 \[0, 6, 4, 3\]"),
+        ({"task": "i2v", "context": torch.zeros(3, 6, 4, dtype=torch.uint8)}, r"uint8 \[3, 6, 4\]"),
+        ({"task": "v2v", "context": np.zeros((2, 6, 4, 3), np.uint8), "keep": [5]}, "latent frames 0 to 1 and `keep`"),
+        ({"task": "v2v", "context": np.zeros((2, 6, 4, 3), np.uint8), "keep": []}, "`keep` is"),
+        ({"prompt": "a red disc"}, "trained without text"),
+        ({"prompt": []}, "`prompt` is an empty list"),
+        ({"class_label": "purple"}, "`class_label`: class is 'purple'"),
+        ({"class_label": 3}, "from 0 to 2 or one of red, green, blue"),
+        ({"num": 0}, "`num` must be an integer >= 1, got 0"),
+        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"cache_refresh": 0}, "`cache_refresh` must be"),
+        ({"insertion": "binomial"}, "insertion"),
+        ({"num_frames": 7}, "`num_frames` is for runs of a prescribed delay law"),
+        ({"size": (7, 4)}, "multiples of 2"),
+    ],
+)
+def test_errors_name_arguments_and_come_at_once(run, options, message):
+    """No flags of the command line; and a stream raises them before its first frame."""
+    for call in (run.sample, run.stream):
+        if call == run.stream and ("num" in options or "num_frames" in options):
+            continue
+        with pytest.raises((ConfigError, DataError), match=message) as found:
+            call(**options)
+        assert "--" not in str(found.value)
+
+
+def test_the_command_makes_the_clips_of_the_api(run, make_run, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr("flowception.generation.clip.write_mp4", lambda path, video, *, fps: written.append(video))
+    options = {**QUICK, "num": 3, "batch_size": 2, "guidance": 2.0, "class_label": "green"}
+    records = generate(GenerateOptions(run_dir=make_run(), out_dir=tmp_path / "out", device="cpu", **options))
+    clips = run.sample(**options)
+    assert len(clips) == 3
+    for clip, record, video in zip(clips, records, written, strict=True):
+        assert np.array_equal(clip.frames, video)
+        assert (clip.seed, clip.flops, clip.evaluations) == (record["seed"], record["flops"], record["evaluations"])
+
+
+def test_clips_and_pictures_are_saved_by_their_suffix(run, tmp_path):
+    (clip,) = run.sample(**QUICK)
+    clip.save(tmp_path / "clip.mp4")
+    clip.save(str(tmp_path / "clip.gif"), fps=10)
+    assert read_video(tmp_path / "clip.mp4").shape == clip.frames.shape
+    with Image.open(tmp_path / "clip.gif") as preview:
+        assert preview.info["duration"] == 100
+    growth = clip.growth()
+    growth.save(tmp_path / "growth.png")
+    growth.save(tmp_path / "growth.svg")
+    assert growth.title.startswith(f"t2v, red, seed 20, {len(clip.latents)} latent frames, {clip.evaluations} eval")
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.width == round(110 * growth.figure().get_figwidth())
+    assert (tmp_path / "growth.svg").read_text().startswith("<?xml")
+    with pytest.raises(ConfigError, match=r"clip\.avi; give a name that ends in \.mp4 or \.gif"):
+        clip.save(tmp_path / "clip.avi")
+    with pytest.raises(ConfigError, match=r"growth; give a name that ends in \.png"):
+        growth.save(tmp_path / "growth")
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "nowhere"))):
+        clip.save(tmp_path / "nowhere" / "clip.mp4")
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Evaluations made so far, at each state that a sampler gave."""
+    seen = []
+
+    def watched(*arguments, **settings):
+        for state in sample_states(*arguments, **settings):
+            seen.append(state.step)
+            yield state
+
+    monkeypatch.setattr("flowception.generation.sampling.sample_states", watched)
+    return seen
+
+
+def arrivals(stream, steps):
+    """The frames of a stream, and the evaluations after which each one came."""
+    pairs = [(frame, steps[-1]) for frame in stream]
+    return np.stack([frame for frame, _ in pairs]), [step for _, step in pairs]
+
+
+def test_a_stream_hands_out_the_clip_of_sample(run, pixels, steps):
+    (clip,) = run.sample(**QUICK)
+    frames, came = arrivals(run.stream(**QUICK), steps)
+    assert np.array_equal(frames, clip.frames)
+    assert min(came) >= 5, "with the learned order nothing is final before the clock's end"
+    settings = {"task": "v2v", "context": pixels[:3], **QUICK}
+    (clip,) = run.sample(**settings)
+    frames, came = arrivals(run.stream(**settings), steps)
+    assert np.array_equal(frames, clip.frames)
+    assert came[:3] == [0, 0, 0], "what was given comes at once"
+    assert min(came[3:]) >= 5
+
+
+def test_an_autoregressive_run_streams_frame_by_frame(make_run, steps):
+    run = flowception.load(make_run(delay_law="autoregressive"), device="cpu")
+    (clip,) = run.sample(num_frames=4, **QUICK)
+    frames, came = arrivals(run.stream(num_frames=4, **QUICK), steps)
+    assert np.array_equal(frames, clip.frames)
+    assert came == [5, 10, 15, 20]
+
+
+def test_a_codec_that_mixes_frames_decodes_the_whole_clip_once(make_run, pixels, steps, monkeypatch):
+    run, decoded = flowception.load(make_run(), device="cpu"), []
+    decode = run.loaded.codec.decode
+    settings = {"task": "v2v", "context": pixels[:3], **QUICK}
+    (clip,) = run.sample(**settings)
+    monkeypatch.setattr(run.loaded.codec, "decodes_frame_by_frame", False)
+    monkeypatch.setattr(run.loaded.codec, "decode", lambda latents: decoded.append(latents) or decode(latents))
+    frames, came = arrivals(run.stream(**settings), steps)
+    assert [torch.equal(latents, clip.latents) for latents in decoded] == [True]
+    assert np.array_equal(frames, clip.frames)
+    assert set(came) == {clip.evaluations}
