@@ -86,7 +86,7 @@ class Server:
     def __init__(self) -> None:
         self.codes: dict[int, int] = {}
         """Exit codes by process, of those that ended."""
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the server
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server"],
             cwd=ROOT,

@@ -64,27 +64,31 @@ def make_spec():
     return make
 
 
-@pytest.fixture(scope="session")
-def make_set(tmp_path_factory):
-    """Write a set of ``count`` clips in shards of ``per_shard``; returns (folder, records)."""
+def write_small_set(folder: Path, count: int = 30, per_shard: int = 10, *, text: bool = False) -> list[ClipRecord]:
+    """Write a set of ``count`` clips in shards of ``per_shard``; returns its records."""
+    records = [
+        record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))
+    ]
+    meta = ShardMeta(
+        codec="patchify",
+        codec_fingerprint="abc",
+        latent_channels=CHANNELS,
+        text_width=TEXT_WIDTH if text else None,
+        null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
+        class_names=["red", "green", "blue"],
+    )
+    writer = ShardSetWriter(folder, meta)
+    for shard in range(-(-count // per_shard)):
+        writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
+    writer.finish()
+    return records
+
+
+@pytest.fixture
+def make_set(tmp_path):
+    """``write_small_set`` in a folder of the test, of a name of its own; returns (folder, records)."""
 
     def make(count: int = 30, per_shard: int = 10, *, text: bool = False, name: str = "set"):
-        records = [
-            record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))
-        ]
-        meta = ShardMeta(
-            codec="patchify",
-            codec_fingerprint="abc",
-            latent_channels=CHANNELS,
-            text_width=TEXT_WIDTH if text else None,
-            null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
-            class_names=["red", "green", "blue"],
-        )
-        folder = tmp_path_factory.mktemp("sets") / name
-        writer = ShardSetWriter(folder, meta)
-        for shard in range(-(-count // per_shard)):
-            writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
-        writer.finish()
-        return folder, records
+        return tmp_path / name, write_small_set(tmp_path / name, count, per_shard, text=text)
 
     return make
