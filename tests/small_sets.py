@@ -1,6 +1,7 @@
 """Small shard sets on disk, and what a plan needs beside one: shared by the tests of ``shards`` and ``data``."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,9 +67,7 @@ def make_spec():
 
 def write_small_set(folder: Path, count: int = 30, per_shard: int = 10, *, text: bool = False) -> list[ClipRecord]:
     """Write a set of ``count`` clips in shards of ``per_shard``; returns its records."""
-    records = [
-        record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))
-    ]
+    records = [record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))]
     meta = ShardMeta(
         codec="patchify",
         codec_fingerprint="abc",
