@@ -9,7 +9,7 @@ OUT=demo RUN=demo/run STEPS=${DEMO_STEPS:-1500} PORT=${DEMO_PORT:-29671}
 START=$SECONDS
 stage() { printf '\n== %s (%d s since the start)\n' "$1" $((SECONDS - START)); }
 
-stage "1/5 toy clips: H.264 files of a bouncing disc, four colours, 6 to 10 frames"
+stage "1/5 toy clips: H.264 files of a bouncing disc, four colors, 6 to 10 frames"
 [ -f $OUT/clips/manifest.jsonl ] || python data_prep/make_toy.py --out $OUT/clips --clips 2400 --seed 0
 
 stage "2/5 encode them to shards of latents"

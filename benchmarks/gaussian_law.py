@@ -1,6 +1,6 @@
 """Joint law of correlated frames through the real sampler with the exact oracle, by number of steps and insertion rule.
 
-Clips of 2 or 5 frames, each with probability 1/2, correlation 0.8 between neighbours (AR(1)), one start frame. The
+Clips of 2 or 5 frames, each with probability 1/2, correlation 0.8 between neighbors (AR(1)), one start frame. The
 oracle (``flowception.evaluation.oracles.gaussian``) gives the exact velocity and rates, so what is left is the
 sampler's own error: in the lengths as total variation, in the frames of each length as Fréchet distance from the closed
 form::

@@ -144,7 +144,7 @@ def draw_picture(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(INSERTION_RULES, ("#3b76af", "#d1495b", "#e1a93b"), strict=True))
+    colors = dict(zip(INSERTION_RULES, ("#3b76af", "#d1495b", "#e1a93b"), strict=True))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     columns = min(4, len(cases))
     lines = -(-len(cases) // columns)
@@ -162,8 +162,8 @@ def draw_picture(rows: list[dict], path: Path) -> None:
                 (row["num_inference_steps"], row["total_variation"]) for row in of_case if row["rule"] == rule
             )
             steps, distances = zip(*line, strict=True)
-            panel.plot(steps, [max(smallest, d) for d in distances], "o-", ms=3, color=colours[rule], label=rule)
-        panel.axhline(max(smallest, of_case[0]["sampling_total_variation"]), color="grey", lw=0.8, ls="--")
+            panel.plot(steps, [max(smallest, d) for d in distances], "o-", ms=3, color=colors[rule], label=rule)
+        panel.axhline(max(smallest, of_case[0]["sampling_total_variation"]), color="gray", lw=0.8, ls="--")
         panel.set(xscale="log", yscale="log", ylim=(0.8 * smallest, 1))
         panel.set_xticks(steps, map(str, steps))
         panel.minorticks_off()

@@ -113,7 +113,7 @@ def make_model(arguments: argparse.Namespace) -> FlowceptionDiT:
         num_layers=arguments.depth,
         num_heads=arguments.heads,
     )
-    model = FlowceptionDiT(config).initialise(arguments.seed)
+    model = FlowceptionDiT(config).initialize(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,7 +129,7 @@ def masked_attention(layout: PackLayout, visible: Tensor) -> Callable[..., Tenso
         visible: bool [F], in the order of the frame slots.
 
     Returns:
-        A function that takes the place of the attention door.
+        A function that takes the place of ``nn.attention.attention``.
     """
     clips, length = len(layout.segment_lengths), layout.segment_lengths[0]
     mask = visible[layout.token_frame].view(clips, 1, 1, length)
@@ -321,13 +321,13 @@ def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.5, 3.5), layout="constrained")
-    colours = {"packed": "#0b6e4f", "padded": "#a0a0a0", "full": "#5c6a79"}
+    colors = {"packed": "#0b6e4f", "padded": "#a0a0a0", "full": "#5c6a79"}
     labels = {"packed": "Flowception, packed", "padded": "Flowception, padded", "full": "full sequence, packed"}
     for place, result in enumerate(results.values()):
         for column, name in enumerate(WAYS):
             x = place + 0.27 * (column - 1)
             seconds = result[f"{name}_s"]
-            axes.bar(x, seconds, width=0.25, color=colours[name], label=labels[name] if place == 0 else None)
+            axes.bar(x, seconds, width=0.25, color=colors[name], label=labels[name] if place == 0 else None)
             axes.text(x, seconds / 2, f"{seconds * 1e3:.0f} ms", ha="center", color="white", fontsize=9)
         expected = result["full_s"] * result["flops_packed_over_full"]
         label = "full sequence x FLOP ratio" if place == 0 else None

@@ -224,7 +224,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for case in results:
         values = 100 * np.sort(case["imbalances"])
         axes.plot(np.linspace(0, 100, len(values)), values, label=f"{case['name']}, {case['clips_per_rank']} clips")
-    axes.axhline(0.5, color="grey", linestyle=":", label="goal at worst, 24 clips a rank")
+    axes.axhline(0.5, color="gray", linestyle=":", label="goal at worst, 24 clips a rank")
     axes.set_xlabel("steps, from the best balanced to the worst (%)")
     axes.set_ylabel("FLOPs of the fullest pack over the mean, - 1 (%)")
     axes.legend()

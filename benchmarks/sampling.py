@@ -46,7 +46,7 @@ from flowception.errors import ConfigError
 from flowception.evaluation.frechet import sample_frechet_distance, sampling_frechet_distance
 from flowception.evaluation.lengths import length_histogram, total_variation
 from flowception.evaluation.toy.score import score_clip, score_frame
-from flowception.evaluation.toy.summary import summarise
+from flowception.evaluation.toy.summary import summarize
 from flowception.evaluation.toy.world import LENGTH_LAW, draw_clip
 from flowception.flow import SamplerConfig, SampleResult, sample
 from flowception.generation.kv_cache import FrozenFramePredictor
@@ -229,8 +229,8 @@ def score_demo(run: LoadedRun, batches: Sequence[tuple[SampleResult, list[int]]]
             scores.append(score_clip(pixels, label))
             frames = [score_frame(image) for image in pixels]
             tracks.append(np.array([frame.position if frame.single_shape else (np.nan, np.nan) for frame in frames]))
-    summary = summarise(scores)
-    names = ("colour_right", "single_shape", "position_right", "position_error_px", "length_total_variation")
+    summary = summarize(scores)
+    names = ("color_right", "single_shape", "position_right", "position_error_px", "length_total_variation")
     return {
         "frechet_px2": world.distance(tracks),
         "frechet_px2_of_sampling": world.distance_of_sampling(len(tracks)),
@@ -270,7 +270,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "rms_from_plain": ("rms", "{:.4f}"),
         "frechet": ("Frechet", "{:.4f}"),
         "frechet_px2": ("px^2", "{:.3f}"),
-        "colour_right": ("colour", "{:.1%}"),
+        "color_right": ("color", "{:.1%}"),
         "single_shape": ("shape", "{:.1%}"),
         "position_right": ("motion", "{:.1%}"),
         "position_error_px": ("err px", "{:.2f}"),

@@ -19,7 +19,7 @@ import torch
 
 from flowception.checkpoint.reader import verify
 from flowception.nn.build import build_backbone
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.nn.presets import DiTConfig
 from flowception.training.checkpointer import Saver
 from flowception.training.distributed.launch import init_distributed
@@ -52,7 +52,7 @@ def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint = build_backbone(config)
-    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    shards.initialize(blueprint, lambda model, gather: initialize(model, 0, gather))
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     blocked_s, whole_s = [], []
     try:

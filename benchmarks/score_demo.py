@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 from flowception.codecs.video_file import read_video
 from flowception.errors import DataError, FlowceptionError
 from flowception.evaluation.toy.score import class_of_first_frame, score_clip
-from flowception.evaluation.toy.summary import SetSummary, promises, summarise
+from flowception.evaluation.toy.summary import SetSummary, promises, summarize
 from flowception.evaluation.toy.world import LENGTH_LAW
 
 ROWS = {
     "clips": "{:.0f}",
-    "colour_right": "{:.1%}",
+    "color_right": "{:.1%}",
     "single_shape": "{:.1%}",
-    "colour_constant": "{:.1%}",
+    "color_constant": "{:.1%}",
     "position_right": "{:.1%}",
     "area_variation": "{:.3f}",
     "position_error_px": "{:.2f}",
@@ -48,7 +48,7 @@ BAR_SCALE = 60
 
 
 @dataclass(frozen=True)
-class LabelledClip:
+class LabeledClip:
     """A clip and what it should show."""
 
     video: NDArray[np.uint8]
@@ -56,7 +56,7 @@ class LabelledClip:
     given_frames: int
 
 
-def read_folder(folder: Path, limit: int | None = None) -> list[LabelledClip]:
+def read_folder(folder: Path, limit: int | None = None) -> list[LabeledClip]:
     """Read a folder's clips with their labels.
 
     Args:
@@ -69,7 +69,7 @@ def read_folder(folder: Path, limit: int | None = None) -> list[LabelledClip]:
         label, given = row.get("class_label"), 0
         if row.get("task") == "i2v":
             label, given = class_of_first_frame(video), 1
-        clips.append(LabelledClip(video, None if label in (None, -1) else int(label), given))
+        clips.append(LabeledClip(video, None if label in (None, -1) else int(label), given))
     return clips
 
 
@@ -106,7 +106,7 @@ def histogram(generated: SetSummary) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, sets: Mapping[str, Sequence[LabelledClip]], summaries: Mapping[str, SetSummary]) -> None:
+def draw(path: Path, sets: Mapping[str, Sequence[LabeledClip]], summaries: Mapping[str, SetSummary]) -> None:
     """Write a picture: some clips of each set as film strips, and the length laws."""
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     columns = figure.add_gridspec(len(sets), 2, width_ratios=(2, 1))
@@ -120,8 +120,8 @@ def draw(path: Path, sets: Mapping[str, Sequence[LabelledClip]], summaries: Mapp
             strips.append(np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255))
         axes = figure.add_subplot(columns[number, 0])
         axes.imshow(np.concatenate(strips, axis=0), interpolation="nearest")
-        colour, shape = summaries[name].colour_right, summaries[name].single_shape
-        axes.set_title(f"{name}: colour right in {colour:.0%} of clips, one shape in {shape:.0%} of frames", fontsize=9)
+        color, shape = summaries[name].color_right, summaries[name].single_shape
+        axes.set_title(f"{name}: color right in {color:.0%} of clips, one shape in {shape:.0%} of frames", fontsize=9)
         axes.set_axis_off()
     axes = figure.add_subplot(columns[:, 1])
     shown = {"the law": LENGTH_LAW, **{name: s.length_histogram for name, s in summaries.items()}}
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"score_demo: error: {error}", file=sys.stderr)
         return 2
     summaries = {
-        name: summarise([score_clip(clip.video, clip.class_label, clip.given_frames) for clip in clips])
+        name: summarize([score_clip(clip.video, clip.class_label, clip.given_frames) for clip in clips])
         for name, clips in sets.items()
     }
     kept = promises(summaries["generated"], summaries["untrained"])

@@ -1,8 +1,8 @@
-"""Does the prompt reach the clip? Generates toy clips for every caption and scores colour and direction.
+"""Does the prompt reach the clip? Generates toy clips for every caption and scores color and direction.
 
     python benchmarks/score_prompts.py RUN --num N --out DIR [--seed S] [--guidance G] [--checkpoint STEP] [--json FILE]
 
-For each of the 16 captions of the toy world (4 colours, 4 directions) N clips are generated. A colour is right by the
+For each of the 16 captions of the toy world (4 colors, 4 directions) N clips are generated. A color is right by the
 world's laws (``flowception/evaluation/toy/score.py``; chance is 1/4). A direction is right if the disc's first step
 has the prompted sign along both axes (chance is 1/4); real clips that meet a wall at once fail that too, so as many
 real clips are scored beside, and as many clips generated without a prompt, which are scored as if they had one.
@@ -39,7 +39,7 @@ class PromptScore:
     """Shares over all clips."""
 
     clips: int
-    colour_right: float
+    color_right: float
     direction_right: float
     single_shape: float
     mean_frames: float
@@ -50,7 +50,7 @@ def score(clips: list[Wanted]) -> PromptScore:
     scores = [score_clip(video, label) for video, label, _, _ in clips]
     return PromptScore(
         clips=len(clips),
-        colour_right=float(np.mean([found.colour_right for found in scores])),
+        color_right=float(np.mean([found.color_right for found in scores])),
         direction_right=float(np.mean([direction_right(video, left, up) for video, _, left, up in clips])),
         single_shape=float(np.mean([found.single_shape for found in scores])),
         mean_frames=float(np.mean([found.frames for found in scores])),
@@ -114,10 +114,10 @@ def main() -> int:
         return 2
     if arguments.json:
         arguments.json.write_text(json.dumps({name: asdict(found) for name, found in scores.items()}, indent=1) + "\n")
-    print("| | clips | colour right | direction right | one single shape | mean frames |\n|---|---|---|---|---|---|")
+    print("| | clips | color right | direction right | one single shape | mean frames |\n|---|---|---|---|---|---|")
     for name, found in scores.items():
         print(
-            f"| {name} | {found.clips} | {found.colour_right:.0%} | {found.direction_right:.0%} | "
+            f"| {name} | {found.clips} | {found.color_right:.0%} | {found.direction_right:.0%} | "
             f"{found.single_shape:.0%} | {found.mean_frames:.2f} |"
         )
     return 0

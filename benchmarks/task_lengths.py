@@ -3,7 +3,7 @@
     python benchmarks/task_lengths.py --config configs/demo.yaml configs/demo_mixture.yaml --generated demo/tasks
 
 For clips of the toy world, whose lengths have a known law. What a task is given says something about the length, so the
-law of a clip is ``p(n) p(context | n)``, normalised (``flow.context_law``), and that of a folder the mean over its
+law of a clip is ``p(n) p(context | n)``, normalized (``flow.context_law``), and that of a folder the mean over its
 clips; lengths below the frames a clip begins with are left out, since the sampler cannot take frames away.
 """
 

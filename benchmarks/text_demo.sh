@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text-to-video end to end on a laptop: clips whose captions name colour and direction, a tiny T5 with random weights,
+# Text-to-video end to end on a laptop: clips whose captions name color and direction, a tiny T5 with random weights,
 # shards with text, training, and clips by prompt, scored. Everything under demo/; run it again and it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -139,8 +139,8 @@ def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
             f"null text of {0 if null_text is None else len(null_text)}"
         )
     labels = Counter(clips["class_label"].tolist())
-    unlabelled = labels.pop(NO_CLASS, 0)
-    lines.append(f"classes: {len(labels)}; {unlabelled} clips without one")
+    unlabeled = labels.pop(NO_CLASS, 0)
+    lines.append(f"classes: {len(labels)}; {unlabeled} clips without one")
     lines.append("latent grid (rows x columns), tokens a frame, clips:")
     lines += [f"  {g['height']} x {g['width']}  {g['tokens']}  {g['clips']}" for g in meta.tokens_per_frame]
     lines.append("latent frames, clips:")

@@ -23,7 +23,7 @@ from flowception.rng import MAX_SEED
 
 MANIFEST_NAME = "manifest.jsonl"
 H264_CRF = 4
-"""Off by at most a few of 256 levels, at full colour resolution."""
+"""Off by at most a few of 256 levels, at full color resolution."""
 
 
 def make_toy(out: Path, clips: int, seed: int) -> Path:

@@ -1,7 +1,7 @@
 """Make the pictures of docs/tasks.md: ``python docs/make_task_pictures.py GENERATED`` (default ``demo/tasks``).
 
 ``GENERATED`` holds a folder a task, as the commands of docs/tasks.md write them. Left: generated clips, frame by frame,
-given frames in a frame of their colour in the picture of growth. Right: how the first of them grew.
+given frames in a frame of their color in the picture of growth. Right: how the first of them grew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from flowception.codecs.video_file import read_video
 from flowception.flow import TASK_NUMBERS
-from flowception.generation.growth import CONTEXT_COLOUR
+from flowception.generation.growth import CONTEXT_COLOR
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, SCALE, GAP, BORDER, GROWTH_WIDTH = 8, 2, 4, 3, 560
@@ -32,7 +32,7 @@ def strip(record: dict[str, Any], video: np.ndarray) -> Image.Image:
         left = k * cell
         if record["roles"][k].startswith("context"):
             edge = (left, 0, left + side + 2 * BORDER - 1, side + 2 * BORDER - 1)
-            pen.rectangle(edge, fill=ImageColor.getrgb(CONTEXT_COLOUR))
+            pen.rectangle(edge, fill=ImageColor.getrgb(CONTEXT_COLOR))
         picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
         row.paste(picture, (left + BORDER, BORDER))
     return row

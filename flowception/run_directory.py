@@ -114,6 +114,21 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     return found
 
 
+def read_begun(run_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a run that has begun.
+
+    Raises:
+        RunDirectoryError: If the folder is no run directory, or its manifest cannot be read.
+    """
+    found = read(run_dir)
+    if found is None or not (Path(run_dir) / "config.yaml").is_file():
+        raise RunDirectoryError(
+            f"{run_dir} is not a run directory: it lacks config.yaml or manifest.json; give the run_dir of a run that "
+            "train/main.py began"
+        )
+    return found
+
+
 def write(run_dir: str | Path, config_text: str, manifest: dict[str, Any]) -> None:
     """Write the description; an existing manifest stays, as it says how the run began.
 

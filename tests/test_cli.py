@@ -77,7 +77,7 @@ def test_clips_are_counted_by_num_or_by_prompts(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     assert "cannot be read" in fails_in_one_line(capsys, *words, "--prompts", prompts)
     prompts.write_text("a red disc\n")
-    assert "is no run directory" in fails_in_one_line(capsys, *words, "--prompts", prompts)
+    assert "is not a run directory" in fails_in_one_line(capsys, *words, "--prompts", prompts)
 
 
 def test_a_step_that_is_not_there(run_dir, capsys):

@@ -68,13 +68,13 @@ def test_a_named_mixture_replaces_the_default(tmp_path):
         (["checkpoint.every_steps=1"], r"nearest: checkpoint\.save_every_steps$"),
         (["zero=3"], "^zero=3: .*ZeroConfig"),
         (["precision=fp8"], "fp8"),
-        (["max_steps=0"], "max_steps is 0"),
-        (["zero.stage=4"], "zero.stage is 4"),
-        (["insertion_share=0"], "insertion_share is 0"),
+        (["max_steps=0"], "max_steps must be an integer >= 1, got 0"),
+        (["zero.stage=4"], "zero.stage must be an integer from 0 to 3, got 4"),
+        (["insertion_share=0"], r"insertion_share must be a number in \(0, 1\], got 0"),
         (["tasks.t3v=1"], "t3v"),
         (["optim.lr=fast"], r"^optim\.lr=fast: .* \(key optim\.lr\)$"),
-        (["seed=-1"], "seed is -1"),
-        (["optim.lr=nan"], "optim.lr is nan"),
+        (["seed=-1"], "seed must be an integer from 0 to [0-9]+, got -1"),
+        (["optim.lr=nan"], "optim.lr must be a number > 0, got nan"),
         (["seed"], "'seed' is no key=value word"),
     ],
 )
@@ -92,7 +92,9 @@ def test_a_save_may_not_wait_until_the_watchdog_gives_up(save_timeout_s, hang_ti
     if not refused:
         load_config([], [*NEEDED, *words])
         return
-    expected = f"save_timeout_s is {save_timeout_s} and guard.hang_timeout_s {hang_timeout_s}: a save that still waits"
+    expected = (
+        f"save_timeout_s must be less than guard.hang_timeout_s, got {save_timeout_s} and {hang_timeout_s}: a save"
+    )
     with pytest.raises(ConfigError, match=expected):
         load_config([], [*NEEDED, *words])
 
@@ -196,7 +198,8 @@ def test_all_problems_are_named_at_once(tmp_path):
     text = str(refusal.value)
     assert text.startswith("7 problems: [1] ")
     for part in (
-        "unknown key optim.lrr", "unknown key sed", "optim.lr is -1", "zero.stage is 7",
+        "unknown key optim.lrr", "unknown key sed", "optim.lr must be a number > 0, got -1",
+        "zero.stage must be an integer from 0 to 3, got 7",
         "'oops' is no key=value word", "max_steps has no value", "run_dir has no value",
     ):  # fmt: skip
         assert text.count(part) == 1, part

@@ -13,7 +13,7 @@ from benchmarks.claims.page import SHOWN, mean_and_error, values_of
 from benchmarks.claims.verdicts import METRICS, Results
 
 PICTURES = {"a": "claims_insertion_order.png", "b": "claims_baselines.png", "c": "claims_attention_windows.png"}
-_COLOURS = ("#3b76af", "#d1495b")
+_COLORS = ("#3b76af", "#d1495b")
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
@@ -45,7 +45,7 @@ def _draw_arms(panel: Axes, results: Results, names: Sequence[str], metric: str)
     """Bars of means, with a point for each seed."""
     for place, name in enumerate(names):
         values = values_of(results, name, metric)
-        panel.barh(place, mean_and_error(values)[0], color=_COLOURS[name == FLOWCEPTION], alpha=0.5)
+        panel.barh(place, mean_and_error(values)[0], color=_COLORS[name == FLOWCEPTION], alpha=0.5)
         panel.scatter(values, [place] * len(values), s=12, color="black", zorder=3)
     panel.set_yticks(range(len(names)), [name.replace("_at_equal_", "\nat equal ").replace("_", " ") for name in names])
     panel.invert_yaxis()
@@ -53,12 +53,12 @@ def _draw_arms(panel: Axes, results: Results, names: Sequence[str], metric: str)
 
 def _draw_windows(panel: Axes, results: Results, metric: str) -> None:
     """Means over windows with standard errors, full attention last."""
-    for colour, name in zip(_COLOURS[::-1], (FLOWCEPTION, "full_sequence")):
+    for color, name in zip(_COLORS[::-1], (FLOWCEPTION, "full_sequence")):
         found = [mean_and_error(values_of(results, f"{name}_window_{k}", metric)) for k in WINDOWS]
         found.append(mean_and_error(values_of(results, name, metric)))
         means, errors = zip(*found)
         panel.errorbar(
-            range(len(found)), means, yerr=errors, color=colour, marker="o", capsize=3, label=name.replace("_", " ")
+            range(len(found)), means, yerr=errors, color=color, marker="o", capsize=3, label=name.replace("_", " ")
         )
     panel.set_xticks(range(len(WINDOWS) + 1), [*(f"±{k}" for k in WINDOWS), "full"])
     panel.set_xlabel("frames attended to", fontsize=8)

@@ -28,7 +28,7 @@ from flowception.shards.writer import ShardSetWriter
 
 Tracks = Sequence[NDArray[np.float64]]
 """Positions of each clip in pixels, [n, 2]."""
-CENTRE_PX = (LOW_PX + HIGH_PX) / 2
+CENTER_PX = (LOW_PX + HIGH_PX) / 2
 STD_PX = (HIGH_PX - LOW_PX) / math.sqrt(12)
 """A position is uniform between the walls."""
 SCORED_FRAMES = min(LENGTH_LAW)
@@ -43,12 +43,12 @@ def make_data(folder: Path, clips: int) -> Path:
     """Write the shard set of state videos, unless it is there."""
     if (folder / META_NAME).is_file():
         return folder
-    identity = {"world": "toy", "mean": CENTRE_PX, "std": STD_PX}
+    identity = {"world": "toy", "mean": CENTER_PX, "std": STD_PX}
     meta = ShardMeta(
         codec="toy_state",
         codec_fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         latent_channels=2,
-        latent_mean=[CENTRE_PX] * 2,
+        latent_mean=[CENTER_PX] * 2,
         latent_std=[STD_PX] * 2,
     )
     writer = ShardSetWriter(folder, meta)
@@ -64,13 +64,13 @@ def _record(number: int) -> ClipRecord:
 
 
 def to_latents(positions: NDArray[np.float64]) -> Tensor:
-    """Positions [n, 2] as normalised latents, float32 [n, 2, 1, 1]."""
-    return torch.from_numpy((positions - CENTRE_PX) / STD_PX).float()[:, :, None, None]
+    """Positions [n, 2] as normalized latents, float32 [n, 2, 1, 1]."""
+    return torch.from_numpy((positions - CENTER_PX) / STD_PX).float()[:, :, None, None]
 
 
 def to_positions(latents: Tensor) -> NDArray[np.float64]:
     """Latents [n, 2, 1, 1] as positions in pixels, float64 [n, 2]."""
-    return latents[:, :, 0, 0].double().cpu().numpy() * STD_PX + CENTRE_PX
+    return latents[:, :, 0, 0].double().cpu().numpy() * STD_PX + CENTER_PX
 
 
 def real_tracks(clips: int, first: int = 0) -> list[NDArray[np.float64]]:

@@ -67,7 +67,7 @@ def _layouts(case: Case) -> dict[str, PackLayout]:
 
 
 def against_float64(scene: Scene) -> Outcome:
-    """The door's own choice of backend, forward and backward, in three packs."""
+    """``attention`` with its own choice of backend, forward and backward, in three packs."""
     case = scene.recipe()
     figures: dict[str, Any] = {"backend": choose_backend(scene.device, torch.bfloat16)}
     for name, layout in _layouts(case).items():
@@ -134,7 +134,7 @@ def _measure(
 
 
 def segments(scene: Scene) -> Outcome:
-    """The kernel behind the door, called with the static boundaries and with the pack's own."""
+    """The kernel behind ``attention``, called with the static boundaries and with the pack's own."""
     if not scene.on_gpu:
         return needs_gpu("variable-length kernels run on CUDA only")
     from torch.nn.attention.varlen import varlen_attn

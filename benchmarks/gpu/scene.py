@@ -207,7 +207,7 @@ def needs_gpu(reason: str) -> Outcome:
 def open_model(config: TrainConfig, seed: int = 0) -> nn.Module:
     """The network of a configuration with its gates and outputs open: at their start they are zero and hide errors."""
     model: Any = build_backbone(config.model)
-    model.initialise(seed)
+    model.initialize(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -44,7 +44,7 @@ def build(case: Case, stage: int, precision: str, ranks: Ranks, packs: int = 2) 
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint: Any = build_backbone(config.model)
-    shards.initialise(blueprint, lambda model, gather: model.initialise(0, gather))  # type: ignore[operator]
+    shards.initialize(blueprint, lambda model, gather: model.initialize(0, gather))  # type: ignore[operator]
     return engine, shards
 
 
@@ -82,7 +82,7 @@ def by_torch(case: Case, arithmetic: str, device: torch.device, batches: list[St
     """Losses of every step, with arithmetic ``fp32``, ``autocast`` or ``bf16``."""
     config = case.config
     masters: Any = build_backbone(config.model)
-    masters.initialise(0).to(device)
+    masters.initialize(0).to(device)
     model: nn.Module = build_backbone(config.model).to(device, torch.bfloat16) if arithmetic == "bf16" else masters
     optimizer = build_optimizer(masters, config.optim, device)
     for group in optimizer.param_groups:

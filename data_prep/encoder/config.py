@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +11,7 @@ from data_prep.encoder.filters import FilterRange
 from flowception.codecs.base import Codec, CodecConfig
 from flowception.codecs.text import TextEncoderConfig
 from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number, shown
 
 SourceFormat = Literal["auto", "folder", "csv", "jsonl", "taichi", "realestate10k", "kinetics600", "openvid"]
 """How a source is laid out."""
@@ -24,8 +24,8 @@ class EncodeConfig:
     source: str = MISSING
     """Folder of videos, a ``.csv`` or ``.jsonl`` manifest, or the folder of a data set."""
     source_format: SourceFormat = "auto"
-    """How the source is laid out, as ``data_prep/encoder/manifests/`` describes; ``auto`` tells a folder, a
-    CSV and a JSONL."""
+    """How the source is laid out, as ``data_prep/encoder/manifests/`` describes; ``auto`` tells a folder, a CSV and a
+    JSONL."""
     split: str | None = None
     """Which part of a data set to encode; None is its training part."""
     filters: dict[str, FilterRange] = field(default_factory=dict)
@@ -77,37 +77,37 @@ class EncodeConfig:
     """Jobs that share one set, on machines that share its folder."""
 
     def __post_init__(self) -> None:
-        for name in ("min_frames", "videos_per_shard", "num_parts", "clips_per_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
-        self._check_rates()
-        self._check_size()
-        if not self.max_video_gib > 0:
-            raise ConfigError(f"max_video_gib is {self.max_video_gib}; give a number above 0")
-        if not self.decode_timeout_s > 0:
-            raise ConfigError(f"decode_timeout_s is {self.decode_timeout_s}; give a number of seconds above 0")
-        if self.min_motion is not None and not 0 < self.min_motion <= 255:
-            raise ConfigError(f"min_motion is {self.min_motion}; give a number above 0, at most 255, or null for off")
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers is {self.num_workers}; give 0 or more")
-        if not 0 <= self.part < self.num_parts:
-            raise ConfigError(f"part is {self.part}; give 0 to num_parts - 1 = {self.num_parts - 1}")
-        if self.max_frames is not None and self.max_frames < self.min_frames:
-            raise ConfigError(f"max_frames is {self.max_frames}, below min_frames = {self.min_frames}")
-
-    def _check_rates(self) -> None:
-        for name, absent in (("fps", "keep every frame"), ("frame_folder_fps", "have no folders of frames")):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                raise ConfigError(f"{name} is {rate}; give a positive number, or null to {absent}")
-
-    def _check_size(self) -> None:
+        rules = {
+            "min_frames": integer(at_least=1),
+            "videos_per_shard": integer(at_least=1),
+            "num_parts": integer(at_least=1),
+            "clips_per_batch": integer(at_least=1),
+            "fps": number(above=0).or_null("every frame"),
+            "frame_folder_fps": number(above=0).or_null("no folders of frames"),
+            "max_pixels": integer(at_least=1).or_null("off"),
+            "height": integer(at_least=1).or_null("the video's"),
+            "width": integer(at_least=1).or_null("the video's"),
+            "max_video_gib": number(above=0),
+            "decode_timeout_s": number(above=0),
+            "min_motion": number(above=0, at_most=255).or_null("off"),
+            "num_workers": integer(at_least=0),
+            "part": integer(at_least=0),
+            "max_frames": integer(at_least=1).or_null("whole videos"),
+        }
+        check_ranges("", self, rules)
         if (self.height is None) != (self.width is None):
-            raise ConfigError(f"height is {self.height} and width is {self.width}; give both or neither")
-        if self.max_pixels is not None and (self.height is not None or self.max_pixels < 1):
             raise ConfigError(
-                f"max_pixels is {self.max_pixels} and height {self.height}; give a number of pixels, or both sides"
+                f"height and width must be given together, got {shown(self.height)} and {shown(self.width)}"
             )
+        if self.max_pixels is not None and self.height is not None:
+            raise ConfigError(
+                f"max_pixels must be null if height and width are given, got {self.max_pixels} and "
+                f"{self.height} x {self.width}"
+            )
+        if self.part >= self.num_parts:
+            raise ConfigError(f"part must be less than num_parts, got {self.part} and {self.num_parts}")
+        if self.max_frames is not None and self.max_frames < self.min_frames:
+            raise ConfigError(f"max_frames must be at least min_frames, got {self.max_frames} and {self.min_frames}")
 
     def check_codec(self, codec: Codec) -> None:
         """Refuse sizes that the codec cannot encode, saying the nearest that it can."""
@@ -115,10 +115,13 @@ class EncodeConfig:
             size, stride = getattr(self, name), codec.spatial_stride
             if size is not None and (size < stride or size % stride):
                 nearest = max(stride, round(size / stride) * stride)
-                raise ConfigError(f"{name} is {size}; the {codec.name} codec needs a multiple of {stride}: {nearest}")
+                raise ConfigError(
+                    f"{name} must be a multiple of {stride} for the {codec.name} codec, such as {nearest}, got {size}"
+                )
         if self.max_frames is not None:
             usable = codec.usable_frames(self.max_frames)
             if usable != self.max_frames:
-                raise ConfigError(f"max_frames is {self.max_frames}; the {codec.name} codec accepts {usable}")
-            if usable < self.min_frames:
-                raise ConfigError(f"min_frames is {self.min_frames}; max_frames allows at most {usable}")
+                raise ConfigError(
+                    f"max_frames must be a length that the {codec.name} codec accepts, such as {usable}, got "
+                    f"{self.max_frames}"
+                )

@@ -22,14 +22,14 @@ import torch
 from data_prep.encoder.clip_cutter import CutClip, CutSettings, CutVideo
 from data_prep.encoder.config import EncodeConfig
 from data_prep.encoder.decode_pool import Decoded, decode_videos
-from data_prep.encoder.manifest import Manifest, VideoEntry, read_manifest
+from data_prep.encoder.manifest import VideoEntry, VideoManifest, read_source
 from data_prep.encoder.skipped import (
     DROPPED_NAME,
     UNREADABLE_NAME,
     DroppedPieces,
     read_dropped,
     read_unreadable,
-    write_left_out,
+    write_skipped,
 )
 from data_prep.encoder.video_headers import HeaderReader
 from flowception.codecs.base import Codec
@@ -81,7 +81,7 @@ class ShardEncoder:
         """Read the manifest, load the codec and check that the folder belongs to this job."""
         self.config = config
         self.folder = Path(config.out)
-        self.manifest: Manifest = read_manifest(
+        self.manifest: VideoManifest = read_source(
             config.source,
             config.source_format,
             config.split,
@@ -201,7 +201,7 @@ class ShardEncoder:
                 waiting, waiting_clips = [], 0
             advance()
         yield from self._encode(waiting, skipped, dropped)
-        write_left_out(self.folder, shard, "".join(skipped), dropped)
+        write_skipped(self.folder, shard, "".join(skipped), dropped)
 
     def _encode(
         self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str], dropped: Counter[str]
@@ -294,7 +294,7 @@ class ShardEncoder:
         return EncodeSummary(videos, unreadable, clips, dropped, self.num_shards - len(finished))
 
 
-def _check_settings(path: Path, config: EncodeConfig, manifest: Manifest) -> None:
+def _check_settings(path: Path, config: EncodeConfig, manifest: VideoManifest) -> None:
     """Record what the set is made of, or refuse a folder that was begun with something else."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
     settings |= {"manifest_sha256": manifest.sha256(), "videos": len(manifest.entries)}
@@ -302,8 +302,8 @@ def _check_settings(path: Path, config: EncodeConfig, manifest: Manifest) -> Non
         write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
     begun, now = _flat(json.loads(path.read_text())), _flat(settings)
-    videos = begun.pop("videos", "another number"), now.pop("videos")
-    same_list = begun.pop("manifest_sha256", None) == now.pop("manifest_sha256")
+    videos = begun.pop("videos"), now.pop("videos")
+    same_list = begun.pop("manifest_sha256") == now.pop("manifest_sha256")
     changes = [f"{name} was {begun.get(name)}, is {value}" for name, value in now.items() if begun.get(name) != value]
     if not same_list:
         changes.append(f"the list of videos changed: {videos[0]} video{'s' * (videos[0] != 1)} then, {videos[1]} now")

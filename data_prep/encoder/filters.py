@@ -1,7 +1,7 @@
 """Leaves out videos by numbers that are known of them before they are decoded: length, size, motion, any score.
 
 A filter names a column of the manifest. ``duration_s``, ``height``, ``width`` and ``fps`` are read from the video
-files' headers where the manifest has no such column; that opens every file once (``headers``).
+files' headers where the manifest has no such column; that opens every file once (``video_headers``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.encoder.video_headers import HeaderReader, Video
+from data_prep.encoder.video_headers import HeaderReader, VideoSource
 from flowception.errors import ConfigError
+from flowception.ranges import number
 
 _HEADER_COLUMNS = ("duration_s", "height", "width", "fps")
 
@@ -27,8 +28,11 @@ class FilterRange:
     """Largest number kept; None is no bound."""
 
     def __post_init__(self) -> None:
+        bound = number().or_null("no bound")
+        bound.check("a filter's min", self.min)
+        bound.check("a filter's max", self.max)
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ConfigError(f"a filter has min {self.min} above max {self.max}; no video could pass")
+            raise ConfigError(f"a filter's min must be at most its max, got {self.min} and {self.max}")
 
     def keeps(self, value: float) -> bool:
         """Whether a number is in the range."""
@@ -56,7 +60,7 @@ class FilterCount:
 
 def apply_filters(
     rows: Sequence[dict[str, Any]],
-    videos: Sequence[Video],
+    videos: Sequence[VideoSource],
     filters: dict[str, FilterRange],
     headers: HeaderReader,
 ) -> tuple[list[int], list[FilterCount]]:
@@ -85,7 +89,11 @@ def apply_filters(
 
 
 def _column(
-    column: str, rows: Sequence[dict[str, Any]], videos: Sequence[Video], kept: Sequence[int], headers: HeaderReader
+    column: str,
+    rows: Sequence[dict[str, Any]],
+    videos: Sequence[VideoSource],
+    kept: Sequence[int],
+    headers: HeaderReader,
 ) -> dict[int, float]:
     """A column's numbers for some videos; nan where there is none."""
     if any(column in row for row in rows):

@@ -23,6 +23,7 @@ from data_prep.encoder.manifests.rows import VIDEO_SUFFIXES, SourceRows, read_cs
 from data_prep.encoder.video_headers import HeaderReader
 from flowception.codecs.video_file import no_rate
 from flowception.errors import ConfigError, DataError
+from flowception.ranges import one_of
 from flowception.shards.schema import check_key
 
 _DATA_SETS: dict[str, Callable[[Path, str | None], SourceRows]] = {
@@ -86,7 +87,7 @@ class ManifestReport:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class VideoManifest:
     """All videos of a source, in a fixed order."""
 
     entries: tuple[VideoEntry, ...]
@@ -104,14 +105,14 @@ class Manifest:
         return hashlib.sha256(json.dumps([rows, list(self.class_names)]).encode()).hexdigest()
 
 
-def read_manifest(
+def read_source(
     source: str | Path,
     source_format: SourceFormat = "auto",
     split: str | None = None,
     filters: Mapping[str, FilterRange] | None = None,
     frame_folder_fps: float | None = None,
     headers: HeaderReader | None = None,
-) -> Manifest:
+) -> VideoManifest:
     """Read a source.
 
     Args:
@@ -151,7 +152,7 @@ def read_manifest(
         raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
     listed = len(entries) + len(found.missing)
     report = ManifestReport(chosen, listed, tuple(found.missing), tuple(counts), len(kept))
-    return Manifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
+    return VideoManifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
 
 
 def _guess_format(source: Path) -> str:
@@ -169,8 +170,7 @@ def _read_rows(source: Path, source_format: str, split: str | None, frame_folder
         raise DataError(f"source {source} does not exist; give what source_format {source_format} describes")
     if source_format in _DATA_SETS:
         return _DATA_SETS[source_format](source, split)
-    if source_format not in (_FOLDER, *_TABLES):
-        raise ConfigError(f"source_format is {source_format!r}; give one of {', '.join(get_args(SourceFormat))}")
+    one_of(get_args(SourceFormat)).check("source_format", source_format)
     if split is not None:
         raise ConfigError(f"split is {split!r} and source_format {source_format} has no splits; leave it out")
     if source.is_dir() != (source_format == _FOLDER):

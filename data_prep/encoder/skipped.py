@@ -1,8 +1,7 @@
 """What a shard leaves out, in files beside it: videos that gave no clip, and pieces dropped of the others.
 
 ``shard-NNNNNN.unreadable.jsonl`` has a line with the reason for each such video, ``shard-NNNNNN.dropped.json`` a number
-for each setting that drops pieces. Both are on disk before the shard counts as finished. Sets begun before pieces were
-counted have finished shards without the second file; what these dropped is not known.
+for each setting that drops pieces. Both are on disk before the shard counts as finished.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from flowception.files import write_atomically
 
 UNREADABLE_NAME, DROPPED_NAME = "unreadable.jsonl", "dropped.json"
 """The same for the whole set, when it is finished."""
-_NOT_COUNTED = "shards_not_counted"
 
 
 @dataclass(frozen=True)
@@ -27,26 +25,17 @@ class DroppedPieces:
 
     pieces: Counter[str]
     """By the setting that dropped them, one of ``DROP_REASONS``."""
-    shards_not_counted: int = 0
-    """Finished shards of which nothing is known."""
 
     def lines(self) -> list[str]:
         """For people; nothing if there is nothing to say."""
-        said = [f"{count} pieces of these videos were dropped by {name}" for name, count in sorted(self.pieces.items())]
-        if self.shards_not_counted:
-            number = f"{self.shards_not_counted} shard{'s' * (self.shards_not_counted != 1)}"
-            said.append(f"dropped pieces are not known of {number} that an earlier version encoded")
-        return said
+        return [f"{count} pieces of these videos were dropped by {name}" for name, count in sorted(self.pieces.items())]
 
     def to_json(self) -> str:
-        """For machines; shards without a count are named only where there are some."""
-        numbers = {reason: self.pieces[reason] for reason in DROP_REASONS}
-        if self.shards_not_counted:
-            numbers[_NOT_COUNTED] = self.shards_not_counted
-        return json.dumps(numbers) + "\n"
+        """For machines."""
+        return json.dumps({reason: self.pieces[reason] for reason in DROP_REASONS}) + "\n"
 
 
-def write_left_out(folder: Path, shard: int, unreadable: str, dropped: Counter[str]) -> None:
+def write_skipped(folder: Path, shard: int, unreadable: str, dropped: Counter[str]) -> None:
     """Put both files of a shard on disk."""
     write_atomically(_path(folder, shard, UNREADABLE_NAME), unreadable)
     write_atomically(_path(folder, shard, DROPPED_NAME), DroppedPieces(dropped).to_json())
@@ -59,13 +48,10 @@ def read_unreadable(folder: Path, shards: Iterable[int]) -> str:
 
 def read_dropped(folder: Path, shards: Iterable[int]) -> DroppedPieces:
     """What some finished shards dropped."""
-    pieces, not_counted = Counter[str](), 0
+    pieces = Counter[str]()
     for shard in shards:
-        try:
-            pieces.update(json.loads(_path(folder, shard, DROPPED_NAME).read_text()))
-        except FileNotFoundError:
-            not_counted += 1
-    return DroppedPieces(+pieces, not_counted)
+        pieces.update(json.loads(_path(folder, shard, DROPPED_NAME).read_text()))
+    return DroppedPieces(+pieces)
 
 
 def _path(folder: Path, shard: int, name: str) -> Path:

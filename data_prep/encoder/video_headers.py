@@ -19,9 +19,9 @@ from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock, write_atomically
 from flowception.shards.writer import refused_writes_named
 
-Video = tuple[Path, float | None]
+VideoSource = tuple[Path, float | None]
 """A file, or a folder of frames and its frame rate."""
-_Kept = dict[Video, tuple[list[int] | None, list[Any] | None]]
+_Kept = dict[VideoSource, tuple[list[int] | None, list[Any] | None]]
 """State and header of each video; None where it is not there, and where it cannot be read."""
 _Result = TypeVar("_Result")
 HEADERS_NAME = "headers.jsonl"
@@ -38,9 +38,9 @@ class HeaderReader:
             folder: Where what was read is kept, for all tasks; None keeps it in this process alone.
         """
         self._folder = folder
-        self._read: dict[Video, list[Any] | None] = {}
+        self._read: dict[VideoSource, list[Any] | None] = {}
 
-    def read(self, videos: Sequence[Video]) -> list[VideoHeader | None]:
+    def read(self, videos: Sequence[VideoSource]) -> list[VideoHeader | None]:
         """The header of each video; None for one that cannot be read.
 
         Raises:
@@ -63,7 +63,7 @@ class HeaderReader:
         return [None if (found := self._read[video]) is None else VideoHeader(*found) for video in videos]
 
 
-def _bring_up_to_date(kept: _Kept, videos: Sequence[Video]) -> int:
+def _bring_up_to_date(kept: _Kept, videos: Sequence[VideoSource]) -> int:
     """Read what is not kept, or of another state; how many these were."""
     states = dict(zip(videos, _in_threads(_state, videos), strict=True))
     new = [video for video in videos if video not in kept or kept[video][0] != states[video]]
@@ -85,7 +85,7 @@ def _dump(kept: _Kept) -> str:
     return "".join(json.dumps([str(path), fps, *found]) + "\n" for (path, fps), found in kept.items())
 
 
-def _state(video: Video) -> list[int] | None:
+def _state(video: VideoSource) -> list[int] | None:
     """What changes when a file does."""
     try:
         found = video[0].stat()
@@ -94,13 +94,13 @@ def _state(video: Video) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _header(video: Video) -> list[Any] | None:
+def _header(video: VideoSource) -> list[Any] | None:
     try:
         return list(astuple(read_header(*video)))
     except DataError:
         return None
 
 
-def _in_threads(action: Callable[[Video], _Result], videos: Sequence[Video]) -> list[_Result]:
+def _in_threads(action: Callable[[VideoSource], _Result], videos: Sequence[VideoSource]) -> list[_Result]:
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(action, videos))

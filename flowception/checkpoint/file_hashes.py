@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 HEADER = "header"
-WHOLE = "contents"
-"""The one piece of a file of format version 1."""
 _BLOCK_BYTES = 1 << 22
 
 
@@ -22,7 +20,7 @@ class Piece(NamedTuple):
     """Bytes ``start`` to ``stop`` of a file and their hash."""
 
     kind: str
-    """One of ``format.KINDS``, ``HEADER`` or ``WHOLE``."""
+    """One of ``format.KINDS``, or ``HEADER``."""
     start: int
     stop: int
     sha256: str
@@ -61,7 +59,7 @@ def hash_pieces(path: Path) -> list[Piece]:
 
 def is_read(piece: Piece, kinds: Sequence[str] | None) -> bool:
     """Whether a piece must be right for who reads the given kinds; None is all of them."""
-    return kinds is None or piece.kind in (HEADER, WHOLE, *kinds)
+    return kinds is None or piece.kind in (HEADER, *kinds)
 
 
 def cover(pieces: Sequence[Piece], size_bytes: int) -> bool:

@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowception.checkpoint.file_hashes import WHOLE, Piece, cover
+from flowception.checkpoint.file_hashes import Piece, cover
 from flowception.errors import CheckpointError, CheckpointUnreadableError
 
 FORMAT_VERSION = 2
-"""Version 1 had one sha256 a file; it is read too."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -135,9 +134,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
     if checksum != _checksum(content):
         raise CheckpointError(f"{path} is damaged: its checksum does not match; use an earlier checkpoint")
-    if version not in (1, FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         raise CheckpointUnreadableError(
-            f"{path} has format version {version}, this code reads 1 to {FORMAT_VERSION}; use its release"
+            f"{path} must have format version {FORMAT_VERSION}, got {version!r}; read it with the version of "
+            "Flowception that wrote it"
         )
     names = [name for name, _, _ in content["files"]]
     if bad := [name for name in names if not _FILE_NAME.fullmatch(name)]:
@@ -150,8 +150,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         _check_cover(path, name, parameter)
     files = {}
     for name, size_bytes, hashed in content["files"]:
-        whole = [(WHOLE, 0, size_bytes, hashed)]
-        files[name] = FileRecord(size_bytes, tuple(Piece(*piece) for piece in (whole if version == 1 else hashed)))
+        files[name] = FileRecord(size_bytes, tuple(Piece(*piece) for piece in hashed))
         if not cover(files[name].pieces, size_bytes):
             raise CheckpointError(f"{path}: the hashes of {name} do not cover its {size_bytes} bytes")
     return Manifest(content["step"], parameters, files, content["state"])

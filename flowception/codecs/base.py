@@ -1,4 +1,4 @@
-"""What a codec is: pixels in, normalised latents out, and back.
+"""What a codec is: pixels in, normalized latents out, and back.
 
 A codec works on one clip at a time. How many pixel frames it accepts is its own law (``usable_frames``), and its
 ``fingerprint`` says whether two sets of latents can be mixed.
@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowception.errors import CodecError, ConfigError
+from flowception.errors import CodecError
+from flowception.ranges import check_ranges, integer, number
 
 
 @dataclass(kw_only=True)
@@ -41,15 +42,13 @@ class CodecConfig:
     """ltx: share of noise mixed into the latents before decoding; 0 is none. The noise is the same at every call."""
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1:
-            raise ConfigError(f"codec.patch_size is {self.patch_size}; give a whole number of pixels, at least 1")
-        for name in ("decode_timestep", "decode_noise_scale"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"codec.{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        share = number(at_least=0, below=1)
+        rules = {"patch_size": integer(at_least=1), "decode_timestep": share, "decode_noise_scale": share}
+        check_ranges("codec", self, rules)
 
 
 class Codec(ABC):
-    """Turns clips of pixels into normalised latents and back."""
+    """Turns clips of pixels into normalized latents and back."""
 
     name: str
     """Name in ``CodecConfig`` and in a shard set's ``meta.json``."""
@@ -90,7 +89,7 @@ class Codec(ABC):
             video: uint8 [n_px, H, W, 3], RGB.
 
         Returns:
-            Normalised latents, float32 [n, C, h, w] on the CPU.
+            Normalized latents, float32 [n, C, h, w] on the CPU.
         """
 
     def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
@@ -109,7 +108,7 @@ class Codec(ABC):
         """Decode one clip.
 
         Args:
-            latents: Normalised latents [n, C, h, w], any floating dtype.
+            latents: Normalized latents [n, C, h, w], any floating dtype.
 
         Returns:
             uint8 [n_px, H, W, 3], RGB, on the CPU.

@@ -26,4 +26,4 @@ def build_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Code
         from flowception.codecs.ltx import LTXCodec
 
         return LTXCodec.from_config(config, device)
-    raise ConfigError(f"codec.name is {config.name!r}; the codecs are patchify and ltx")
+    raise ConfigError(f"codec.name must be one of patchify, ltx, got {config.name!r}")

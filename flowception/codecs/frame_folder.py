@@ -52,12 +52,12 @@ def read_frame(path: Path) -> NDArray[np.uint8]:
     """One frame, uint8 [H, W, 3]; transparency is left out.
 
     Raises:
-        DataError: If it cannot be read, or has no 8 bits a colour.
+        DataError: If it cannot be read, or has no 8 bits a color.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise DataError(f"frame {path} has the pixel type {image.mode}; convert it to 8 bits a colour")
+                raise DataError(f"frame {path} has the pixel type {image.mode}; convert it to 8 bits a color")
             return np.asarray(image.convert("RGB"))
     except _READ_ERRORS as error:
         raise DataError(f"frame {path} cannot be read: {type(error).__name__}: {error}") from error

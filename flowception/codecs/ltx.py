@@ -1,7 +1,7 @@
 """LTX-Video's autoencoder (0.9.5) through diffusers' ``AutoencoderKLLTXVideo``.
 
 Latent frame 0 is pixel frame 0 alone; every further latent frame stands for 8 pixel frames, so a clip has ``1 + 8 k``
-pixel frames and ``1 + k`` latent frames, 32 x 32 px a cell. Raw latents are normalised by the statistics that the
+pixel frames and ``1 + k`` latent frames, 32 x 32 px a cell. Raw latents are normalized by the statistics that the
 checkpoint carries: ``z_norm = (z - mean) * scaling_factor / std``.
 
 The decoder is not causal, and padding changes every frame that it decodes, so each clip is decoded alone. It is
@@ -119,7 +119,7 @@ class LTXCodec(Codec):
         return 1 + (pixel_frames - 1) // self.temporal_stride * self.temporal_stride
 
     def encode(self, video: Tensor | NDArray[np.uint8]) -> Tensor:
-        """Pixels uint8 [1 + 8 k, H, W, 3] to the mean of the latents, normalised, float32 [1 + k, C, h, w]."""
+        """Pixels uint8 [1 + 8 k, H, W, 3] to the mean of the latents, normalized, float32 [1 + k, C, h, w]."""
         return self._encode_batch([self._check_video(video)])[0]
 
     def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
@@ -142,7 +142,7 @@ class LTXCodec(Codec):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [1 + k, C, h, w] to pixels uint8 [1 + 8 k, H, W, 3]."""
+        """Normalized latents [1 + k, C, h, w] to pixels uint8 [1 + 8 k, H, W, 3]."""
         self._check_latents(latents)
         latents = latents.to(self.device, torch.float32)
         mean, std = self._statistics(latents)

@@ -3,7 +3,7 @@
 It is lossless, also through bf16: a pixel is ``k / 127.5 - 1``, and bf16 is off by at most 1/512 below 1, a quarter
 of the distance at which rounding would choose another ``k``. One pixel frame is one latent frame.
 
-Shape legend: ``n`` frames, ``p`` pixels along a patch, ``C = 3 p^2`` channels in the order (colour, row, column).
+Shape legend: ``n`` frames, ``p`` pixels along a patch, ``C = 3 p^2`` channels in the order (color, row, column).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flowception.codecs.base import Codec, hash_description, pixels_to_unit, uni
 
 
 class PatchifyCodec(Codec):
-    """Lossless space-to-depth of pixels in [-1, 1]; there is nothing to normalise."""
+    """Lossless space-to-depth of pixels in [-1, 1]; there is nothing to normalize."""
 
     name = "patchify"
     temporal_stride = 1

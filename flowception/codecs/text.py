@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flowception.errors import CodecError, ConfigError, require
+from flowception.ranges import check_ranges, integer
 
 
 @dataclass(kw_only=True)
@@ -30,8 +31,7 @@ class TextEncoderConfig:
     """Precision of the computation."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"text.max_tokens is {self.max_tokens}; give at least 1")
+        check_ranges("text", self, {"max_tokens": integer(at_least=1)})
 
 
 class TextEncoder:

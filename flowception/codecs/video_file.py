@@ -194,7 +194,7 @@ def read_video(path: str | Path) -> Frame:
     return np.stack(frames)
 
 
-def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, lossless_colour: bool = True) -> None:
+def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, lossless_color: bool = True) -> None:
     """Write an H.264 mp4.
 
     One encoder thread and no time stamp of the writing, so that the same frames give the same bytes, but for about one
@@ -205,7 +205,7 @@ def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, los
         video: uint8 [n, H, W, 3].
         fps: Frames per second.
         crf: H.264's quality, 0 (best) to 51.
-        lossless_colour: Keep colour at full resolution (4:4:4). False is 4:2:0, which every player shows, and needs
+        lossless_color: Keep color at full resolution (4:4:4). False is 4:2:0, which every player shows, and needs
             even height and width.
 
     Raises:
@@ -214,16 +214,16 @@ def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, los
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) == 0:
         raise DataError(f"cannot write {video.dtype} {video.shape} as a video; give uint8 [frames, height, width, 3]")
     try:
-        _write_h264(path, video, fps, {"crf": str(crf), "threads": "1", "flags": "+bitexact"}, lossless_colour)
+        _write_h264(path, video, fps, {"crf": str(crf), "threads": "1", "flags": "+bitexact"}, lossless_color)
     except av.FFmpegError as error:
         raise DataError(f"{path} cannot be written ({error}); choose a folder that can be written") from error
 
 
-def _write_h264(path: str | Path, video: Frame, fps: float, options: dict[str, str], lossless_colour: bool) -> None:
+def _write_h264(path: str | Path, video: Frame, fps: float, options: dict[str, str], lossless_color: bool) -> None:
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt = "yuv444p" if lossless_colour else "yuv420p"
+        stream.pix_fmt = "yuv444p" if lossless_color else "yuv420p"
         stream.options = options
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))

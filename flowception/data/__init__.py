@@ -1,5 +1,5 @@
-"""Shards of latents, the plan of an epoch, and packs: everything between encoded clips and the network's input.
+"""From shards to the network's input: which clips each step sees, and their packs.
 
-``schema`` says what a clip is, ``shards`` writes it, ``index`` and ``reader`` find and verify it, ``plan`` and
-``packing`` decide which clips a step sees, ``pack`` builds tensors of them and ``loader`` feeds a rank.
+``order`` shuffles the clips of an epoch, ``epoch`` and ``plan`` say which clips each step and each pack holds, ``pack``
+builds its tensors, and ``loader`` feeds them to a rank.
 """

@@ -1,7 +1,7 @@
 """Feeding one rank: its packs of every step of an epoch, from any cursor, with or without worker processes.
 
 Rank r of W runs ``ceil(G / W)`` micro-steps; its micro-step a is pack ``a W + r``, so packs that run at the same time
-are neighbours in FLOPs. Packs that do not exist are padding. A thread plans ahead; workers only read and build what
+are neighbors in FLOPs. Packs that do not exist are padding. A thread plans ahead; workers only read and build what
 they are told, so nothing about them has to be saved: a cursor is the whole state, that of the last step handed out.
 """
 

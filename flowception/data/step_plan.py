@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number
 
 
 @dataclass(kw_only=True)
@@ -33,11 +34,14 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be."""
-        for name in ("token_budget", "packs_per_step", "shuffle_block_shards", "time_block_clips"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give an integer of at least 1")
-        if not 0.0 <= self.headroom < 1.0:
-            raise ConfigError(f"headroom is {self.headroom}; give a share from 0 to below 1")
+        rules = {
+            "token_budget": integer(at_least=1),
+            "packs_per_step": integer(at_least=1),
+            "shuffle_block_shards": integer(at_least=1),
+            "time_block_clips": integer(at_least=1),
+            "headroom": number(at_least=0, below=1),
+        }
+        check_ranges("", self, rules)
 
     @property
     def capacity(self) -> int:
@@ -54,8 +58,8 @@ def check_world_size(packs_per_step: int, world_size: int) -> None:
     """Refuse more ranks than packs: some would never see data."""
     if packs_per_step < world_size:
         raise ConfigError(
-            f"packs_per_step is {packs_per_step} and there are {world_size} ranks; "
-            f"set packs_per_step={world_size} or more, or use fewer ranks"
+            f"packs_per_step must be at least the number of ranks, got {packs_per_step} and {world_size} ranks; set "
+            f"packs_per_step={world_size} or more, or use fewer ranks"
         )
 
 

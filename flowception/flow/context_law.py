@@ -1,7 +1,7 @@
 """The law of what a task gives: ``p(context | n)``, and how many frames are there when the clock begins.
 
 The sampler is shown the given frames in their order and not their places. So what it knows of the length is
-``p(n) p(context | n)``, normalised, and that is the length law it should show (DESIGN.md section 2). Closed forms of
+``p(n) p(context | n)``, normalized, and that is the length law it should show (DESIGN.md section 2). Closed forms of
 the laws that ``task.draw_roles`` draws from:
 
 * ``v2v``, c context frames: ``1 / M``, M = ``min(max_context_frames, n - 1)``, for c = 1 to M.
@@ -106,7 +106,7 @@ def context_probability(task: str, given: Given, num_frames: int, config: RoleCo
 
 
 def length_law(task: str, given: Given, lengths: Mapping[int, float], config: RoleConfig) -> dict[int, float]:
-    """The length law that a task's sampler should show: ``p(n) p(context | n)``, normalised.
+    """The length law that a task's sampler should show: ``p(n) p(context | n)``, normalized.
 
     Args:
         task: Name of the task.

@@ -26,10 +26,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from flowception.errors import ConfigError
 from flowception.flow.prior import two_part_prior, two_part_uniform
 from flowception.flow.schedule import InsertionSchedule
 from flowception.flow.task import Role, is_generated
+from flowception.ranges import one_of
 
 
 class DelayLaw(ABC):
@@ -252,6 +252,5 @@ def build_delay_law(name: str) -> DelayLaw:
     Raises:
         ConfigError: If there is none of that name.
     """
-    if name not in DELAY_LAWS:
-        raise ConfigError(f"delay_law is {name!r}; give one of {', '.join(DELAY_LAWS)}")
+    one_of(DELAY_LAWS).check("delay_law", name)
     return DELAY_LAWS[name]

@@ -3,7 +3,7 @@
 ``tau_i = tau_g - u_i``. ``tau_i < 0``: deleted, not in the input. ``0 <= tau_i < 1``: flow. ``tau_i >= 1``: terminal.
 The delay law says how long the clock runs and how ``tau_g`` is drawn on it (``delays``, ``prior``).
 
-Everything here is a deterministic function of uniforms that the caller draws, vectorised over clips.
+Everything here is a deterministic function of uniforms that the caller draws, vectorized over clips.
 
 Shape legend: ``B`` clips, ``N`` frames of the longest of them. Tensors lie on the CPU, floats are float64.
 """
@@ -34,6 +34,7 @@ from flowception.flow.task import (
     played_task,
     task_number,
 )
+from flowception.ranges import check_ranges, number
 
 
 @dataclass(kw_only=True)
@@ -70,14 +71,12 @@ class ProcessConfig(RoleConfig):
         build_schedule(self.insertion_schedule, self.insertion_exponent)
         build_delay_law(self.delay_law)
         rules = {
-            "insertion_share": (0 < self.insertion_share <= 1, "a number above 0 and at most 1"),
-            "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
-            "insertion_loss_weight": (0 <= self.insertion_loss_weight < float("inf"), "a number of at least 0"),
-            "condition_dropout": (0 <= self.condition_dropout <= 1, "a probability"),
+            "insertion_share": number(above=0, at_most=1),
+            "time_shift": number(at_least=1),
+            "insertion_loss_weight": number(at_least=0),
+            "condition_dropout": number(at_least=0, at_most=1),
         }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give {wanted}")
+        check_ranges("", self, rules)
 
     def schedule(self) -> InsertionSchedule:
         """The insertion schedule kappa."""
@@ -87,11 +86,10 @@ class ProcessConfig(RoleConfig):
         """Probability of each entry of ``TASKS``; the order of the config's keys does not matter."""
         share = np.zeros(len(TASKS))
         for name, value in self.tasks.items():
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"tasks.{name} is {value}; give a number of at least 0")
+            number(at_least=0).check(f"tasks.{name}", value)
             share[task_number(name)] = value
         if not share.sum() > 0:
-            raise ConfigError(f"tasks is {dict(self.tasks)}; give at least one task a probability above 0")
+            raise ConfigError(f"tasks must give a task a probability > 0, got {dict(self.tasks)}")
         return share / share.sum()
 
 

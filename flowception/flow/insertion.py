@@ -121,7 +121,7 @@ def whole_counts(rates: Floats, cu_frames: Counts, may_insert: NDArray[np.bool_]
     rank = np.arange(len(rates)) - cu_frames[clip]
     dense = np.zeros((len(clip_frames), int(clip_frames.max(initial=0)) + 1))
     dense[clip, rank + 1] = np.where(may_insert, rates, 0.0)
-    # A running sum per row, not one over all clips: rounding must not depend on a clip's neighbours.
+    # A running sum per row, not one over all clips: rounding must not depend on a clip's neighbors.
     level = np.floor(np.cumsum(dense, axis=1) + clip_uniforms[:, None])
     return np.diff(level, axis=1)[clip, rank].astype(np.int64)
 

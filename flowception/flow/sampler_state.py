@@ -6,7 +6,7 @@ Shape legend: ``B`` clips, ``F`` frames of all clips one after another, clip b a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from flowception.flow.path import shift_time
 from flowception.flow.prescribed import ClipPlan, plan_clip
 from flowception.flow.schedule import InsertionSchedule, build_schedule
 from flowception.flow.task import Role, is_context, is_generated, may_insert
+from flowception.ranges import check_ranges, integer, number, one_of
 
 ORDERS = ("learned", *PRESCRIBED_LAWS)
 
@@ -55,25 +56,19 @@ class SamplerConfig:
         """Refuse what is out of range."""
         build_schedule(self.insertion_schedule, self.insertion_exponent)
         rules = {
-            "num_inference_steps": (self.num_inference_steps >= 1, "an integer of at least 1"),
-            "num_start_frames": (self.num_start_frames >= 0, "an integer of at least 0"),
-            "insertion": (self.insertion is None or self.insertion in INSERTION_RULES, _one_of(INSERTION_RULES)),
-            "order": (self.order in ORDERS, _one_of(ORDERS)),
-            "num_frames": (self.num_frames is None or self.num_frames >= 1, "an integer of at least 1, or None"),
-            "max_frames": (1 <= self.max_frames <= MAX_SLOTS, f"1 to {MAX_SLOTS}"),
-            "time_shift": (1 <= self.time_shift < float("inf"), "a number of at least 1"),
+            "num_inference_steps": integer(at_least=1),
+            "num_start_frames": integer(at_least=0),
+            "insertion": one_of(INSERTION_RULES).or_null("full-sequence sampling"),
+            "order": one_of(ORDERS),
+            "num_frames": integer(at_least=1).or_null("the learned order"),
+            "max_frames": integer(at_least=1, at_most=MAX_SLOTS),
+            "time_shift": number(at_least=1),
         }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give {wanted}")
+        check_ranges("", self, rules)
 
     def schedule(self) -> InsertionSchedule:
         """The insertion schedule kappa."""
         return build_schedule(self.insertion_schedule, self.insertion_exponent)
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return f"one of {', '.join(names)}"
 
 
 @dataclass(kw_only=True)
@@ -165,8 +160,8 @@ class SamplerState:
         if self.births is None:
             return may_insert(self.roles) & (self.step < self.num_inference_steps)
         visible = self.births <= self.step
-        left_neighbour = visible.cumsum(0) - 1
-        return torch.bincount(left_neighbour[~visible], minlength=len(self.roles)) > 0
+        left_neighbor = visible.cumsum(0) - 1
+        return torch.bincount(left_neighbor[~visible], minlength=len(self.roles)) > 0
 
     @property
     def unfinished_clips(self) -> Tensor:

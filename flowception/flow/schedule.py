@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from flowception.errors import ConfigError
+from flowception.ranges import number, one_of
 
 
 class InsertionSchedule(ABC):
@@ -63,7 +63,7 @@ class InsertionSchedule(ABC):
         return (then - now) / (1 - now)
 
 
-class Linear(InsertionSchedule):
+class LinearSchedule(InsertionSchedule):
     """``kappa(t) = t``."""
 
     def kappa(self, t: Tensor) -> Tensor:
@@ -87,12 +87,11 @@ class Linear(InsertionSchedule):
         return 1 / 3
 
 
-class Power(InsertionSchedule):
+class PowerSchedule(InsertionSchedule):
     """``kappa(t) = t^a``: late insertion for a > 1, early for a < 1."""
 
     def __init__(self, exponent: float) -> None:
-        if not (math.isfinite(exponent) and exponent > 0):
-            raise ConfigError(f"insertion_exponent is {exponent}; give a number above 0")
+        number(above=0).check("insertion_exponent", exponent)
         self.exponent = exponent
 
     def kappa(self, t: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ class Power(InsertionSchedule):
         return 1 / (2 * self.exponent + 1)
 
 
-class Cosine(InsertionSchedule):
+class CosineSchedule(InsertionSchedule):
     """``kappa(t) = (1 - cos(pi t)) / 2``, computed as ``sin^2(pi t / 2)`` so that both ends are exact."""
 
     def kappa(self, t: Tensor) -> Tensor:
@@ -165,10 +164,9 @@ def build_schedule(name: str, exponent: float = 2.0) -> InsertionSchedule:
     Raises:
         ConfigError: If the name is unknown or the exponent is not positive.
     """
+    one_of(INSERTION_SCHEDULES).check("insertion_schedule", name)
     if name == "linear":
-        return Linear()
+        return LinearSchedule()
     if name == "power":
-        return Power(exponent)
-    if name == "cosine":
-        return Cosine()
-    raise ConfigError(f"insertion_schedule is {name!r}; give one of {', '.join(INSERTION_SCHEDULES)}")
+        return PowerSchedule(exponent)
+    return CosineSchedule()

@@ -18,7 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, one_of
 
 
 class Role(IntEnum):
@@ -68,9 +68,13 @@ class RoleConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        for name, least in (("num_start_frames", 0), ("max_context_frames", 1), ("max_keyframes", 0), ("max_cuts", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give an integer of at least {least}")
+        rules = {
+            "num_start_frames": integer(at_least=0),
+            "max_context_frames": integer(at_least=1),
+            "max_keyframes": integer(at_least=0),
+            "max_cuts": integer(at_least=1),
+        }
+        check_ranges("", self, rules)
 
 
 RoleLaw = Callable[[Tensor, Tensor, RoleConfig], Tensor]
@@ -188,8 +192,7 @@ _FALLBACK = TASK_NUMBERS["t2v"]
 
 def task_number(name: str) -> int:
     """The number of a task, or an error that lists the known ones."""
-    if name not in TASK_NUMBERS:
-        raise ConfigError(f"there is no task {name!r}; known tasks: {', '.join(TASK_NUMBERS)}")
+    one_of(TASK_NUMBERS).check("task", name)
     return TASK_NUMBERS[name]
 
 

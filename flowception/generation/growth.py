@@ -24,12 +24,12 @@ from flowception.flow import Role, shift_time
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
-CONTEXT_COLOUR = "#56b4e9"
-START_COLOUR = "#009e73"
-INSERTION_COLOUR = "#d55e00"
-"""Three of Okabe and Ito's colours that can be told apart without red or green cones."""
-NOISE_COLOURS = LinearSegmentedColormap.from_list("noise_level", ["#1f2937", "#d5d9df"])
-"""Clean is dark, noise is light; shades of grey, so nothing but brightness has to be read."""
+CONTEXT_COLOR = "#56b4e9"
+START_COLOR = "#009e73"
+INSERTION_COLOR = "#d55e00"
+"""Three of Okabe and Ito's colors that can be told apart without red or green cones."""
+NOISE_COLORS = LinearSegmentedColormap.from_list("noise_level", ["#1f2937", "#d5d9df"])
+"""Clean is dark, noise is light; shades of gray, so nothing but brightness has to be read."""
 
 
 def noise_levels(
@@ -119,7 +119,7 @@ def draw_growth(
     end = (level.shape[1] - 1) / num_inference_steps
     image = axes.imshow(
         level,
-        cmap=NOISE_COLOURS,
+        cmap=NOISE_COLORS,
         vmin=0,
         vmax=1,
         aspect="auto",
@@ -149,15 +149,15 @@ def draw_growth(
 def _mark_births(axes: object, born_at: Sequence[float], roles: Sequence[int]) -> None:
     """A mark where each frame appears: square for context, circle for start, triangle for inserted frames."""
     kinds = (
-        ("given (context)", (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE), "s", CONTEXT_COLOUR),
-        ("start frame", (Role.START,), "o", START_COLOUR),
-        ("inserted", (Role.FREE,), ">", INSERTION_COLOUR),
+        ("given (context)", (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE), "s", CONTEXT_COLOR),
+        ("start frame", (Role.START,), "o", START_COLOR),
+        ("inserted", (Role.FREE,), ">", INSERTION_COLOR),
     )
-    for label, members, marker, colour in kinds:
+    for label, members, marker, color in kinds:
         rows = [i for i, role in enumerate(roles) if Role(role) in members]
         if rows:
             places = [born_at[i] for i in rows]
             axes.scatter(  # type: ignore[attr-defined]
-                places, rows, marker=marker, s=42, color=colour, edgecolors="black", linewidths=0.7, zorder=3,
+                places, rows, marker=marker, s=42, color=color, edgecolors="black", linewidths=0.7, zorder=3,
                 label=f"{label}: {len(rows)}", clip_on=False,
             )  # fmt: skip

@@ -34,16 +34,16 @@ from flowception.packing.layout import PackInput, PackLayout, PackShape, TokenKi
 class KeyValueCache:
     """Keys and values of all tokens of a pack, in every block."""
 
-    def __init__(self, num_blocks: int, door: Callable[..., Tensor]) -> None:
+    def __init__(self, num_blocks: int, attention: Callable[..., Tensor]) -> None:
         """An empty cache; the first evaluation through ``attend`` must have every token live.
 
         Args:
             num_blocks: Blocks of the network.
-            door: The network's own attention, ``flowception.nn.attention.attention`` with its backend.
+            attention: The network's own attention, ``flowception.nn.attention.attention`` with its backend.
         """
         self.keys: list[Tensor] = [torch.empty(0)] * num_blocks
         self.values: list[Tensor] = [torch.empty(0)] * num_blocks
-        self.door = door
+        self.attention = attention
 
     def attend(
         self,
@@ -75,7 +75,7 @@ class KeyValueCache:
         else:
             self.keys[block].index_copy_(0, live_token, key)
             self.values[block].index_copy_(0, live_token, value)
-        return self.door(query, self.keys[block], self.values[block], layout, key_layout=whole)
+        return self.attention(query, self.keys[block], self.values[block], layout, key_layout=whole)
 
     def keep(self, tokens: Tensor) -> None:
         """Drop all tokens but those at the places, int64."""

@@ -6,16 +6,16 @@ import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from flowception import run_directory
 from flowception.checkpoint.format import checkpoint_dir, list_steps
 from flowception.checkpoint.reader import latest_valid, read_full, verify
 from flowception.codecs import Codec, CodecConfig, build_codec
 from flowception.config import load
-from flowception.errors import CheckpointError, DataError, FlowceptionError, RunDirectoryError
+from flowception.errors import CheckpointError, DataError, FlowceptionError
 from flowception.nn.build import build_backbone
 from flowception.nn.presets import DiTConfig
 from flowception.run_directory import RunConfig
@@ -50,25 +50,6 @@ class LoadedRun:
     def fps(self) -> float | None:
         """Frames per second of the training clips; None where the shards are out of reach or do not say."""
         return data_fps(self.config.data)
-
-
-def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The run's ``manifest.json``.
-
-    Raises:
-        RunDirectoryError: If the folder is no run directory.
-    """
-    path = run_dir / "manifest.json"
-    if not path.is_file() or not (run_dir / "config.yaml").is_file():
-        raise RunDirectoryError(
-            f"{run_dir} is no run directory: it has no config.yaml and manifest.json; "
-            "give the run_dir of a run that train/main.py began"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise RunDirectoryError(f"{path} is damaged ({error}); restore it, or start the run again") from error
-    return manifest
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
@@ -127,9 +108,9 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
     Raises:
         FlowceptionError: If anything is missing, damaged, or of another model.
     """
-    manifest = read_manifest(run_dir)
+    shards = run_directory.read_begun(run_dir)["shards"]
     config = load(RunConfig, [run_dir / "config.yaml"], others_allowed=True)
-    meta = _shard_meta(manifest, config, run_dir)
+    meta = ShardMeta.from_json(json.dumps(shards), str(run_dir / "manifest.json"))
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=meta.latent_channels)
     folder = find_checkpoint(run_dir, step)
@@ -178,13 +159,6 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
         )
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _shard_meta(manifest: dict[str, Any], config: RunConfig, run_dir: Path) -> ShardMeta:
-    copied = manifest.get("shards")
-    if copied:
-        return ShardMeta.from_json(json.dumps(copied), str(run_dir / "manifest.json"))
-    return ShardMeta.load(Path(config.data.sets[0].path))
 
 
 def data_fps(data: DataConfig) -> float | None:

@@ -96,8 +96,8 @@ class TrainingSampler:
         self.numbers = range(rank * per_rank, (rank + 1) * per_rank)
         self.given = [self._first_readable(plan, np.roll(rows, -number)) for number in self.numbers]
         self.lengths = [int(clips["frames"][given.row]) for given in self.given]
-        labelled = config.model.num_classes > 0
-        self.labels = [int(clips["class_label"][given.row]) if labelled else NO_CLASS for given in self.given]
+        labeled = config.model.num_classes > 0
+        self.labels = [int(clips["class_label"][given.row]) if labeled else NO_CLASS for given in self.given]
 
     def _first_readable(self, plan: Plan, rows: NDArray[np.int64]) -> _Given:
         """What the first of some clips that can be read gives."""

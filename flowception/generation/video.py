@@ -21,7 +21,7 @@ DEFAULT_FPS = 16.0
 """Of written files, where neither the options nor the training clips say."""
 
 SMALL_SIDE_PIXELS = 128
-"""Below this, chroma is kept at full resolution (yuv444p): halving it would smear a toy clip's colours."""
+"""Below this, chroma is kept at full resolution (yuv444p): halving it would smear a toy clip's colors."""
 PREVIEW_SIDE_PIXELS = 160
 """A preview or a contact sheet's frame is enlarged by whole factors to about this side."""
 CONTACT_SIDE_PIXELS = 64
@@ -41,7 +41,7 @@ def pad_to_even(video: Video) -> Video:
 
 
 def write_mp4(path: Path, video: Video, *, fps: float) -> None:
-    """Write an H.264 file: small frames with colour at full resolution, large ones as every player shows them.
+    """Write an H.264 file: small frames with color at full resolution, large ones as every player shows them.
 
     Args:
         path: File to write.
@@ -50,7 +50,7 @@ def write_mp4(path: Path, video: Video, *, fps: float) -> None:
     """
     _check_video(video)
     small = min(video.shape[1:3]) < SMALL_SIDE_PIXELS
-    write_video(path, video if small else pad_to_even(video), fps=fps, crf=4 if small else 14, lossless_colour=small)
+    write_video(path, video if small else pad_to_even(video), fps=fps, crf=4 if small else 14, lossless_color=small)
 
 
 def read_first_frame(path: Path) -> NDArray[np.uint8]:

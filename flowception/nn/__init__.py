@@ -1,4 +1,4 @@
-"""The network: how packs lie in memory, attention, rotary positions, the Flowception DiT, and its sizes and FLOPs."""
+"""The network: attention, rotary positions, the Flowception DiT, its sizes, and what may be compiled."""
 
 from flowception.nn.attention import attention, choose_backend
 from flowception.nn.build import BACKBONES, build_backbone, count_parameters

@@ -1,9 +1,9 @@
-"""The one door to attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
+"""Attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
 
 Backends, all equal up to rounding:
 
 * ``sdpa``: ``scaled_dot_product_attention`` segment by segment, every pattern. The reference, and the way on a CPU;
-  neighbouring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
+  neighboring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
   segment, which saves nothing.
 * ``flex``: FlexAttention, every pattern, CUDA (on a CPU it has no backward). Blocks of pairs that the pattern leaves
   out are skipped.
@@ -39,6 +39,7 @@ from flowception.nn.flash import VarlenKernel
 from flowception.nn.pattern import FULL, AttentionPattern, token_ranks, token_segments, visible_blocks
 from flowception.nn.segment_attention import segment_attention
 from flowception.packing.layout import PackLayout
+from flowception.ranges import one_of
 
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
@@ -71,8 +72,7 @@ def check_backend(requested: str, pattern: AttentionPattern) -> None:
     Raises:
         ConfigError: Saying which backends can.
     """
-    if requested not in BACKENDS:
-        raise ConfigError(f"attention_backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
+    one_of(BACKENDS).check("model.attention_backend", requested)
     if requested in _FULL_ONLY and pattern != FULL:
         raise ConfigError(
             f"attention_backend={requested} has no attention_pattern={pattern.name}, only full; sdpa and flex (CUDA) "
@@ -230,7 +230,7 @@ def _varlen_of_sizes(
 
 
 def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
-    """Query and key lengths of neighbouring segments that are alike in both, and how many they are."""
+    """Query and key lengths of neighboring segments that are alike in both, and how many they are."""
     lengths = zip(layout.segment_lengths, keys.segment_lengths, strict=True)
     return [(alike, len(list(run))) for alike, run in groupby(lengths)]
 

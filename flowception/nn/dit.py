@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flowception.errors import DataError
 from flowception.nn.attention import Attend, BoundAttention, attention, bind
-from flowception.nn.fused_ops import EAGER, FusedOps, compiled_leaves, modulate
-from flowception.nn.init import Gather, initialise
+from flowception.nn.fused_ops import EAGER, FusedOps, compiled_ops, modulate
+from flowception.nn.init import Gather, initialize
 from flowception.nn.layers import (
     Embedding,
     Float32Linear,
@@ -52,7 +52,7 @@ class TokenEmbedding(nn.Module):
     """A pack's tokens at the network's entry.
 
     A latent token is a linear map of its noisy latent, its condition latent and its place in the grid, plus its frame's
-    role; an insertion token is learnt, plus counts and role; a text token is a linear map of its embedding.
+    role; an insertion token is learned, plus counts and role; a text token is a linear map of its embedding.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -100,17 +100,17 @@ class TextEmbedding(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
 
-    def __init__(self, spec: ModelSpec, leaves: FusedOps, compiled: bool) -> None:
+    def __init__(self, spec: ModelSpec, ops: FusedOps, compiled: bool) -> None:
         super().__init__()
-        self.leaves, self.compiled = leaves, compiled
+        self.ops, self.compiled = ops, compiled
         size, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
         self.head_shape = (spec.num_heads, head_dim)
         self.frame_modulation = Linear(size, MODULATIONS * size, zero=True)
         self.text_modulation = Linear(size, MODULATIONS * size, zero=True) if spec.text_modulation else None
         self.query_key_value = Linear(size, 3 * size, bias=False)
-        self.query_norm, self.key_norm = RotaryNorm(head_dim, leaves), RotaryNorm(head_dim, leaves)
+        self.query_norm, self.key_norm = RotaryNorm(head_dim, ops), RotaryNorm(head_dim, ops)
         self.attention_output = Linear(size, size, bias=False)
-        self.mlp = SwiGLU(size, spec.mlp_hidden_size, leaves)
+        self.mlp = SwiGLU(size, spec.mlp_hidden_size, ops)
 
     def forward(
         self,
@@ -151,10 +151,10 @@ class Block(nn.Module):
         if self.text_modulation is not None:
             table = torch.cat([table, self.text_modulation(text_condition)])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.chunk(MODULATIONS, dim=-1)
-        leaves = self.leaves
-        attended = self._attention(leaves.modulate(tokens, shift_1, scale_1, rows), rotations, attend)
-        tokens = leaves.add_gated(tokens, attended, gate_1, rows)
-        return leaves.add_gated(tokens, self.mlp(leaves.modulate(tokens, shift_2, scale_2, rows)), gate_2, rows)
+        ops = self.ops
+        attended = self._attention(ops.modulate(tokens, shift_1, scale_1, rows), rotations, attend)
+        tokens = ops.add_gated(tokens, attended, gate_1, rows)
+        return ops.add_gated(tokens, self.mlp(ops.modulate(tokens, shift_2, scale_2, rows)), gate_2, rows)
 
     def _attention(self, x: Tensor, rotations: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         query, key, value = (part.unflatten(-1, self.head_shape) for part in self.query_key_value(x).chunk(3, dim=-1))
@@ -204,7 +204,7 @@ class OutputHeads(nn.Module):
 
 
 class FlowceptionDiT(nn.Module):
-    """The network. Construct it, then call ``initialise`` (constructors leave no meaningful weights).
+    """The network. Construct it, then call ``initialize`` (constructors leave no meaningful weights).
 
     Args:
         config: Its sizes and settings.
@@ -221,14 +221,14 @@ class FlowceptionDiT(nn.Module):
         self.time_embedding = TimeEmbedding(size)
         self.text_embedding = None if spec.text_dim is None else TextEmbedding(spec.text_dim, size)
         self.class_embedding = Embedding(spec.num_classes + 1, size) if spec.num_classes else None
-        leaves = compiled_leaves() if config.compile == "leaves" else EAGER
+        ops = compiled_ops() if config.compile == "leaves" else EAGER
         compiled = config.compile == "blocks"
-        self.blocks = nn.ModuleList(Block(spec, leaves, compiled) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec, ops, compiled) for _ in range(spec.num_layers))
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
-    def initialise(self, seed: int, gather: Gather | None = None) -> Self:
+    def initialize(self, seed: int, gather: Gather | None = None) -> Self:
         """Set all weights from the seed and their names; see ``flowception.nn.init``."""
-        initialise(self, seed, gather)
+        initialize(self, seed, gather)
         return self
 
     def forward(self, pack: PackInput, attends: Sequence[Attend] | None = None) -> ModelOutput:

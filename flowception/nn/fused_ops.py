@@ -79,7 +79,7 @@ EAGER = FusedOps(modulate=modulate, add_gated=add_gated, norm_and_rotate=norm_an
 
 
 @lru_cache(maxsize=1)
-def compiled_leaves() -> FusedOps:
+def compiled_ops() -> FusedOps:
     """The same functions behind ``torch.compile``: compiled once for the process, at their first call.
 
     A pack's shape is constant in a run; where a second one comes, sizes become symbols.

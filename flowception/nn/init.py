@@ -1,6 +1,6 @@
 """Weights set from a seed and their own names, so that no order, rank or world size can change them.
 
-Nothing is initialised in constructors: under ZeRO-3 (``deepspeed.zero.Init``) a module's parameters are already
+Nothing is initialized in constructors: under ZeRO-3 (``deepspeed.zero.Init``) a module's parameters are already
 partitioned when its parent's constructor runs, and writing to them there silently does nothing. A pass after
 construction visits each module that owns parameters, gathers them, and writes.
 """
@@ -37,7 +37,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, gather: Gather | None = None) -> None:
+def initialize(model: nn.Module, seed: int, gather: Gather | None = None) -> None:
     """Set every parameter of a model from ``(seed, parameter name)``.
 
     Args:

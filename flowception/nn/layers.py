@@ -51,7 +51,7 @@ class Float32Linear(Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of learnt vectors."""
+    """A table of learned vectors."""
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Normal with standard deviation 0.02, as in DiT."""
@@ -59,12 +59,12 @@ class Embedding(nn.Embedding):
 
 
 class RotaryNorm(nn.Module):
-    """Root mean square norm of each head with a learnt weight, then the rotation (for queries and keys)."""
+    """Root mean square norm of each head with a learned weight, then the rotation (for queries and keys)."""
 
-    def __init__(self, head_dim: int, leaves: FusedOps) -> None:
+    def __init__(self, head_dim: int, ops: FusedOps) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(head_dim))
-        self.norm_and_rotate = leaves.norm_and_rotate
+        self.norm_and_rotate = ops.norm_and_rotate
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """One."""
@@ -78,11 +78,11 @@ class RotaryNorm(nn.Module):
 class SwiGLU(nn.Module):
     """``W_out (silu(W_gate x) * W_value x)`` with both inputs in one matrix."""
 
-    def __init__(self, size: int, hidden_size: int, leaves: FusedOps) -> None:
+    def __init__(self, size: int, hidden_size: int, ops: FusedOps) -> None:
         super().__init__()
         self.gate_and_value = Linear(size, 2 * hidden_size, bias=False)
         self.output = Linear(hidden_size, size, bias=False)
-        self.swiglu = leaves.swiglu
+        self.swiglu = ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` to the same shape."""
@@ -110,7 +110,7 @@ def waves(x: Tensor, lowest: float, highest: float, features: int) -> Tensor:
 def grid_features(position: Tensor) -> Tensor:
     """A token's row and column as waves: float32 ``[T, 3]`` (rank, row, column) to ``[T, GRID_FEATURES]``.
 
-    Rows and columns are counted from the frame's middle, in cells; the waves tell neighbouring cells apart and do not
+    Rows and columns are counted from the frame's middle, in cells; the waves tell neighboring cells apart and do not
     come round within 60 cells.
     """
     return waves(position[:, 1:], 0.05, 2.0, GRID_FEATURES // 2).flatten(1)
@@ -167,7 +167,7 @@ class CountEmbedding(nn.Module):
 
 
 class InsertionToken(nn.Module):
-    """The learnt token that ends each frame and carries its rate, with the counts that the rate depends on."""
+    """The learned token that ends each frame and carries its rate, with the counts that the rate depends on."""
 
     def __init__(self, size: int, count_embedding: bool) -> None:
         super().__init__()

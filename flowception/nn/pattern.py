@@ -8,7 +8,7 @@ Frames are counted among the visible ones, and an insertion token belongs to its
 text is seen by every token and sees text alone: text that saw frames would carry what a later or a far frame holds to
 everyone in the next layer.
 
-Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighbouring tokens that see alike (a frame, a
+Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighboring tokens that see alike (a frame, a
 clip's text, a padding segment), ``N`` blocks of tokens.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flowception.errors import ConfigError
 from flowception.packing.layout import PackLayout
+from flowception.ranges import integer, one_of
 
 PATTERNS = ("full", "causal", "window")
 
@@ -35,16 +36,14 @@ class AttentionPattern:
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
-        if self.name not in PATTERNS:
-            raise ConfigError(f"attention_pattern is {self.name!r}; give one of {', '.join(PATTERNS)}")
-        if self.name == "window" and (self.window_frames is None or self.window_frames < 1):
+        one_of(PATTERNS).check("model.attention_pattern", self.name)
+        if self.name == "window":
+            rule = integer(at_least=1, note="attention_pattern is window")
+            rule.check("model.attention_window_frames", self.window_frames)
+        elif self.window_frames is not None:
             raise ConfigError(
-                f"attention_window_frames is {self.window_frames}; attention_pattern=window needs 1 or more"
-            )
-        if self.name != "window" and self.window_frames is not None:
-            raise ConfigError(
-                f"attention_window_frames is {self.window_frames} and attention_pattern is {self.name}; give null, or "
-                "attention_pattern=window"
+                "model.attention_window_frames must be null unless model.attention_pattern is window, got "
+                f"{self.window_frames} and {self.name}"
             )
 
     def sees(self, query_rank: Tensor, key_rank: Tensor) -> Tensor:

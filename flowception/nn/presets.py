@@ -6,13 +6,13 @@ A block has ``24 d^2`` parameters: 4 for queries, keys, values and output, 8 for
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from flowception.errors import ConfigError
 from flowception.nn.attention import check_backend
 from flowception.nn.pattern import AttentionPattern
 from flowception.packing.flops import ModelSpec
+from flowception.ranges import Rule, check_ranges, integer, number, one_of
 
 COMPILE = ("blocks", "leaves", "off")
 """What torch.compile may fuse."""
@@ -42,9 +42,10 @@ PRESETS: dict[str, Preset] = {
 """toy: a laptop's CPU. s: one GPU. xl: the size of DiT-XL. 2b: T5 text (4096 wide) and LTX latents (128 channels)."""
 
 
-def _check_choice(key: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"model.{key} is {value!r}; choose one of {', '.join(choices)}")
+_CHECKPOINTED_BLOCKS = Rule(
+    f"true for all blocks, false for none, how many, or {AUTO} for as few as the memory of the devices allows",
+    lambda value: value == AUTO or isinstance(value, bool) or integer(at_least=0).holds(value),
+)
 
 
 @dataclass(kw_only=True)
@@ -97,31 +98,23 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         self.compile = self.compile or "off"  # YAML takes the word off for false
-        _check_choice("compile", self.compile, COMPILE)
-        if self.preset is not None:
-            _check_choice("preset", self.preset, PRESETS)
-        for name in ("in_channels", "hidden_size", "num_layers", "num_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name} is {value}; give at least 1, or null to take the preset's")
-        for name in ("text_dim", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"model.{name} is {value}; give 0 for none, or the number")
+        size = integer(at_least=1).or_null("the preset's")
+        rules = {
+            "compile": one_of(COMPILE),
+            "preset": one_of(PRESETS).or_null("none, with every size given"),
+            "in_channels": size,
+            "hidden_size": size,
+            "num_layers": size,
+            "num_heads": size,
+            "text_dim": integer(at_least=0, note="0 is none").or_null("the preset's"),
+            "num_classes": integer(at_least=0, note="0 is none"),
+            "activation_checkpointing": _CHECKPOINTED_BLOCKS,
+            "frame_spacing": number(above=0),
+            "rope_base": number(above=1),
+            "initial_log_rate": number().or_null("the data's mean"),
+        }
+        check_ranges("model", self, rules)
         check_backend(self.attention_backend, self.pattern())
-        self._check_recomputation()
-        if self.frame_spacing <= 0:
-            raise ConfigError(f"model.frame_spacing is {self.frame_spacing}; give a positive number")
-        if self.rope_base <= 1:
-            raise ConfigError(f"model.rope_base is {self.rope_base}; give a number above 1")
-
-    def _check_recomputation(self) -> None:
-        blocks = self.activation_checkpointing
-        if blocks != AUTO and (isinstance(blocks, str) or blocks < 0):
-            raise ConfigError(
-                f"model.activation_checkpointing is {blocks}; give true for all blocks, false for none, how many, or "
-                f"{AUTO} for as few as the memory of the devices allows"
-            )
 
     def pattern(self) -> AttentionPattern:
         """Which tokens see each other."""
@@ -146,8 +139,8 @@ class DiTConfig:
             return blocks
         if given > blocks:
             raise ConfigError(
-                f"model.activation_checkpointing is {given} and the network has {blocks} blocks; give at most that, or "
-                "true for all"
+                f"model.activation_checkpointing must be at most the number of blocks, or true for all, got {given} "
+                f"and {blocks} blocks"
             )
         return int(given)
 
@@ -172,7 +165,9 @@ class DiTConfig:
         """
         hidden_size, num_heads = self._size("hidden_size"), self._size("num_heads")
         if hidden_size % num_heads:
-            raise ConfigError(f"model.hidden_size {hidden_size} is not a multiple of model.num_heads {num_heads}")
+            raise ConfigError(
+                f"model.hidden_size must be a multiple of model.num_heads, got {hidden_size} and {num_heads}"
+            )
         if self.activation_checkpointing != AUTO:
             self.checkpointed_blocks()  # refuses more than there are
         text_dim = self.text_dim

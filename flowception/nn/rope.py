@@ -1,7 +1,7 @@
 """Rotary positions of a pack's tokens, after VideoRoPE (Wei et al., arXiv 2502.05173).
 
-A token of a frame with rank ``r`` at centred row ``i`` and column ``j`` sits at ``(t, y, x) = (s r, s r + i, s r + j)``
-with the frame spacing ``s``: the space coordinates move along the diagonal, so the middle of each frame (where its
+A token of a frame with rank ``r`` at centered row ``i`` and column ``j`` sits at ``(t, y, x) = (s r, s r + i, s r +
+j)`` with the frame spacing ``s``: the space coordinates move along the diagonal, so the middle of each frame (where its
 insertion token sits) continues the text, whose token ``k`` of ``L`` sits at ``t = y = x = k - L``.
 
 Of a head's ``d / 2`` angles the LOW frequencies, a quarter, turn with time; rows and columns take turns in the others.
@@ -69,7 +69,7 @@ class VideoRoPE:
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
-    """Turn neighbouring pairs of each head.
+    """Turn neighboring pairs of each head.
 
     Args:
         heads: ``[T, H, d]``.

@@ -128,7 +128,7 @@ class PackLayout(HoldsTensors):
     token_clip: Tensor
     """int64 [T]: clip slot; 0 for padding."""
     token_position: Tensor
-    """float32 [T, 3]: (rank, row, column). Rows and columns are centred on the frame, so an insertion token has 0, 0.
+    """float32 [T, 3]: (rank, row, column). Rows and columns are centered on the frame, so an insertion token has 0, 0.
     Text token j of L has rank j - L. Padding is 0."""
     text_token: Tensor
     """int64 [R]: the token that text row r fills."""

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from flowception.errors import ConfigError, DataError
+from flowception.errors import DataError
+from flowception.ranges import number
 from flowception.shards.index import ClipIndex
 from flowception.shards.reader import ClipReader
 from flowception.shards.schema import NO_CLASS, ShardMeta, same_text
@@ -47,8 +48,7 @@ class MixtureReader:
             DataError: If the sets are of different codecs or text encoders, name classes differently, or share a key.
         """
         for name, weight in zip(names, weights, strict=True):
-            if not 0 < weight < float("inf"):
-                raise ConfigError(f"the weight of {name} is {weight}; give a positive number, or leave the set out")
+            number(above=0, note="leave the set out for none").check(f"the weight of {name}", weight)
         for reader, name in zip(readers, names, strict=True):
             _check_alike(readers[0], reader, names[0], name)
         self.meta = replace(readers[0].meta, class_names=_common_class_names(readers, names))
@@ -98,8 +98,8 @@ class MixtureReader:
     def prefetch(self, rows: NDArray[np.int64]) -> None:
         """Make ready for reading some clips soon."""
         which = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(which).tolist():
-            self._readers[number].prefetch(rows[which == number] - self._starts[number])
+        for k in np.unique(which).tolist():
+            self._readers[k].prefetch(rows[which == k] - self._starts[k])
 
     def describe(self, row: int) -> str:
         """A clip and the file it is in, for a message."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number, shown
 from flowception.shards.mds import MDS_FORMAT, MdsReader
 from flowception.shards.mixture import MixtureReader
 from flowception.shards.reader import ShardReader
@@ -48,17 +49,15 @@ class DataConfig:
         """Refuse what is out of range."""
         if bool(self.path) == bool(self.mixture):
             raise ConfigError(
-                f"data.path is {self.path} and data.mixture has {len(self.mixture)} sets; give one of the two"
+                f"one of data.path and data.mixture must be given, got {shown(self.path)} and {len(self.mixture)} sets"
             )
         rules = {
-            "heldout_fraction": (0.0 <= self.heldout_fraction < 1.0, "a share from 0 to below 1"),
-            "num_workers": (self.num_workers >= 0, "an integer of at least 0"),
-            "prefetch_steps": (self.prefetch_steps >= 1, "an integer of at least 1"),
-            "max_bad_clips": (self.max_bad_clips is None or self.max_bad_clips >= 0, "an integer of at least 0"),
+            "heldout_fraction": number(at_least=0, below=1),
+            "num_workers": integer(at_least=0),
+            "prefetch_steps": integer(at_least=1),
+            "max_bad_clips": integer(at_least=0).or_null("any number"),
         }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}; give {wanted}")
+        check_ranges("data", self, rules)
 
     @property
     def sets(self) -> list[SetShare]:
@@ -90,7 +89,7 @@ def open_set(path: str | Path, cache: CacheConfig | None = None) -> ShardReader 
     return ShardReader(path)
 
 
-def open_data(config: DataConfig) -> DataReader:
+def open_reader(config: DataConfig) -> DataReader:
     """The reader of what a run trains on: one set, or several as one.
 
     Raises:

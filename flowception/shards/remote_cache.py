@@ -30,6 +30,7 @@ from typing import Any
 
 from flowception.errors import ConfigError, DataError, FlowceptionError, require
 from flowception.files import FileLock, write_atomically
+from flowception.ranges import check_ranges, integer, number
 
 FIRST_PAUSE_S = 1.0
 """Before the second attempt; it doubles with each."""
@@ -58,9 +59,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        for name, least in (("cache_gb", 0), ("timeout_s", 0), ("attempts", 0)):
-            if not getattr(self, name) > least:
-                raise ConfigError(f"data.cache.{name} is {getattr(self, name)}; give a number above {least}")
+        rules = {"cache_gb": number(above=0), "timeout_s": number(above=0), "attempts": integer(at_least=1)}
+        check_ranges("data.cache", self, rules)
 
 
 def is_url(path: str) -> bool:

@@ -5,7 +5,7 @@ In a tar each clip has up to three members, in this order, so that all but the l
 
     KEY.json          caption, source, sizes: what a person or another pipeline wants to know
     KEY.text.bf16     text embedding [L, D], bfloat16 little-endian, without padding (absent when there is none)
-    KEY.latents.bf16  normalised latents [n, C, h, w], bfloat16 little-endian
+    KEY.latents.bf16  normalized latents [n, C, h, w], bfloat16 little-endian
 
 Members are raw bytes or JSON and are never decoded by type: nothing here can unpickle.
 
@@ -78,7 +78,7 @@ class ClipRecord:
 
     key: str
     latents: Tensor
-    """[n, C, h, w] normalised latents; stored as bfloat16."""
+    """[n, C, h, w] normalized latents; stored as bfloat16."""
     text: Tensor | None = None
     """[L, D] text embedding without padding; stored as bfloat16."""
     source: str = ""
@@ -188,7 +188,7 @@ class ShardMeta:
     """Tells apart two codecs of one name (patch size, weights)."""
     latent_channels: int
     latent_mean: list[float] = field(default_factory=list)
-    """Per channel; what the codec subtracted. Empty if it normalises nothing."""
+    """Per channel; what the codec subtracted. Empty if it normalizes nothing."""
     latent_std: list[float] = field(default_factory=list)
     text_width: int | None = None
     """D of the text embeddings; None if clips have no text."""

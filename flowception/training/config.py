@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from flowception.config import FLAT, load
 from flowception.data.step_plan import PlanConfig
 from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number
 from flowception.rng import MAX_SEED
 from flowception.run_directory import RunConfig
 from flowception.training.distributed.zero import ZeroConfig
@@ -66,18 +67,17 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Check the ranges of this class's own keys, and sections against each other."""
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed is {self.seed}; give an integer from 0 to {MAX_SEED}")
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps is {self.max_steps}; give at least 1")
-        if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
-            raise ConfigError(f"memory_gib is {self.memory_gib}; give GiB above 0, or null to ask the devices")
+        rules = {
+            "seed": integer(at_least=0, at_most=MAX_SEED),
+            "max_steps": integer(at_least=1),
+            "memory_gib": number(above=0).or_null("what the devices have"),
+        }
+        check_ranges("", self, rules)
         save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
         if hang_s is not None and save_s >= hang_s:
             raise ConfigError(
-                f"checkpoint.save_timeout_s is {save_s:g} and guard.hang_timeout_s {hang_s:g}: a save that still waits "
-                "for a slow rank would be taken for a hang; give guard.hang_timeout_s more, or "
-                "checkpoint.save_timeout_s less"
+                f"checkpoint.save_timeout_s must be less than guard.hang_timeout_s, got {save_s:g} and {hang_s:g}: a "
+                "save that still waits for a slow rank would be taken for a hang"
             )
 
 

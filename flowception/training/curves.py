@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from flowception.errors import RunDirectoryError
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's colours."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's colors."""
 _COLUMNS = 3
 _OVER = " over "
 _MEAN_SHARE = 50
@@ -72,7 +72,7 @@ PANELS = (
     Panel("fill of packs", "share of tokens", ("fill",)),
     Panel("FLOPs of the fullest pack over the mean", "minus 1", ("flops_imbalance",)),
     Panel("speed", "tokens/s", ("tokens_per_s",)),
-    Panel("model FLOPs utilisation", "share of the peak", ("mfu",)),
+    Panel("model FLOPs utilization", "share of the peak", ("mfu",)),
     Panel("waiting for data", "share of a step", ("data_wait_s over step_s",)),
     Panel("most memory of a rank", "GiB", ("peak_memory_gib",)),
     Panel("left out", "count", ("skipped_steps", "bad_clips")),
@@ -126,7 +126,7 @@ def _curve(points: dict[int, float]) -> Curve:
 
 
 def moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean over up to ``window`` neighbours, centred and shorter at the ends, [S] for values [S]."""
+    """Mean over up to ``window`` neighbors, centered and shorter at the ends, [S] for values [S]."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
     low = np.maximum(place - window // 2, 0)
@@ -200,13 +200,13 @@ def draw_curves(run_dir: Path, path: Path) -> list[str]:
 
 def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str], metrics: Metrics) -> None:
     for number, name in enumerate(names):
-        curve, colour = metrics.curves[name], COLOURS[number % len(COLOURS)]
+        curve, color = metrics.curves[name], COLORS[number % len(COLORS)]
         few = len(curve.values) < 2
         window = 1 if _OVER in name else _window(curve)  # a ratio is of moving means already
-        axes.plot(curve.steps, curve.values, color=colour, alpha=0.3 if window > 1 else 1, linewidth=1,
+        axes.plot(curve.steps, curve.values, color=color, alpha=0.3 if window > 1 else 1, linewidth=1,
                   marker="o" if few else None, label=None if window > 1 else name)  # fmt: skip
         if window > 1:
-            axes.plot(curve.steps, moving_mean(curve.values, window), color=colour, linewidth=1.5, label=name)
+            axes.plot(curve.steps, moving_mean(curve.values, window), color=color, linewidth=1.5, label=name)
     if panel.log and all((metrics.curves[name].values > 0).all() for name in names):
         axes.set_yscale("log")
     axes.set_title(panel.title, fontsize=10)

@@ -16,8 +16,7 @@ from flowception.data.plan import Plan
 from flowception.data.step_plan import PackPlan
 from flowception.flow.delays import build_delay_law
 from flowception.flow.extended_time import expected_attention_ratio
-from flowception.shards.open import DataReader
-from flowception.shards.open import open_data as open_reader
+from flowception.shards.open import DataReader, open_reader
 from flowception.shards.reader import ClipReader
 from flowception.training.config import TrainConfig
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number
 
 
 @dataclass(kw_only=True)
@@ -21,10 +21,8 @@ class EmaConfig:
     """The n-th update keeps at most (1 + n) / (warmup_updates + n). 1 is off."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(f"ema.decay is {self.decay}; give a number in [0, 1)")
-        if self.warmup_updates < 1:
-            raise ConfigError(f"ema.warmup_updates is {self.warmup_updates}; give 1 or more (1 is off)")
+        rules = {"decay": number(at_least=0, below=1), "warmup_updates": integer(at_least=1, note="1 is off")}
+        check_ranges("ema", self, rules)
 
 
 def decay_at(config: EmaConfig, step: int) -> float:

@@ -27,7 +27,7 @@ from typing import Any
 
 from flowception.data.loader import StepBatch, packs_of_rank
 from flowception.data.step_plan import PackPlan, StepPlan
-from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number
 from flowception.training.distributed.collectives import Ranks, gather_values
 from flowception.training.distributed.zero import Refuse, StepOutcome
 
@@ -62,22 +62,14 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "spike_factor": (self.spike_factor is None or self.spike_factor > 1, "a number above 1, or null for off"),
-            "spike_memory_steps": (self.spike_memory_steps >= 1, "1 or more"),
-            "max_skipped_in_a_row": (
-                self.max_skipped_in_a_row is None or self.max_skipped_in_a_row >= 1,
-                "1 or more, or null for off",
-            ),
-            "max_rollbacks": (self.max_rollbacks >= 0, "0 or more"),
-            "hang_timeout_s": (self.hang_timeout_s is None or self.hang_timeout_s > 0, "seconds, or null for off"),
-            "data_stall_warning_s": (
-                self.data_stall_warning_s is None or self.data_stall_warning_s > 0,
-                "seconds, or null for off",
-            ),
+            "spike_factor": number(above=1).or_null("off"),
+            "spike_memory_steps": integer(at_least=1),
+            "max_skipped_in_a_row": integer(at_least=1).or_null("off"),
+            "max_rollbacks": integer(at_least=0),
+            "hang_timeout_s": number(above=0).or_null("off"),
+            "data_stall_warning_s": number(above=0).or_null("off"),
         }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise ConfigError(f"guard.{name} is {getattr(self, name)}; give {wanted}")
+        check_ranges("guard", self, rules)
 
 
 @dataclass

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowception.errors import ConfigError, RunDirectoryError, require
+from flowception.errors import RunDirectoryError, require
 from flowception.files import write_atomically
+from flowception.ranges import check_ranges, integer, number
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,8 @@ class LoggingConfig:
     """Name of the run there; None takes the run directory's name."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ConfigError(f"logging.every_steps is {self.every_steps}; give 1 or more")
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise ConfigError(f"logging.peak_tflops is {self.peak_tflops}; give a number above 0, or null")
+        peak = number(above=0).or_null("that of the GPU's name")
+        check_ranges("logging", self, {"every_steps": integer(at_least=1), "peak_tflops": peak})
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, list_of, number, one_of
 from flowception.training.distributed.zero import full_shape
 
 LrSchedule = Literal["constant", "linear", "cosine"]
@@ -40,22 +40,17 @@ class OptimConfig:
     """Largest global gradient norm; None is off."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"optim.lr is {self.lr}; give a number above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"optim.weight_decay is {self.weight_decay}; give 0 or more")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optim.betas is {list(self.betas)}; give two numbers in [0, 1)")
-        if not 0 < self.eps < math.inf:
-            raise ConfigError(f"optim.eps is {self.eps}; give a number above 0")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"optim.warmup_steps is {self.warmup_steps}; give 0 or more")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
-            raise ConfigError(f"optim.lr_schedule is {self.lr_schedule!r}; choose constant, linear or cosine")
-        if not 0 <= self.lr_end_ratio <= 1:
-            raise ConfigError(f"optim.lr_end_ratio is {self.lr_end_ratio}; give a number in [0, 1]")
-        if self.clip_grad_norm is not None and not 0 < self.clip_grad_norm < math.inf:
-            raise ConfigError(f"optim.clip_grad_norm is {self.clip_grad_norm}; give a number above 0, or null for off")
+        rules = {
+            "lr": number(above=0),
+            "weight_decay": number(at_least=0),
+            "betas": list_of(number(at_least=0, below=1), length=2),
+            "eps": number(above=0),
+            "warmup_steps": integer(at_least=0),
+            "lr_schedule": one_of(("constant", "linear", "cosine")),
+            "lr_end_ratio": number(at_least=0, at_most=1),
+            "clip_grad_norm": number(above=0).or_null("off"),
+        }
+        check_ranges("optim", self, rules)
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

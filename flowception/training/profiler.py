@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 
 from flowception.errors import ConfigError
 from flowception.progress import EVERY_RANK
+from flowception.ranges import check_ranges, integer, list_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ class ProfileConfig:
     """Ranks that are traced."""
 
     def __post_init__(self) -> None:
-        if self.active_steps is not None and self.active_steps < 1:
-            raise ConfigError(f"profile.active_steps is {self.active_steps}; give 1 or more, or null for off")
-        for name in ("wait_steps", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"profile.{name} is {getattr(self, name)}; give 0 or more")
-        if not self.ranks or min(self.ranks) < 0:
-            raise ConfigError(f"profile.ranks is {list(self.ranks)}; give ranks from 0 up, for example [0]")
+        rules = {
+            "active_steps": integer(at_least=1).or_null("off"),
+            "wait_steps": integer(at_least=0),
+            "warmup_steps": integer(at_least=0),
+            "ranks": list_of(integer(at_least=0)),
+        }
+        check_ranges("profile", self, rules)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a rank that there is not.

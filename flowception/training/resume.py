@@ -15,7 +15,8 @@ import torch
 from flowception import run_directory
 from flowception.checkpoint import reader, writer
 from flowception.checkpoint.format import KINDS, Manifest, list_steps
-from flowception.errors import CheckpointError, ConfigError
+from flowception.errors import CheckpointError
+from flowception.ranges import check_ranges, integer, number
 from flowception.shards.schema import ShardMeta
 from flowception.training.distributed.collectives import (
     Ranks,
@@ -47,18 +48,13 @@ class CheckpointConfig:
     Below ``guard.hang_timeout_s``, and below the half hour after which ranks that wait for rank 0 give up."""
 
     def __post_init__(self) -> None:
-        if self.save_every_steps < 1:
-            raise ConfigError(f"checkpoint.save_every_steps is {self.save_every_steps}; give 1 or more")
-        if self.keep_last is not None and self.keep_last < 2:
-            raise ConfigError(
-                f"checkpoint.keep_last is {self.keep_last}; give 2 or more (a damaged one needs one before it), or null"
-            )
-        if self.keep_every_steps is not None and self.keep_every_steps < 1:
-            raise ConfigError(
-                f"checkpoint.keep_every_steps is {self.keep_every_steps}; give 1 or more, or null for off"
-            )
-        if not 0 < self.save_timeout_s <= 1500:
-            raise ConfigError(f"checkpoint.save_timeout_s is {self.save_timeout_s}; give more than 0, at most 1500")
+        rules = {
+            "save_every_steps": integer(at_least=1),
+            "keep_last": integer(at_least=2, note="a damaged one needs one before it").or_null("all"),
+            "keep_every_steps": integer(at_least=1).or_null("off"),
+            "save_timeout_s": number(above=0, at_most=1500),
+        }
+        check_ranges("checkpoint", self, rules)
 
 
 def load_newest(run_dir: str | Path, shards: ShardedState) -> RunState | None:

@@ -69,9 +69,8 @@ class RunState:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunState:
         """From the state of a checkpoint; what else is in it is left alone."""
-        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        guard = GuardState(**found.get("guard", {"good_step": found["step"]}))
-        return cls(**known | {"cursor": Cursor(**found["cursor"]), "guard": guard})
+        own = {name: found[name] for name in cls.__dataclass_fields__}
+        return cls(**own | {"cursor": Cursor(**found["cursor"]), "guard": GuardState(**found["guard"])})
 
 
 def plan_of(state: RunState, plan: Plan) -> Plan:

@@ -1,7 +1,7 @@
 """Clips sampled while a run trains, made by all ranks together.
 
 Under ZeRO-3 an evaluation gathers weights and is collective, so every rank evaluates the network equally often. What
-samples stands on another floor (``generation.training_sampler``) and is handed in by ``train/main.py``.
+samples is in another layer (``generation.training_sampler``) and is handed in by ``train/main.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from flowception.errors import ConfigError
+from flowception.ranges import check_ranges, integer, number
 from flowception.training.distributed.collectives import Ranks, gather_values
 
 
@@ -33,10 +33,14 @@ class SamplesConfig:
     """Classifier-free guidance on the velocity; None is off."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "num_clips", "num_inference_steps", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"samples.{name} is {value}; give 1 or more")
+        rules = {
+            "every_steps": integer(at_least=1).or_null("off"),
+            "num_clips": integer(at_least=1),
+            "num_inference_steps": integer(at_least=1),
+            "max_frames": integer(at_least=1),
+            "guidance": number().or_null("off"),
+        }
+        check_ranges("samples", self, rules)
 
 
 class ClipSampler(Protocol):

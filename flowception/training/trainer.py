@@ -19,7 +19,7 @@ from flowception.errors import CheckpointError
 from flowception.flow.delays import build_delay_law
 from flowception.flow.prior import effective_sample_ratio
 from flowception.nn.build import build_backbone
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.training import resume
 from flowception.training.checkpointer import Saver
 from flowception.training.config import TrainConfig
@@ -152,7 +152,7 @@ class Trainer:
         else:
             with torch.device("meta"):
                 blueprint = build_backbone(config.model)
-            self.shards.initialise(blueprint, lambda model, gather: initialise(model, config.seed, gather))
+            self.shards.initialize(blueprint, lambda model, gather: initialize(model, config.seed, gather))
         return RunState()
 
     def _prepare_validation(self) -> Validation | None:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from flowception.data.pack import Pack, build_pack, empty_pack
 from flowception.data.plan import Plan
 from flowception.data.step_plan import PackPlan
-from flowception.errors import ConfigError
 from flowception.flow.delays import build_delay_law
 from flowception.flow.loss import insertion_loss_sum, velocity_loss_sum
 from flowception.packing.balance import CARRIED, pack_clips
+from flowception.ranges import check_ranges, integer, list_of, number
 from flowception.shards.reader import ClipReader
 from flowception.training.distributed.collectives import Ranks, all_sum
 
@@ -36,12 +36,12 @@ class ValidationConfig:
     it: clocks end at 2, under ``full_sequence`` at 1, under ``autoregressive`` at the number of generated frames."""
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ConfigError(f"validation.every_steps is {self.every_steps}; give 1 or more, or null for off")
-        if self.num_clips < 1:
-            raise ConfigError(f"validation.num_clips is {self.num_clips}; give 1 or more")
-        if not self.global_times or not all(0 <= time < float("inf") for time in self.global_times):
-            raise ConfigError(f"validation.global_times is {list(self.global_times)}; give numbers of at least 0")
+        rules = {
+            "every_steps": integer(at_least=1).or_null("off"),
+            "num_clips": integer(at_least=1),
+            "global_times": list_of(number(at_least=0)),
+        }
+        check_ranges("validation", self, rules)
 
 
 class Validation:

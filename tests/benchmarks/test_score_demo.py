@@ -62,7 +62,7 @@ def test_check_follows_the_promises(script, folders, tmp_path, capsys, generated
     assert run(script, folders, tmp_path, generated) == code
     report = json.loads((tmp_path / "scores.json").read_text())
     assert all(report["promises"].values()) == (code == 0)
-    assert report["real"]["colour_right"] == 1
+    assert report["real"]["color_right"] == 1
     assert report["untrained"]["position_error_px"] is None
     out = capsys.readouterr().out
     assert ("BROKEN" in out) == (code == 1)
@@ -73,7 +73,7 @@ def test_check_follows_the_promises(script, folders, tmp_path, capsys, generated
 def test_without_check_figures_are_shown_and_nothing_is_promised(script, folders, tmp_path, capsys):
     assert run(script, folders, tmp_path, "noise", check=False) == 0
     assert "BROKEN" not in (out := capsys.readouterr().out)
-    assert "colour right" in out
+    assert "color right" in out
 
 
 def test_the_demo_shows_both_tables_and_fails_at_the_end(tmp_path):

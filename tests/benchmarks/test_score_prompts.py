@@ -1,16 +1,16 @@
-"""The score of prompts against clips of the toy world, whose colour and direction are known."""
+"""The score of prompts against clips of the toy world, whose color and direction are known."""
 
 import numpy as np
 
 from benchmarks.score_prompts import direction_right, score
-from flowception.evaluation.toy.world import CLASS_COLOURS, draw_clip, render_disc
+from flowception.evaluation.toy.world import CLASS_COLORS, draw_clip, render_disc
 
 SIZE_PX = 32
 
 
 def moving_disc(start, step, label=0, frames=4):
     positions = np.array(start) + np.arange(frames)[:, None] * np.array(step)
-    return np.stack([render_disc(position, CLASS_COLOURS[label], SIZE_PX) for position in positions])
+    return np.stack([render_disc(position, CLASS_COLORS[label], SIZE_PX) for position in positions])
 
 
 def test_a_direction_is_right_along_both_axes():
@@ -32,9 +32,9 @@ def test_real_clips_are_right_and_wrong_prompts_are_not():
     clips = [draw_clip(5, number) for number in range(24)]
     asked = [(clip.video, clip.class_label, bool(clip.velocity[0] < 0), bool(clip.velocity[1] < 0)) for clip in clips]
     right = score(asked)
-    assert (right.clips, right.colour_right, right.single_shape) == (24, 1.0, 1.0)
+    assert (right.clips, right.color_right, right.single_shape) == (24, 1.0, 1.0)
     assert right.direction_right > 0.6  # a clip that meets a wall at once turns before it is seen to move
     assert right.mean_frames == np.mean([len(clip.video) for clip in clips])
-    wrong = score([(video, (label + 1) % len(CLASS_COLOURS), not left, not up) for video, label, left, up in asked])
-    assert wrong.colour_right == 0.0
+    wrong = score([(video, (label + 1) % len(CLASS_COLORS), not left, not up) for video, label, left, up in asked])
+    assert wrong.color_right == 0.0
     assert wrong.direction_right < 0.2

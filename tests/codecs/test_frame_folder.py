@@ -29,10 +29,10 @@ def test_times_begin_at_a_frame_at_or_before_the_start(tmp_path):
         assert {frame.duration_s for frame in frames} <= {1 / 8}
 
 
-def test_grey_and_transparent_frames_become_rgb(tmp_path):
-    write_frame(tmp_path / "grey.png", 7, mode="L")
+def test_gray_and_transparent_frames_become_rgb(tmp_path):
+    write_frame(tmp_path / "gray.png", 7, mode="L")
     write_frame(tmp_path / "clear.png", 9, mode="RGBA")
-    for name, level in (("grey", 7), ("clear", 9)):
+    for name, level in (("gray", 7), ("clear", 9)):
         assert np.array_equal(read_frame(tmp_path / f"{name}.png"), np.full((6, 8, 3), level, np.uint8))
 
 

@@ -32,7 +32,7 @@ def test_a_cell_holds_its_patch_and_nothing_else():
     assert (latents == -1).all()
 
 
-def test_channels_are_colour_then_row_then_column():
+def test_channels_are_color_then_row_then_column():
     video = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     video[0, 1, 0, 2] = 255  # blue, row 1, column 0: channel 2 * 4 + 1 * 2 + 0
     assert PatchifyCodec(2).encode(video)[0, :, 0, 0].argmax() == 10
@@ -73,5 +73,5 @@ def test_bad_input_is_refused():
         codec.encode(torch.zeros(0, 16, 16, 3, dtype=torch.uint8))
     with pytest.raises(CodecError, match="48"):
         codec.decode(torch.zeros(1, 47, 4, 4))
-    with pytest.raises(ConfigError, match="patch_size is 0"):
+    with pytest.raises(ConfigError, match="codec.patch_size must be an integer >= 1, got 0"):
         CodecConfig(patch_size=0)

@@ -13,7 +13,7 @@ def moving_square(frames: int, size: int = 16) -> np.ndarray:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 10])
-def test_h264_keeps_frames_and_colours(tmp_path, frames):
+def test_h264_keeps_frames_and_colors(tmp_path, frames):
     video = moving_square(frames)
     write_video(tmp_path / "a.mp4", video, fps=8)
     found = read_video(tmp_path / "a.mp4")

@@ -283,12 +283,12 @@ def test_bad_input_is_refused_with_what_to_do(index, make_config, make_spec):
         Plan(ClipIndex.from_arrays(frames=[], height=1, width=1), None, *make_config(), make_spec(), seed=0)
     with pytest.raises(DataError, match="no clip to train on"):
         Plan(index, np.zeros(0, np.int64), *make_config(), make_spec(), seed=0)
-    with pytest.raises(ConfigError, match="packs_per_step is 3 and there are 4 ranks; set packs_per_step=4"):
+    with pytest.raises(ConfigError, match="at least the number of ranks, got 3 and 4 ranks; set packs_per_step=4"):
         check_world_size(3, 4)
-    labelled = ClipIndex.from_arrays(frames=[3], height=1, width=1, class_label=3)
+    labeled = ClipIndex.from_arrays(frames=[3], height=1, width=1, class_label=3)
     with pytest.raises(PlanError, match="num_classes=4"):
-        Plan(labelled, None, *make_config(), make_spec(), seed=0)
-    with pytest.raises(ConfigError, match="headroom is 1.0"):
+        Plan(labeled, None, *make_config(), make_spec(), seed=0)
+    with pytest.raises(ConfigError, match=r"headroom must be a number in \[0, 1\), got 1\.0"):
         Plan(index, None, *make_config(headroom=1.0), make_spec(), seed=0)
 
 

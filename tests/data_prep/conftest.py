@@ -21,7 +21,7 @@ def toy_folder(tmp_path_factory):
 
 @pytest.fixture
 def write_counting_video():
-    """A video whose frame k is grey of level 8 k + 16, so that a frame names its number."""
+    """A video whose frame k is gray of level 8 k + 16, so that a frame names its number."""
     from flowception.codecs.video_file import write_video
 
     def write(path, frames, *, fps=10.0, height=16, width=16):

@@ -6,7 +6,7 @@ from data_prep.make_toy import make_toy
 from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.video_file import read_video
 from flowception.evaluation.toy.score import score_clip
-from flowception.evaluation.toy.summary import summarise
+from flowception.evaluation.toy.summary import summarize
 from flowception.evaluation.toy.world import CLASS_NAMES, LENGTH_LAW, draw_clip
 
 
@@ -42,10 +42,10 @@ def test_the_laws_survive_h264_and_the_codec(tmp_path):
     for row in rows_of(tmp_path):
         latents = codec.encode(read_video(tmp_path / row["path"])).bfloat16()
         scores.append(score_clip(np.asarray(codec.decode(latents)), row["class_label"]))
-    summary = summarise(scores)
-    assert summary.colour_right >= 0.99
+    summary = summarize(scores)
+    assert summary.color_right >= 0.99
     assert summary.single_shape >= 0.99
     assert summary.position_right >= 0.99
-    assert summary.colour_constant >= 0.99
+    assert summary.color_constant >= 0.99
     assert summary.position_error_px < 0.05
     assert abs(summary.speed_px - 1.5) < 0.02

@@ -5,7 +5,7 @@ from PIL import Image
 from data_prep.encoder.config import EncodeConfig
 from data_prep.encoder.encoder import ShardEncoder
 from data_prep.show_shards import choose_rows, main
-from flowception.evaluation.toy.world import CLASS_COLOURS
+from flowception.evaluation.toy.world import CLASS_COLORS
 from flowception.shards.reader import ShardReader
 
 
@@ -23,8 +23,8 @@ def test_the_picture_shows_the_clips_that_are_named(toy_folder, tmp_path, capsys
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     band = len(sheet) // 3
     for number, row in enumerate((0, 6, 11)):
-        colour = np.array(CLASS_COLOURS[int(reader.index.clips["class_label"][row])])
-        near = np.abs(sheet[number * band : (number + 1) * band] - colour).max(axis=-1) < 40
+        color = np.array(CLASS_COLORS[int(reader.index.clips["class_label"][row])])
+        near = np.abs(sheet[number * band : (number + 1) * band] - color).max(axis=-1) < 40
         assert near.sum() > 500
 
 

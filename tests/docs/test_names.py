@@ -56,13 +56,16 @@ def unknown_keys(page: str) -> list[str]:
 
 
 def unknown_functions(page: str) -> list[str]:
-    """Words ``module.name`` of which the module exists and does not define the name."""
+    """Words ``module.name``, no keys and no files, of which the module exists and does not define the name."""
     modules = {path.stem: path for path in SOURCES if path.suffix == ".py" and path.parts[-3] == "flowception"}
     pairs = [word.split(".") for word in code_words(page) - KEYS if re.fullmatch(r"[a-z_]+\.(?!sh$)[A-Za-z_]+", word)]
     return sorted(
         f"{module}.{name}"
         for module, name in pairs
-        if module in modules and name != "py" and not re.search(rf"\b{name}\b", modules[module].read_text())
+        if module in modules
+        and name not in ("py", "sh")
+        and f"{module}.{name}" not in KEYS
+        and not re.search(rf"\b{name}\b", modules[module].read_text())
     )
 
 
@@ -83,7 +86,8 @@ def test_the_readme_is_filled_in():
 
 
 def test_wrong_names_would_be_found():
-    page = "`tests/nn/test_dit.py` `nn/layer.py` `nn/rope` `nowhere.py` `docs/data.md`\n\n```\nsbatch slurm/x.sh\n```\n"
+    page = "`tests/nn/test_dit.py` `nn/layer.py` `packing/layout` `nowhere.py` `docs/data.md`\n\n"
+    page += "```\nsbatch slurm/x.sh\n```\n"
     assert missing_files(page) == ["nn/layer.py", "nowhere.py", "slurm/x.sh", "tests/nn/test_dit.py"]
     assert unknown_keys("    train optim.lr=1 lr=2 `data.held` `zero.stage` `x = 1`") == ["data.held", "lr=2"]
     assert unknown_keys("```python\nf(lr=2)\n```\n\n```\ntrain lr=2\n```\n") == ["lr=2"]

@@ -85,7 +85,7 @@ def test_a_long_clip_costs_no_long_sum():
     assert sum(present_law("completion", 3000, RoleConfig()).values()) == pytest.approx(1)
 
 
-def test_length_law_is_the_normalised_product():
+def test_length_law_is_the_normalized_product():
     lengths = {3: 0.5, 4: 0.25, 12: 0.25}
     assert length_law("interpolation", (C, C, P), lengths, RoleConfig()) == pytest.approx(
         {4: (0.25 / 2) / (0.25 / 2 + 0.25 / 4), 12: (0.25 / 4) / (0.25 / 2 + 0.25 / 4)}

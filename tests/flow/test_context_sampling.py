@@ -1,7 +1,7 @@
 """Tasks with context through the real sampler, against exact laws.
 
 Content-free clips: an oracle gives the exact posterior mean of what is missing. The length law that must come out is
-``p(n) p(context | n)``, normalised, and the frames between what is given are shared out as training shares them.
+``p(n) p(context | n)``, normalized, and the frames between what is given are shared out as training shares them.
 """
 
 import itertools
@@ -191,7 +191,7 @@ def test_completion_has_its_length_law(roles, pieces):
 
 @pytest.mark.parametrize("insertion", ["thinning", "bernoulli", "poisson"])
 @pytest.mark.parametrize("roles", [(P, P, C), (C, C, P), (S, P, C), (S, P, C, C, P, P), (P, C, P)], ids=str)
-def test_context_stays_and_passive_frames_never_gain_a_right_neighbour(roles, insertion):
+def test_context_stays_and_passive_frames_never_gain_a_right_neighbor(roles, insertion):
     context = context_of(roles)
     count = len(context.frames)
     context.frames = torch.arange(1.0, count + 1)[:, None, None, None]

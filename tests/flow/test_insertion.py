@@ -97,7 +97,7 @@ def test_thinning_at_the_last_step_inserts_exactly_the_missing_frames():
 
 
 @pytest.mark.parametrize("rule", list(INSERTION_RULES))
-def test_a_clip_does_not_depend_on_its_neighbours(rule):
+def test_a_clip_does_not_depend_on_its_neighbors(rule):
     generator = np.random.default_rng(2)
     sizes = generator.integers(1, 12, 60)
     cu_frames = np.concatenate([[0], np.cumsum(sizes)])

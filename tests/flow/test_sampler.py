@@ -229,14 +229,14 @@ def test_noise_is_keyed_by_birth_and_slot(constant_predictor):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"insertion": "exact"}, "insertion is 'exact'; give one of thinning"),
-        ({"order": "uniform"}, "order is 'uniform'; give one of learned, full_sequence, autoregressive"),
-        ({"num_frames": 0}, "num_frames is 0"),
-        ({"insertion_schedule": "late"}, "insertion_schedule is 'late'"),
-        ({"max_frames": 0}, "max_frames is 0"),
-        ({"time_shift": 0.0}, "time_shift is 0.0"),
-        ({"num_start_frames": -1}, "num_start_frames is -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
+        ({"insertion": "exact"}, "insertion must be one of thinning, .*, or null .*, got 'exact'"),
+        ({"order": "uniform"}, "order must be one of learned, full_sequence, autoregressive, .*, got 'uniform'"),
+        ({"num_frames": 0}, "num_frames must be an integer >= 1, or null for the learned order, got 0"),
+        ({"insertion_schedule": "late"}, "insertion_schedule must be one of .*, got 'late'"),
+        ({"max_frames": 0}, "max_frames must be an integer from 1 to [0-9]+, got 0"),
+        ({"time_shift": 0.0}, r"time_shift must be a number >= 1, got 0\.0"),
+        ({"num_start_frames": -1}, "num_start_frames must be an integer >= 0, got -1"),
     ],
     ids=str,
 )

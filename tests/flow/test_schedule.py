@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flowception.errors import ConfigError
-from flowception.flow.schedule import Cosine, Linear, Power, build_schedule
+from flowception.flow.schedule import CosineSchedule, LinearSchedule, PowerSchedule, build_schedule
 
-SCHEDULES = [Linear(), Power(0.5), Power(2.0), Power(3.0), Cosine()]
+SCHEDULES = [LinearSchedule(), PowerSchedule(0.5), PowerSchedule(2.0), PowerSchedule(3.0), CosineSchedule()]
 INSIDE = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
@@ -23,7 +23,7 @@ def test_runs_from_zero_to_one_and_increases(schedule):
 
 def test_derivative_is_that_of_autograd(schedule):
     t = INSIDE.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(schedule.kappa(t).sum(), t) if not isinstance(schedule, Linear) else (None,)
+    (slope,) = torch.autograd.grad(schedule.kappa(t).sum(), t) if not isinstance(schedule, LinearSchedule) else (None,)
     expected = torch.ones_like(INSIDE) if slope is None else slope
     torch.testing.assert_close(schedule.kappa_dot(INSIDE), expected)
 
@@ -51,7 +51,9 @@ def test_hazard_is_infinite_from_one_on_and_positive_before(schedule, dtype):
 
 def test_cosine_hazard_keeps_its_digits_near_one_in_float32():
     t = torch.tensor([0.0, 0.3, 0.9, 1 - 2.0**-20, 1 - 2.0**-24])
-    torch.testing.assert_close(Cosine().hazard(t).double(), Cosine().hazard(t.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        CosineSchedule().hazard(t).double(), CosineSchedule().hazard(t.double()), rtol=1e-6, atol=0
+    )
 
 
 def test_means_are_the_integrals(schedule):
@@ -72,12 +74,12 @@ def test_appearance_probabilities_multiply_to_survival(schedule, num_steps):
 
 
 def test_build_schedule():
-    assert isinstance(build_schedule("linear"), Linear)
-    assert isinstance(build_schedule("cosine"), Cosine)
+    assert isinstance(build_schedule("linear"), LinearSchedule)
+    assert isinstance(build_schedule("cosine"), CosineSchedule)
     assert build_schedule("power", 3.0).exponent == 3.0
-    with pytest.raises(ConfigError, match="'sqrt'.*linear"):
+    with pytest.raises(ConfigError, match="insertion_schedule must be one of linear.*'sqrt'"):
         build_schedule("sqrt")
     with pytest.raises(ConfigError, match="-1"):
         build_schedule("power", -1.0)
     with pytest.raises(ValueError, match="50"):
-        Linear().appearance_probability(50, 50)
+        LinearSchedule().appearance_probability(50, 50)

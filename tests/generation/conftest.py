@@ -25,8 +25,8 @@ def tiny_config(**changes):
 
 
 def tiny_model(**changes):
-    """Random values everywhere, so that zero-initialised gates hide nothing; still close to nothing at the rate."""
-    model = FlowceptionDiT(tiny_config(**changes)).initialise(seed=1)
+    """Random values everywhere, so that zero-initialized gates hide nothing; still close to nothing at the rate."""
+    model = FlowceptionDiT(tiny_config(**changes)).initialize(seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,7 +86,7 @@ def write_run(
         **config_changes,
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    (folder / "manifest.json").write_text(json.dumps({"shards": dataclasses.asdict(meta)}))
+    (folder / "manifest.json").write_text(json.dumps({"model": {}, "shards": dataclasses.asdict(meta)}))
     model = tiny_model(num_classes=len(class_names), **dict(model_changes))
     for step in steps:
         write_checkpoint(folder, step, {name: p.detach() + step / 1000 for name, p in model.named_parameters()})

@@ -46,7 +46,7 @@ class StrideFour(Codec):
 
 @pytest.fixture
 def clip(tmp_path):
-    """A grey video file and what its frames decode to; frame k is about ``8 k`` bright."""
+    """A gray video file and what its frames decode to; frame k is about ``8 k`` bright."""
 
     def make(frames, fps=8.0, name="a.mp4"):
         video = np.repeat(np.arange(frames, dtype=np.uint8) * 8, 6 * 4 * 3).reshape(frames, *SIZE, 3)
@@ -139,10 +139,10 @@ def test_completion_keeps_the_first_and_the_last_quarter(clip):
 def test_a_codec_that_compresses_time(clip, image):
     """15 pixel frames are 13 that fit: latent 0 is frame 0, latent j the frames 4 j - 3 to 4 j."""
     path, pixels = clip(15)
-    grey, codec = pixels.astype(float).mean(axis=(1, 2, 3)), StrideFour()
+    gray, codec = pixels.astype(float).mean(axis=(1, 2, 3)), StrideFour()
 
     def means(*groups):
-        return pytest.approx([grey[first : last + 1].mean() for first, last in groups])
+        return pytest.approx([gray[first : last + 1].mean() for first, last in groups])
 
     def read(task, files=(path,), **changes):
         (context,) = reader(task, codec=codec, **changes).read(context_sources(list(files)))

@@ -7,9 +7,9 @@ from PIL import Image
 
 from flowception.flow import Role
 from flowception.generation.growth import (
-    CONTEXT_COLOUR,
-    INSERTION_COLOUR,
-    START_COLOUR,
+    CONTEXT_COLOR,
+    INSERTION_COLOR,
+    START_COLOR,
     Growth,
     noise_levels,
 )
@@ -31,8 +31,8 @@ def test_noise_levels_with_a_time_shift():
     np.testing.assert_allclose(levels, [[1, 1 - 0.5 / (0.5 + 3 * 0.5), 0]])
 
 
-def count(picture, colour):
-    return int((np.abs(picture.astype(float) - 255 * np.array(to_rgb(colour))).max(axis=-1) < 12).sum())
+def count(picture, color):
+    return int((np.abs(picture.astype(float) - 255 * np.array(to_rgb(color))).max(axis=-1) < 12).sum())
 
 
 @pytest.fixture
@@ -49,20 +49,20 @@ def picture(tmp_path):
 def test_marks_of_each_kind_appear_as_often_as_frames_of_it(picture):
     start, free, active = Role.START, Role.FREE, Role.CONTEXT_ACTIVE
     few = picture([0, 0, 0.5, 0], [active, start, free, start])
-    assert min(count(few, colour) for colour in (CONTEXT_COLOUR, START_COLOUR, INSERTION_COLOUR)) > 25
+    assert min(count(few, color) for color in (CONTEXT_COLOR, START_COLOR, INSERTION_COLOR)) > 25
     none = picture([0, 0, 0, 0], [active, start, start, start])
-    assert count(none, INSERTION_COLOUR) == 0
-    assert count(none, START_COLOUR) > 1.15 * count(few, START_COLOUR)
+    assert count(none, INSERTION_COLOR) == 0
+    assert count(none, START_COLOR) > 1.15 * count(few, START_COLOR)
     only = picture([0, 0.2, 0.6, 0.9], [start, free, free, free])
-    assert count(only, CONTEXT_COLOUR) == 0
-    assert count(only, INSERTION_COLOUR) > 1.8 * count(few, INSERTION_COLOUR)
+    assert count(only, CONTEXT_COLOR) == 0
+    assert count(only, INSERTION_COLOR) > 1.8 * count(few, INSERTION_COLOR)
 
 
 def test_a_birth_is_marked_where_it_happened(picture):
     columns = []
     for born_at in (0.1, 0.9):
         shown = picture([0, born_at, 1.0], [Role.START, Role.FREE, Role.FREE])
-        orange = np.abs(shown.astype(float) - 255 * np.array(to_rgb(INSERTION_COLOUR))).max(axis=-1) < 12
+        orange = np.abs(shown.astype(float) - 255 * np.array(to_rgb(INSERTION_COLOR))).max(axis=-1) < 12
         band = orange[: int(0.55 * len(orange))]  # above the last frame's mark and the legend
         columns.append(np.flatnonzero(band.any(axis=0)).mean() / shown.shape[1])
     assert columns[1] - columns[0] > 0.2

@@ -115,8 +115,21 @@ def test_another_codec(copied_run):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(RunDirectoryError, match="is no run directory"):
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
         load_run(tmp_path)
+
+
+def test_a_run_without_its_configuration(copied_run):
+    (copied_run / "config.yaml").unlink()
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        load_run(copied_run)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": {}}'])
+def test_a_damaged_manifest(copied_run, text):
+    (copied_run / "manifest.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"manifest\.json"):
+        load_run(copied_run)
 
 
 def test_a_run_without_checkpoints(copied_run):

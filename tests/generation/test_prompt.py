@@ -88,7 +88,7 @@ def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tm
     )  # the same text, but read back from the set: a level may round
 
 
-RED, CYAN, GREEN = (f"a {colour} disc moving left and up" for colour in ("red", "cyan", "green"))
+RED, CYAN, GREEN = (f"a {color} disc moving left and up" for color in ("red", "cyan", "green"))
 
 
 @pytest.mark.parametrize("cache_refresh", [None, 2])

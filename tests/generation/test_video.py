@@ -16,19 +16,19 @@ from flowception.generation.video import (
     write_preview,
 )
 
-COLOURS = np.array([[230, 30, 30], [30, 200, 60], [40, 80, 240], [240, 200, 20]], dtype=np.uint8)
+COLORS = np.array([[230, 30, 30], [30, 200, 60], [40, 80, 240], [240, 200, 20]], dtype=np.uint8)
 
 
-def moving_disc(frames, side, colour):
+def moving_disc(frames, side, color):
     """A disc on black that moves one pixel a frame."""
     rows, columns = np.mgrid[:side, :side]
     inside = [(rows - side / 2) ** 2 + (columns - side / 4 - t) ** 2 < (side / 5) ** 2 for t in range(frames)]
-    return np.where(np.stack(inside)[..., None], colour, np.uint8(10)).astype(np.uint8)
+    return np.where(np.stack(inside)[..., None], color, np.uint8(10)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("colour", COLOURS.tolist())
-def test_a_tiny_mp4_keeps_its_colours_and_edges(tmp_path, colour):
-    video = moving_disc(7, 16, np.array(colour, dtype=np.uint8))
+@pytest.mark.parametrize("color", COLORS.tolist())
+def test_a_tiny_mp4_keeps_its_colors_and_edges(tmp_path, color):
+    video = moving_disc(7, 16, np.array(color, dtype=np.uint8))
     write_mp4(tmp_path / "clip.mp4", video, fps=8)
     back = read_video(tmp_path / "clip.mp4")
     assert back.shape == video.shape
@@ -39,7 +39,7 @@ def test_a_tiny_mp4_keeps_its_colours_and_edges(tmp_path, colour):
 def test_a_large_mp4_of_odd_size_plays_everywhere(tmp_path):
     import av
 
-    video = np.tile(COLOURS[0], (3, 131, 133, 1))
+    video = np.tile(COLORS[0], (3, 131, 133, 1))
     write_mp4(tmp_path / "clip.mp4", video, fps=16)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
@@ -57,7 +57,7 @@ def test_pad_to_even_repeats_the_edge():
 
 
 def test_the_preview_has_every_frame_enlarged_by_whole_pixels(tmp_path):
-    video = moving_disc(5, 16, COLOURS[2])
+    video = moving_disc(5, 16, COLORS[2])
     write_preview(tmp_path / "clip.gif", video, fps=8)
     with Image.open(tmp_path / "clip.gif") as image:
         assert (image.n_frames, image.size) == (5, (160, 160))
@@ -69,12 +69,12 @@ def test_the_preview_has_every_frame_enlarged_by_whole_pixels(tmp_path):
 
 
 def test_the_contact_sheet_has_a_row_for_each_clip(tmp_path):
-    videos = [np.tile(colour, (n, 16, 16, 1)) for colour, n in zip(COLOURS, (2, 40, 1, 3))]
+    videos = [np.tile(color, (n, 16, 16, 1)) for color, n in zip(COLORS, (2, 40, 1, 3))]
     write_contact_sheet(tmp_path / "contact.png", videos, ["a", "b", "c", "d"])
     sheet = np.asarray(Image.open(tmp_path / "contact.png"))
-    for row, (colour, frames) in enumerate(zip(COLOURS, (2, 16, 1, 3))):
+    for row, (color, frames) in enumerate(zip(COLORS, (2, 16, 1, 3))):
         band = sheet[4 + row * 68 : 4 + row * 68 + 64]
-        assert np.all(band == colour, axis=-1).sum() == frames * 64 * 64
+        assert np.all(band == color, axis=-1).sum() == frames * 64 * 64
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 3), (2, 16, 16, 4), (0, 16, 16, 3)])
@@ -84,7 +84,7 @@ def test_what_is_no_video_is_refused(tmp_path, shape):
 
 
 def test_the_first_frame_of_an_image_and_of_a_video(tmp_path):
-    video = moving_disc(4, 32, COLOURS[1])
+    video = moving_disc(4, 32, COLORS[1])
     Image.fromarray(video[2]).save(tmp_path / "image.png")
     assert np.array_equal(read_first_frame(tmp_path / "image.png"), video[2])
     write_mp4(tmp_path / "video.mp4", video, fps=8)

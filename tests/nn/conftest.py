@@ -53,7 +53,7 @@ def one_clip(pack: PackInput, clip: int, clips: Sequence[ClipShape]) -> PackInpu
     )
 
 
-def randomise(model: FlowceptionDiT, seed: int = 7, scale: float = 0.3) -> FlowceptionDiT:
+def randomize(model: FlowceptionDiT, seed: int = 7, scale: float = 0.3) -> FlowceptionDiT:
     """Add noise to every parameter, so that nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def small_config() -> DiTConfig:
 @pytest.fixture
 def model() -> FlowceptionDiT:
     """A small network with text and classes, and no parameter at zero."""
-    return randomise(FlowceptionDiT(replace(SMALL)).initialise(0))
+    return randomize(FlowceptionDiT(replace(SMALL)).initialize(0))
 
 
 @pytest.fixture
@@ -111,6 +111,6 @@ def take_clip() -> Callable[..., PackInput]:
 
 
 @pytest.fixture
-def randomised() -> Callable[..., FlowceptionDiT]:
-    """``randomise``."""
-    return randomise
+def randomized() -> Callable[..., FlowceptionDiT]:
+    """``randomize``."""
+    return randomize

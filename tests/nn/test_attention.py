@@ -201,10 +201,10 @@ def test_a_mask_is_made_once_for_a_pack_and_not_carried_to_another(pattern, monk
 @pytest.mark.parametrize(
     ("name", "window", "message"),
     [
-        ("diagonal", None, "attention_pattern is 'diagonal'; give one of full, causal, window"),
-        ("window", None, "attention_window_frames is None; attention_pattern=window needs 1 or more"),
-        ("window", 0, "attention_window_frames is 0"),
-        ("causal", 2, "attention_window_frames is 2 and attention_pattern is causal"),
+        ("diagonal", None, "model.attention_pattern must be one of full, causal, window, got 'diagonal'"),
+        ("window", None, r"attention_window_frames must be an integer >= 1 \(attention_pattern is window\), got null"),
+        ("window", 0, "attention_window_frames must be .*, got 0"),
+        ("causal", 2, "attention_window_frames must be null unless .*, got 2 and causal"),
     ],
 )
 def test_a_pattern_that_does_not_exist_is_refused(name, window, message):
@@ -228,7 +228,7 @@ def test_choice_of_backend():
         choose_backend(cpu, torch.bfloat16, "varlen")
     with pytest.raises(ConfigError, match="flex needs CUDA, this is cpu, where FlexAttention has no backward"):
         choose_backend(cpu, torch.float32, "flex", causal)
-    with pytest.raises(ConfigError, match="choose one of auto, sdpa, flex, varlen, flash"):
+    with pytest.raises(ConfigError, match="must be one of auto, sdpa, flex, varlen, flash, got 'xformers'"):
         choose_backend(cpu, torch.float32, "xformers")
 
 

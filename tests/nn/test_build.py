@@ -1,4 +1,4 @@
-"""The door to networks: a name becomes a backbone, and another one can be hung beside it."""
+"""Networks by name: a name becomes a backbone, and another one can be added."""
 
 import pytest
 from torch import nn
@@ -17,5 +17,5 @@ def test_a_backbone_of_ones_own_is_built_and_counted(monkeypatch):
 
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="'unet'; choose one of dit"):
+    with pytest.raises(ConfigError, match="model.backbone must be one of dit.*, got 'unet'"):
         build_backbone(DiTConfig(backbone="unet"))

@@ -188,7 +188,7 @@ def test_a_thousand_packs_of_the_recipe_need_no_other_graph(recipe_layouts, comp
     monkeypatch.setattr(segment_attention, "_flash_forward", lambda q, *_: (torch.zeros_like(q), q.sum(-1)))
     monkeypatch.setattr(segment_attention, "_flash_backward", lambda _, *tensors: tensors[:3])
     _, sizes = recipe()
-    model, segments, longest = FlowceptionDiT(sizes).initialise(0), set(), set()
+    model, segments, longest = FlowceptionDiT(sizes).initialize(0), set(), set()
     for number, layout in enumerate(recipe_layouts if way == "varlen" else recipe_layouts[::4]):
         tokens = torch.zeros(len(layout.token_kind), 16, requires_grad=True)
         conditions = torch.zeros(len(layout.frame_clip), 16), torch.zeros(len(layout.clip_frames), 16)

@@ -57,10 +57,10 @@ def close_gates(model, *parts):
 
 
 @pytest.fixture
-def single(small_config, randomised) -> FlowceptionDiT:
+def single(small_config, randomized) -> FlowceptionDiT:
     """One layer, nothing at zero, modulations strong."""
     small_config.num_layers = 1
-    return randomised(FlowceptionDiT(small_config).initialise(0), scale=1.0)
+    return randomized(FlowceptionDiT(small_config).initialize(0), scale=1.0)
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_text_reaches_frames_through_attention(single, pack):
     assert not changes(single, pack, other).any()
 
 
-def test_text_has_a_modulation_of_its_own(small_config, randomised, pack):
+def test_text_has_a_modulation_of_its_own(small_config, randomized, pack):
     """Without it text leaves the first layer unmodulated, and frames hear that in the second."""
-    model = randomised(FlowceptionDiT(small_config).initialise(0), scale=1.0)
+    model = randomized(FlowceptionDiT(small_config).initialize(0), scale=1.0)
     before = frame_outputs(model, pack)
     with torch.no_grad():
         model.blocks[0].text_modulation.weight.zero_()
@@ -175,10 +175,10 @@ def test_queries_and_keys_are_normed_and_turned_by_position_and_values_are_not(s
 
 @pytest.mark.parametrize("count_embedding", [True, False])
 def test_the_count_embedding_tells_rank_and_number_of_visible_frames(
-    small_config, randomised, make_pack, count_embedding
+    small_config, randomized, make_pack, count_embedding
 ):
     small_config.count_embedding = count_embedding
-    model = randomised(FlowceptionDiT(small_config).initialise(0))
+    model = randomized(FlowceptionDiT(small_config).initialize(0))
     close_gates(model, "gate_1")
     rates = []
     for frames in (2, 3):
@@ -190,9 +190,9 @@ def test_the_count_embedding_tells_rank_and_number_of_visible_frames(
 
 
 @pytest.mark.parametrize("grid_embedding", [True, False])
-def test_the_grid_embedding_tells_a_token_its_row_and_column(small_config, randomised, make_pack, grid_embedding):
+def test_the_grid_embedding_tells_a_token_its_row_and_column(small_config, randomized, make_pack, grid_embedding):
     small_config.grid_embedding = grid_embedding
-    model = randomised(FlowceptionDiT(small_config).initialise(0))
+    model = randomized(FlowceptionDiT(small_config).initialize(0))
     close_gates(model, "gate_1")
     pack = make_pack([ClipShape(1, 2, 3)])
     latent = pack.layout.latent_mask

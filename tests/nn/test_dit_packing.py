@@ -167,4 +167,4 @@ def test_text_and_its_absence_must_agree_with_the_network(model, small_config, m
         model(make_pack(mixed_clips, with_text=False))
     small_config.text_dim = 0
     with pytest.raises(DataError, match="the network was built without"):
-        FlowceptionDiT(small_config).initialise(0)(make_pack(mixed_clips))
+        FlowceptionDiT(small_config).initialize(0)(make_pack(mixed_clips))

@@ -15,10 +15,10 @@ CLIPS = [ClipShape(7, 2, 1, 3), ClipShape(2, 1, 3, 0), ClipShape(9, 1, 2, 2), Cl
 LAYERS = 2
 
 
-def network(small_config: DiTConfig, randomised, pattern) -> FlowceptionDiT:
+def network(small_config: DiTConfig, randomized, pattern) -> FlowceptionDiT:
     name, window = pattern
     config = replace(small_config, num_layers=LAYERS, attention_pattern=name, attention_window_frames=window)
-    return randomised(FlowceptionDiT(config).initialise(0))
+    return randomized(FlowceptionDiT(config).initialize(0))
 
 
 def change_frame(pack, other, slot):
@@ -47,9 +47,9 @@ def reached(pattern, changed_rank, rank):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("changed_rank", [0, 4, 8])
 def test_a_changed_frame_reaches_those_that_the_pattern_lets_it_and_no_other(
-    small_config, randomised, make_pack, pattern, changed_rank
+    small_config, randomized, make_pack, pattern, changed_rank
 ):
-    model = network(small_config, randomised, pattern)
+    model = network(small_config, randomized, pattern)
     pack, other = make_pack(CLIPS, 0), make_pack(CLIPS, 1)
     layout = pack.layout
     slot = int(torch.nonzero((layout.frame_clip == 2) & (layout.frame_rank == changed_rank) & layout.frame_valid))
@@ -63,8 +63,8 @@ def test_a_changed_frame_reaches_those_that_the_pattern_lets_it_and_no_other(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[1:], ids=str)
-def test_text_reaches_every_frame_of_its_clip(small_config, randomised, make_pack, pattern):
-    model, pack = network(small_config, randomised, pattern), make_pack(CLIPS)
+def test_text_reaches_every_frame_of_its_clip(small_config, randomized, make_pack, pattern):
+    model, pack = network(small_config, randomized, pattern), make_pack(CLIPS)
     layout = pack.layout
     text = pack.text.clone()
     text[0] += 1.0
@@ -74,8 +74,8 @@ def test_text_reaches_every_frame_of_its_clip(small_config, randomised, make_pac
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[1:], ids=str)
-def test_packed_equals_one_clip_at_a_time(small_config, randomised, make_pack, take_clip, pattern):
-    model, pack = network(small_config, randomised, pattern), make_pack(CLIPS)
+def test_packed_equals_one_clip_at_a_time(small_config, randomized, make_pack, take_clip, pattern):
+    model, pack = network(small_config, randomized, pattern), make_pack(CLIPS)
     output = model(pack)
     packed_loss, alone_loss = 0.0, 0.0
     for clip in range(len(CLIPS)):

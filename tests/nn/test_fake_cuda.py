@@ -76,11 +76,11 @@ def _flex_by_hand(monkeypatch):
 
 
 @pytest.fixture
-def network(small_config, randomised) -> Callable[..., FlowceptionDiT]:
+def network(small_config, randomized) -> Callable[..., FlowceptionDiT]:
     """A network of the case with one block; the same each time."""
 
     def build(case: Case) -> FlowceptionDiT:
-        model = randomised(FlowceptionDiT(replace(small_config, num_layers=1, **dict(case.changes))).initialise(0))
+        model = randomized(FlowceptionDiT(replace(small_config, num_layers=1, **dict(case.changes))).initialize(0))
         return model.bfloat16() if case.precision == "bf16" else model
 
     return build

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from flowception.nn import FlowceptionDiT
-from flowception.nn.fused_ops import EAGER, add_gated, compiled_leaves, modulate
+from flowception.nn.fused_ops import EAGER, add_gated, compiled_ops, modulate
 from flowception.nn.rows import Rows
 
 
@@ -53,14 +53,14 @@ def outputs_and_gradients(model, packs, dtype):
     [(torch.float32, 1e-5, False), (torch.bfloat16, 5e-2, True), ("autocast", 5e-2, False)],
     ids=str,
 )
-def test_compiled_leaves_equal_eager(model, mixed_clips, make_pack, dtype, tolerance, activation_checkpointing):
+def test_compiled_ops_equal_eager(model, mixed_clips, make_pack, dtype, tolerance, activation_checkpointing):
     """Packs of several shapes, so that sizes become symbols too."""
     if dtype == torch.bfloat16:
         model.bfloat16()
     model.config.activation_checkpointing = activation_checkpointing
     compiled = FlowceptionDiT(replace(model.config, compile="leaves")).to(next(model.parameters()).dtype)
     compiled.load_state_dict(model.state_dict())
-    assert compiled.blocks[0].leaves == compiled_leaves() != EAGER
+    assert compiled.blocks[0].ops == compiled_ops() != EAGER
     packs = [make_pack(mixed_clips), make_pack(mixed_clips[:3], seed=1), make_pack(mixed_clips[2:5], seed=2)]
     eager_out, eager_gradients = outputs_and_gradients(model, packs, dtype)
     counters.clear()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowception.nn import DiTConfig, FlowceptionDiT
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 
 ZERO = ("frame_modulation.weight", "text_modulation.weight", "heads.velocity.weight", "heads.rate.weight")
 
@@ -17,7 +17,7 @@ def state(model):
 
 
 def test_gates_and_output_heads_are_zero_and_nothing_else_is(small_config):
-    for name, value in state(FlowceptionDiT(small_config).initialise(0)).items():
+    for name, value in state(FlowceptionDiT(small_config).initialize(0)).items():
         must_be_zero = name.endswith(ZERO) or (name.endswith("bias") and not name.endswith("rate.bias"))
         if name != "heads.rate.bias":
             assert value.eq(0).all().item() == must_be_zero, name
@@ -25,29 +25,29 @@ def test_gates_and_output_heads_are_zero_and_nothing_else_is(small_config):
 
 def test_the_fresh_network_says_zero_velocity_and_the_mean_log_rate(small_config, mixed_clips, make_pack):
     small_config.initial_log_rate = 0.75
-    output = FlowceptionDiT(small_config).initialise(0)(make_pack(mixed_clips))
+    output = FlowceptionDiT(small_config).initialize(0)(make_pack(mixed_clips))
     assert output.velocity.eq(0).all()
     assert output.log_rate.eq(0.75).all()
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(small_config):
-    first = state(FlowceptionDiT(small_config).initialise(3))
+    first = state(FlowceptionDiT(small_config).initialize(3))
     torch.manual_seed(99)
     model = FlowceptionDiT(small_config)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    second = state(model.initialise(3))
+    second = state(model.initialize(3))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = state(FlowceptionDiT(small_config).initialise(4))
+    other = state(FlowceptionDiT(small_config).initialize(4))
     assert not torch.equal(first["embedding.latent.weight"], other["embedding.latent.weight"])
 
 
-def test_weights_depend_on_names_and_not_on_their_neighbours_or_order(small_config):
-    two = state(FlowceptionDiT(small_config).initialise(0))
+def test_weights_depend_on_names_and_not_on_their_neighbors_or_order(small_config):
+    two = state(FlowceptionDiT(small_config).initialize(0))
     small_config.num_layers, small_config.num_classes = 4, 0
     four = FlowceptionDiT(small_config)
     four._modules = dict(reversed(four._modules.items()))
-    four_state = state(four.initialise(0))
+    four_state = state(four.initialize(0))
     shared = set(two) & set(four_state)
     assert len(shared) == len(two) - 1
     assert all(torch.equal(two[name], four_state[name]) for name in shared)
@@ -56,7 +56,7 @@ def test_weights_depend_on_names_and_not_on_their_neighbours_or_order(small_conf
 
 
 def test_matrices_keep_variance():
-    model = FlowceptionDiT(DiTConfig(preset="toy")).initialise(0)
+    model = FlowceptionDiT(DiTConfig(preset="toy")).initialize(0)
     for name, value in state(model).items():
         if value.ndim == 2 and not name.endswith(ZERO) and "role" not in name:
             assert value.std().item() == pytest.approx(value.shape[1] ** -0.5, rel=0.03), name
@@ -77,8 +77,8 @@ def test_partitioned_parameters_are_written_where_they_are_gathered(small_config
         for parameter in parameters:
             whole[parameter], parameter.data = parameter.data, torch.empty(0)
 
-    model.initialise(0, gather)
-    expected = dict(FlowceptionDiT(small_config).initialise(0).named_parameters())
+    model.initialize(0, gather)
+    expected = dict(FlowceptionDiT(small_config).initialize(0).named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(whole[parameter], expected[name]), name
 
@@ -92,11 +92,11 @@ def test_a_process_that_must_not_write_does_not_but_takes_part_in_every_gather(s
         gathered.extend(parameters)
         yield False
 
-    model.initialise(0, gather)
+    model.initialize(0, gather)
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
     assert len(gathered) == len(before)
 
 
 def test_a_module_that_does_not_say_how_it_begins_is_refused():
     with pytest.raises(TypeError, match=r"0 \(Linear\) owns parameters"):
-        initialise(nn.Sequential(nn.Linear(2, 2)), 0)
+        initialize(nn.Sequential(nn.Linear(2, 2)), 0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from flowception.nn.fused_ops import EAGER
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.nn.layers import (
     CountEmbedding,
     Float32Linear,
@@ -34,7 +34,7 @@ def test_rotary_norm_divides_by_the_root_mean_square_and_turns():
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
 def test_float32_linear_computes_in_float32(weights, inputs, autocast):
     layer = Float32Linear(300, 7, bias_value=2.8)
-    initialise(layer, 0)
+    initialize(layer, 0)
     layer.to(weights)
     x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -62,7 +62,7 @@ def test_waves_by_hand():
 
 def test_time_embedding_resolves_the_remainder_finely_near_the_end():
     embedding = TimeEmbedding(16)
-    initialise(embedding, 0)
+    initialize(embedding, 0)
     seen = []
     embedding.mlp.hidden.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     times = torch.tensor([0.50, 0.51, 0.98, 0.99, 1.0])
@@ -75,9 +75,9 @@ def test_time_embedding_resolves_the_remainder_finely_near_the_end():
     assert torch.isfinite(out).all()
 
 
-def test_count_embedding_tells_neighbouring_counts_apart():
+def test_count_embedding_tells_neighboring_counts_apart():
     embedding = CountEmbedding(16)
-    initialise(embedding, 0)
+    initialize(embedding, 0)
     rank, visible = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
     vectors = embedding(rank.flatten(), visible.flatten())
     assert torch.pdist(vectors).min() > 1e-3

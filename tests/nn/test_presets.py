@@ -65,19 +65,31 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DiTConfig(preset="huge"), "preset is 'huge'; choose one of toy, s, xl, 2b"),
-        (lambda: DiTConfig(hidden_size=0), "model.hidden_size is 0"),
-        (lambda: DiTConfig(num_classes=-1), "model.num_classes is -1"),
-        (lambda: DiTConfig(attention_backend="x"), "attention_backend is 'x'; choose one of auto, sdpa"),
-        (lambda: DiTConfig(attention_pattern="x"), "attention_pattern is 'x'; give one of full"),
-        (lambda: DiTConfig(frame_spacing=0.0), "model.frame_spacing is 0.0"),
-        (lambda: DiTConfig(rope_base=1.0), "model.rope_base is 1.0"),
+        (lambda: DiTConfig(preset="huge"), "model.preset must be one of toy, s, xl, 2b, or null .*, got 'huge'"),
+        (
+            lambda: DiTConfig(hidden_size=0),
+            "model.hidden_size must be an integer >= 1, or null for the preset's, got 0",
+        ),
+        (lambda: DiTConfig(num_classes=-1), "model.num_classes must be an integer >= 0 .*, got -1"),
+        (lambda: DiTConfig(attention_backend="x"), "model.attention_backend must be one of auto, sdpa.*, got 'x'"),
+        (lambda: DiTConfig(attention_pattern="x"), "model.attention_pattern must be one of full.*, got 'x'"),
+        (lambda: DiTConfig(frame_spacing=0.0), r"model.frame_spacing must be a number > 0, got 0\.0"),
+        (lambda: DiTConfig(rope_base=1.0), r"model.rope_base must be a number > 1, got 1\.0"),
         (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size is not set"),
-        (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing is -1"),
-        (lambda: DiTConfig(activation_checkpointing="most"), "model.activation_checkpointing is most; give true for"),
+        (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing must be .*, got -1"),
+        (
+            lambda: DiTConfig(activation_checkpointing="most"),
+            "model.activation_checkpointing must be true for .*, got 'most'",
+        ),
         (lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(), "is auto and the network is about"),
-        (lambda: DiTConfig(activation_checkpointing=5).flop_spec(), "is 5 and the network has 4 blocks"),
-        (lambda: DiTConfig(num_heads=3).flop_spec(), "128 is not a multiple of model.num_heads 3"),
+        (
+            lambda: DiTConfig(activation_checkpointing=5).flop_spec(),
+            "must be at most the number of blocks.*, got 5 and 4 blocks",
+        ),
+        (
+            lambda: DiTConfig(num_heads=3).flop_spec(),
+            "model.hidden_size must be a multiple of model.num_heads, got 128 and 3",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):

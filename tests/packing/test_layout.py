@@ -25,7 +25,7 @@ def test_tokens_of_a_clip_are_text_then_frames_each_with_its_insertion_token():
     assert layout.text_token.tolist() == [0]
 
 
-def test_positions_are_rank_and_centred_row_and_column():
+def test_positions_are_rank_and_centered_row_and_column():
     position = build_layout([ClipShape(2, 2, 3, 2)]).token_position
     assert position[:2].tolist() == [[-2, 0, 0], [-1, 0, 0]]
     frame = [[-0.5, -1], [-0.5, 0], [-0.5, 1], [0.5, -1], [0.5, 0], [0.5, 1], [0, 0]]

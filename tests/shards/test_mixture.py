@@ -12,7 +12,7 @@ from flowception.data.plan import Plan
 from flowception.data.step_plan import Cursor
 from flowception.errors import ConfigError, DataError
 from flowception.shards.index import ClipIndex
-from flowception.shards.open import DataConfig, SetShare, open_data
+from flowception.shards.open import DataConfig, SetShare, open_reader
 from flowception.shards.reader import ShardReader
 from flowception.shards.schema import NullText, ShardMeta
 from flowception.shards.writer import ShardSetWriter
@@ -32,7 +32,7 @@ def two_sets(make_set, tmp_path):
 
 
 def mixture_of(folders, weights):
-    return open_data(DataConfig(mixture=[SetShare(path=str(f), weight=w) for f, w in zip(folders, weights)]))
+    return open_reader(DataConfig(mixture=[SetShare(path=str(f), weight=w) for f, w in zip(folders, weights)]))
 
 
 def test_rows_lead_to_the_clips_of_both_sets(two_sets):
@@ -96,11 +96,11 @@ def test_sets_that_do_not_go_together_are_refused(two_sets, tmp_path):
     a, b, records = two_sets
     with pytest.raises(DataError, match=r"clip clip_000 is in .*a and in .*all"):
         mixture_of((a, tmp_path / "all"), (1, 1))
-    with pytest.raises(ConfigError, match=r"weight of .*b is 0"):
+    with pytest.raises(ConfigError, match=r"weight of .*b must be a number > 0 .*, got 0"):
         mixture_of((a, b), (1, 0))
-    with pytest.raises(ConfigError, match="give one of the two"):
+    with pytest.raises(ConfigError, match="one of data.path and data.mixture must be given, got '.*' and 1 sets"):
         DataConfig(path=str(a), mixture=[SetShare(path=str(b))])
-    with pytest.raises(ConfigError, match="give one of the two"):
+    with pytest.raises(ConfigError, match="one of data.path and data.mixture must be given, got null and 0 sets"):
         DataConfig()
     for field, value in (("codec_fingerprint", "other"), ("class_names", ["x"])):
         meta = ShardReader(b).meta
@@ -137,9 +137,9 @@ def test_null_texts_may_differ_by_rounding_and_by_no_more(make_set, tmp_path):
 def test_a_set_without_classes_goes_with_one_that_has_them(two_sets, tmp_path):
     *_, records = two_sets
     meta = ShardMeta.load(tmp_path / "a")
-    labelled = [replace(each, class_label=1) for each in records[:10]]
+    labeled = [replace(each, class_label=1) for each in records[:10]]
     plain = [replace(each, class_label=None) for each in records[10:20]]
-    a = set_with(tmp_path / "named", labelled, meta, class_names=["x", "y"])
+    a = set_with(tmp_path / "named", labeled, meta, class_names=["x", "y"])
     b = set_with(tmp_path / "none", plain, meta, class_names=[])
     for folders in ((a, b), (b, a)):
         reader = mixture_of(folders, (1, 1))

@@ -19,7 +19,7 @@ from flowception.errors import ConfigError, DataError
 from flowception.files import FileLock
 from flowception.shards import remote_cache as remote_module
 from flowception.shards.index import INDEX_NAMES
-from flowception.shards.open import DataConfig, open_data, open_set
+from flowception.shards.open import DataConfig, open_reader, open_set
 from flowception.shards.reader import ShardReader
 from flowception.shards.remote_cache import CacheConfig, ShardCache
 from flowception.shards.remote_reader import RemoteReader
@@ -390,7 +390,7 @@ def test_what_cannot_be_opened_is_named(served, tmp_path):
     (server.folder / "meta.json").unlink()
     with pytest.raises(DataError, match=r"set/meta.json could not be fetched in 1 attempts"):
         open_remote()
-    with pytest.raises(ConfigError, match="cache_gb is 0"):
+    with pytest.raises(ConfigError, match="data.cache.cache_gb must be a number > 0, got 0"):
         CacheConfig(cache_gb=0)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        open_data(DataConfig(path="nosuch://set", cache=CacheConfig(cache_dir=str(tmp_path / "d"))))
+        open_reader(DataConfig(path="nosuch://set", cache=CacheConfig(cache_dir=str(tmp_path / "d"))))

@@ -1,4 +1,4 @@
-"""``slurm/train_2b.sh`` on a real two-node Slurm: preempted, requeued, cancelled, a rank lost; the run ends the same.
+"""``slurm/train_2b.sh`` on a real two-node Slurm: preempted, requeued, canceled, a rank lost; the run ends the same.
 
 A time limit is the same signal by the same way as the first test's (``--signal=USR1@300`` and ``scancel --signal=USR1``
 both reach the tasks and not the script); Slurm counts limits in minutes, so none is waited for here.
@@ -67,7 +67,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm_c
     assert len(job.hash_of().splitlines()) == 3
 
 
-def test_a_lost_rank_requeues_the_job_and_a_cancelled_one_saves(slurm_cluster, job):
+def test_a_lost_rank_requeues_the_job_and_a_canceled_one_saves(slurm_cluster, job):
     job.submit(SLURM_WAIT="3")
     job.wait_for_checkpoint(3)
     ranks = job.rank_processes()

@@ -67,7 +67,7 @@ def test_a_panel_holds_the_metrics_that_it_names(tmp_path):
     assert names_of(by_title["loss by term"], known) == ["loss/velocity"]
     bins = next(panel for panel in PANELS if "frame's time" in panel.title)
     assert names_of(bins, known) == ["loss/velocity/0-0.25", "loss/velocity/0.25-0.5"]
-    assert names_of(by_title["model FLOPs utilisation"], known) == []
+    assert names_of(by_title["model FLOPs utilization"], known) == []
 
 
 def test_plot_draws_what_is_there_and_says_what_is_not(tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_plot_draws_what_is_there_and_says_what_is_not(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 lines of metrics.jsonl cannot be read" in said
     absent = next(text for text in said.splitlines() if text.startswith("not in metrics.jsonl"))
-    assert "model FLOPs utilisation" in absent
+    assert "model FLOPs utilization" in absent
     assert "gradient norm" not in absent
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[1] == 1500

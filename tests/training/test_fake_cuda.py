@@ -100,7 +100,7 @@ def network(data):
     config, _ = data
 
     def build():
-        model = FlowceptionDiT(config.model).initialise(0)
+        model = FlowceptionDiT(config.model).initialize(0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():

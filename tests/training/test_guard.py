@@ -182,7 +182,7 @@ def test_getting_further_between_rollbacks_is_progress(runs):
     + [("hang_timeout_s", 0.0), ("data_stall_warning_s", -1.0)],
 )
 def test_config_refuses_what_is_out_of_range(name, value):
-    with pytest.raises(ConfigError, match=f"guard.{name} is"):
+    with pytest.raises(ConfigError, match=f"guard.{name} must be .*, got {value}$"):
         GuardConfig(**{name: value})
 
 

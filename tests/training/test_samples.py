@@ -14,7 +14,7 @@ from flowception.errors import ConfigError
 from flowception.generation.training_sampler import TrainingSampler
 from flowception.generation.video import write_mp4
 from flowception.nn.build import build_backbone
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.training.config import load_config
 from flowception.training.data import heldout_plan, open_data
 from flowception.training.samples import SamplesConfig
@@ -99,7 +99,7 @@ def alone(tmp_path_factory):
         data = open_data(config)
         if model is None:
             model = Counted(build_backbone(config.model).eval())
-            initialise(model.inner, 3)
+            initialize(model.inner, 3)
             for parameter in model.inner.parameters():
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
         plan, cpu = heldout_plan(config, data), torch.device("cpu")
@@ -155,5 +155,5 @@ def test_given_frames_are_those_of_the_held_out_clip(alone):
 
 @pytest.mark.parametrize("name", ["every_steps", "num_clips", "num_inference_steps", "max_frames"])
 def test_less_than_one_is_refused(name):
-    with pytest.raises(ConfigError, match=f"samples.{name} is 0"):
+    with pytest.raises(ConfigError, match=f"samples.{name} must be an integer >= 1.*, got 0"):
         SamplesConfig(**{name: 0})

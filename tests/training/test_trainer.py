@@ -141,7 +141,7 @@ def test_learning_rate_rises_over_the_warm_up(runs):
 
 def test_step_0_is_the_untrained_model(runs):
     run_dir = runs[0] / "whole"
-    model = FlowceptionDiT(load_config([run_dir / "config.yaml"]).model).initialise(0)
+    model = FlowceptionDiT(load_config([run_dir / "config.yaml"]).model).initialize(0)
     for kind in ("weights", "ema"):
         saved = read_full(checkpoint_dir(run_dir, 0), kind)
         for name, parameter in model.named_parameters():
@@ -225,7 +225,9 @@ def test_init_from_starts_at_the_ema_of_the_other_run(runs):
 
 
 def test_fewer_packs_than_ranks_are_refused(runs):
-    assert runs[1]["too_few_packs"].startswith("ConfigError: packs_per_step is 1 and there are 2 ranks")
+    assert runs[1]["too_few_packs"].startswith(
+        "ConfigError: packs_per_step must be at least the number of ranks, got 1 and 2 ranks"
+    )
 
 
 def test_activation_checkpointing_and_stage_change_nothing(runs):

@@ -52,7 +52,7 @@ class GaussianClips:
     lengths: Mapping[int, float]
     """Probability of each number of frames."""
     correlation: float
-    """Of neighbouring frames, between -1 and 1."""
+    """Of neighboring frames, between -1 and 1."""
     slope: float = 0.0
     """Frame i has mean ``slope * i``."""
     context: Callable[[int], Sequence[GivenFrames]] = lambda num_frames: [NO_CONTEXT]

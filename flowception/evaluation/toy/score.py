@@ -3,7 +3,7 @@
 A pixel is foreground where its brightest channel is past the middle between background and disc, which is where the
 disc covers half of it. A frame is right in shape if exactly one connected component is larger than a speck, and that
 one has the disc's area and is compact. Its place is the centroid, weighted by coverage; its hue is that of its mean
-colour.
+color.
 
 The position law is tested by the best fit of a reflected line, ``fold(x_0 + v k)``, to the track of the frames that
 are right in shape, along each axis; the line's speed must be the world's as well.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowception.evaluation.toy.world import BACKGROUND, CLASS_COLOURS, RADIUS_PX, SPEED_PX, fold
+from flowception.evaluation.toy.world import BACKGROUND, CLASS_COLORS, RADIUS_PX, SPEED_PX, fold
 
 DISC_AREA_PX = math.pi * RADIUS_PX**2
 AREA_BAND = (0.6, 1.5)
@@ -32,13 +32,13 @@ MAX_SPREAD = 1.5
 HUE_BAND = 1 / 8
 """A hue is a class's if it is at most this part of the circle away: half the distance between two classes."""
 MIN_SATURATION = 0.4
-"""Less is grey, and no class's colour."""
+"""Less is gray, and no class's color."""
 MAX_POSITION_ERROR_PX = 0.75
 """Root mean square distance from the law up to which a clip's motion counts as right."""
 MAX_SPEED_ERROR_PX = 0.5
 """Pixels a frame by which the speed of a right motion may be off."""
 _THRESHOLD = (BACKGROUND[0] + 255) / 2
-_CLASS_HUES = [colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0] for colour in CLASS_COLOURS]
+_CLASS_HUES = [colorsys.rgb_to_hsv(*(channel / 255 for channel in color))[0] for color in CLASS_COLORS]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FrameScore:
     """Its second moment relative to a disc's of the same area."""
     position: tuple[float, float]
     """(x, y) of its centroid; nan if there is none."""
-    colour_class: int | None
-    """Class of its mean colour, None if it is no class's."""
+    color_class: int | None
+    """Class of its mean color, None if it is no class's."""
 
     @property
     def single_shape(self) -> bool:
@@ -69,12 +69,12 @@ class ClipScore:
     """One clip by the world's laws."""
 
     frames: int
-    colour_right: bool
-    """The expected class's colour in more than half of the frames."""
+    color_right: bool
+    """The expected class's color in more than half of the frames."""
     single_shape: float
     """Share of the made frames with one disc and nothing else."""
-    colour_constant: float
-    """Share of frames in the clip's most frequent colour class."""
+    color_constant: float
+    """Share of frames in the clip's most frequent color class."""
     area_variation: float
     """Standard deviation of the area over its mean; nan without a shape."""
     position_error_px: float
@@ -117,9 +117,9 @@ def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
     return labels, count
 
 
-def classify_colour(colour: NDArray[np.float64]) -> int | None:
-    """Class of a mean RGB colour (0 to 255): that of the nearest hue, None if it is grey or between two."""
-    hue, saturation, _ = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in colour))
+def classify_color(color: NDArray[np.float64]) -> int | None:
+    """Class of a mean RGB color (0 to 255): that of the nearest hue, None if it is gray or between two."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in color))
     distances = [abs((hue - class_hue + 0.5) % 1.0 - 0.5) for class_hue in _CLASS_HUES]
     nearest = int(np.argmin(distances))
     return nearest if saturation >= MIN_SATURATION and distances[nearest] <= HUE_BAND else None
@@ -150,7 +150,7 @@ def score_frame(image: NDArray[np.uint8]) -> FrameScore:
         area_px=area,
         spread=moment / (area / (2.0 * math.pi)),
         position=(x, y),
-        colour_class=classify_colour(image[shape].mean(axis=0)),
+        color_class=classify_color(image[shape].mean(axis=0)),
     )
 
 
@@ -185,16 +185,16 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
 
     Args:
         video: uint8 [n, S, S, 3].
-        class_label: Class whose colour is right; None takes any one class for right, as long as it is one.
-        given_frames: Leading context frames. They belong to the motion, but earn nothing for colour and shape.
+        class_label: Class whose color is right; None takes any one class for right, as long as it is one.
+        given_frames: Leading context frames. They belong to the motion, but earn nothing for color and shape.
 
     Returns:
         How the clip follows each law.
     """
     frames = [score_frame(image) for image in video]
     made = frames[given_frames:]
-    classes = [frame.colour_class for frame in made if frame.colour_class is not None]
-    counts = np.bincount(classes, minlength=len(CLASS_COLOURS))
+    classes = [frame.color_class for frame in made if frame.color_class is not None]
+    counts = np.bincount(classes, minlength=len(CLASS_COLORS))
     expected = int(counts.argmax()) if class_label is None else class_label
     areas = np.array([frame.area_px for frame in made])
     right = np.array([frame.single_shape for frame in frames])
@@ -207,9 +207,9 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
         speed = math.hypot(fits[0][1], fits[1][1])
     return ClipScore(
         frames=len(frames),
-        colour_right=bool(counts[expected] > len(made) / 2),
+        color_right=bool(counts[expected] > len(made) / 2),
         single_shape=float(right[given_frames:].mean()) if made else 0.0,
-        colour_constant=float(counts.max() / max(1, len(made))),
+        color_constant=float(counts.max() / max(1, len(made))),
         area_variation=float(areas.std() / areas.mean()) if len(areas) and areas.all() else math.nan,
         position_error_px=error,
         speed_px=speed,
@@ -218,4 +218,4 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
 
 def class_of_first_frame(video: NDArray[np.uint8]) -> int | None:
     """Class of frame 0's shape: what an image-to-video clip was given."""
-    return score_frame(video[0]).colour_class
+    return score_frame(video[0]).color_class

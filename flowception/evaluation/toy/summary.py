@@ -12,7 +12,7 @@ from flowception.evaluation.lengths import length_histogram, sampling_total_vari
 from flowception.evaluation.toy.score import ClipScore
 from flowception.evaluation.toy.world import LENGTH_LAW
 
-PROMISED_COLOUR_RIGHT = 0.90
+PROMISED_COLOR_RIGHT = 0.90
 PROMISED_SINGLE_SHAPE = 0.70
 PROMISED_TIMES = 3.0
 """A promise also asks for so many times the untrained model's share ..."""
@@ -26,9 +26,9 @@ class SetSummary:
 
     clips: int
     frames: int
-    colour_right: float
+    color_right: float
     single_shape: float
-    colour_constant: float
+    color_constant: float
     position_right: float
     area_variation: float
     """Median over the clips that have a shape in every frame; nan if none has."""
@@ -44,16 +44,16 @@ class SetSummary:
     length_histogram: dict[int, float] = field(default_factory=dict)
 
 
-def summarise(scores: Sequence[ClipScore]) -> SetSummary:
+def summarize(scores: Sequence[ClipScore]) -> SetSummary:
     """Put the scores of at least one clip together."""
     histogram = length_histogram(score.frames for score in scores)
     frames = sum(score.frames for score in scores)
     return SetSummary(
         clips=len(scores),
         frames=frames,
-        colour_right=float(np.mean([score.colour_right for score in scores])),
+        color_right=float(np.mean([score.color_right for score in scores])),
         single_shape=sum(score.single_shape * score.frames for score in scores) / frames,
-        colour_constant=float(np.mean([score.colour_constant for score in scores])),
+        color_constant=float(np.mean([score.color_constant for score in scores])),
         position_right=float(np.mean([score.position_right for score in scores])),
         area_variation=_median([score.area_variation for score in scores]),
         position_error_px=_median([score.position_error_px for score in scores]),
@@ -81,7 +81,7 @@ def promises(generated: SetSummary, untrained: SetSummary) -> list[tuple[str, bo
         Each promise in words, with its truth.
     """
     found = []
-    for name, least in (("colour_right", PROMISED_COLOUR_RIGHT), ("single_shape", PROMISED_SINGLE_SHAPE)):
+    for name, least in (("color_right", PROMISED_COLOR_RIGHT), ("single_shape", PROMISED_SINGLE_SHAPE)):
         share, before = float(getattr(generated, name)), float(getattr(untrained, name))
         words = name.replace("_", " ")
         found.append((f"{words} {share:.1%}, promised at least {least:.0%}", share >= least))

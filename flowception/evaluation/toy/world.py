@@ -1,15 +1,15 @@
-"""The toy world: one disc that moves at constant speed and bounces off the walls, in one of four colours.
+"""The toy world: one disc that moves at constant speed and bounces off the walls, in one of four colors.
 
 Laws, exact enough that a clip can be scored without a learned metric (``toy_score``):
 
-* **Colour**: the clip's class, constant. The four hues are 90 degrees apart and fully bright.
+* **Color**: the clip's class, constant. The four hues are 90 degrees apart and fully bright.
 * **Shape**: one disc of radius ``RADIUS_PX``, always wholly inside the picture.
-* **Position**: the centre moves ``SPEED_PX`` a frame in a random direction and is reflected at the walls. Along each
+* **Position**: the center moves ``SPEED_PX`` a frame in a random direction and is reflected at the walls. Along each
   axis that is a triangle wave: ``x_k = fold(x_0 + v k)`` between ``RADIUS_PX`` and ``size - RADIUS_PX``.
 * **Length**: ``LENGTH_LAW``.
-* **Caption**: names the colour and the direction in which the disc sets out, ``a red disc moving left and up``.
+* **Caption**: names the color and the direction in which the disc sets out, ``a red disc moving left and up``.
 
-Units: pixels, with the centre of pixel (0, 0) at (0.5, 0.5); one frame is one unit of time.
+Units: pixels, with the center of pixel (0, 0) at (0.5, 0.5); one frame is one unit of time.
 Shape legend: ``n`` frames, ``S`` pixels along each side.
 """
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from flowception.rng import Stream, uniforms
 
 CLASS_NAMES = ("red", "lime", "cyan", "violet")
-CLASS_COLOURS = ((255, 40, 40), (148, 255, 40), (40, 255, 255), (148, 40, 255))
+CLASS_COLORS = ((255, 40, 40), (148, 255, 40), (40, 255, 255), (148, 40, 255))
 """RGB of each class: hues 0, 90, 180 and 270 degrees."""
 BACKGROUND = (24, 24, 24)
 SIZE_PX = 16
@@ -46,7 +46,7 @@ class ToyClip:
     class_label: int
     """Index into ``CLASS_NAMES``."""
     positions: NDArray[np.float64]
-    """float64 [n, 2]: (x, y) of the disc's centre."""
+    """float64 [n, 2]: (x, y) of the disc's center."""
     video: NDArray[np.uint8]
     """uint8 [n, S, S, 3]."""
     velocity: NDArray[np.float64]
@@ -54,7 +54,7 @@ class ToyClip:
 
     @property
     def caption(self) -> str:
-        """What is to be seen: colour, and direction before the first wall."""
+        """What is to be seen: color, and direction before the first wall."""
         return caption_of(self.class_label, bool(self.velocity[0] < 0), bool(self.velocity[1] < 0))
 
 
@@ -70,22 +70,22 @@ def fold(position: Number, low: float, high: float) -> Number:
     return low + span - abs((position - low) % (2.0 * span) - span)
 
 
-def render_disc(position: NDArray[np.float64], colour: tuple[int, int, int], size: int = SIZE_PX) -> NDArray[np.uint8]:
+def render_disc(position: NDArray[np.float64], color: tuple[int, int, int], size: int = SIZE_PX) -> NDArray[np.uint8]:
     """One anti-aliased disc on the background.
 
     Args:
-        position: (x, y) of the centre.
-        colour: RGB of the disc.
+        position: (x, y) of the center.
+        color: RGB of the disc.
         size: S.
 
     Returns:
         uint8 [S, S, 3].
     """
-    centres = np.arange(size) + 0.5
-    distance = np.hypot(centres[None, :] - position[0], centres[:, None] - position[1])
+    centers = np.arange(size) + 0.5
+    distance = np.hypot(centers[None, :] - position[0], centers[:, None] - position[1])
     cover = np.clip(RADIUS_PX + 0.5 - distance, 0.0, 1.0)[..., None]
     background = np.asarray(BACKGROUND, dtype=np.float64)
-    return np.round(background + cover * (np.asarray(colour) - background)).astype(np.uint8)
+    return np.round(background + cover * (np.asarray(color) - background)).astype(np.uint8)
 
 
 class Track(NamedTuple):
@@ -93,7 +93,7 @@ class Track(NamedTuple):
 
     class_label: int
     positions: NDArray[np.float64]
-    """float64 [n, 2]: (x, y) of the disc's centre."""
+    """float64 [n, 2]: (x, y) of the disc's center."""
     velocity: NDArray[np.float64]
     """float64 [2]: pixels a frame along (x, y) at the first frame."""
 
@@ -132,5 +132,5 @@ def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
         The clip with its labels.
     """
     track = draw_track(seed, number, size)
-    video = np.stack([render_disc(position, CLASS_COLOURS[track.class_label], size) for position in track.positions])
+    video = np.stack([render_disc(position, CLASS_COLORS[track.class_label], size) for position in track.positions])
     return ToyClip(**track._asdict(), video=video)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowception.nn.init import Gather
 from flowception.training.distributed.zero import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[bool]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShardedState:
     def __init__(self, engine: Any) -> None:
         """Find the masters of an engine, and make its optimizer's state and the EMA.
 
-        The weights have no meaning before ``initialise`` or ``training.resume.load``.
+        The weights have no meaning before ``initialize`` or ``training.resume.load``.
         """
         self.engine = engine
         self.stage: int = engine.zero_optimization_stage()
@@ -100,7 +100,7 @@ class ShardedState:
             }
 
     @torch.no_grad()
-    def initialise(self, blueprint: nn.Module, write_weights: Callable[[nn.Module, Gather], object]) -> None:
+    def initialize(self, blueprint: nn.Module, write_weights: Callable[[nn.Module, Gather], object]) -> None:
         """Give weights and EMA their initial values, exactly and without communication. Collective.
 
         Each parameter is made whole for a moment on the CPU, and this rank's part of it is copied to the masters.
@@ -176,7 +176,7 @@ class ShardedState:
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """Move the EMA towards the weights, in place: ``ema <- decay * ema + (1 - decay) * weight``."""
+        """Move the EMA toward the weights, in place: ``ema <- decay * ema + (1 - decay) * weight``."""
         if self.ema:
             torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1.0 - decay)
 

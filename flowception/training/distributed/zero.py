@@ -14,7 +14,7 @@ float32, and gradients accumulate and reduce in float32, always. With ``precisio
   state in other forms.
 
 DeepSpeed makes its masters from the weights it is given, which are bfloat16 by then; so initial weights are written to
-the masters afterwards (``ShardedState.initialise``), exactly, at any stage.
+the masters afterwards (``ShardedState.initialize``), exactly, at any stage.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from flowception.errors import ConfigError
 from flowception.nn.dit import Block
+from flowception.ranges import check_ranges, integer
 from flowception.training.distributed.collectives import all_max
 
 Precision = Literal["bf16", "fp32"]
@@ -59,20 +60,18 @@ class ZeroConfig:
     so that after a step's first forward pass weights are gathered inside the group (ZeRO++ hpZ). None is off."""
 
     def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise ConfigError(f"zero.stage is {self.stage}; choose 0, 1, 2 or 3")
-        if self.param_persistence_threshold < 0:
-            raise ConfigError(f"zero.param_persistence_threshold is {self.param_persistence_threshold}; give 0 or more")
-        for name in ("bucket_elements", "max_live_elements"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"zero.{name} is {getattr(self, name)}; give 1 or more")
+        rules = {
+            "stage": integer(at_least=0, at_most=3),
+            "param_persistence_threshold": integer(at_least=0),
+            "bucket_elements": integer(at_least=1),
+            "max_live_elements": integer(at_least=1),
+            "hierarchical_partition_size": integer(at_least=2, note="the GPUs of a node").or_null("off"),
+        }
+        check_ranges("zero", self, rules)
         group = self.hierarchical_partition_size
-        if group is not None and group < 2:
-            raise ConfigError(f"zero.hierarchical_partition_size is {group}; give the GPUs of a node, or null for off")
         if group is not None and self.stage != 3:
             raise ConfigError(
-                f"zero.hierarchical_partition_size is {group} at zero.stage={self.stage}; it is for stage 3: set "
-                "zero.stage=3, or zero.hierarchical_partition_size=null"
+                f"zero.hierarchical_partition_size must be null unless zero.stage is 3, got {group} and {self.stage}"
             )
 
     def check_world_size(self, world_size: int) -> None:
@@ -84,8 +83,8 @@ class ZeroConfig:
         group = self.hierarchical_partition_size
         if group is not None and world_size % group:
             raise ConfigError(
-                f"zero.hierarchical_partition_size is {group} and there are {world_size} ranks; give a divisor of "
-                "them, or null for off"
+                f"zero.hierarchical_partition_size must divide the number of ranks, or be null for off, got {group} "
+                f"and {world_size} ranks"
             )
 
 

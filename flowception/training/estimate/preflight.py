@@ -13,7 +13,7 @@ from flowception.data.step_plan import check_world_size
 from flowception.errors import CheckpointError, Problems, require
 from flowception.nn import flash
 from flowception.nn.build import count_parameters
-from flowception.shards.open import open_data
+from flowception.shards.open import open_reader
 from flowception.training.config import TrainConfig
 from flowception.training.data import training_plan
 from flowception.training.metrics import check_packages
@@ -31,7 +31,7 @@ def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
     """
     reader = None
     with problems.collected():
-        reader = open_data(config.data)
+        reader = open_reader(config.data)
     if reader is None:
         return None
     if config.model.in_channels is None:

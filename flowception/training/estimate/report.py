@@ -14,6 +14,7 @@ from flowception.data.plan import Plan
 from flowception.errors import ConfigError, Problems
 from flowception.nn.build import count_parameters
 from flowception.nn.presets import AUTO
+from flowception.ranges import integer, number
 from flowception.shards.index import ClipIndex
 from flowception.training.config import TrainConfig
 from flowception.training.estimate.arrangements import (
@@ -43,7 +44,7 @@ class Assumptions:
     world_sizes: str = ""
     """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
     hfu: float = 0.4
-    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilisation)."""
+    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilization)."""
     peak_tflops: float | None = None
     """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
     bandwidth_gb_per_s: float = 25.0
@@ -68,25 +69,15 @@ class Assumptions:
     """How many such clips."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.hfu <= 1:
-            raise ConfigError(f"--hfu is {self.hfu}; give a share above 0 and at most 1, such as 0.4")
-        for option, value, usual in (
-            ("bandwidth", self.bandwidth_gb_per_s, 25),
-            ("inside-node", self.inside_node_gb_per_s, 300),
-            ("memory-bandwidth", self.memory_gb_per_s, 3000),
-        ):
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"--{option} is {value}; give GB/s above 0, such as {usual}")
-        if not 0 <= self.stage_3_block_ms < float("inf"):
-            raise ConfigError(f"--stage-3-block-ms is {self.stage_3_block_ms}; give milliseconds, 0 for none")
-        if self.gpus_per_node < 1:
-            raise ConfigError(f"--gpus-per-node is {self.gpus_per_node}; give 1 or more")
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
-            raise ConfigError(f"--peak-tflops is {self.peak_tflops}; give a number above 0, such as 989")
-        if self.num_clips < 1 or self.text_tokens < 0:
-            raise ConfigError(
-                f"--num-clips is {self.num_clips} and --text-tokens {self.text_tokens}; give at least 1 and 0"
-            )
+        number(above=0, at_most=1, note="a share, such as 0.4").check("--hfu", self.hfu)
+        number(above=0, note="GB/s, such as 25").check("--bandwidth", self.bandwidth_gb_per_s)
+        number(above=0, note="GB/s, such as 300").check("--inside-node", self.inside_node_gb_per_s)
+        number(above=0, note="GB/s, such as 3000").check("--memory-bandwidth", self.memory_gb_per_s)
+        number(at_least=0, note="0 is none").check("--stage-3-block-ms", self.stage_3_block_ms)
+        integer(at_least=1).check("--gpus-per-node", self.gpus_per_node)
+        number(above=0, note="such as 989").or_null("that of the device").check("--peak-tflops", self.peak_tflops)
+        integer(at_least=1).check("--num-clips", self.num_clips)
+        integer(at_least=0).check("--text-tokens", self.text_tokens)
 
     def index(self) -> ClipIndex | None:
         """An index of clips of the given size; None where the set is read."""

@@ -170,8 +170,8 @@ def test_motion_is_the_mean_change_from_frame_to_frame():
 def test_pieces_that_stand_still_are_dropped(tmp_path):
     """Four frames that move, four that do not, four that move."""
     still, moving = [128] * 4, [40, 90, 140, 190]
-    grey = np.array([*moving, *still, *moving], dtype=np.uint8)
-    frames = np.broadcast_to(grey[:, None, None, None], (12, 32, 32, 3)).copy()
+    gray = np.array([*moving, *still, *moving], dtype=np.uint8)
+    frames = np.broadcast_to(gray[:, None, None, None], (12, 32, 32, 3)).copy()
     write_video(tmp_path / "a.mp4", frames, fps=10)
     cut = cut_video(tmp_path / "a.mp4", CutSettings(max_frames=4, min_motion=10))
     assert [round(piece.start_s, 3) for piece in cut.clips] == [0.0, 0.8]

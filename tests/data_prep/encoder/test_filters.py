@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.encoder.filters import FilterRange, apply_filters
-from data_prep.encoder.manifest import read_manifest
+from data_prep.encoder.manifest import read_source
 from data_prep.encoder.video_headers import HeaderReader
 from flowception.errors import ConfigError, DataError
 
@@ -17,7 +17,7 @@ def table(tmp_path, text):
 def test_filters_are_applied_in_turn_and_counted(tmp_path):
     source = table(tmp_path, "path,motion score,seconds\na,1,9\nb,3,4\nc,,5\nd,2,60\ne,5,6\nf,high,6\n")
     filters = {"motion score": FilterRange(min=2), "seconds": FilterRange(min=4, max=10)}
-    manifest = read_manifest(source, filters=filters)
+    manifest = read_source(source, filters=filters)
     assert [e.source for e in manifest.entries] == ["b", "e"]
     motion, seconds = manifest.report.filters
     assert (motion.removed, motion.without_number) == (3, 2)
@@ -31,7 +31,7 @@ def test_filters_are_applied_in_turn_and_counted(tmp_path):
 
 def test_class_numbers_do_not_depend_on_filters(tmp_path):
     source = table(tmp_path, "path,class_name,s\na,ape,1\nb,bee,2\nc,cat,3\n")
-    manifest = read_manifest(source, filters={"s": FilterRange(min=2)})
+    manifest = read_source(source, filters={"s": FilterRange(min=2)})
     assert manifest.class_names == ("ape", "bee", "cat")
     assert [e.class_label for e in manifest.entries] == [1, 2]
 
@@ -42,7 +42,7 @@ def test_size_and_duration_come_from_the_files_where_no_column_has_them(tmp_path
     write_counting_video(tmp_path / "small.mp4", 20, height=8, width=8)
     (tmp_path / "broken.mp4").write_text("no")
     filters = {"duration_s": FilterRange(min=1), "height": FilterRange(min=16), "fps": FilterRange(max=10)}
-    manifest = read_manifest(tmp_path, filters=filters)
+    manifest = read_source(tmp_path, filters=filters)
     assert [e.source for e in manifest.entries] == ["long.mp4"]
     assert [(c.removed, c.without_number) for c in manifest.report.filters] == [(2, 1), (1, 0), (0, 0)]
 
@@ -50,10 +50,10 @@ def test_size_and_duration_come_from_the_files_where_no_column_has_them(tmp_path
 def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
     source = table(tmp_path, "path,motion score,caption\na,1,x\n")
     with pytest.raises(ConfigError, match="'motion', which no video has; columns with numbers are motion score"):
-        read_manifest(source, filters={"motion": FilterRange(min=2)})
+        read_source(source, filters={"motion": FilterRange(min=2)})
     with pytest.raises(DataError, match="filters leave no video of .*motion score at least 2: removed 1"):
-        read_manifest(source, filters={"motion score": FilterRange(min=2)})
-    with pytest.raises(ConfigError, match="min 3 above max 2"):
+        read_source(source, filters={"motion score": FilterRange(min=2)})
+    with pytest.raises(ConfigError, match="min must be at most its max, got 3 and 2"):
         FilterRange(min=3, max=2)
 
 

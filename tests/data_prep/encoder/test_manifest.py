@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data_prep.encoder.manifest import make_key, read_manifest
+from data_prep.encoder.manifest import make_key, read_source
 from flowception.errors import DataError
 
 
@@ -14,7 +14,7 @@ def touch(folder, *names):
 
 def test_folder_is_searched_in_order_of_names(tmp_path):
     touch(tmp_path, "b.mp4", "sub/a.MOV", "a.webm", "notes.txt", "sub/deep/c.mkv")
-    manifest = read_manifest(tmp_path)
+    manifest = read_source(tmp_path)
     assert [e.source for e in manifest.entries] == ["a.webm", "b.mp4", "sub/a.MOV", "sub/deep/c.mkv"]
     assert manifest.entries[2].path == tmp_path / "sub/a.MOV"
     assert manifest.class_names == ()
@@ -23,25 +23,25 @@ def test_folder_is_searched_in_order_of_names(tmp_path):
 
 def test_folders_of_frames_count_where_their_rate_is_known(tmp_path):
     touch(tmp_path, "top.png", "a.mp4", "b/1.png", "c/2.JPG", "d/x.mp4", "d/thumb.png", "e/f/1.png", "g/notes.txt")
-    assert [e.source for e in read_manifest(tmp_path).entries] == ["a.mp4", "d/x.mp4"]
-    manifest = read_manifest(tmp_path, frame_folder_fps=25.0)
+    assert [e.source for e in read_source(tmp_path).entries] == ["a.mp4", "d/x.mp4"]
+    manifest = read_source(tmp_path, frame_folder_fps=25.0)
     assert [e.source for e in manifest.entries] == ["a.mp4", "b", "c", "d/x.mp4", "e/f"]
     assert {e.frame_folder_fps for e in manifest.entries} == {25.0}
     with pytest.raises(DataError, match="names no video; .* folders of frames must lie below .* need frame_folder_fps"):
-        read_manifest(tmp_path / "e")
+        read_source(tmp_path / "e")
 
 
 def test_folders_of_frames_in_a_table(tmp_path):
     touch(tmp_path, "clips/b/1.png", "clips/a.mp4", "clips/c/1.png")
     table = tmp_path / "m.csv"
     table.write_text("path,frame_folder_fps\nclips/a.mp4,\nclips/b,12.5\nclips/c,\n")
-    assert [e.frame_folder_fps for e in read_manifest(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
+    assert [e.frame_folder_fps for e in read_source(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
     with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames, .*give it as frame_folder_"):
-        read_manifest(table)
+        read_source(table)
     for wrong, message in (("fast", "'fast'; give frames per second"), ("0", "0.0; give a positive number of frames")):
         table.write_text(f"path,frame_folder_fps\nclips/b,{wrong}\n")
         with pytest.raises(DataError, match=message):
-            read_manifest(table)
+            read_source(table)
 
 
 def test_only_a_frame_rate_of_its_own_changes_what_a_source_is(tmp_path):
@@ -49,14 +49,14 @@ def test_only_a_frame_rate_of_its_own_changes_what_a_source_is(tmp_path):
     table, hashes = tmp_path / "m.csv", set()
     for text in ("path\nb.mp4\n", "path,frame_folder_fps\nb.mp4,\n", "path,frame_folder_fps\nb.mp4,25\n"):
         table.write_text(text)
-        hashes.add(read_manifest(table).sha256())
+        hashes.add(read_source(table).sha256())
     assert len(hashes) == 2
 
 
 def test_csv_with_class_names_and_a_byte_order_mark(tmp_path):
     text = '\ufeffpath,caption,class_name,extra\nb.mp4,"a dog, running",dog,1\na.mp4,,cat,2\nc.mp4,,,3\n'
     (tmp_path / "m.csv").write_text(text, encoding="utf-8")
-    manifest = read_manifest(tmp_path / "m.csv")
+    manifest = read_source(tmp_path / "m.csv")
     assert [(e.source, e.caption, e.class_label) for e in manifest.entries] == [
         ("b.mp4", "a dog, running", 1),
         ("a.mp4", "", 0),
@@ -71,7 +71,7 @@ def test_jsonl_with_numbers_names_and_keys(tmp_path):
         {"path": "/far/y.mp4", "class_label": 0},
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    manifest = read_manifest(tmp_path / "m.jsonl")
+    manifest = read_source(tmp_path / "m.jsonl")
     assert manifest.class_names == ("class_0", "class_1", "two")
     assert manifest.entries[0].key == "x"
     assert str(manifest.entries[1].path) == "/far/y.mp4"
@@ -102,13 +102,13 @@ def test_keys_are_legal_and_keep_paths_apart():
 def test_malformed_manifests_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        read_manifest(tmp_path / name)
+        read_source(tmp_path / name)
 
 
 def test_a_caption_may_hold_what_unicode_calls_a_line_separator(tmp_path):
     row = json.dumps({"path": "a.mp4", "caption": "one\u2028two"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_bytes((row + "\r\n" + '{"path": "b.mp4"}\r\n').encode())
-    manifest = read_manifest(tmp_path / "m.jsonl")
+    manifest = read_source(tmp_path / "m.jsonl")
     assert [e.caption for e in manifest.entries] == ["one\u2028two", ""]
 
 
@@ -116,11 +116,11 @@ def test_a_caption_may_hold_what_unicode_calls_a_line_separator(tmp_path):
 def test_a_manifest_that_is_not_utf_8_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes("path,caption\na.mp4,caf\u00e9\n".encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8"):
-        read_manifest(tmp_path / name)
+        read_source(tmp_path / name)
 
 
 def test_missing_and_empty_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        read_manifest(tmp_path / "nowhere")
+        read_source(tmp_path / "nowhere")
     with pytest.raises(DataError, match="names no video"):
-        read_manifest(tmp_path)
+        read_source(tmp_path)

@@ -10,7 +10,7 @@ from data_prep.encoder.resolution import fitted_size
         (1280, 720, 256 * 448, (448, 256)),
         (1000, 1000, 256 * 256, (256, 256)),
         (96, 160, 10**9, (96, 160)),  # fits as it is
-        (100, 170, 10**9, (96, 160)),  # 1.667 is nearer to 1.7 than any other of its neighbours
+        (100, 170, 10**9, (96, 160)),  # 1.667 is nearer to 1.7 than any other of its neighbors
         (7, 900, 10**9, (32, 928)),  # at least one cell a side
     ],
 )

@@ -9,7 +9,7 @@ from data_prep.encoder import video_headers as headers_module
 from data_prep.encoder.config import EncodeConfig
 from data_prep.encoder.encoder import ShardEncoder
 from data_prep.encoder.filters import FilterRange
-from data_prep.encoder.manifest import read_manifest
+from data_prep.encoder.manifest import read_source
 from data_prep.encoder.video_headers import HEADERS_NAME, HeaderReader
 from flowception.codecs.video_file import VideoHeader, read_header
 from flowception.errors import ConfigError
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_named(videos, tmp_path):
 
 def test_several_filters_open_each_file_once(videos, opened, tmp_path):
     filters = {"duration_s": FilterRange(min=0.2), "height": FilterRange(min=16), "fps": FilterRange(max=10)}
-    assert [e.source for e in read_manifest(tmp_path, filters=filters).entries] == ["2.mp4", "4.mp4"]
+    assert [e.source for e in read_source(tmp_path, filters=filters).entries] == ["2.mp4", "4.mp4"]
     assert sorted(opened) == ["1.mp4", "2.mp4", "3.mp4", "4.mp4"]
 
 

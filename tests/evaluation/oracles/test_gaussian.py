@@ -24,11 +24,11 @@ from flowception.flow import (
     sample,
     velocity_target,
 )
-from flowception.flow.schedule import Cosine, Linear
+from flowception.flow.schedule import CosineSchedule, LinearSchedule
 
 ACTIVE, PASSIVE, START = int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE), int(Role.START)
 TWO_OR_FIVE = GaussianClips(lengths={2: 0.5, 5: 0.5}, correlation=0.8)
-LABELLED = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=1.5, num_start_frames=2)
+LABELED = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=1.5, num_start_frames=2)
 
 
 def image(num_frames):
@@ -50,7 +50,7 @@ def keyframes(num_frames):
 def test_the_posterior_by_brute_force():
     """One generated frame seen at clock t of clips of 1 or 2 frames: two hypotheses, by hand."""
     law = GaussianClips(lengths={1: 0.3, 2: 0.7}, correlation=0.6, slope=2.0)
-    oracle = GaussianOracle(law, Linear())
+    oracle = GaussianOracle(law, LinearSchedule())
     t = 0.4
     velocity, rate = oracle.predict(
         torch.tensor([[0.7]], dtype=torch.float64),
@@ -64,7 +64,7 @@ def test_the_posterior_by_brute_force():
     assert velocity.item() == pytest.approx((t - (1 - t)) / variance * 0.7, rel=1e-9)
 
 
-def test_where_a_labelled_frame_lies_by_bayes():
+def test_where_a_labeled_frame_lies_by_bayes():
     """Two frames of a clip of three, the second at 1 or 2 with means 3 and 6: densities by torch.distributions."""
     law = GaussianClips(lengths={3: 1.0}, correlation=0.5, slope=3.0)
     times, seen = torch.tensor([0.5, 0.3]).double(), torch.tensor([0.2, 1.4]).double()
@@ -76,7 +76,7 @@ def test_where_a_labelled_frame_lies_by_bayes():
         mean = times * torch.tensor([0.0, 3.0 * place]).double()
         density.append(torch.distributions.MultivariateNormal(mean, covariance).log_prob(seen).exp().item())
     first_gap = density[1] / sum(density)
-    _, rate = GaussianOracle(law, Linear()).predict(
+    _, rate = GaussianOracle(law, LinearSchedule()).predict(
         seen[:, None], times, torch.tensor([START, START]), torch.tensor([0, 2]), torch.tensor([0.5])
     )
     assert rate.tolist() == pytest.approx([first_gap, 1 - first_gap], rel=1e-9)
@@ -84,7 +84,7 @@ def test_where_a_labelled_frame_lies_by_bayes():
 
 CASES = {
     "text to video": (TWO_OR_FIVE, {"num_start_frames": 1}),
-    "labelled": (LABELLED, {"num_start_frames": 2, "insertion_schedule": "cosine", "time_shift": 3.0}),
+    "labeled": (LABELED, {"num_start_frames": 2, "insertion_schedule": "cosine", "time_shift": 3.0}),
     "image to video": (
         GaussianClips(lengths={2: 0.3, 3: 0.3, 5: 0.4}, correlation=-0.5, slope=0.5, context=image, num_start_frames=0),
         {"num_start_frames": 0, "tasks": {"i2v": 1.0}, "insertion_schedule": "power"},
@@ -168,14 +168,16 @@ def assert_law(result, law, factor=3.0, slack=0.005):
 )
 def test_the_sampler_gives_the_joint_law_of_each_length(num_steps, clips, slack):
     config = SamplerConfig(num_inference_steps=num_steps, num_start_frames=1)
-    result = sample(GaussianOracle(TWO_OR_FIVE, Linear()), frame_shape=(1, 1, 1), batch_size=clips, config=config)
+    result = sample(
+        GaussianOracle(TWO_OR_FIVE, LinearSchedule()), frame_shape=(1, 1, 1), batch_size=clips, config=config
+    )
     assert_law(result, TWO_OR_FIVE, slack=slack)
 
 
-def test_labelled_frames_come_out_in_their_places_with_a_shifted_time_and_another_schedule():
+def test_labeled_frames_come_out_in_their_places_with_a_shifted_time_and_another_schedule():
     config = SamplerConfig(num_inference_steps=50, num_start_frames=2, insertion_schedule="cosine", time_shift=3.0)
-    result = sample(GaussianOracle(LABELLED, Cosine()), frame_shape=(1, 1, 1), batch_size=1000, config=config)
-    assert_law(result, LABELLED, slack=0.03)
+    result = sample(GaussianOracle(LABELED, CosineSchedule()), frame_shape=(1, 1, 1), batch_size=1000, config=config)
+    assert_law(result, LABELED, slack=0.03)
 
 
 CONTEXTS = {
@@ -187,7 +189,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_labelled_frames_are_inserted_in_the_right_gap_of_a_context(name):
+def test_labeled_frames_are_inserted_in_the_right_gap_of_a_context(name):
     """Given frames of true clips, all of a clip must have the law of clips, context and generated frames jointly."""
     context, starts, slope = CONTEXTS[name]
     law = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=slope, context=context, num_start_frames=starts)
@@ -200,7 +202,7 @@ def test_labelled_frames_are_inserted_in_the_right_gap_of_a_context(name):
         for row, g in zip(truth, given, strict=True)
     ]
     result = sample(
-        GaussianOracle(law, Linear()),
+        GaussianOracle(law, LinearSchedule()),
         frame_shape=(1, 1, 1),
         batch_size=clips,
         config=SamplerConfig(num_inference_steps=50),
@@ -220,13 +222,13 @@ def test_labelled_frames_are_inserted_in_the_right_gap_of_a_context(name):
 
 
 def test_elements_of_a_frame_are_independent_copies():
-    oracle = GaussianOracle(TWO_OR_FIVE, Linear())
+    oracle = GaussianOracle(TWO_OR_FIVE, LinearSchedule())
     generator = torch.Generator().manual_seed(0)
     x, times = torch.randn(3, 2, 1, 1, generator=generator), torch.tensor([0.6, 0.2, 0.4])
     cu_frames, clock, roles = torch.tensor([0, 3]), torch.tensor([0.6]), torch.tensor([START] * 3)
     both, _ = oracle.predict(x, times, roles, cu_frames, clock)
     # With the places known, elements do not help each other.
-    fixed = GaussianOracle(GaussianClips(lengths={3: 1.0}, correlation=0.8), Linear())
+    fixed = GaussianOracle(GaussianClips(lengths={3: 1.0}, correlation=0.8), LinearSchedule())
     whole, rate = fixed.predict(x, times, roles, cu_frames, torch.ones(1))
     one, _ = fixed.predict(x[:, 1:], times, roles, cu_frames, torch.ones(1))
     torch.testing.assert_close(whole[:, 1:], one)
@@ -236,7 +238,7 @@ def test_elements_of_a_frame_are_independent_copies():
 
 def test_frames_beyond_the_longest_clip_miss_nothing():
     law = GaussianClips(lengths={2: 1.0}, correlation=0.0)
-    velocity, rate = GaussianOracle(law, Linear()).predict(
+    velocity, rate = GaussianOracle(law, LinearSchedule()).predict(
         torch.zeros(3, 1), torch.full((3,), 0.5), torch.tensor([START] * 3), torch.tensor([0, 3]), torch.tensor([0.5])
     )
     assert torch.isfinite(velocity).all()
@@ -244,12 +246,12 @@ def test_frames_beyond_the_longest_clip_miss_nothing():
 
 
 def test_every_subset_is_a_hypothesis():
-    oracle = GaussianOracle(TWO_OR_FIVE, Linear())
+    oracle = GaussianOracle(TWO_OR_FIVE, LinearSchedule())
     known = oracle._enumerate((START, START))
     subsets = [(0, 1), *((0, i) for i in range(1, 5))]
     assert sorted(map(tuple, known.positions.tolist())) == sorted(subsets)
     with_context = GaussianOracle(
-        GaussianClips(lengths={5: 1.0}, correlation=0.0, context=keyframes, num_start_frames=0), Linear()
+        GaussianClips(lengths={5: 1.0}, correlation=0.0, context=keyframes, num_start_frames=0), LinearSchedule()
     )._enumerate((ACTIVE, START, ACTIVE, ACTIVE))
     expected = [(0, i, k, 4) for k, i in itertools.product((1, 2, 3), repeat=2) if i < k]
     assert sorted(map(tuple, with_context.positions.tolist())) == sorted(expected)

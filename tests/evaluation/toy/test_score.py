@@ -5,22 +5,22 @@ import pytest
 
 from flowception.evaluation.toy.score import (
     class_of_first_frame,
-    classify_colour,
+    classify_color,
     fit_reflected_line,
     label_components,
     score_clip,
     score_frame,
 )
-from flowception.evaluation.toy.summary import SetSummary, promises, summarise
-from flowception.evaluation.toy.world import BACKGROUND, CLASS_COLOURS, SIZE_PX, draw_clip, fold, render_disc
+from flowception.evaluation.toy.summary import SetSummary, promises, summarize
+from flowception.evaluation.toy.world import BACKGROUND, CLASS_COLORS, SIZE_PX, draw_clip, fold, render_disc
 
 EMPTY = np.broadcast_to(np.array(BACKGROUND, np.uint8), (SIZE_PX, SIZE_PX, 3))
-CENTRE = np.array([8.0, 8.0])
+CENTER = np.array([8.0, 8.0])
 
 
 def two_discs():
     return np.maximum(
-        render_disc(np.array([4.0, 4.0]), CLASS_COLOURS[0]), render_disc(np.array([12.0, 12.0]), CLASS_COLOURS[0])
+        render_disc(np.array([4.0, 4.0]), CLASS_COLORS[0]), render_disc(np.array([12.0, 12.0]), CLASS_COLORS[0])
     )
 
 
@@ -32,8 +32,8 @@ def test_components_by_hand():
 
 
 def test_real_clips_keep_every_law():
-    summary = summarise([score_clip(clip.video, clip.class_label) for clip in (draw_clip(2, k) for k in range(100))])
-    assert (summary.colour_right, summary.single_shape, summary.colour_constant, summary.position_right) == (1, 1, 1, 1)
+    summary = summarize([score_clip(clip.video, clip.class_label) for clip in (draw_clip(2, k) for k in range(100))])
+    assert (summary.color_right, summary.single_shape, summary.color_constant, summary.position_right) == (1, 1, 1, 1)
     assert summary.position_error_px < 0.03
 
 
@@ -50,21 +50,21 @@ def test_noise_keeps_none(kind):
             "white": lambda s: np.full(s, 255),
         }[kind](shape)
         scores.append(score_clip(np.asarray(video).astype(np.uint8), number % 4))
-    summary = summarise(scores)
-    assert max(summary.colour_right, summary.single_shape, summary.position_right, summary.colour_constant) < 0.05
+    summary = summarize(scores)
+    assert max(summary.color_right, summary.single_shape, summary.position_right, summary.color_constant) < 0.05
 
 
 def test_each_wrong_shape_is_seen():
     square = np.array(EMPTY)
-    square[4:11, 4:11] = CLASS_COLOURS[0]
+    square[4:11, 4:11] = CLASS_COLORS[0]
     bar = np.array(EMPTY)
-    bar[6:8, 1:15] = CLASS_COLOURS[0]
-    speck = render_disc(CENTRE, CLASS_COLOURS[0])
+    bar[6:8, 1:15] = CLASS_COLORS[0]
+    speck = render_disc(CENTER, CLASS_COLORS[0])
     speck[0, 0] = 255
-    hollow = render_disc(CENTRE, CLASS_COLOURS[0])
+    hollow = render_disc(CENTER, CLASS_COLORS[0])
     hollow[5:11, 5:11] = BACKGROUND
     right = {
-        "disc": render_disc(CENTRE, CLASS_COLOURS[0]),
+        "disc": render_disc(CENTER, CLASS_COLORS[0]),
         "speck": speck,
         "square": square,
     }
@@ -73,28 +73,28 @@ def test_each_wrong_shape_is_seen():
     assert {name: score_frame(image).single_shape for name, image in wrong.items()} == dict.fromkeys(wrong, False)
 
 
-def test_colours():
-    assert [classify_colour(np.array(c, float)) for c in CLASS_COLOURS] == [0, 1, 2, 3]
-    assert classify_colour(np.array([200.0, 200, 200])) is None
-    assert classify_colour(np.array([255.0, 60, 40])) == 0
+def test_colors():
+    assert [classify_color(np.array(c, float)) for c in CLASS_COLORS] == [0, 1, 2, 3]
+    assert classify_color(np.array([200.0, 200, 200])) is None
+    assert classify_color(np.array([255.0, 60, 40])) == 0
     clip = draw_clip(2, 0)
-    assert not score_clip(clip.video, (clip.class_label + 1) % 4).colour_right
-    assert score_clip(clip.video, None).colour_right
+    assert not score_clip(clip.video, (clip.class_label + 1) % 4).color_right
+    assert score_clip(clip.video, None).color_right
     assert class_of_first_frame(clip.video) == clip.class_label
 
 
-def test_a_change_of_colour_is_seen():
-    frames = [render_disc(CENTRE, CLASS_COLOURS[k // 4]) for k in range(8)]
+def test_a_change_of_color_is_seen():
+    frames = [render_disc(CENTER, CLASS_COLORS[k // 4]) for k in range(8)]
     score = score_clip(np.stack(frames), 0)
-    assert not score.colour_right
-    assert score.colour_constant == 0.5
+    assert not score.color_right
+    assert score.color_constant == 0.5
 
 
 def test_given_frames_earn_nothing():
-    video = np.stack([render_disc(CENTRE, CLASS_COLOURS[0]), *[EMPTY] * 2])
+    video = np.stack([render_disc(CENTER, CLASS_COLORS[0]), *[EMPTY] * 2])
     assert score_clip(video, 0).single_shape == pytest.approx(1 / 3)
     score = score_clip(video, 0, given_frames=1)
-    assert (score.single_shape, score.colour_right, score.colour_constant) == (0, False, 0)
+    assert (score.single_shape, score.color_right, score.color_constant) == (0, False, 0)
     assert score_clip(video[:1], 0, given_frames=1).single_shape == 0
 
 
@@ -116,12 +116,12 @@ def test_other_motions_break_the_position_law(law):
             "standing_still": np.broadcast_to(generator.uniform(3, 13, 2), (9, 2)),
             "through_the_wall": 3 + (generator.uniform(0, 10, 2) + 1.5 * np.arange(9)[:, None] * [[0.8, 0.6]]) % 10,
         }[law]
-        broken += not score_clip(np.stack([render_disc(p, CLASS_COLOURS[1]) for p in track]), 1).position_right
+        broken += not score_clip(np.stack([render_disc(p, CLASS_COLORS[1]) for p in track]), 1).position_right
     assert broken >= 18
 
 
-def summary_with(colour: float, shape: float) -> SetSummary:
-    return SetSummary(1, 8, colour, shape, 1, 1, 0, 0, 1.5, 8, 0, 0)
+def summary_with(color: float, shape: float) -> SetSummary:
+    return SetSummary(1, 8, color, shape, 1, 1, 0, 0, 1.5, 8, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from flowception.evaluation.lengths import length_histogram, sampling_total_variation, total_variation
 from flowception.evaluation.toy.world import (
     BACKGROUND,
-    CLASS_COLOURS,
+    CLASS_COLORS,
     CLASS_NAMES,
     LENGTH_LAW,
     RADIUS_PX,
@@ -42,9 +42,9 @@ def test_disc_has_its_area_and_place():
 
 
 def test_hues_are_ninety_degrees_apart_and_bright():
-    hues = [colorsys.rgb_to_hsv(*(c / 255 for c in colour))[0] * 360 for colour in CLASS_COLOURS]
+    hues = [colorsys.rgb_to_hsv(*(c / 255 for c in color))[0] * 360 for color in CLASS_COLORS]
     np.testing.assert_allclose(hues, [0, 90, 180, 270], atol=1)
-    assert {max(colour) for colour in CLASS_COLOURS} == {255}
+    assert {max(color) for color in CLASS_COLORS} == {255}
 
 
 def test_motion_has_constant_speed_and_stays_inside():
@@ -72,17 +72,17 @@ def test_draws_repeat_and_differ():
     assert not np.array_equal(draw_clip(4, 9).positions, draw_clip(4, 10).positions)
 
 
-def test_the_caption_names_colour_and_first_direction():
+def test_the_caption_names_color_and_first_direction():
     seen = set()
     for number in range(200):
         clip = draw_clip(2, number)
-        _, colour, _, _, across, _, along = clip.caption.split()
-        assert colour == CLASS_NAMES[clip.class_label]
+        _, color, _, _, across, _, along = clip.caption.split()
+        assert color == CLASS_NAMES[clip.class_label]
         first = clip.positions[1] - clip.positions[0]
         inside = (clip.positions[0] > RADIUS_PX + SPEED_PX) & (clip.positions[0] < SIZE_PX - RADIUS_PX - SPEED_PX)
         if inside[0]:
             assert (across == "left") == (first[0] < 0)
         if inside[1]:
             assert (along == "up") == (first[1] < 0)
-        seen.add((colour, across, along))
+        seen.add((color, across, along))
     assert len(seen) == 16

@@ -2,7 +2,7 @@
 
 A rank of ``train/main.py`` spends about ten seconds on imports and tenths of a second on a step of a toy model. Here a
 fork costs milliseconds. A fork copies one thread only, so the server starts none: it makes no process group and
-computes nothing with torch. What a job imports on its way is learnt from a first job, which runs in a fork too.
+computes nothing with torch. What a job imports on its way is learned from a first job, which runs in a fork too.
 
 Needs Linux.
 """

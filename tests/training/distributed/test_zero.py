@@ -5,7 +5,7 @@ from flowception.errors import ConfigError
 from flowception.training.distributed.zero import ZeroConfig, build_engine, deepspeed_config
 from flowception.training.optim import build_optimizer
 from tests.training.workers import small_engine
-from tests.training.workers.small_engine import EMA_DECAY, OPTIM, WIDTH, Small, initialise, micro_batch
+from tests.training.workers.small_engine import EMA_DECAY, OPTIM, WIDTH, Small, initialize, micro_batch
 
 pytestmark = pytest.mark.xdist_group("stages")
 
@@ -17,7 +17,7 @@ def plain():
     """The same training in plain PyTorch, one process: (losses, norms, model, EMA)."""
     torch.set_num_threads(1)
     model = Small()
-    initialise(model)
+    initialize(model)
     optimizer = build_optimizer(model, OPTIM, torch.device("cpu"))
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, norms = [], []
@@ -62,7 +62,7 @@ def test_ema_equals_plain_pytorch_and_the_swap_is_exact(stages, plain, stage):
 @pytest.mark.parametrize("stage", [*STAGES, *(f"{stage} bf16" for stage in STAGES)])
 def test_initial_weights_are_the_written_ones_also_the_zeros(stages, stage):
     model = Small()
-    initialise(model)
+    initialize(model)
     assert not model.last.weight.any()
     expected = model.last.bias.repeat(len(micro_batch(99, 0)[0]))
     bf16 = stage.endswith("bf16")

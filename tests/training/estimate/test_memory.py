@@ -5,7 +5,7 @@ import torch
 
 from flowception.nn import FlowceptionDiT
 from flowception.nn.dit import compiled_block
-from flowception.nn.fused_ops import compiled_leaves
+from flowception.nn.fused_ops import compiled_ops
 from flowception.nn.presets import COMPILE, DiTConfig
 from flowception.packing.layout import ClipShape, PackInput, build_layout
 from flowception.training.estimate.communication import traffic_per_step
@@ -22,7 +22,7 @@ WORLD_SIZE, MICRO_STEPS = 2, 2
 def partitioned(monkeypatch):
     """What torch.compile keeps for the backward pass, as inductor's, without compiling a kernel."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=TRACED))
-    caches = (compiled_leaves, compiled_block)
+    caches = (compiled_ops, compiled_block)
     for cache in caches:
         cache.cache_clear()
     torch._dynamo.reset()
@@ -41,7 +41,7 @@ def kept_bytes(num_layers, compiled, arithmetic, checkpointed=0):
     sizes = {"in_channels": 8, "hidden_size": WIDTH, "num_layers": num_layers, "num_heads": 3}
     config = DiTConfig(preset=None, compile=compiled, activation_checkpointing=checkpointed, **sizes)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
-    model = FlowceptionDiT(config).initialise(0).to(dtype)
+    model = FlowceptionDiT(config).initialize(0).to(dtype)
     layout = build_layout([ClipShape(8, 8, 8)] * 2)
     tokens, frames = layout.shape.token_budget, layout.shape.max_frames
     pack = PackInput(

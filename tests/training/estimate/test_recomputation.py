@@ -92,5 +92,8 @@ def test_the_smallest_gpu_decides(make_config, monkeypatch, console):
 
 @pytest.mark.parametrize("memory_gib", [0, -1, "inf"])
 def test_memory_out_of_range_is_refused(make_config, memory_gib):
-    with pytest.raises(ConfigError, match="memory_gib is"):
+    with pytest.raises(
+        ConfigError,
+        match=f"memory_gib must be a number > 0, or null for what the devices have, got {float(memory_gib)}",
+    ):
         make_config(f"memory_gib={memory_gib}")

@@ -33,7 +33,7 @@ def ring(world_size, gpus_per_node, pieces=1):
         for here, there in zip(order, [*order[1:], order[0]]):
             if here < gpus_per_node <= there:
                 assert here % gpus_per_node == number
-                # every rank passes on all parts but the one that its neighbour began with
+                # every rank passes on all parts but the one that its neighbor began with
                 leaving[number] += pieces * (world_size - 1) / world_size / gpus_per_node
     return leaving
 

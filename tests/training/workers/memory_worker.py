@@ -16,7 +16,7 @@ from deepspeed.utils.groups import _get_zero_param_intra_parallel_group
 from torch import Tensor
 
 from flowception.nn.build import build_backbone, count_parameters
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.nn.presets import DiTConfig
 from flowception.packing.layout import ClipShape, PackInput, build_layout
 from flowception.training.checkpointer import Saver
@@ -107,7 +107,7 @@ def measure(stage: int, precision: str, group: int | None = None, accumulation: 
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint = build_backbone(MODEL)
-    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    shards.initialize(blueprint, lambda model, gather: initialize(model, 0, gather))
     parts = {
         "optimizer": storages(t for moment in MOMENTS for t in shards.tensors(moment)),
         "ema": storages(shards.ema),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from flowception.nn.build import build_backbone
-from flowception.nn.init import initialise
+from flowception.nn.init import initialize
 from flowception.nn.layers import FeatureMLP, Linear
 from flowception.nn.presets import DiTConfig
 from flowception.packing.layout import ClipShape, PackInput, build_layout
@@ -69,14 +69,14 @@ def make_engine(config: DiTConfig, precision: str, stage: int = 3, accumulation_
     with torch.device("meta"):
         blueprint = nothing_zero(build_backbone(config))
     shards = ShardedState(engine)
-    shards.initialise(blueprint, lambda model, gather: initialise(model, 0, gather))
+    shards.initialize(blueprint, lambda model, gather: initialize(model, 0, gather))
     return engine, shards
 
 
 def make_plain(config: DiTConfig, precision: str) -> nn.Module:
     """The same network in plain PyTorch."""
     model = nothing_zero(build_backbone(config))
-    initialise(model, 0)
+    initialize(model, 0)
     return model.bfloat16() if precision == "bf16" else model
 
 

@@ -43,7 +43,7 @@ class Small(nn.Module):
         return self.last(torch.tanh(self.second(hidden)))
 
 
-def initialise(model, gather=None):
+def initialize(model, gather=None):
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if not parameters:
@@ -83,7 +83,7 @@ def make_engine(stage, precision="fp32", accumulation_steps=1, optim=OPTIM):
     shards = ShardedState(engine)
     with torch.device("meta"):
         blueprint = Small()
-    shards.initialise(blueprint, initialise)
+    shards.initialize(blueprint, initialize)
     return ranks, engine, shards
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep.encoder.filters import FilterRange
-from data_prep.encoder.manifest import read_manifest
+from data_prep.encoder.manifest import read_source
 from flowception.errors import ConfigError, DataError
 
 
@@ -15,22 +15,22 @@ def touch(path, text="x"):
 def test_taichi(tmp_path):
     for name in ("train/ab#000010#000050.mp4", "train/cd#1#000000#000128.mp4", "test/ef#000000#000009.mp4"):
         touch(tmp_path / name)
-    manifest = read_manifest(tmp_path, "taichi")
+    manifest = read_source(tmp_path, "taichi")
     assert [e.source for e in manifest.entries] == ["train/ab#000010#000050.mp4", "train/cd#1#000000#000128.mp4"]
     assert all(entry.path.is_file() for entry in manifest.entries)
-    assert [e.source for e in read_manifest(tmp_path, "taichi", "test").entries] == ["test/ef#000000#000009.mp4"]
+    assert [e.source for e in read_source(tmp_path, "taichi", "test").entries] == ["test/ef#000000#000009.mp4"]
     touch(
         tmp_path / "taichi-metadata-new.csv",
         "video_id,start,end,bbox,fps,width,height,partition\n"
         "ab,10,50,0-0-9-9,30,9,9,train\n1#cd,0,128,0-0-9-9,30,9,9,train\n"
         "gone,5,70,0-0-9-9,30,9,9,train\nef,0,9,0-0-9-9,30,9,9,test\n",
     )
-    manifest = read_manifest(tmp_path, "taichi")
+    manifest = read_source(tmp_path, "taichi")
     assert manifest.report.missing == ("train/gone#000005#000070.mp4",)
     assert (manifest.report.listed, manifest.report.kept) == (3, 2)
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="has neither .mp4 files nor folders of frames"):
-        read_manifest(tmp_path / "empty", "taichi")
+        read_source(tmp_path / "empty", "taichi")
 
 
 def test_taichi_as_folders_of_frames(tmp_path):
@@ -38,8 +38,8 @@ def test_taichi_as_folders_of_frames(tmp_path):
     for name in ("ab#000010#000050.mp4/0000000.png", "cd#000000#000128.png/0000000.png", "ef#000000#000009.mp4"):
         touch(tmp_path / "train" / name)
     with pytest.raises(DataError, match="ab#000010#000050.mp4 is a folder of frames, which has no frame rate of its"):
-        read_manifest(tmp_path, "taichi")
-    entries = read_manifest(tmp_path, "taichi", frame_folder_fps=24.0).entries
+        read_source(tmp_path, "taichi")
+    entries = read_source(tmp_path, "taichi", frame_folder_fps=24.0).entries
     assert [e.source for e in entries] == [
         "train/ab#000010#000050.mp4",
         "train/cd#000000#000128.png",
@@ -48,11 +48,11 @@ def test_taichi_as_folders_of_frames(tmp_path):
     assert [e.frame_folder_fps for e in entries] == [24.0] * 3
     header = "video_id,start,end,fps,partition\n"
     touch(tmp_path / "taichi-metadata.csv", f"{header}ab,10,50,29.97,train\ncd,0,128,,train\nef,0,9,25,train\n")
-    manifest = read_manifest(tmp_path, "taichi", frame_folder_fps=24.0, filters={"frames": FilterRange(min=20)})
+    manifest = read_source(tmp_path, "taichi", frame_folder_fps=24.0, filters={"frames": FilterRange(min=20)})
     assert [e.frame_folder_fps for e in manifest.entries] == [29.97, 24.0]
     assert manifest.report.missing == ()
     with pytest.raises(DataError, match="cd#000000#000128.png is a folder of frames"):
-        read_manifest(tmp_path, "taichi")
+        read_source(tmp_path, "taichi")
 
 
 def trajectory(video, times):
@@ -65,7 +65,7 @@ def test_realestate10k(tmp_path):
     touch(tmp_path / "train" / "0001.txt", trajectory("abc_-1", [2_000_000, 2_033_000, 2_066_000]))
     touch(tmp_path / "train" / "0002.txt", trajectory("abc_-1", [7_000_000]))
     touch(tmp_path / "train" / "0003.txt", trajectory("gone", [7_000_000]))
-    manifest = read_manifest(tmp_path, "realestate10k")
+    manifest = read_source(tmp_path, "realestate10k")
     first, second = manifest.entries
     assert (first.key, first.source, first.start_s) == ("train-0001", "videos/abc_-1.mkv", 2.0)
     assert first.end_s == pytest.approx(2.067)
@@ -73,10 +73,10 @@ def test_realestate10k(tmp_path):
     assert manifest.report.missing == ("train/0003.txt (video gone)",)
     touch(tmp_path / "train" / "0004.txt", trajectory("abc_-1", [5, 5]))
     with pytest.raises(DataError, match=r"0004.txt needs .* increasing times; it has 2 frames"):
-        read_manifest(tmp_path, "realestate10k")
+        read_source(tmp_path, "realestate10k")
     touch(tmp_path / "train" / "0004.txt", "https://youtu.be/abc\n12 0.5\n")
     with pytest.raises(DataError, match=r"0004.txt, line 2 has 2 words"):
-        read_manifest(tmp_path, "realestate10k")
+        read_source(tmp_path, "realestate10k")
 
 
 @pytest.mark.parametrize("folders", [True, False])
@@ -88,12 +88,12 @@ def test_kinetics600(tmp_path, folders):
     touch(tmp_path / ("annotations/train.csv" if folders else "train.csv"), annotations)
     touch(tmp_path / "train" / ("yoga" if folders else "") / "AAA_000005_000015.mp4")
     touch(tmp_path / "train" / ("abseiling" if folders else "") / "BBB_000100_000110.mp4")
-    manifest = read_manifest(tmp_path, "kinetics600")
+    manifest = read_source(tmp_path, "kinetics600")
     assert manifest.class_names == ("abseiling", "yoga", "zumba")
     assert [(e.class_label, e.path.is_file()) for e in manifest.entries] == [(1, True), (0, True)]
     assert manifest.report.missing == ("train/CCC_000000_000010.mp4",)
     with pytest.raises(DataError, match=r"val.csv is missing; expected .*with the labels"):
-        read_manifest(tmp_path, "kinetics600", "val")
+        read_source(tmp_path, "kinetics600", "val")
 
 
 def test_openvid(tmp_path):
@@ -105,33 +105,33 @@ def test_openvid(tmp_path):
     )
     touch(tmp_path / "video" / "a.mp4")
     touch(tmp_path / "video" / "part" / "b.mp4")
-    manifest = read_manifest(tmp_path, "openvid")
+    manifest = read_source(tmp_path, "openvid")
     assert [(e.source, e.caption) for e in manifest.entries] == [
         ("video/a.mp4", "a cat, asleep"),
         ("video/part/b.mp4", "a dog"),
     ]
     assert manifest.report.missing == ("c.mp4",)
     with pytest.raises(DataError, match=r"OpenVidHD.csv is missing"):
-        read_manifest(tmp_path, "openvid", "OpenVidHD")
+        read_source(tmp_path, "openvid", "OpenVidHD")
 
 
 @pytest.mark.parametrize("name", ["taichi", "realestate10k", "kinetics600", "openvid"])
 def test_an_empty_folder_is_refused_with_the_layout_that_is_expected(tmp_path, name):
     with pytest.raises(DataError, match=f"source_format {name}: .* is missing; expected"):
-        read_manifest(tmp_path, name)
+        read_source(tmp_path, name)
 
 
 def test_a_data_set_of_which_nothing_is_here_is_refused(tmp_path):
     touch(tmp_path / "OpenVid-1M.csv", "video,caption\na.mp4,x\n")
     with pytest.raises(DataError, match="all 1 that it lists are missing"):
-        read_manifest(tmp_path, "openvid")
+        read_source(tmp_path, "openvid")
 
 
 def test_the_format_must_fit_the_source(tmp_path):
     touch(tmp_path / "m.csv", "path\na.mp4\n")
     with pytest.raises(DataError, match="is a folder, and source_format is csv"):
-        read_manifest(tmp_path, "csv")
+        read_source(tmp_path, "csv")
     with pytest.raises(ConfigError, match="has no splits"):
-        read_manifest(tmp_path / "m.csv", split="test")
-    with pytest.raises(ConfigError, match="give one of auto, folder"):
-        read_manifest(tmp_path, "webvid")
+        read_source(tmp_path / "m.csv", split="test")
+    with pytest.raises(ConfigError, match="source_format must be one of auto, folder, .*, got 'webvid'"):
+        read_source(tmp_path, "webvid")

@@ -1,0 +1,142 @@
+"""Range checks of configuration values: each rule reads like a sentence, and every message has one form.
+
+    check_ranges("optim", self, {"lr": number(above=0), "warmup_steps": integer(at_least=0)})
+
+raises ``optim.lr must be a number > 0, got -1``. NaN, infinity and booleans are not numbers here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from flowception.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be."""
+
+    words: str
+    """As in "lr must be ..."."""
+    holds: Callable[[Any], bool]
+    """The same as a test."""
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse a value that breaks the rule.
+
+        Args:
+            name: What a person calls the value: its dotted key, or an option such as ``--bandwidth``.
+            value: The value.
+
+        Raises:
+            ConfigError: If the rule does not hold.
+        """
+        if not self.holds(value):
+            raise ConfigError(f"{name} must be {self.words}, got {shown(value)}")
+
+    def or_null(self, meaning: str) -> Rule:
+        """The rule of a value that may also be null, which stands for ``meaning``."""
+        return Rule(f"{self.words}, or null for {meaning}", lambda value: value is None or self.holds(value))
+
+
+def check_ranges(section: str, config: object, rules: Mapping[str, Rule]) -> None:
+    """Refuse the first field of a configuration that breaks its rule.
+
+    Args:
+        section: Dotted key of the configuration, such as ``optim``; empty if its keys are top-level.
+        config: The dataclass, or any object with these attributes.
+        rules: By field, checked in this order.
+
+    Raises:
+        ConfigError: Naming the key, what it must be, and the value.
+    """
+    prefix = f"{section}." if section else ""
+    for name, rule in rules.items():
+        rule.check(prefix + name, getattr(config, name))
+
+
+def shown(value: object) -> str:
+    """A value as YAML writes it, texts in quotes."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def number(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    note: str = "",
+) -> Rule:
+    """The rule of a finite number; give at most one bound for each side.
+
+    Args:
+        above: It must be greater than this.
+        at_least: It must not be less than this.
+        below: It must be less than this.
+        at_most: It must not be greater than this.
+        note: What the message says of it in parentheses, such as a unit.
+    """
+    low, opening = (at_least, "[") if above is None else (above, "(")
+    high, closing = (at_most, "]") if below is None else (below, ")")
+    words = "a number"
+    if low is not None and high is not None:
+        words += f" in {opening}{low}, {high}{closing}"
+    elif low is not None:
+        words += f" {'>' if above is not None else '>='} {low}"
+    elif high is not None:
+        words += f" {'<' if below is not None else '<='} {high}"
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return False
+        x = float(value)
+        above_low = low is None or (x > low if above is not None else x >= low)
+        below_high = high is None or (x < high if below is not None else x <= high)
+        return math.isfinite(x) and above_low and below_high
+
+    return Rule(words + _in_parentheses(note), holds)
+
+
+def integer(*, at_least: int, at_most: int | None = None, note: str = "") -> Rule:
+    """The rule of an integer.
+
+    Args:
+        at_least: The smallest.
+        at_most: The greatest; None is no bound.
+        note: What the message says of it in parentheses, such as a unit.
+    """
+    words = f"an integer >= {at_least}" if at_most is None else f"an integer from {at_least} to {at_most}"
+
+    def holds(value: Any) -> bool:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return whole and value >= at_least and (at_most is None or value <= at_most)
+
+    return Rule(words + _in_parentheses(note), holds)
+
+
+def one_of(choices: Sequence[str] | Mapping[str, object]) -> Rule:
+    """The rule of a word that must be one of these, or a key of this mapping."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in tuple(choices))
+
+
+def list_of(rule: Rule, *, length: int | None = None) -> Rule:
+    """The rule of a list whose entries all obey ``rule``; it has ``length`` entries, or one or more if that is None."""
+
+    def holds(values: Any) -> bool:
+        right_length = len(values) > 0 if length is None else len(values) == length
+        return right_length and all(rule.holds(value) for value in values)
+
+    return Rule(f"a list of {'1 or more' if length is None else length}, each {rule.words}", holds)
+
+
+def _in_parentheses(note: str) -> str:
+    return f" ({note})" if note else ""
