@@ -11,7 +11,7 @@ from flowception.codecs.video_file import read_video
 from flowception.shards.reader import ShardReader
 from tests.fork_server import run_python
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
