@@ -55,12 +55,12 @@ def check_clip(reader: ShardReader | MdsReader, row: int) -> str | None:
         "text tokens": ((about.get("text_shape") or [0])[0], tokens),
         "class_label": (label, int(clip["class_label"])),
     }
-    for name, (said, found) in facts.items():
-        if said != found:
-            return f"clip {reader.index.key(row)}: its metadata has {name} {said}, the index and the data {found}"
+    for name, (listed, found) in facts.items():
+        if listed != found:
+            return f"clip {reader.index.key(row)}: {name} is {listed} in its metadata but {found} in the index and data"
     for name, values in (("latents", latents), ("text", text)):
         if values is not None and not bool(torch.isfinite(values).all()):
-            return f"clip {reader.index.key(row)}: {name} hold a number that is not finite"
+            return f"clip {reader.index.key(row)}: {name} must be finite, got NaN or infinity"
     return None
 
 
@@ -135,20 +135,20 @@ def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
     else:
         null_text = reader.null_text
         lines.append(
-            f"text: width {meta.text_width}, {_spread(clips['text_tokens'])} tokens a clip, "
+            f"text: width {meta.text_width}, {_spread(clips['text_tokens'])} tokens per clip, "
             f"null text of {0 if null_text is None else len(null_text)}"
         )
     labels = Counter(clips["class_label"].tolist())
     unlabeled = labels.pop(NO_CLASS, 0)
-    lines.append(f"classes: {len(labels)}; {unlabeled} clips without one")
-    lines.append("latent grid (rows x columns), tokens a frame, clips:")
+    lines.append(f"classes: {len(labels)}; {unlabeled} clips without a class")
+    lines.append("latent grid (rows x columns), tokens per frame, clips:")
     lines += [f"  {g['height']} x {g['width']}  {g['tokens']}  {g['clips']}" for g in meta.tokens_per_frame]
     lines.append("latent frames, clips:")
     lengths = sorted(Counter(clips["frames"].tolist()).items())
     most = max(count for _, count in lengths)
     lines += [f"  {frames:>4} {count:>8} {'#' * max(1, round(40 * count / most))}" for frames, count in lengths]
     budget, least = suggested_token_budget(reader, clips_per_pack)
-    lines.append(f"token_budget: {budget} for about {clips_per_pack} clips a pack; at least {least} for the longest")
+    lines.append(f"token_budget: {budget} for about {clips_per_pack} clips per pack; the longest clip needs {least}")
     return "\n".join(lines)
 
 
@@ -157,8 +157,8 @@ def _codec_state(reader: ShardReader | MdsReader) -> str:
     try:
         codec_of(reader.meta)
     except FlowceptionError as error:
-        return f"not rebuilt here ({error})"
-    return "the same when rebuilt here"
+        return f"cannot be rebuilt here ({error})"
+    return "rebuilt here with the same fingerprint"
 
 
 def _spread(values: NDArray[np.uint32]) -> str:
@@ -167,18 +167,30 @@ def _spread(values: NDArray[np.uint32]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and check."""
-    parser = argparse.ArgumentParser(description="Verify every clip of a shard set and say what it holds.")
+    parser = argparse.ArgumentParser(description="Verify every clip of a shard set and summarize the set.")
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: none)")
     parser.add_argument(
-        "--clips-per-pack", type=int, default=16, metavar="K", help="for the token budget (default: 16)"
+        "--num-workers", type=int, default=0, metavar="N", help="reader processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+        "--clips-per-pack",
+        type=int,
+        default=16,
+        metavar="K",
+        help="mean clips per pack for the suggested token budget (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        default=CacheConfig.cache_dir,
+        metavar="DIR",
+        help="cache for remote shards (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     if arguments.num_workers < 0 or arguments.clips_per_pack < 1:
-        parser.error("--num-workers must be at least 0 and --clips-per-pack at least 1")
+        parser.error(
+            f"--num-workers must be >= 0 and --clips-per-pack >= 1, got {arguments.num_workers} and "
+            f"{arguments.clips_per_pack}"
+        )
     cache = CacheConfig(cache_dir=arguments.cache_dir)
     try:
         reader = open_set(arguments.set, cache)

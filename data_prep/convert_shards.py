@@ -33,7 +33,7 @@ def convert(source: Path, out: Path, shard_bytes: int) -> int:
         DataError: If ``out`` exists, or ``source`` is no complete set.
     """
     if out.exists():
-        raise DataError(f"{out} exists; choose another folder or delete it")
+        raise DataError(f"{out} already exists; choose another folder or delete it")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
@@ -44,10 +44,12 @@ def convert(source: Path, out: Path, shard_bytes: int) -> int:
 
 def main() -> int:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(description="Write a set of webdataset tars as an MDS set.")
+    parser = argparse.ArgumentParser(description="Convert a set of webdataset tars to an MDS set.")
     parser.add_argument("--source", type=Path, required=True, metavar="SET", help="folder of a set of tars")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-    parser.add_argument("--shard-bytes", type=int, default=2**26, metavar="N", help="of a shard at most (64 MiB)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=2**26, metavar="N", help="largest shard size (default: 64 MiB)"
+    )
     arguments = parser.parse_args()
     try:
         clips = convert(arguments.source, arguments.out, arguments.shard_bytes)

@@ -29,12 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="Encode videos into shards of latents.")
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
+        "--config",
+        nargs="+",
+        required=True,
+        metavar="C",
+        help="YAML files (later ones override), then key=value overrides",
     )
-    parser.add_argument("--status", action="store_true", help="say how far the set is; encode nothing")
+    parser.add_argument("--status", action="store_true", help="print progress and exit")
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
-        parser.error(f"unknown words: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     # Here and not at the top: processes that decode import this file again and need none of it.
     from data_prep.encoder.config import EncodeConfig
     from data_prep.encoder.encoder import ShardEncoder
@@ -54,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlowceptionError as error:
         print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{summary.clips} clips of {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
+    print(f"{summary.clips} clips from {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
     for line in summary.dropped.lines():
         print(line)
     if summary.open_shards:
-        print(f"{summary.open_shards} shards are left to other parts; the last part to end finishes the set")
+        print(f"{summary.open_shards} shards remain for other parts; the last part to end finishes the set")
     elif summary.unreadable:
-        print(f"the reasons are in {Path(config.out) / UNREADABLE_NAME}")
+        print(f"reasons are in {Path(config.out) / UNREADABLE_NAME}")
     return 0
 
 

@@ -55,15 +55,15 @@ def make_toy(out: Path, clips: int, seed: int) -> Path:
 
 def main() -> int:
     """Read the command line and make the set."""
-    parser = argparse.ArgumentParser(description="Make H.264 clips of a toy world with exactly checkable laws.")
+    parser = argparse.ArgumentParser(description="Make H.264 clips of a toy world whose rules can be checked exactly.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
-    parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many, at least 1")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the whole set (default: 0)")
+    parser.add_argument("--clips", type=int, required=True, metavar="N", help="number of clips, at least 1")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the set (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.clips < 1:
-        parser.error(f"--clips is {arguments.clips}; give at least 1")
+        parser.error(f"--clips must be an integer >= 1, got {arguments.clips}")
     if not 0 <= arguments.seed <= MAX_SEED:
-        parser.error(f"--seed is {arguments.seed}; give a whole number from 0 to {MAX_SEED}")
+        parser.error(f"--seed must be an integer from 0 to {MAX_SEED}, got {arguments.seed}")
     try:
         manifest = make_toy(arguments.out, arguments.clips, arguments.seed)
     except (FlowceptionError, OSError) as error:

@@ -62,13 +62,15 @@ def main() -> int:
     """Read the command line and make the encoder."""
     parser = argparse.ArgumentParser(description="Make a tiny random T5 encoder for the toy world's captions.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--width", type=int, default=DEFAULT_WIDTH, metavar="D", help="width of the embeddings")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: 0)")
+    parser.add_argument(
+        "--width", type=int, default=DEFAULT_WIDTH, metavar="D", help="embedding width (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the weights (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.width < 16 or arguments.width % 16:
-        parser.error(f"--width is {arguments.width}; give a multiple of 16")
+        parser.error(f"--width must be a multiple of 16, got {arguments.width}")
     if not 0 <= arguments.seed <= MAX_SEED:
-        parser.error(f"--seed is {arguments.seed}; give a whole number from 0 to {MAX_SEED}")
+        parser.error(f"--seed must be an integer from 0 to {MAX_SEED}, got {arguments.seed}")
     try:
         folder = make_text_encoder(arguments.out, arguments.width, arguments.seed)
     except (FlowceptionError, OSError) as error:

@@ -79,16 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and show."""
     parser = argparse.ArgumentParser(description="Decode some clips of a shard set to a contact sheet.")
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
-    parser.add_argument("--num", type=int, required=True, metavar="N", help="clips to show, at least 1")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write")
-    parser.add_argument("--seed", type=int, metavar="S", help="draw the clips (default: spread evenly over the set)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where the codec computes (default: cpu)")
+    parser.add_argument("--num", type=int, required=True, metavar="N", help="number of clips, at least 1")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write")
     parser.add_argument(
-        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+        "--seed", type=int, metavar="S", help="draw the clips at random (default: spread evenly over the set)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="device of the codec (default: %(default)s)")
+    parser.add_argument(
+        "--cache-dir",
+        default=CacheConfig.cache_dir,
+        metavar="DIR",
+        help="cache for remote shards (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     if arguments.num < 1 or (arguments.seed is not None and arguments.seed < 0):
-        parser.error("--num must be at least 1 and --seed at least 0")
+        parser.error(f"--num must be >= 1 and --seed >= 0, got {arguments.num} and {arguments.seed}")
     try:
         cache = CacheConfig(cache_dir=arguments.cache_dir)
         labels = show(arguments.set, arguments.num, arguments.out, arguments.seed, arguments.device, cache)

@@ -109,20 +109,20 @@ def cut_video(path: Path, settings: CutSettings) -> CutVideo:
             start_s = settings.start_s + frame.time_s
         piece.append(_fit(frame.image, settings))
         if piece[-1].shape != piece[0].shape:
-            raise DataError(f"{path} changes its size from {piece[0].shape[:2]} to {piece[-1].shape[:2]} in mid-video")
+            raise DataError(f"{path} changes its frame size from {piece[0].shape[:2]} to {piece[-1].shape[:2]}")
         count += 1
         held_bytes += piece[-1].nbytes
         if held_bytes > settings.max_video_bytes:
             raise DataError(
-                f"{path} takes more than {settings.max_video_bytes / 2**30:g} GiB decoded (max_video_gib), at "
-                f"{start_s:.0f} s; list it in parts (columns start_s and end_s), or raise max_video_gib"
+                f"{path} needs more than max_video_gib={settings.max_video_bytes / 2**30:g} GiB when decoded, reached "
+                f"at {start_s:.0f} s; split it with columns start_s and end_s, or raise max_video_gib"
             )
         if len(piece) == settings.max_frames:
             close()
     if piece:
         close()
     if not clips:
-        raise DataError(f"{path} has {count} frames at the clips' rate, fewer than min_frames = {settings.min_frames}")
+        raise DataError(f"{path} has {count} frames at the clip fps, fewer than min_frames={settings.min_frames}")
     moving = _moving(path, clips, settings.min_motion)
     dropped["min_motion"] = len(clips) - len(moving)
     return CutVideo(moving, +dropped)
@@ -134,7 +134,7 @@ def _moving(path: Path, clips: list[CutClip], min_motion: float | None) -> list[
         return clips
     found = [motion(clip.frames) for clip in clips]
     if max(found) < min_motion:
-        raise DataError(f"{path} moves by {max(found):.3g} at most, less than min_motion = {min_motion:g}")
+        raise DataError(f"{path} has motion {max(found):.3g} at most, less than min_motion={min_motion:g}")
     return [clip for clip, moved in zip(clips, found) if moved >= min_motion]
 
 
@@ -181,7 +181,9 @@ def _fit(image: Frame, settings: CutSettings) -> Frame:
     height = settings.height or image.shape[0] // multiple * multiple
     width = settings.width or image.shape[1] // multiple * multiple
     if height == 0 or width == 0:
-        raise DataError(f"frames of {image.shape[0]} x {image.shape[1]} px are smaller than the codec's {multiple} px")
+        raise DataError(
+            f"frames of {image.shape[0]} x {image.shape[1]} px are smaller than the codec's stride of {multiple} px"
+        )
     if settings.height or settings.width:
         return cover_and_crop(image, height, width)
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2

@@ -24,8 +24,8 @@ Decoded = CutVideo | str
 """A video's clips, or the reason why there are none."""
 _AHEAD = 2
 """Videos decoded or waiting for each worker; bounds the memory."""
-CRASHED = "the decoder crashed on it"
-HUNG = "the decoder was stopped, it took longer than decode_timeout_s"
+CRASHED = "the decoder crashed"
+HUNG = "the decoder took longer than decode_timeout_s and was killed"
 
 
 class _HungDecoderError(Exception):

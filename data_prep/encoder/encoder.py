@@ -139,7 +139,7 @@ class ShardEncoder:
             ConfigError: If another job is encoding this part.
             DataError: If no video of the whole set could be read.
         """
-        advice = f"it encodes part {self.config.part} too: wait for it, stop it, or give another out"
+        advice = f"it is encoding part {self.config.part} too: wait for it, stop it, or choose another out"
         with FileLock(self.folder / f".part-{self.config.part}.lock", ConfigError, advice):
             self._encode_shards()
             with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may end at the same time
@@ -149,7 +149,7 @@ class ShardEncoder:
         mine = [k for k in range(self.num_shards) if k % self.config.num_parts == self.config.part]
         todo = [k for k in mine if not self.writer.is_finished(k)]
         if len(todo) < len(mine):
-            print(f"{len(mine) - len(todo)} of {len(mine)} shards are finished already", flush=True)
+            print(f"{len(mine) - len(todo)} of {len(mine)} shards are already finished", flush=True)
         videos = [
             (
                 entry.path,
@@ -246,8 +246,8 @@ class ShardEncoder:
             return found
         frames = len(found.clips[0].frames)
         return (
-            f"{entry.path} has {frames} frames, of which the {self.codec.name} codec can use "
-            f"{self.codec.usable_frames(frames)}; min_frames is {self.config.min_frames}"
+            f"{entry.path} has {frames} frames, the {self.codec.name} codec can use "
+            f"{self.codec.usable_frames(frames)} of them, and min_frames is {self.config.min_frames}"
         )
 
     def _encode_captions(self, captions: list[str]) -> list[torch.Tensor | None]:
@@ -284,8 +284,8 @@ class ShardEncoder:
                 write_atomically(self.folder / DROPPED_NAME, dropped.to_json())
             if clips == 0:
                 raise DataError(
-                    f"none of the {unreadable} videos of {self.config.source} could be read; "
-                    f"the reasons are in {self.folder / UNREADABLE_NAME}"
+                    f"none of the {unreadable} videos in {self.config.source} could be read; "
+                    f"see the reasons in {self.folder / UNREADABLE_NAME}"
                 )
             self.writer.finish()
             for shard in finished:
@@ -301,14 +301,18 @@ def _check_settings(path: Path, config: EncodeConfig, manifest: VideoManifest) -
     if not path.exists():
         write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    begun, now = _flat(json.loads(path.read_text())), _flat(settings)
-    videos = begun.pop("videos"), now.pop("videos")
-    same_list = begun.pop("manifest_sha256") == now.pop("manifest_sha256")
-    changes = [f"{name} was {begun.get(name)}, is {value}" for name, value in now.items() if begun.get(name) != value]
+    first, now = _flat(json.loads(path.read_text())), _flat(settings)
+    videos = first.pop("videos"), now.pop("videos")
+    same_list = first.pop("manifest_sha256") == now.pop("manifest_sha256")
+    changes = [
+        f"{name} was {first.get(name)}, is now {value}" for name, value in now.items() if first.get(name) != value
+    ]
     if not same_list:
-        changes.append(f"the list of videos changed: {videos[0]} video{'s' * (videos[0] != 1)} then, {videos[1]} now")
+        changes.append(f"the list of videos changed: it had {videos[0]} video{'s' * (videos[0] != 1)}, now {videos[1]}")
     if changes:
-        raise ConfigError(f"{path.parent} was begun with other settings: {', '.join(changes)}; encode into another out")
+        raise ConfigError(
+            f"{path.parent} was started with different settings: {', '.join(changes)}; choose another out"
+        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

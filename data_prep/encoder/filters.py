@@ -101,8 +101,8 @@ def _column(
     if column not in _HEADER_COLUMNS:
         numeric = sorted({name for row in rows[:100] for name, value in row.items() if not math.isnan(_number(value))})
         raise ConfigError(
-            f"filters name the column {column!r}, which no video has; columns with numbers are "
-            f"{', '.join(numeric) or 'none'}, and of the files {', '.join(_HEADER_COLUMNS)}"
+            f"filters: no video has column {column!r}; the manifest's numeric columns are "
+            f"{', '.join(numeric) or 'none'}, and file headers have {', '.join(_HEADER_COLUMNS)}"
         )
     found = headers.read([videos[k] for k in kept])
     return {k: math.nan if h is None else float(getattr(h, column)) for k, h in zip(kept, found, strict=True)}

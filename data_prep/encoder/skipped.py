@@ -28,7 +28,7 @@ class DroppedPieces:
 
     def lines(self) -> list[str]:
         """For people; nothing if there is nothing to say."""
-        return [f"{count} pieces of these videos were dropped by {name}" for name, count in sorted(self.pieces.items())]
+        return [f"{name} dropped {count} pieces of these videos" for name, count in sorted(self.pieces.items())]
 
     def to_json(self) -> str:
         """For machines."""

@@ -58,13 +58,13 @@ class EncodeStatus:
         ]
         if self.failed:
             named = ", ".join(map(str, self.failed[:_SHOWN_FAILED]))
-            lines.append(f"failed: shards {named}; run the same command again, it does what is left")
+            lines.append(f"failed: shards {named}; run the same command again to encode them")
         if self.finished:
             lines.append("the set is finished")
         elif self.done == self.shards:
-            lines.append("every shard is done and the set is not closed; run the same command again")
+            lines.append("all shards are done but the set is not finished; run the same command again")
         elif self.clips_per_s is None or self.seconds_left is None:
-            lines.append("speed: not known before two shards are done")
+            lines.append("speed: unknown until two shards are done")
         else:
             idle = "" if self.running else "; nothing is running"
             lines.append(f"speed: {self.clips_per_s:.1f} clips/s, {_duration(self.seconds_left)} left{idle}")
@@ -81,7 +81,7 @@ def read_status(folder: Path) -> EncodeStatus:
         settings = json.loads((folder / SETTINGS_NAME).read_text())
         shards = -(-int(settings["videos"]) // int(settings["videos_per_shard"]))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} has no encoding job ({error}); start one, or give its out") from error
+        raise DataError(f"no encoding job found in {folder} ({error}); start one, or set out to its folder") from error
     finished_at, clips_in = dict[int, float](), dict[int, int]()
     running, failed = list[int](), list[int]()
     for shard in range(shards):

@@ -57,7 +57,7 @@ class HeaderReader:
             ):
                 kept = _load(path)
                 if changed := _bring_up_to_date(kept, new):
-                    print(f"read the headers of {changed} videos", flush=True)
+                    print(f"read {changed} video headers", flush=True)
                     write_atomically(path, _dump(kept))
             self._read |= ((video, kept[video][1]) for video in new)
         return [None if (found := self._read[video]) is None else VideoHeader(*found) for video in videos]

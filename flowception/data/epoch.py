@@ -188,7 +188,7 @@ class EpochSteps:
             return self._remainder().step(number - self.num_segments * self._steps_per_segment)
         found = self._segment(segment).step(inside)
         if found is None:
-            raise PlanError(f"segment {segment} of an epoch ends before its step {inside}: the plan is at fault")
+            raise PlanError(f"segment {segment} of an epoch ends before its step {inside}; this is a bug in the plan")
         if inside == self._steps_per_segment - 1:
             self.plan_segment(segment)
         return found

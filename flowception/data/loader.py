@@ -109,7 +109,7 @@ class PackLoader:
         """
         check_world_size(plan.sizes.packs_per_step, world_size)
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank is {rank}; with {world_size} ranks it is from 0 to {world_size - 1}")
+            raise ConfigError(f"rank must be an integer from 0 to {world_size - 1}, got {rank}")
         self._plan, self._reader = plan, reader
         self._rank, self._world_size = rank, world_size
         self._first = cursor or Cursor()
@@ -154,7 +154,7 @@ class PackLoader:
         try:
             step_plan, _ = self._planned[0]
         except IndexError:
-            return "the plan of the next step"
+            return "the plan for the next step"
         share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
         rows = [int(row) for pack in share if pack is not None for row in pack.rows]
         where = ", ".join(self._reader.describe(row) for row in rows[:_CLIPS_NAMED])

@@ -98,7 +98,7 @@ def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, re
     latents, text = reader.read_clip(row, frames.numpy())
     x_1 = latents.float()
     if not (torch.isfinite(x_1).all() and (text is None or torch.isfinite(text).all())):
-        raise DataError(f"clip {plan.index.key(row)} holds numbers that are not finite; encode it again")
+        raise DataError(f"clip {plan.index.key(row)} contains NaN or infinity; encode it again")
     in_flow = draws.flow_mask[slot, frames]
     x_0, identity = torch.zeros_like(x_1), int(plan.index.clips["clip_id"][row])
     for position in torch.nonzero(in_flow).flatten().tolist():
@@ -193,7 +193,10 @@ def build_pack(
     check_widths(plan.spec, reader)
     uses_text = plan.spec.text_dim is not None
     if uses_text and (reader.null_text is None or len(reader.null_text) != plan.null_text_tokens):
-        raise ConfigError(f"the plan counts {plan.null_text_tokens} tokens of null text, the set has another number")
+        raise ConfigError(
+            f"the plan's null_text_tokens must be the length of the set's null text, got {plan.null_text_tokens} and "
+            f"{None if reader.null_text is None else len(reader.null_text)}"
+        )
     draws, rows = plan.clip_draws(pack_plan), pack_plan.rows.tolist()
     shapes = _clip_shapes(plan, pack_plan.rows, draws)
     pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.spec.text_dim)
@@ -248,16 +251,16 @@ def check_widths(spec: ModelSpec, reader: ClipReader) -> None:
     """
     if reader.latent_channels != spec.in_channels:
         raise ConfigError(
-            f"the set has {reader.latent_channels} latent channels and the model in_channels={spec.in_channels}; "
+            f"the set has {reader.latent_channels} latent channels, but model.in_channels is {spec.in_channels}; "
             f"set model.in_channels={reader.latent_channels}"
         )
     if spec.text_dim is not None and reader.text_width is None:
         raise ConfigError(
-            f"the set has no text and the model text_dim={spec.text_dim}; encode with captions (text.model), or set "
+            f"the set has no text, but model.text_dim is {spec.text_dim}; encode with captions (text.model), or set "
             "model.text_dim=0"
         )
     if spec.text_dim is not None and reader.text_width != spec.text_dim:
         raise ConfigError(
-            f"the set has text of width {reader.text_width} and the model text_dim={spec.text_dim}; "
+            f"the set has text of width {reader.text_width}, but model.text_dim is {spec.text_dim}; "
             f"set model.text_dim={reader.text_width}"
         )

@@ -50,6 +50,6 @@ def check_clips_fit(index: ClipIndex, text_tokens: NDArray[np.int64], token_budg
         tokens, text = int(index.tokens_per_frame[worst]), int(text_tokens[worst])
         raise PlanError(
             f"clip {index.key(worst)} has {full[worst]} tokens ({index.clips['frames'][worst]} frames of {tokens}, "
-            f"{text} of text) and token_budget is {token_budget}; set token_budget={full[worst]} or more, or encode "
+            f"{text} of text), but token_budget is {token_budget}; set token_budget={full[worst]} or more, or encode "
             f"clips of at most {max(0, token_budget - text) // tokens} latent frames"
         )

@@ -97,13 +97,16 @@ class Plan:
     def _check(self) -> None:
         if not len(self.rows):
             raise DataError(
-                f"there is no clip to train on: the set has {len(self.index)}, this part {len(self._all_rows)}, "
-                f"{len(self.quarantine)} are quarantined; encode more clips or lower data.heldout_fraction"
+                f"no clips to train on: {len(self.index)} in the set, {len(self._all_rows)} in this split, "
+                f"{len(self.quarantine)} quarantined; encode more clips or lower data.heldout_fraction"
             )
         check_clips_fit(self.index, self._draws.most_text_tokens, self.sizes.token_budget)
         classes, label = self.spec.num_classes, int(self.index.clips["class_label"].max())
         if classes and label >= classes:
-            raise PlanError(f"the set has class label {label}; set the model's num_classes={label + 1} or more")
+            raise PlanError(
+                f"the set has class label {label}, but model.num_classes is {classes}; set "
+                f"model.num_classes={label + 1} or more"
+            )
 
     @cached_property
     def pack_shape(self) -> PackShape:
@@ -219,12 +222,12 @@ class Plan:
             PlanError: If the epoch has no such step.
         """
         if min(cursor.epoch, cursor.step) < 0:
-            raise PlanError(f"there is no step {cursor.step} of epoch {cursor.epoch}; both are counted from 0")
+            raise PlanError(f"epoch and step must be >= 0, got epoch {cursor.epoch} and step {cursor.step}")
         with self._lock:
             order, steps = self._epoch(cursor.epoch)
             found = steps.step(cursor.step)
         if found is None:
-            raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
+            raise PlanError(f"step of epoch {cursor.epoch} must be less than {steps.count()}, got {cursor.step}")
         costs = found.costs
         tokens, edges = int(costs.tokens.sum()), np.cumsum([0, *map(len, found.packs)])
         divisors = denominators(costs.velocity, costs.insertion)

@@ -27,7 +27,7 @@ def read(source: Path, split: str | None) -> SourceRows:
     split = split or "train"
     annotation = source / "annotations" / f"{split}.csv"
     if not annotation.is_file():
-        annotation = require_path(source / f"{split}.csv", FORMAT, f"{annotation} or a file there with the labels")
+        annotation = require_path(source / f"{split}.csv", FORMAT, f"{annotation}, or a table here with the labels")
     folder = require_path(source / split, FORMAT, "a folder of clips ID_START_END.mp4, six digits each")
     found = files_below(folder)
     listed = list(read_csv(annotation, ["label", "youtube_id", "time_start", "time_end"]))
@@ -50,4 +50,4 @@ def _name_of(row: dict[str, Any], where: str) -> str:
         start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
         return f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
     except (KeyError, ValueError) as error:
-        raise DataError(f"{where} needs youtube_id, time_start and time_end in seconds; it is {row}") from error
+        raise DataError(f"{where} must have youtube_id, and time_start and time_end in seconds, got {row}") from error

@@ -27,14 +27,14 @@ def read(source: Path, split: str | None) -> SourceRows:
     name = f"{split or 'OpenVid-1M'}.csv"
     table = source / "data" / "train" / name
     if not table.is_file():
-        table = require_path(source / name, FORMAT, f"{table} or a table there with columns video and caption")
+        table = require_path(source / name, FORMAT, f"{table}, or a table here with columns video and caption")
     found = files_below(source)
     rows: list[dict[str, Any]] = []
     missing = []
     for number, row in enumerate(read_csv(table, ["video", "caption"]), start=1):
         video = row.pop("video", None)
         if video is None:
-            raise DataError(f"{table}, row {number} names no video")
+            raise DataError(f"{table}, row {number} must have a video, got none")
         if video in found:
             rows.append({**row, "path": found[video]})
         else:

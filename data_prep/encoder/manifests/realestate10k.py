@@ -29,7 +29,7 @@ def read(source: Path, split: str | None) -> SourceRows:
         DataError: If the layout or a trajectory is not as expected.
     """
     split = split or "train"
-    folder = require_path(source / split, FORMAT, "a folder of trajectories, one .txt a clip")
+    folder = require_path(source / split, FORMAT, "a folder of trajectories, one .txt per clip")
     videos = require_path(source / "videos", FORMAT, "a folder of videos named by YouTube id")
     path_of = {
         Path(name).stem: path for name, path in files_below(videos).items() if name.lower().endswith(VIDEO_SUFFIXES)
@@ -45,7 +45,7 @@ def read(source: Path, split: str | None) -> SourceRows:
         seconds = {"start_s": start, "end_s": end + _LAST_FRAME_S, "frames": len(times), "seconds": end - start}
         rows.append({"path": f"videos/{path_of[video]}", "key": f"{split}-{trajectory.stem}", **seconds})
     if not rows and not missing:
-        raise DataError(f"source_format {FORMAT}: {folder} has no .txt file; expected one trajectory a clip")
+        raise DataError(f"source_format {FORMAT}: {folder} has no .txt files; expected one trajectory per clip")
     return SourceRows(rows, source, missing)
 
 
@@ -60,8 +60,8 @@ def _read_trajectory(path: Path) -> tuple[str, list[int]]:
         if not words:
             continue
         if len(words) != _NUMBERS_A_LINE or not words[0].isdigit():
-            raise DataError(f"{path}, line {number} has {len(words)} words; expected microseconds and 18 numbers")
+            raise DataError(f"{path}, line {number} must be microseconds and 18 numbers, got {len(words)} words")
         times.append(int(words[0]))
     if not video or not times or any(b <= a for a, b in zip(times, times[1:])):
-        raise DataError(f"{path} needs a YouTube URL and frames at increasing times; it has {len(times)} frames")
+        raise DataError(f"{path} must have a YouTube URL and frames at increasing times, got {len(times)} frames")
     return video, times

@@ -69,7 +69,7 @@ def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     for column in columns:
         if column not in (reader.fieldnames or ()):
-            raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called {column}")
+            raise DataError(f"{path} must have a column {column}, got {reader.fieldnames}")
     for row in reader:
         yield {name: value for name, value in row.items() if name is not None and value not in (None, "")}
 
@@ -96,7 +96,7 @@ def files_below(folder: Path) -> dict[str, str]:
                 doubles.append(path)
     if doubles:
         print(
-            f"{folder}: {len(doubles)} files have the name of another and are left out, such as {doubles[0]}",
+            f"{folder}: skipped {len(doubles)} files with the same name as another, such as {doubles[0]}",
             flush=True,
         )
     return found
@@ -136,8 +136,8 @@ def read_jsonl_file(source: Path) -> SourceRows:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {number} is not JSON ({error}); write one object a line") from error
+            raise DataError(f"{source}, line {number} is not JSON ({error}); write one JSON object per line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number} is a {type(row).__name__}; write one object a line")
+            raise DataError(f"{source}, line {number} must be a JSON object, got {type(row).__name__}")
         rows.append({name: value for name, value in row.items() if value is not None})
     return SourceRows(rows, source.parent)

@@ -55,7 +55,7 @@ def _rows(metadata: Path) -> list[dict[str, Any]]:
     rows = list(read_csv(metadata, ["video_id", "start", "end", "partition"]))
     for number, row in enumerate(rows, start=1):
         if not (str(row.get("start", "")).isdigit() and str(row.get("end", "")).isdigit() and "partition" in row):
-            raise DataError(f"{metadata}, row {number}: start, end and partition must be set, the first two numbers")
+            raise DataError(f"{metadata}, row {number} must have integers start and end and a partition, got {row}")
     return rows
 
 
