@@ -171,7 +171,7 @@ def test_clips_left_out_are_padding_in_their_places_and_listed(world, num_worker
     plan, reader = world
     keys = {plan.index.key(row): "left out" for row in (3, 30)}
     whole = list(PackLoader(plan, reader))
-    found = list(PackLoader(plan, reader, num_workers=num_workers, left_out=keys))
+    found = list(PackLoader(plan, reader, num_workers=num_workers, skipped=keys))
     assert sorted(bad.key for batch in found for bad in batch.quarantined) == sorted(keys)
     for ours, theirs in zip(found, whole, strict=True):
         assert order(ours) == order(theirs)

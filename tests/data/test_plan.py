@@ -360,7 +360,7 @@ def test_small_segments_hold_every_clip_once_and_full_steps(make_config, make_sp
     steps, late = all_steps(plan, 1), Plan(index, None, plan.process, plan.sizes, plan.spec, seed=3)
     late.step(Cursor(1, len(steps) // 2))
     for _ in range(3):
-        late.plan_left_over(1)
+        late.plan_leftovers(1)
     assert late.order_hash(late.step(Cursor(1, len(steps) - 2))) == plan.order_hash(steps[-2])
 
 
