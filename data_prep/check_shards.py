@@ -1,13 +1,13 @@
-"""Check a shard set: read every clip, verify every checksum, and say what the set holds.
+"""Check a shard set: read every clip, verify every checksum, and summarize the set.
 
     python data_prep/check_shards.py SET [--num-workers N] [--clips-per-pack K] [--cache-dir DIR]
 
-SET is what ``data.path`` takes: a folder of tars or of an MDS set, or a URL.
+SET is a value of ``data.path``: a folder of tars, a folder of an MDS set, or a URL.
 
-Opening the set already checks its description, the index's hash, its keys and the size of every shard. Then each
-clip's headers, metadata, text and latent frames are read and compared to their checksums, to the index, and to what
-numbers can be. Exit code 1 if the set cannot be opened or a clip is bad, 2 if that cannot be told, as
-when the disk of the cache is full.
+Opening the set checks its description, the hash of the index, its keys, and the size of every shard. Then every clip's
+headers, metadata, text, and latent frames are read and compared with their checksums and the index, and numbers must be
+finite. The exit code is 1 if the set cannot be opened or a clip is bad, and 2 if the check itself fails, for example
+because the disk of the cache is full.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from flowception.shards.schema import NO_CLASS
 _CHUNK_CLIPS = 64
 _BUDGET_STEP = 256
 _VISIBLE_SHARE = 0.75
-"""Mean share of a clip's frames that are visible when the clock is uniform on [0, 2] under the linear schedule."""
+"""Mean fraction of visible frames of a clip when the clock is uniform on [0, 2] under the linear schedule."""
 _SHOWN = 20
 
 
 def check_clip(reader: ShardReader | MdsReader, row: int) -> str | None:
-    """Why a clip is bad; None if it is good."""
+    """Reason why a clip is bad; None if it is good."""
     clip = reader.index.clips[row]
     try:
         about, text = reader.read_metadata(row), reader.read_text(row)
@@ -74,20 +74,20 @@ _READERS: dict[str, ShardReader | MdsReader] = {}
 
 
 def _reader(path: str, cache: CacheConfig) -> ShardReader | MdsReader:
-    """One reader a process: opening a set of millions takes seconds."""
+    """The reader of this process, cached because opening a set of millions of clips takes seconds."""
     if path not in _READERS:
         _READERS[path] = open_set(path, cache)
     return _READERS[path]
 
 
 def find_bad_clips(path: str, cache: CacheConfig, clips: int, num_workers: int) -> Iterator[tuple[int, str]]:
-    """Read every clip.
+    """Check every clip.
 
     Args:
-        path: The set.
-        cache: Where remote shards are kept.
-        clips: How many it has.
-        num_workers: Processes; 0 reads in this one.
+        path: Folder or URL of the set.
+        cache: Cache of remote shards.
+        clips: Number of clips in the set.
+        num_workers: Reader processes; 0 reads in this process.
 
     Yields:
         Row and reason of each bad clip.
@@ -107,9 +107,9 @@ def find_bad_clips(path: str, cache: CacheConfig, clips: int, num_workers: int) 
 
 
 def suggested_token_budget(reader: ShardReader | MdsReader, clips_per_pack: int) -> tuple[int, int]:
-    """Tokens of a pack that holds so many clips, on average, and the least that holds the longest clip.
+    """The token budget for packs of ``clips_per_pack`` clips on average, and the smallest that fits the longest clip.
 
-    A clip brings its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
+    A clip counts its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
     """
     clips, null_text = reader.index.clips, reader.null_text
     text = np.maximum(clips["text_tokens"].astype(np.int64), 0 if null_text is None else len(null_text))
@@ -121,7 +121,7 @@ def suggested_token_budget(reader: ShardReader | MdsReader, clips_per_pack: int)
 
 
 def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
-    """What a set holds, for people."""
+    """A summary of a set, for people."""
     meta, clips = reader.meta, reader.index.clips
     size = sum(shard.size_bytes for shard in meta.shards)
     lines = [
@@ -153,7 +153,7 @@ def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
 
 
 def _codec_state(reader: ShardReader | MdsReader) -> str:
-    """Whether the codec that made the set can be had here."""
+    """Whether the codec that made the set can be rebuilt here."""
     try:
         codec_of(reader.meta)
     except FlowceptionError as error:
@@ -166,7 +166,7 @@ def _spread(values: NDArray[np.uint32]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and check."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Verify every clip of a shard set and summarize the set.")
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
     parser.add_argument(

@@ -2,10 +2,10 @@
 
     python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...] [--status]
 
-Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
-with the reason, in ``unreadable.jsonl`` of the set, and pieces that ``min_frames`` and ``min_motion`` dropped are
-counted in ``dropped.json``. The keys are in ``data_prep/encoder/config.py``. ``--status`` says how far all jobs of the
-set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
+If it is killed, run the same command again: it continues at the first unfinished shard. ``unreadable.jsonl`` of the set
+lists unreadable videos with the reason, and ``dropped.json`` counts pieces dropped by ``min_frames`` and
+``min_motion``. The keys are in ``data_prep/encoder/config.py``. ``--status`` prints the progress of all jobs of the set
+and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts impo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and encode.
+    """Run the command line.
 
     Args:
-        argv: Words after the script's name; None takes them from the process.
+        argv: Arguments after the script's name; None for those of the process.
 
     Returns:
         Exit code: 0 for success, 2 for bad input.
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    # Here and not at the top: processes that decode import this file again and need none of it.
+    # Imported here because decoding processes import this file again and need none of these.
     from data_prep.encoder.config import EncodeConfig
     from data_prep.encoder.encoder import ShardEncoder
     from data_prep.encoder.skipped import UNREADABLE_NAME

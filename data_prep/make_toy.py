@@ -2,8 +2,8 @@
 
     python data_prep/make_toy.py --out DIR --clips N --seed S
 
-Clip i depends on the seed and i alone. ``manifest.jsonl`` has a line a clip, ``{path, class_label, class_name,
-caption, frames}``, and is written last, so a folder that has it is complete. The world's laws are in
+Clip i depends only on the seed and i. ``manifest.jsonl`` has one line per clip, ``{path, class_label, class_name,
+caption, frames}``. It is written last, so a folder that has it is complete. The rules of the toy world are in
 ``flowception/evaluation/toy/world.py``.
 """
 
@@ -23,16 +23,16 @@ from flowception.rng import MAX_SEED
 
 MANIFEST_NAME = "manifest.jsonl"
 H264_CRF = 4
-"""Off by at most a few of 256 levels, at full color resolution."""
+"""Error of at most a few of 256 levels, at full color resolution."""
 
 
 def make_toy(out: Path, clips: int, seed: int) -> Path:
     """Write the set.
 
     Args:
-        out: Folder for the clips; made if it is not there.
-        clips: How many.
-        seed: Of the whole set.
+        out: Folder for the clips; created if missing.
+        clips: Number of clips.
+        seed: Seed of the set.
 
     Returns:
         The manifest's path.
@@ -54,7 +54,7 @@ def make_toy(out: Path, clips: int, seed: int) -> Path:
 
 
 def main() -> int:
-    """Read the command line and make the set."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make H.264 clips of a toy world whose rules can be checked exactly.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
     parser.add_argument("--clips", type=int, required=True, metavar="N", help="number of clips, at least 1")

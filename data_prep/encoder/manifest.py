@@ -1,8 +1,8 @@
-"""Which videos to encode: a source becomes a list of entries, in a fixed order, less what filters leave out.
+"""Reading a source into a list of videos to encode, in a fixed order, after filters.
 
-``source_format`` says how a source is laid out; each format is described where it is read (``manifests/``). What a data
-set lists and this copy lacks is counted and named, never silently passed over. Class names without numbers are
-numbered in alphabetical order, before filters.
+``source_format`` sets the layout of a source; the readers in ``manifests/`` describe each format. Videos that a data
+set lists but this copy lacks are counted and named, never silently skipped. Class names without numbers are numbered in
+alphabetical order, before filters.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ class VideoEntry:
     """One video to encode."""
 
     key: str
-    """Start of the keys of the video's clips."""
+    """Prefix of the keys of the video's clips."""
     path: Path
-    """Where the file is."""
+    """Path of the file."""
     source: str
-    """The path as the manifest has it; written into the shards."""
+    """The path as written in the manifest; stored in the shards."""
     caption: str = ""
     class_label: int | None = None
     class_name: str | None = None
     start_s: float = 0.0
-    """Seconds from the video's first frame; what lies before is left out."""
+    """Seconds from the video's first frame; earlier frames are skipped."""
     end_s: float | None = None
-    """Likewise, what lies at or after it; None is the video's end."""
+    """Seconds from the video's first frame; frames at or after it are skipped. None is the video's end."""
     frame_folder_fps: float | None = None
     """Frames per second, if the video is a folder of frames."""
 
 
 @dataclass(frozen=True)
 class ManifestReport:
-    """What became of a source."""
+    """Counts of a source's videos: listed, missing, removed by filters, and kept."""
 
     source_format: str
     listed: int
     """Videos that the source lists."""
     missing: tuple[str, ...]
-    """Those that it lists and that are not there."""
+    """Listed videos whose files are missing."""
     filters: tuple[FilterCount, ...]
     kept: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """A summary for people."""
         lines = [f"{self.source_format}: {self.listed} videos listed, {self.kept} to encode"]
         if self.missing:
             named = ", ".join(self.missing[:_NAMED_MISSING])
@@ -82,7 +82,7 @@ class ManifestReport:
         return lines + [f"filter {count.describe()}" for count in self.filters]
 
     def to_json(self) -> str:
-        """For machines; the missing are only counted."""
+        """The report as JSON, with the number of missing videos instead of their names."""
         return json.dumps({**asdict(self), "missing": len(self.missing)}, indent=2) + "\n"
 
 
@@ -92,11 +92,11 @@ class VideoManifest:
 
     entries: tuple[VideoEntry, ...]
     class_names: tuple[str, ...]
-    """Name of each class number; empty if no class has a name."""
+    """Name of each class; empty if no class has a name."""
     report: ManifestReport = field(compare=False)
 
     def sha256(self) -> str:
-        """Hash of everything that goes from the manifest into the shards."""
+        """Hash of everything from the manifest that the shards depend on."""
         rows = [
             [e.key, e.source, e.caption, e.class_label, e.start_s, e.end_s]
             + ([e.frame_folder_fps] if e.frame_folder_fps is not None else [])  # so that older sets keep their hash
@@ -117,19 +117,19 @@ def read_source(
 
     Args:
         source: Folder or file.
-        source_format: How it is laid out; ``auto`` takes a folder, a ``.csv`` or a ``.jsonl`` for what it is.
-        split: Which part of a data set; None is its training part.
+        source_format: Its layout; ``auto`` detects a folder, a ``.csv``, or a ``.jsonl``.
+        split: Split of a data set; None is its training split.
         filters: Ranges by column.
-        frame_folder_fps: Frames per second of folders of frames, where the source does not say.
-        headers: What reads the headers of files for filters; None reads them for this call alone.
+        frame_folder_fps: Frames per second of folders of frames for which the source has no rate.
+        headers: Reader of file headers for filters; None reads them for this call only.
 
     Returns:
-        The entries, in the source's own order (a folder's is sorted).
+        The entries, in the order of the source (sorted for a folder).
 
     Raises:
-        DataError: If the source does not exist, is malformed, names no video, or one video twice, or if a folder of
+        DataError: If the source does not exist, is malformed, has no videos, or has one video twice, or if a folder of
             frames has no frame rate.
-        ConfigError: If there is no such format, or no such column.
+        ConfigError: If the format, the split, or a filter's column does not exist.
     """
     source = Path(source)
     chosen = _guess_format(source) if source_format == "auto" else source_format
@@ -211,7 +211,7 @@ def _entry(row: dict[str, Any], found: SourceRows, frame_folder_fps: float | Non
 
 
 def _frame_rate(row: dict[str, Any], path: Path, is_folder: bool, given: float | None, where: str) -> float | None:
-    """The rate of a folder of frames; None for what is none as far as can be told without asking after every file."""
+    """Frame rate to use if the path is a folder of frames; None without one. Video files are recognized by suffix."""
     fps = _number(row, "frame_folder_fps", where, "frames per second")
     if fps is not None and not 0 < fps < math.inf:
         raise DataError(f"{where}: frame_folder_fps must be a number > 0 (frames per second), got {fps}")
@@ -229,7 +229,7 @@ def _number(row: dict[str, Any], name: str, where: str, unit: str = "seconds") -
 
 
 def make_key(path: str, named: str | None = None) -> str:
-    """A legal key: what is readable of a path, and a hash of it (or of ``named``, where it says more) to keep apart."""
+    """A valid key: the readable part of a path, plus a hash of ``named`` or the path that makes it unique."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.rsplit(".", 1)[0])[-_MAX_STEM:]
     return f"{stem}-{hashlib.blake2b((named or path).encode(), digest_size=5).hexdigest()}"
 
@@ -243,7 +243,7 @@ def _refuse_doubles(entries: Iterable[VideoEntry]) -> None:
 
 
 def _number_classes(entries: list[VideoEntry]) -> tuple[list[VideoEntry], tuple[str, ...]]:
-    """Give numbers to names where they are missing, and make the table of names."""
+    """Number the classes if they have names only, and make the list of class names."""
     if any(e.class_label is None and e.class_name is not None for e in entries):
         both = next((e for e in entries if e.class_label is not None), None)
         if both is not None:

@@ -1,9 +1,9 @@
-"""OpenVid-1M (Nan et al.): captioned clips with scores, as published on the Hugging Face hub and unpacked.
+"""OpenVid-1M (Nan et al.): captioned clips with scores, as published on the Hugging Face hub, unpacked.
 
     SOURCE/data/train/OpenVid-1M.csv     video, caption, aesthetic score, motion score, ... (or SOURCE/OpenVid-1M.csv)
     SOURCE/video/NAME.mp4 ...            the clips, in any folder below SOURCE
 
-``split`` is the name of the table: ``OpenVid-1M`` (default) or ``OpenVidHD``. Columns for filters, with their spaces:
+``split`` is the name of the table: ``OpenVid-1M`` (default) or ``OpenVidHD``. Columns for filters (with spaces):
 ``aesthetic score``, ``motion score``, ``temporal consistency score``, ``frame``, ``fps``, ``seconds``.
 """
 
@@ -22,7 +22,7 @@ def read(source: Path, split: str | None) -> SourceRows:
     """Read one table.
 
     Raises:
-        DataError: If the layout is another, saying what was expected.
+        DataError: If the layout differs; the message has the expected layout.
     """
     name = f"{split or 'OpenVid-1M'}.csv"
     table = source / "data" / "train" / name

@@ -1,10 +1,10 @@
-"""RealEstate10K (Zhou et al.): camera trajectories that name parts of YouTube videos.
+"""RealEstate10K (Zhou et al.): camera trajectories over parts of YouTube videos.
 
-    SOURCE/train/0000cc6d8b108390.txt ...    the video's URL, then a line a frame: microseconds and 18 numbers
+    SOURCE/train/0000cc6d8b108390.txt ...    the video's URL, then one line per frame: microseconds and 18 numbers
     SOURCE/videos/5dRiJkvg2B0.mp4 ...        the videos, named by YouTube id (any video suffix)
 
-``split`` is ``train`` (default) or ``test``. A clip is the part of its video from its first frame's time to its
-last's. There are no captions and no classes. Columns for filters: ``frames`` and ``seconds``.
+``split`` is ``train`` (default) or ``test``. A clip is the part of its video from the first to the last frame of its
+trajectory. There are no captions and no classes. Columns for filters: ``frames`` and ``seconds``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from data_prep.encoder.manifests.rows import VIDEO_SUFFIXES, SourceRows, files_b
 from flowception.errors import DataError
 
 FORMAT = "realestate10k"
-_NUMBERS_A_LINE = 19
+_NUMBERS_PER_LINE = 19
 _LAST_FRAME_S = 1e-3
-"""The end lies this far behind the last frame's time, so that the frame is in."""
+"""Added to the last frame's time for the end of a clip, so that the frame is included."""
 
 
 def read(source: Path, split: str | None) -> SourceRows:
     """Read one split.
 
     Raises:
-        DataError: If the layout or a trajectory is not as expected.
+        DataError: If the layout or a trajectory differs from the format.
     """
     split = split or "train"
     folder = require_path(source / split, FORMAT, "a folder of trajectories, one .txt per clip")
@@ -50,7 +50,7 @@ def read(source: Path, split: str | None) -> SourceRows:
 
 
 def _read_trajectory(path: Path) -> tuple[str, list[int]]:
-    """YouTube id and the frames' times in microseconds."""
+    """YouTube id, and times of the frames in microseconds."""
     lines = read_text(path).splitlines()
     url = urlparse(lines[0].strip()) if lines else urlparse("")
     video = parse_qs(url.query).get("v", [url.path.rsplit("/", 1)[-1]])[0]
@@ -59,7 +59,7 @@ def _read_trajectory(path: Path) -> tuple[str, list[int]]:
         words = line.split()
         if not words:
             continue
-        if len(words) != _NUMBERS_A_LINE or not words[0].isdigit():
+        if len(words) != _NUMBERS_PER_LINE or not words[0].isdigit():
             raise DataError(f"{path}, line {number} must be microseconds and 18 numbers, got {len(words)} words")
         times.append(int(words[0]))
     if not video or not times or any(b <= a for a, b in zip(times, times[1:])):
