@@ -286,7 +286,7 @@ def test_bad_input_is_refused_with_what_to_do(index, make_config, make_spec):
     with pytest.raises(ConfigError, match="at least the number of ranks, got 3 and 4 ranks; set packs_per_step=4"):
         check_world_size(3, 4)
     labeled = ClipIndex.from_arrays(frames=[3], height=1, width=1, class_label=3)
-    with pytest.raises(PlanError, match="num_classes=4"):
+    with pytest.raises(PlanError, match="model.num_classes must be at least 4"):
         Plan(labeled, None, *make_config(), make_spec(), seed=0)
     with pytest.raises(ConfigError, match=r"headroom must be a number in \[0, 1\), got 1\.0"):
         Plan(index, None, *make_config(headroom=1.0), make_spec(), seed=0)

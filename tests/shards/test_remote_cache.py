@@ -307,7 +307,7 @@ def test_a_description_that_another_process_began_to_fetch_before_is_fetched_ane
     server, _, open_remote = served
     path = ShardCache(server.url, open_remote().cache.config).folder / "meta.json"
     for since, asked in ((path.stat().st_mtime, 1), (path.stat().st_mtime + 1e-3, 2)):
-        monkeypatch.setattr(remote_module, "_taken", {})
+        monkeypatch.setattr(remote_module, "_last_read", {})
         monkeypatch.setattr(remote_module, "_BEGAN", since)
         open_remote()
         assert server.asked["meta.json"] == asked
