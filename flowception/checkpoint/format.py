@@ -111,7 +111,7 @@ def list_steps(run_dir: str | Path) -> list[int]:
     try:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror}); check the storage") from error
+        raise CheckpointError(f"cannot read {folder} ({error.strerror}); check the storage") from error
     return sorted(int(match[1]) for match in map(_STEP_NAME.fullmatch, names) if match)
 
 
@@ -127,9 +127,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         checksum = content.pop("checksum")
         version = content["format_version"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it is no complete checkpoint") from None
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint; use another"
+        ) from None
     except OSError as error:
-        raise CheckpointUnreadableError(f"{path} cannot be read ({error.strerror}); check the storage") from error
+        raise CheckpointUnreadableError(f"cannot read {path} ({error.strerror}); check the storage") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
     if checksum != _checksum(content):
@@ -141,7 +143,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     names = [name for name, _, _ in content["files"]]
     if bad := [name for name in names if not _FILE_NAME.fullmatch(name)]:
-        raise CheckpointError(f"{path} names the file {bad[0]!r}; only rank_NNNNN.safetensors is allowed")
+        raise CheckpointError(f"{path}: file names must be rank_NNNNN.safetensors, got {bad[0]!r}")
     parameters = {
         name: Parameter(tuple(p["shape"]), tuple(Slice(names[file], start, stop) for file, start, stop in p["slices"]))
         for name, p in content["parameters"].items()
@@ -160,7 +162,7 @@ def _check_cover(path: Path, name: str, parameter: Parameter) -> None:
     at = 0
     for piece in parameter.slices:
         if piece.start != at or piece.stop <= piece.start:
-            raise CheckpointError(f"{path}: the slices of {name} do not join at element {at}")
+            raise CheckpointError(f"{path}: the slices of {name} have a gap or overlap at element {at}")
         at = piece.stop
     if at != math.prod(parameter.shape):
-        raise CheckpointError(f"{path}: the slices of {name} hold {at} of {math.prod(parameter.shape)} elements")
+        raise CheckpointError(f"{path}: the slices of {name} cover {at} of {math.prod(parameter.shape)} elements")

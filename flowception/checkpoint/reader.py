@@ -54,7 +54,7 @@ def verify(
             raise CheckpointError(f"{folder / name} is missing; use an earlier checkpoint") from None
         except OSError as error:
             raise CheckpointUnreadableError(
-                f"{folder / name} cannot be read ({error.strerror}); check the storage"
+                f"cannot read {folder / name} ({error.strerror}); check the storage"
             ) from error
     return manifest
 
@@ -63,8 +63,8 @@ def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence
     size_bytes = path.stat().st_size
     if size_bytes != record.size_bytes:
         raise CheckpointError(
-            f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}: it was cut short or altered; use "
-            "an earlier checkpoint"
+            f"{path} must have {record.size_bytes} bytes, as in its manifest, got {size_bytes}: it was truncated or "
+            "altered; use an earlier checkpoint"
         )
     for piece in record.pieces if contents else ():
         if is_read(piece, kinds) and sha256_bytes(path, piece.start, piece.stop) != piece.sha256:
@@ -97,13 +97,13 @@ def latest_valid(
         except CheckpointUnreadableError:
             raise
         except CheckpointError as error:
-            logger.warning("checkpoint of step %d is passed over: %s", step, error)
+            logger.warning("skipping the checkpoint of step %d: %s", step, error)
         else:
             return checkpoint_dir(run_dir, step)
     if steps:
         raise CheckpointError(
             f"all {len(steps)} checkpoints in {checkpoints_dir(run_dir)} are damaged; "
-            "remove the folder to start the run afresh, or restore one from a backup"
+            "remove the folder to start from scratch, or restore one from a backup"
         )
     return None
 
@@ -132,7 +132,7 @@ class SliceReader:
             CheckpointError: If the checkpoint lacks the parameter or the file cannot be read.
         """
         if name not in self.manifest.parameters:
-            raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
+            raise CheckpointError(f"{self.folder} has no parameter {name}: it is a checkpoint of another model")
         parameter = self.manifest.parameters[name]
         stop = math.prod(parameter.shape) if stop is None else stop
         result = torch.empty(stop - start)
@@ -143,7 +143,9 @@ class SliceReader:
                     stored = self._file(piece.file).get_slice(f"{kind}/{name}")
                     result[low - start : high - start] = stored[low - piece.start : high - piece.start]
                 except (OSError, SafetensorError, RuntimeError) as error:
-                    raise CheckpointError(f"{self.folder / piece.file}: cannot read {kind}/{name} ({error})") from error
+                    raise CheckpointError(
+                        f"cannot read {kind}/{name} of {self.folder / piece.file} ({error})"
+                    ) from error
         return result
 
     def _file(self, name: str) -> Any:

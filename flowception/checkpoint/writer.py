@@ -71,7 +71,7 @@ def write_slices(
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(f"cannot write {path}: {error}") from error
     _sync(path)
     receipt = {
         "file": name,
@@ -117,7 +117,7 @@ def wait_for_receipts(
             who = "rank" if len(missing) == 1 else "ranks"
             raise CheckpointError(
                 f"{who} {', '.join(map(str, missing[:8]))}{' and more' * (len(missing) > 8)} did not finish within "
-                f"{limit_s:g} s; see to the storage, or raise checkpoint.save_timeout_s"
+                f"{limit_s:g} s; check the storage, or raise checkpoint.save_timeout_s"
             )
         pause(_POLL_S)
     receipts = [json.loads((folder / _receipt_name(writer)).read_text()) for writer in range(writers)]

@@ -69,7 +69,7 @@ class Clip:
         path = Path(path)
         writers = {".mp4": write_mp4, ".gif": write_preview}
         if path.suffix.lower() not in writers:
-            raise ConfigError(f"a clip cannot be saved as {path.name}; give a name that ends in .mp4 or .gif")
+            raise ConfigError(f"the file name of a clip must end in .mp4 or .gif, got {path.name}")
         writers[path.suffix.lower()](path, self.frames, fps=fps or self.fps)
 
     def growth(self) -> Growth:

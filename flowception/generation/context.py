@@ -51,7 +51,9 @@ def parse_keep(word: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ConfigError(f"--keep is {word!r}; write latent frames and ranges, counted from 0, such as 0-3,8-11")
+            raise ConfigError(
+                f"--keep must be latent frames and ranges, counted from 0, such as 0-3,8-11, got {word!r}"
+            )
         kept.update(range(first, last + 1))
     return tuple(sorted(kept))
 
@@ -65,7 +67,7 @@ def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, 
     """
     if task == "t2v" and sources:
         raise ConfigError(
-            "`context` was given and the task is t2v; choose `task` i2v, v2v, interpolation or completion"
+            "`task` t2v takes no `context`; drop it, or set `task` to i2v, v2v, interpolation or completion"
         )
     if task != "t2v" and not sources:
         raise ConfigError(f"`task` {task} needs `context` with at least one {'video' if task != 'i2v' else 'image'}")
@@ -74,27 +76,29 @@ def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, 
     images = sum(source.is_image for source in sources) if task in VIDEO_TASKS else 0
     if task == "interpolation" and 0 < images < max(2, len(sources)):
         raise ConfigError(
-            f"`task` interpolation got {images} images and {len(sources) - images} videos; give at least two images, "
-            "the keyframes in order, or videos alone"
+            "`context` of `task` interpolation must be two or more images (keyframes in order) or only videos, got "
+            f"{images} images and {len(sources) - images} videos"
         )
     if task == "completion" and images:
-        raise ConfigError("`task` completion needs videos; `context` has an image")
+        raise ConfigError("`context` of `task` completion must be only videos, got an image")
     if keep is not None:
         _check_keep(task, keep, images)
 
 
 def _check_keep(task: str, keep: tuple[int, ...], images: int) -> None:
     if not keep or keep[0] < 0:
-        raise ConfigError(f"`keep` is {list(keep)}; give at least one latent frame, counted from 0")
+        raise ConfigError(f"`keep` must be one or more latent frames, counted from 0, got {list(keep)}")
     if task not in VIDEO_TASKS or (task == "interpolation" and images):
-        raise ConfigError("`keep` chooses frames of a video for `task` v2v, interpolation or completion; leave it out")
+        raise ConfigError(
+            "`keep` selects frames of context videos for `task` v2v, interpolation or completion; drop it"
+        )
     if task == "v2v" and len(keep) != keep[-1] - keep[0] + 1:
-        raise ConfigError(f"`keep` has a hole after frame {_hole(keep)}; `task` v2v continues one run, such as 0-3")
+        raise ConfigError(f"`keep` must be consecutive for `task` v2v, such as 0-3, got a gap after frame {_gap(keep)}")
     if task == "interpolation" and len(keep) < 2:
-        raise ConfigError(f"`keep` names frame {keep[0]} alone; `task` interpolation needs two keyframes at least")
+        raise ConfigError(f"`keep` must be at least two keyframes for `task` interpolation, got only frame {keep[0]}")
 
 
-def _hole(keep: tuple[int, ...]) -> int:
+def _gap(keep: tuple[int, ...]) -> int:
     return next(a for a, b in zip(keep, keep[1:]) if b != a + 1)
 
 
@@ -151,10 +155,11 @@ class ContextReader:
         usable = self.codec.usable_frames(len(video))
         count = self.codec.latent_frames(usable) if usable else 0
         if count == 0 or (self.keep is not None and self.keep[-1] >= count):
-            wish = "" if self.keep is None else f" and `keep` asks for frame {self.keep[-1]}"
+            requested = "" if self.keep is None else f", but `keep` requests latent frame {self.keep[-1]} (from 0)"
+            change = "" if self.keep is None else " or change `keep`"
             raise DataError(
-                f"{source.name} has {len(video)} frames, which make latent frames 0 to {count - 1}{wish}; give a "
-                "longer video or other frames"
+                f"{source.name} has {len(video)} frames, which encode to {count} latent frames{requested}; give a "
+                f"longer video{change}"
             )
         return count
 
@@ -174,7 +179,7 @@ class ContextReader:
         count = self._latent_frames(source, video)
         keep = self.keep or (0, count - 1)
         if count < 2:
-            raise DataError(f"{source.name} has one latent frame; `task` interpolation needs two at least")
+            raise DataError(f"{source.name} has one latent frame, `task` interpolation needs two; give a longer video")
         return _keyframes(self._run(video, keep[0], keep[-1])[[k - keep[0] for k in keep]])
 
     def _completion(self, source: ContextSource, video: Video) -> Context:
@@ -182,7 +187,9 @@ class ContextReader:
         quarter = max(1, count // 4)
         keep = self.keep or (*range(quarter), *range(count - quarter, count))
         if len(set(keep)) >= count:
-            raise DataError(f"{source.name} has {count} latent frames and all would be kept; leave some out of `keep`")
+            raise DataError(
+                f"{source.name} has {count} latent frames, all of them kept; give a longer video or shorten `keep`"
+            )
         latents = self._run(video, 0, count - 1)
         return Context(
             frames=latents[list(keep)],
@@ -209,12 +216,12 @@ def untrained(task: str, contexts: Sequence[Context], process: ProcessConfig, ma
     shares = process.task_probabilities()
     if not shares[task_number(task)]:
         trained = ", ".join(law.name for law, share in zip(TASKS, shares) if share)
-        return f"the run was not trained on {task}, only on {trained}; expect little"
+        return f"the run was not trained on {task}, only on {trained}; expect poor clips"
     for context in contexts:
         given = [Role.START] * context.begins_with_start + [Role(role) for role in context.roles().tolist()]
         if not any(context_probability(task, given, n, process) for n in range(1, max_frames + 1)):
             return (
-                f"training never showed {task} such a context of {len(context.frames)} frames (max_context_frames, "
-                "max_keyframes and max_cuts in the run's config.yaml say what it showed)"
+                f"{task} was never trained with a context like this, of {len(context.frames)} frames; see "
+                "max_context_frames, max_keyframes and max_cuts in the run's config.yaml"
             )
     return None

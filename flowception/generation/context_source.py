@@ -110,11 +110,11 @@ def _source(item: Any, number: int) -> ContextSource:
         item = item.detach().cpu().numpy()
     name = f"context item {number}"
     if not isinstance(item, np.ndarray):
-        raise DataError(f"{name} has type {type(item).__name__}; give a path, an array, a tensor or a PIL image")
+        raise DataError(f"{name} must be a path, an array, a tensor or a PIL image, got {type(item).__name__}")
     if item.dtype != np.uint8 or item.ndim not in (3, 4) or item.shape[-1] != 3 or not item.size:
         raise DataError(
-            f"{name} is {item.dtype} {list(item.shape)}; give uint8 RGB, [H, W, 3] for an image or [n, H, W, 3] for a "
-            "video"
+            f"{name} must be uint8 RGB, [H, W, 3] for an image or [n, H, W, 3] for a video, got {item.dtype} "
+            f"{list(item.shape)}"
         )
     is_image = item.ndim == 3
     return PixelSource(f"{name} (uint8 {list(item.shape)})", is_image, item[None] if is_image else item)

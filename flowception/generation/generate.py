@@ -48,9 +48,9 @@ class GenerateOptions(SampleOptions):
         super().__post_init__()
         check_part(self.part, self.num_parts)
         if self.prompt is not None and self.prompts_file is not None:
-            raise ConfigError("`prompt` and `prompts` were both given; give one of the two")
+            raise ConfigError("`prompt` and `prompts` cannot be combined; drop one of them")
         if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ConfigError(f"`out` is {self.out_dir}, which is a file; give a folder")
+            raise ConfigError(f"`out` must be a folder, got the file {self.out_dir}")
 
 
 def generate(options: GenerateOptions) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"`out` {path} cannot be made ({error.strerror}); give another folder") from error
+        raise ConfigError(f"cannot create `out` {path} ({error.strerror}); choose another folder") from error
 
 
 def _sample(sampler: ClipSampler, numbers: range, progress: Progress) -> list[Clip]:

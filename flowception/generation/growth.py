@@ -86,7 +86,7 @@ class Growth:
         """
         path = Path(path)
         if path.suffix.lower() not in PICTURE_SUFFIXES:
-            raise ConfigError(f"a picture cannot be saved as {path.name}; give a name that ends in .png, .svg or .pdf")
+            raise ConfigError(f"the file name of a picture must end in .png, .svg or .pdf, got {path.name}")
         self.figure().savefig(path)
 
     def figure(self) -> Figure:

@@ -157,11 +157,11 @@ class FrozenFramePredictor(NetworkPredictor):
             **settings: As for ``NetworkPredictor``.
         """
         if refresh_steps < 1:
-            raise ConfigError(f"`cache_refresh` is {refresh_steps}; give at least 1, or leave it out for no cache")
+            raise ConfigError(f"`cache_refresh` must be >= 1, got {refresh_steps}; drop it for no cache")
         if model.config.attention_pattern != "full":
             raise ConfigError(
-                f"the network has attention_pattern={model.config.attention_pattern}; keys and values of finished "
-                "frames can be kept with full attention only: leave `cache_refresh` out"
+                "`cache_refresh` requires a model with attention_pattern=full, got "
+                f"attention_pattern={model.config.attention_pattern}; drop it"
             )
         super().__init__(model, class_labels, **settings)
         self.dit = model
@@ -199,8 +199,8 @@ class FrozenFramePredictor(NetworkPredictor):
             self._cache = KeyValueCache(len(self.dit.blocks), self.dit.attend)
         elif self._cache is None or self._layout is None or self._step != state.step - 1:
             raise ValueError(
-                f"step {state.step} needs the keys and values of step {state.step - 1}, the last was {self._step}; "
-                f"evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
+                f"step {state.step} needs the keys and values of step {state.step - 1}, the cache has those of step "
+                f"{self._step}; evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
             )
         else:
             halves = 2 if self.guided else 1

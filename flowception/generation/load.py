@@ -71,8 +71,8 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         return newest
     folder = checkpoint_dir(run_dir, step)
     if not folder.is_dir():
-        have = ", ".join(map(str, list_steps(run_dir))) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {have}")
+        steps = ", ".join(map(str, list_steps(run_dir))) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; available: {steps}")
     _verify_weights(folder)
     return folder
 
@@ -88,8 +88,8 @@ def codec_of(meta: ShardMeta, device: torch.device | str = "cpu") -> Codec:
     codec = build_codec(CodecConfig(**{**settings, "name": meta.codec}), device)
     if codec.fingerprint() != meta.codec_fingerprint:
         raise DataError(
-            f"the codec {meta.codec} built here has fingerprint {codec.fingerprint()[:12]}, the run was trained on "
-            f"{meta.codec_fingerprint[:12]}: other weights or settings; give the codec that made the shards"
+            f"the codec {meta.codec} must have fingerprint {meta.codec_fingerprint[:12]}, as in the shards, got "
+            f"{codec.fingerprint()[:12]}: its weights or settings differ; use the codec that made the shards"
         )
     return codec
 
@@ -130,7 +130,9 @@ def _null_text(meta: ShardMeta, config: RunConfig, run_dir: Path) -> torch.Tenso
         return None
     null_text = meta.null_embedding()
     if null_text is None:
-        raise DataError(f"the model of {run_dir} takes text and its shard set has none; the run directory was changed")
+        raise DataError(
+            f"the model of {run_dir} takes text, but its manifest.json describes shards without; restore it"
+        )
     return null_text
 
 
@@ -155,7 +157,7 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
     if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
         differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
         raise CheckpointError(
-            f"{folder} holds another model than the run's configuration describes; first difference: {differing[0]}"
+            f"{folder} does not match the model in the run's config.yaml, first at {differing[0]}; restore config.yaml"
         )
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ class SampleOptions:
                 raise ConfigError(f"`{name}` must be an integer >= {smallest}, got {value!r}")
         check_context(self.task, self.sources(), self.kept_frames())
         if self.prompt is not None and not self.prompts():
-            raise ConfigError("`prompt` is an empty list; give at least one caption, or leave it out")
+            raise ConfigError("`prompt` must be at least one caption, got an empty list; drop it for no prompt")
 
     def sources(self) -> list[ContextSource]:
         """The context's items."""

@@ -36,7 +36,7 @@ def check_part(part: int, num_parts: int) -> None:
         ConfigError: Naming both numbers.
     """
     if num_parts < 1 or not 0 <= part < num_parts:
-        raise ConfigError(f"`part` is {part} of `num_parts` {num_parts}; give a part from 0 to num-parts - 1")
+        raise ConfigError(f"`part` must be >= 0 and less than `num_parts`, got {part} and {num_parts}")
 
 
 def _part_path(folder: Path, part: int, num_parts: int) -> Path:

@@ -58,7 +58,7 @@ class NetworkPredictor:
         self.autocast_dtype = autocast_dtype
         self.device = next(model.parameters()).device
         if self.guided and texts is not None and null_text is None:
-            raise ValueError("guidance of a model with text needs null_text, the text of a clip without its condition")
+            raise ValueError("guidance of a text model needs null_text, the text of an unconditional clip")
 
     @property
     def guided(self) -> bool:
@@ -135,7 +135,9 @@ class NetworkPredictor:
         """
         clips = state.unfinished_clips
         if len(clips) != len(self.class_labels):
-            raise ValueError(f"the state has {len(clips)} clips, the predictor {len(self.class_labels)} labels")
+            raise ValueError(
+                f"the state has {len(clips)} clips, the predictor has {len(self.class_labels)} class labels"
+            )
         here, clip_frames = clips[state.frame_clip], state.clip_frames[clips]
         frames, condition = state.frames.cpu().float()[here], state.condition.cpu().float()[here]
         time, role = state.times.float()[here], model_role(state.roles[here])

@@ -23,7 +23,7 @@ from flowception.shards.schema import same_text
 logger = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "seed", "class_label")
-_MOST_SEED = 2**62
+_MAX_SEED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error.strerror}); give a text file") from error
+        raise ConfigError(f"cannot read --prompts {path} ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {path} is not UTF-8 ({error}); save it as UTF-8") from error
     numbered = [(f"--prompts {path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
     parse = _from_json if path.suffix == ".jsonl" else _from_text
     prompts = [parse(line, place) for place, line in numbered if line]
     if not prompts:
-        raise ConfigError(f"--prompts {path} has no prompt; write one a line")
+        raise ConfigError(f"--prompts {path} has no prompt; write one per line")
     return prompts
 
 
@@ -75,17 +75,17 @@ def _from_json(line: str, place: str) -> Prompt:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON ({error}); a .jsonl file has an object a line") from error
+        raise ConfigError(f"{place} is not JSON ({error}); write one object per line") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise ConfigError(f'{place} is {line[:80]}; give an object with a text named prompt, {{"prompt": "..."}}')
+        raise ConfigError(f'{place} must be an object with a prompt, such as {{"prompt": "..."}}, got {line[:80]}')
     if unknown := sorted(content.keys() - set(_KEYS)):
-        raise ConfigError(f"{place} has the unknown key {unknown[0]!r}; keys are {', '.join(_KEYS)}")
+        raise ConfigError(f"{place} has unknown key {unknown[0]!r}; allowed keys are {', '.join(_KEYS)}")
     seed = content.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MOST_SEED):
-        raise ConfigError(f"{place} has seed {seed!r}; give an integer from 0 to {_MOST_SEED}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED):
+        raise ConfigError(f"{place}: seed must be an integer from 0 to {_MAX_SEED}, got {seed!r}")
     label = content.get("class_label")
     if label is not None and (not isinstance(label, str | int) or isinstance(label, bool)):
-        raise ConfigError(f"{place} has class_label {label!r}; give a number, a name or null")
+        raise ConfigError(f"{place}: class_label must be a number, a name or null, got {label!r}")
     word = str("null" if label is None else label) if "class_label" in content else None
     return Prompt(text=content["prompt"].strip(), seed=seed, class_label=word, place=place)
 
@@ -111,10 +111,10 @@ def encode_prompts(
     wanted = dict.fromkeys(prompts)
     if run.null_text is None:
         if any(prompt is not None for prompt in wanted):
-            raise ConfigError("a prompt was given and the model was trained without text; leave it out")
+            raise ConfigError("the model was trained without text and takes no prompt; drop it")
         return {}
     if set(wanted) == {None}:
-        logger.warning("clips are unconditional: the model takes text; give a prompt")
+        logger.warning("clips are unconditional: the model was trained with text, but got no prompt")
     null_text = run.null_text
     captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
     embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
@@ -132,14 +132,16 @@ def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | Non
     if text_encoder is not None:
         config = replace(config, model=text_encoder)
     if config.model is None:
-        raise ConfigError("prompts need `text_encoder`, a folder or hub id of the T5 encoder that made the shards")
+        raise ConfigError("prompts need `text_encoder`: the folder or hub id of the T5 encoder that made the shards")
     encoder = TextEncoder.from_config(config, device)
     width = null_text.shape[1]
     if encoder.text_dim != width:
-        raise ConfigError(f"{config.model} gives text of width {encoder.text_dim}, the model was trained with {width}")
+        raise ConfigError(
+            f"text encoder {config.model} must have width {width}, as in training, got {encoder.text_dim}"
+        )
     if not same_text(null_text, encoder.encode([""])[0]):
         raise ConfigError(
-            f"{config.model} embeds the empty caption otherwise than the encoder that made the shards; "
-            "give that encoder with `text_encoder`"
+            f"text encoder {config.model} embeds the empty caption differently from the encoder that made the shards; "
+            "set `text_encoder` to that encoder"
         )
     return encoder

@@ -88,9 +88,9 @@ def class_number(word: str, class_names: Sequence[str], num_classes: int, place:
     if word.lower() in ("null", "none"):
         return NO_CLASS
     if not num_classes:
-        raise ConfigError(f"{place}: class is {word!r} and the model was trained without classes; leave it out")
+        raise ConfigError(f"{place}: the model was trained without classes, got class {word!r}; drop it")
     number = list(class_names).index(word) if word in class_names else int(word) if word.isdigit() else -1
     if not 0 <= number < num_classes:
         named = f" or one of {', '.join(class_names)}" if class_names else ""
-        raise ConfigError(f"{place}: class is {word!r}; give a number from 0 to {num_classes - 1}{named}, or null")
+        raise ConfigError(f"{place}: class must be a number from 0 to {num_classes - 1}{named}, or null, got {word!r}")
     return number

@@ -271,8 +271,8 @@ def choose_device(wanted: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"`device` is {wanted}, which torch does not know; give cpu or cuda") from error
+        raise ConfigError(f"`device` must be a torch device such as cpu or cuda, got {wanted}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"`device` is {wanted} and this machine has {count} CUDA devices; give cpu, or leave it out")
+        raise ConfigError(f"`device` is {wanted}, but this machine has {count} CUDA devices; use cpu, or drop it")
     return device

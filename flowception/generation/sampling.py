@@ -109,17 +109,15 @@ class ClipSampler:
     def _sampler_config(self) -> SamplerConfig:
         process, options = self.process, self.options
         if not self.law.inserts and options.num_frames is None:
-            raise ConfigError(
-                f"the run was trained with delay_law {process.delay_law}, which is given the length; give `num_frames`"
-            )
+            raise ConfigError(f"delay_law {process.delay_law} of this run needs a clip length; set `num_frames`")
         if self.law.inserts and options.num_frames is not None:
             raise ConfigError(
-                "`num_frames` is for runs of a prescribed delay law; this model chooses the length itself"
+                "`num_frames` applies only to prescribed delay laws; this model chooses the length itself, so drop it"
             )
         if not self.law.inserts and options.task == "completion":
             raise ConfigError(
-                f"`task` completion leaves open how many frames fill a gap and the run was trained with delay_law "
-                f"{process.delay_law}, which is given where frames lie; use a run of delay_law uniform"
+                "`task` completion needs a run with delay_law uniform, which chooses how many frames fill a gap, got "
+                f"delay_law {process.delay_law}"
             )
         return SamplerConfig(
             num_inference_steps=options.num_inference_steps,
@@ -152,7 +150,7 @@ class ClipSampler:
             return contexts
         given = max(len(context.frames) for context in contexts)
         if given >= num_frames:
-            raise ConfigError(f"`num_frames` is {num_frames} and the context has {given}; give more")
+            raise ConfigError(f"`num_frames` must exceed the {given} frames of the context, got {num_frames}")
         if self.options.task != "interpolation":
             return contexts
         return [replace(item, places=_spread(len(item.frames), num_frames - 1)) for item in contexts]
@@ -173,7 +171,7 @@ class ClipSampler:
         if options.cache_refresh is None:
             return NetworkPredictor(model, class_labels, **settings)
         if not isinstance(model, FlowceptionDiT):
-            raise ConfigError(f"`cache_refresh` works with FlowceptionDiT only, the run has {type(model).__name__}")
+            raise ConfigError(f"`cache_refresh` requires FlowceptionDiT, got {type(model).__name__}; drop it")
         return FrozenFramePredictor(model, class_labels, refresh_steps=options.cache_refresh, **settings)
 
     def _clips(self, numbers: Sequence[int], result: SampleResult) -> list[Clip]:
@@ -226,12 +224,12 @@ def choose_size(run: LoadedRun, wanted: tuple[int, int] | None) -> tuple[int, in
     if wanted is None:
         if len(known) != 1:
             raise ConfigError(
-                f"the run was trained at {len(known)} sizes ({named}); choose one with `size`, height and width"
+                f"the run was trained at {len(known)} sizes ({named}); choose one with `size` (height and width)"
             )
         return known[0]
     if any(side < 1 or side % stride for side in wanted):
         raise ConfigError(
-            f"`size` is {wanted[0]}x{wanted[1]}; the codec {run.codec.name} needs multiples of {stride} pixels "
+            f"`size` must be multiples of {stride} pixels for codec {run.codec.name}, got {wanted[0]}x{wanted[1]} "
             f"(trained sizes: {named})"
         )
     return wanted

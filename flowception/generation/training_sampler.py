@@ -105,8 +105,10 @@ class TrainingSampler:
             try:
                 return self._read(plan, row)
             except DataError as error:
-                logger.warning("samples take another clip (%s)", error, extra=EVERY_RANK)
-        raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
+                logger.warning("cannot read a held-out clip for samples, trying the next (%s)", error, extra=EVERY_RANK)
+        raise DataError(
+            f"cannot read any of {len(rows)} clips for samples; check the storage, or unset samples.every_steps"
+        )
 
     def _read(self, plan: Plan, row: int) -> _Given:
         """What one clip gives: context frames by the roles drawn for it, and its text."""
@@ -154,7 +156,7 @@ class TrainingSampler:
         try:
             return self._write(result, mine, step)
         except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
-            text = "samples of step %d could not be written (%s); training goes on"
+            text = "cannot write the samples of step %d (%s); training continues"
             logger.warning(text, step, error, extra=EVERY_RANK)
             return []
 
@@ -224,7 +226,7 @@ class TrainingSampler:
             labels = [f"{record['seed']} {record['task']} of {record['of']}" for record in records]
             write_contact_sheet(folder / "contact.png", videos, labels)
         except (FlowceptionError, OSError) as error:
-            logger.warning("samples of step %d could not be joined (%s); training goes on", step, error)
+            logger.warning("cannot join the samples of step %d (%s); training continues", step, error)
             return None
         return folder / "contact.png"
 

@@ -31,7 +31,7 @@ CONTACT_FRAMES = 16
 
 def _check_video(video: Video) -> None:
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not video.shape[0]:
-        raise DataError(f"a video is uint8 [n, H, W, 3] with n >= 1; got {video.dtype} {list(video.shape)}")
+        raise DataError(f"a video must be uint8 [n, H, W, 3] with n >= 1, got {video.dtype} {list(video.shape)}")
 
 
 def pad_to_even(video: Video) -> Video:
@@ -68,7 +68,7 @@ def read_first_frame(path: Path) -> NDArray[np.uint8]:
         pass
     first = next(decode_frames(path), None)
     if first is None:
-        raise DataError(f"context file {path} holds no video frame; give an image or a video")
+        raise DataError(f"context file {path} has no video frame; give an image or a video")
     return first.image
 
 

@@ -171,11 +171,11 @@ def test_steps_must_follow_one_another(model):
     states = list(sample_states(**arguments(NetworkPredictor(model, labels), labels)))
     with pytest.raises(ValueError, match=f"evaluate every step from the clock's last \\({N - 1}\\)"):
         FrozenFramePredictor(model, labels, refresh_steps=4)(states[N + 1])
-    with pytest.raises(ConfigError, match="`cache_refresh` is 0"):
+    with pytest.raises(ConfigError, match="`cache_refresh` must be >= 1, got 0"):
         FrozenFramePredictor(model, labels, refresh_steps=0)
 
 
 def test_other_attention_patterns_are_refused(make_model):
     model = make_model(attention_pattern="causal")
-    with pytest.raises(ConfigError, match="attention_pattern=causal; .* full attention only"):
+    with pytest.raises(ConfigError, match="requires .*attention_pattern=full, got attention_pattern=causal"):
         FrozenFramePredictor(model, [0], refresh_steps=4)
