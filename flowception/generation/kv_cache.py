@@ -29,6 +29,7 @@ from flowception.flow import Prediction, SamplerState
 from flowception.generation.predictor import NetworkPredictor, velocity_frames
 from flowception.nn.dit import FlowceptionDiT
 from flowception.packing.layout import PackInput, PackLayout, PackShape, TokenKind
+from flowception.ranges import integer
 
 
 class KeyValueCache:
@@ -156,8 +157,7 @@ class FrozenFramePredictor(NetworkPredictor):
             refresh_steps: Steps from one evaluation of all frames to the next, from the clock's end on.
             **settings: As for ``NetworkPredictor``.
         """
-        if refresh_steps < 1:
-            raise ConfigError(f"`cache_refresh` must be >= 1, got {refresh_steps}; drop it for no cache")
+        integer(at_least=1).or_null("no cache").check("`cache_refresh`", refresh_steps)
         if model.config.attention_pattern != "full":
             raise ConfigError(
                 "`cache_refresh` requires a model with attention_pattern=full, got "
