@@ -1,7 +1,7 @@
 """The ``flowception`` command: plan, plot, generate, checkpoint, doctor.
 
-An error raised on purpose becomes one line on stderr and exit code 2. Everything heavy is imported inside the
-subcommand that needs it, so that ``--help`` is quick.
+A ``FlowceptionError`` is printed as one line on stderr, with exit code 2. Heavy modules are imported inside the
+subcommands that need them, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowception import __version__
 from flowception.errors import CheckpointError, ConfigError, FlowceptionError, RunDirectoryError
 
 EXIT_BAD_INPUT = 2
-"""Exit code of every error raised on purpose; argparse uses the same."""
+"""Exit code of every ``FlowceptionError``; the same as argparse."""
 INSERTION_RULES = ("thinning", "bernoulli", "poisson")
 TASKS = ("t2v", "i2v", "v2v", "interpolation", "completion")
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Words after the program's name; None takes them from the process.
+        argv: Arguments after the program name; None uses ``sys.argv``.
 
     Returns:
         Exit code: 0 for success, 2 for bad input.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+    """Build the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="flowception", description="Plan, inspect and use Flowception runs.")
     parser.add_argument("--version", action="version", version=f"flowception {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="{plan,plot,generate,checkpoint,doctor}")
@@ -267,7 +267,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) -> None:
-    """Print a line for each checkpoint; refuse at the end if one is damaged."""
+    """Print a line for each checkpoint, then raise an error if any is damaged."""
     from flowception.checkpoint.format import checkpoint_dir, read_manifest
     from flowception.checkpoint.reader import verify
 
@@ -318,7 +318,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _as_flags(message: str) -> str:
-    """A message with the names of options, which stand in backticks, as the flags of the same names."""
+    """Replace option names in backticks by the flags of the same names."""
     return re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 

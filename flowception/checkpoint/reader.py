@@ -1,4 +1,4 @@
-"""Reading checkpoints: which is the newest whole one, ranges of parameters, full parameters, hashes."""
+"""Read checkpoints: find the newest valid one, verify it, load ranges or full parameters, hash the contents."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 def verify(
     folder: str | Path, part: int = 0, parts: int = 1, contents: bool = True, kinds: Sequence[str] | None = None
 ) -> Manifest:
-    """Check a checkpoint's manifest, and every ``parts``-th file from ``part`` on, by size and sha256.
+    """Check a checkpoint's manifest, and the size and sha256 of every ``parts``-th file starting at ``part``.
 
     Args:
         folder: The checkpoint.
-        part: Which share of the files to read; the manifest is always read.
-        parts: Number of shares, so that ranks can share the reading.
-        contents: Whether to read the files; else their sizes alone are checked.
-        kinds: Of ``KINDS``, those that will be read, and so must be right; None for all.
+        part: Index of the share of files to read; the manifest is always read.
+        parts: Number of shares, so that ranks can split the work.
+        contents: Whether to read and hash the files; otherwise only their sizes are checked.
+        kinds: Members of ``KINDS`` to verify; None for all.
 
     Returns:
         The manifest.
@@ -76,19 +76,19 @@ def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence
 def latest_valid(
     run_dir: str | Path, *, steps: Sequence[int] | None = None, check: Callable[[Path], object] = verify
 ) -> Path | None:
-    """The newest checkpoint of a run that is whole; each damaged one that is passed over is warned of.
+    """Find the newest valid checkpoint of a run, with a warning for each damaged one that is skipped.
 
     Args:
-        run_dir: The run.
-        steps: The run's checkpoints in ascending order, where the caller listed them; None lists them.
-        check: Raises CheckpointError for a damaged checkpoint; ranks that share the reading give their own.
+        run_dir: The run directory.
+        steps: Steps of the run's checkpoints in ascending order, if already listed; None lists them.
+        check: Raises CheckpointError for a damaged checkpoint; ranks that split the reading pass their own.
 
     Returns:
-        Its folder, or None if the run has no checkpoint at all.
+        Its folder, or None if the run has no checkpoint.
 
     Raises:
-        CheckpointUnreadableError: If the newest that is not damaged cannot be read at present.
-        CheckpointError: If there are checkpoints and every one is damaged.
+        CheckpointUnreadableError: If the newest undamaged checkpoint cannot be read at present.
+        CheckpointError: If there are checkpoints and all are damaged.
     """
     steps = list_steps(run_dir) if steps is None else steps
     for step in reversed(steps):
@@ -109,7 +109,7 @@ def latest_valid(
 
 
 class SliceReader:
-    """Reads ranges of parameters from one checkpoint; files stay open between reads."""
+    """Reads ranges of parameters from one checkpoint, keeping files open between reads."""
 
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
@@ -117,7 +117,7 @@ class SliceReader:
         self._open: dict[str, Any] = {}
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` of a flattened parameter.
+        """Read elements ``start`` to ``stop`` of a flattened parameter.
 
         Args:
             kind: One of ``KINDS``.
@@ -155,7 +155,7 @@ class SliceReader:
 
 
 def read_full(folder: str | Path, kind: Literal["weights", "ema"] = "ema") -> dict[str, Tensor]:
-    """All parameters of a checkpoint in their full shapes, float32 on the CPU."""
+    """Read all parameters of a checkpoint in their full shapes, float32 on the CPU."""
     return dict(_full(SliceReader(folder), "weight" if kind == "weights" else kind))
 
 
@@ -165,10 +165,10 @@ def _full(reader: SliceReader, kind: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def hashes(folder: str | Path) -> dict[str, str]:
-    """One sha256 each for weights, ema and optimizer; the same state has the same hashes however it was sharded.
+    """Compute one sha256 each for weights, ema and optimizer, independent of how the state is sharded.
 
-    A hash covers, for each parameter in the order of names, its name, shape and elements; the optimizer's covers both
-    moments and the number of its steps.
+    A hash covers the name, shape and elements of each parameter, in the order of names. The optimizer's covers both
+    moments and the number of optimizer steps.
     """
     reader = SliceReader(folder)
     contents = {"weights": ("weight",), "ema": ("ema",), "optimizer": ("exp_avg", "exp_avg_sq")}

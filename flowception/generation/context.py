@@ -1,15 +1,15 @@
-"""Context from files: images and videos become the clean latents that a clip is generated from.
+"""Encode context images and videos to the clean latents that a clip is generated from.
 
 | task | files | ``--keep``: latent frames of a video, counted from 0 |
 |---|---|---|
-| ``i2v`` | images, or videos of which the first frame is taken | |
-| ``v2v`` | videos | the run that is continued; without it the end, as much as training gave at most |
-| ``interpolation`` | images, keyframes in order; or videos | the keyframes; without it the first and the last |
-| ``completion`` | videos | what is kept; without it the first and the last quarter |
+| ``i2v`` | images, or videos (first frame only) | |
+| ``v2v`` | videos | consecutive frames to continue; default: the end, up to the longest context of training |
+| ``interpolation`` | images (keyframes in order), or videos | the keyframes; default: the first and last |
+| ``completion`` | videos | the frames to keep; default: the first and last quarter |
 
-Images of ``interpolation`` together are one context; otherwise each file is one, and clips cycle over them. Videos are
-brought to the frame rate of training. An image in the middle of a clip fills one latent by being repeated to that
-latent's pixel frames (the first latent is one pixel frame).
+All images of ``interpolation`` form one context. Otherwise each file is a context, and clips cycle over them. Videos
+are resampled to the training frame rate. An image in the middle of a clip is repeated to the number of pixel frames
+that one latent covers (the first latent covers one).
 
 Shape legend: ``n`` pixel frames, ``H`` and ``W`` pixels, ``L`` latent frames of a video, ``C, h, w`` of one.
 """
@@ -31,20 +31,20 @@ from flowception.generation.context_source import ContextSource
 from flowception.generation.video import Video
 
 VIDEO_TASKS = ("v2v", "interpolation", "completion")
-"""Tasks whose context can be a video of which frames are kept."""
+"""Tasks that can keep selected frames of a context video."""
 
 
 def parse_keep(word: str) -> tuple[int, ...]:
-    """The frames that ``--keep`` names.
+    """Parse the value of ``--keep``.
 
     Args:
-        word: Numbers and ranges with both ends included, such as ``0-3,8-11``.
+        word: Numbers and inclusive ranges, such as ``0-3,8-11``.
 
     Returns:
-        Frame numbers in order, each once.
+        Unique frame numbers in ascending order.
 
     Raises:
-        ConfigError: If the word is anything else.
+        ConfigError: If the value has any other form.
     """
     kept: set[int] = set()
     for part in word.split(","):
@@ -59,11 +59,11 @@ def parse_keep(word: str) -> tuple[int, ...]:
 
 
 def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, ...] | None) -> None:
-    """Refuse sources and frames that cannot be a task's context, before anything is loaded.
+    """Check that sources and kept frames fit the task, before anything is loaded.
 
     Raises:
         ConfigError: If sources are missing or too many, or ``keep`` does not fit the task.
-        DataError: If a file is not there or holds no picture.
+        DataError: If a file is missing or has no image.
     """
     if task == "t2v" and sources:
         raise ConfigError(
@@ -111,25 +111,25 @@ class ContextReader:
     height: int
     """Pixel height of the clips to generate."""
     width: int
-    """Pixel width of them."""
+    """Pixel width of the clips to generate."""
     fps: float | None
-    """Frame rate of training; None takes a video's frames as they are."""
+    """Training frame rate; None keeps a video's own."""
     max_context_frames: int
-    """Most latent frames that training continued."""
+    """Longest context of training, in latent frames."""
     keep: tuple[int, ...] | None = None
-    """Latent frames of a video; None takes the task's default."""
+    """Latent frames of a video to keep; None uses the task's default."""
 
     def read(self, sources: Sequence[ContextSource]) -> list[Context]:
-        """The contexts that clips cycle over.
+        """Read the contexts that clips cycle over.
 
         Args:
-            sources: As ``check_context`` accepts them.
+            sources: Sources accepted by ``check_context``.
 
         Returns:
-            A context for each source, or one of all images for interpolation.
+            One context per source, or a single context of all images for interpolation.
 
         Raises:
-            DataError: If a source cannot be read, is too short, or leaves nothing to generate.
+            DataError: If a source cannot be read, is too short, or leaves no frame to generate.
         """
         if self.task == "i2v":
             return [Context(frames=self._image(source, first=True)) for source in sources]
@@ -140,18 +140,18 @@ class ContextReader:
         return [read[self.task](source, self._video(source)) for source in sources]
 
     def _image(self, source: ContextSource, *, first: bool) -> Tensor:
-        """[1, C, h, w]: an image as a clip's first latent, or as one of its others."""
+        """Encode an image as the first or a later latent of a clip, [1, C, h, w]."""
         image = cover_and_crop(source.first_frame(), self.height, self.width)
         repeats = 1 if first else self.codec.pixel_frames(2)
         return self.codec.encode(np.repeat(image[None], repeats, axis=0))[-1:].float()
 
     def _video(self, source: ContextSource) -> Video:
-        """uint8 [n, H, W, 3] at the frame rate and size of training."""
+        """Read a video at the training frame rate and size, uint8 [n, H, W, 3]."""
         frames = source.frames(self.fps)
         return np.stack([cover_and_crop(frame, self.height, self.width) for frame in frames])
 
     def _latent_frames(self, source: ContextSource, video: Video) -> int:
-        """L, checked against ``keep``."""
+        """Number of latent frames L, checked against ``keep``."""
         usable = self.codec.usable_frames(len(video))
         count = self.codec.latent_frames(usable) if usable else 0
         if count == 0 or (self.keep is not None and self.keep[-1] >= count):
@@ -164,7 +164,7 @@ class ContextReader:
         return count
 
     def _run(self, video: Video, first: int, last: int) -> Tensor:
-        """Latents ``first`` to ``last`` of a video, encoded as a clip of their own: its first is one pixel frame."""
+        """Latents ``first`` to ``last``, encoded as a separate clip whose first latent is one pixel frame."""
         end = self.codec.pixel_frames(last + 1)
         return self.codec.encode(video[end - self.codec.pixel_frames(last - first + 1) : end]).float()
 
@@ -200,18 +200,18 @@ class ContextReader:
 
 
 def _keyframes(latents: Tensor) -> Context:
-    """Interpolation: active except the last, no start frames."""
+    """Context of keyframes: all active except the last, no start frames."""
     return Context(frames=latents, active=[True] * (len(latents) - 1) + [False], num_start_frames=0)
 
 
 def untrained(task: str, contexts: Sequence[Context], process: ProcessConfig, max_frames: int) -> str | None:
-    """What training never showed a network of that which it is asked for; None where it did.
+    """Describe how a request differs from anything seen in training; None if it does not.
 
     Args:
         task: Name of the task.
-        contexts: What the clips are given.
-        process: The process of the run.
-        max_frames: Longest clip to think of.
+        contexts: Contexts of the clips.
+        process: The run's process.
+        max_frames: Longest clip to consider.
     """
     shares = process.task_probabilities()
     if not shares[task_number(task)]:

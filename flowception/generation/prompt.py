@@ -1,4 +1,4 @@
-"""Prompts of a job: read from a file, and made text embeddings by the encoder that made the run's shards.
+"""Read the prompts of a job, and embed them with the text encoder that made the run's shards.
 
 Shape legend: ``L, D`` text tokens and their width.
 """
@@ -31,27 +31,27 @@ class Prompt:
     """A line of a prompts file."""
 
     text: str
-    """The caption; an empty one is the null text, as in training."""
+    """The caption; an empty one means the null text, as in training."""
     seed: int | None = None
-    """Of the prompt's first clip, the next ones count on from it; None: clip i of the job has the job's seed + i."""
+    """Seed of the prompt's first clip; its later clips count up from it. None: clip i has the job's seed + i."""
     class_label: str | None = None
-    """Number or name of a class, or ``null``; None: as for the job."""
+    """Class number or name, or ``null``; None uses the job's class."""
     place: str = "`prompt`"
-    """Where it stands, for messages."""
+    """Where the prompt comes from, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a prompts file, in UTF-8, without its blank lines.
+    """Read a UTF-8 prompts file, skipping blank lines.
 
     Args:
-        path: With the suffix ``.jsonl`` every line is an object of ``prompt`` and, where wanted, ``seed`` and
-            ``class_label``, as in a ``clips.jsonl``; otherwise every line is a caption.
+        path: With suffix ``.jsonl``, every line is an object with ``prompt`` and optionally ``seed`` and
+            ``class_label``, as in ``clips.jsonl``. Otherwise every line is a caption.
 
     Returns:
         The prompts in order, at least one.
 
     Raises:
-        ConfigError: If the file cannot be read, has no prompt, or a line is no such object.
+        ConfigError: If the file cannot be read, has no prompt, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -93,20 +93,20 @@ def _from_json(line: str, place: str) -> Prompt:
 def encode_prompts(
     run: LoadedRun, prompts: Iterable[str | None], text_encoder: str | None, device: torch.device
 ) -> dict[str | None, Tensor]:
-    """Embed the prompts of clips; warn where a model with text gets none.
+    """Embed prompts; warn if a model with text gets none.
 
     Args:
         run: The run.
-        prompts: Caption of each clip; an empty one and None are the null text, as in training. Each is encoded by
-            itself, so that it comes out the same to the bit whatever others there are.
-        text_encoder: Folder or hub id of the T5 encoder; None takes the one that the shard set names.
-        device: Where the encoder computes.
+        prompts: Caption of each clip; empty or None means the null text, as in training. Captions are encoded one by
+            one, so that an embedding does not depend on the other captions, to the bit.
+        text_encoder: Folder or hub id of the T5 encoder; None uses the one named in the shard set.
+        device: Device of the encoder.
 
     Returns:
-        bfloat16 [L, D] for each caption, on the CPU, as shards hold it; nothing for a model without text.
+        bfloat16 [L, D] for each caption, on the CPU, as stored in shards; empty for a model without text.
 
     Raises:
-        ConfigError: If the model takes no text, or the encoder is not the one that made the shards.
+        ConfigError: If the model was trained without text, or the encoder is not the one that made the shards.
     """
     wanted = dict.fromkeys(prompts)
     if run.null_text is None:
@@ -125,7 +125,7 @@ def encode_prompts(
 
 
 def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | None, device: torch.device) -> TextEncoder:
-    """The encoder, checked by the embedding of the empty caption."""
+    """Build the encoder and check its embedding of the empty caption against the shards."""
     known = {field.name for field in fields(TextEncoderConfig)}
     settings: dict[str, Any] = {name: value for name, value in run.meta.text_config.items() if name in known}
     config = TextEncoderConfig(**settings)
