@@ -205,8 +205,8 @@ class Run:
             An iterator of uint8 [H, W, 3] RGB frames.
 
         Raises:
-            ConfigError: If an option is out of range, contradicts another, or the run does not support it; raised by the call, not by
-                the iterator.
+            ConfigError: If an option is out of range, contradicts another, or the run does not support it. Raised by the
+                call, not by the iterator.
             DataError: If context cannot be read, or is not an image or video.
         """
         options = SampleOptions(
@@ -254,7 +254,7 @@ def load(path: str | PathLike[str], *, step: int | None = None, device: str | to
 
     Raises:
         RunDirectoryError: If the folder does not exist or is not a run directory.
-        CheckpointError: If there is no valid checkpoint, or none of that step.
+        CheckpointError: If no checkpoint is valid, or none has that step.
         ConfigError: If the device does not exist.
         DataError: If the codec is not the one that made the run's latents.
     """
