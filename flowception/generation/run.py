@@ -205,8 +205,8 @@ class Run:
             An iterator of uint8 [H, W, 3] RGB frames.
 
         Raises:
-            ConfigError: If an option is out of range, contradicts another, or the run does not support it. Raised by the
-                call, not by the iterator.
+            ConfigError: If an option is out of range, contradicts another, or is not supported by the run. Raised by
+                the call, not by the iterator.
             DataError: If context cannot be read, or is not an image or video.
         """
         options = SampleOptions(
