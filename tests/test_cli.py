@@ -75,7 +75,7 @@ def test_clips_are_counted_by_num_or_by_prompts(tmp_path, capsys):
     words = ("generate", tmp_path, "--out", tmp_path / "out")
     assert "--num is missing" in fails_in_one_line(capsys, *words)
     prompts = tmp_path / "prompts.txt"
-    assert "cannot be read" in fails_in_one_line(capsys, *words, "--prompts", prompts)
+    assert "cannot read --prompts" in fails_in_one_line(capsys, *words, "--prompts", prompts)
     prompts.write_text("a red disc\n")
     assert "is not a run directory" in fails_in_one_line(capsys, *words, "--prompts", prompts)
 
@@ -92,7 +92,7 @@ def test_i2v_without_context(tmp_path, capsys):
 
 def test_errors_of_generation_name_flags(tmp_path, capsys):
     words = ("generate", tmp_path, "--num", 1, "--out", tmp_path / "out", "--part", 3, "--num-parts", 2)
-    assert "--part is 3 of --num-parts 2; give" in fails_in_one_line(capsys, *words)
+    assert "--part must be >= 0 and less than --num-parts, got 3 and 2" in fails_in_one_line(capsys, *words)
 
 
 def test_every_task_of_the_process_can_be_generated():
