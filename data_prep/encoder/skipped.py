@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.encoder.clip_cutter import DROP_REASONS
+from flowception.errors import DataError
 from flowception.files import write_atomically
 
 UNREADABLE_NAME, DROPPED_NAME = "unreadable.jsonl", "dropped.json"
@@ -42,16 +43,35 @@ def write_skipped(folder: Path, shard: int, unreadable: str, dropped: Counter[st
 
 
 def read_unreadable(folder: Path, shards: Iterable[int]) -> str:
-    """The lines of some finished shards, one per video without a clip."""
-    return "".join(_path(folder, shard, UNREADABLE_NAME).read_text() for shard in shards)
+    """The lines of some finished shards, one per video without a clip.
+
+    Raises:
+        DataError: If a shard's list cannot be read.
+    """
+    return "".join(_read(_path(folder, shard, UNREADABLE_NAME)) for shard in shards)
 
 
 def read_dropped(folder: Path, shards: Iterable[int]) -> DroppedPieces:
-    """The summed counts of some finished shards."""
+    """The summed counts of some finished shards.
+
+    Raises:
+        DataError: If a shard's counts cannot be read.
+    """
     pieces = Counter[str]()
     for shard in shards:
-        pieces.update(json.loads(_path(folder, shard, DROPPED_NAME).read_text()))
+        path = _path(folder, shard, DROPPED_NAME)
+        try:
+            pieces.update(json.loads(_read(path)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete the files of this shard and encode again") from error
     return DroppedPieces(+pieces)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}); delete the files of its shard and encode again") from error
 
 
 def _path(folder: Path, shard: int, name: str) -> Path:

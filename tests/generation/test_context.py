@@ -199,7 +199,9 @@ def test_what_training_never_showed_is_said(clip):
     path, _ = clip(7)
     process = ProcessConfig(tasks={"v2v": 1, "completion": 1}, max_context_frames=4, max_cuts=2)
     assert untrained("v2v", reader("v2v", keep=(0, 1, 2, 3)).read(context_sources([path])), process, 20) is None
-    assert "a context like this, of 7 frames" in untrained("v2v", reader("v2v").read(context_sources([path])), process, 20)
+    assert "a context like this, of 7 frames" in untrained(
+        "v2v", reader("v2v").read(context_sources([path])), process, 20
+    )
     assert "only on v2v, completion" in untrained("i2v", [], process, 20)
     assert untrained("completion", reader("completion", keep=(2,)).read(context_sources([path])), process, 20) is None
     assert "3 frames" in untrained(
