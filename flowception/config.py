@@ -69,7 +69,7 @@ def load(
     with _blaming("configuration", schema):
         filled = OmegaConf.to_object(config)
     if not isinstance(filled, schema):
-        raise ConfigError(f"configuration {' '.join(map(str, paths))} does not hold keys of {schema.__name__}")
+        raise ConfigError(f"{' '.join(map(str, paths))} must contain keys of {schema.__name__}; check the path")
     return filled
 
 
@@ -163,14 +163,16 @@ def _written(key: str, schema: type) -> str:
 
 def _word(word: str) -> Any:
     if "=" not in word:
-        raise ConfigError(f"'{word}' is no key=value word; write for example max_steps=100")
+        raise ConfigError(f"override must have the form key=value, got {word!r}; write for example max_steps=100")
     return OmegaConf.from_dotlist([word])
 
 
 def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
     """A file's layer, after that of the file beside it that it ``extends``."""
     if path.resolve() in below:
-        raise ConfigError(f"{path} extends itself; remove an extends: of {', '.join(found.name for found in below)}")
+        raise ConfigError(
+            f"{path} extends itself; remove extends: from one of {', '.join(found.name for found in below)}"
+        )
     layer = _read(path)
     base = layer.pop("extends", None) if OmegaConf.is_dict(layer) else None
     lower = [] if base is None else _read_with_bases(path.parent / str(base), (*below, path.resolve()))

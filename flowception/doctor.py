@@ -78,7 +78,7 @@ def _gpus(problem: str) -> str:
     if problem:
         raise RuntimeError(problem)
     if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda} and SEES NO GPU HERE" if torch.version.cuda else "none"
+        built = f"torch is built for CUDA {torch.version.cuda} but SEES NO GPU" if torch.version.cuda else "none"
         return f"{built} (training and generation run on the CPU)"
     names = []
     for number in range(torch.cuda.device_count()):
@@ -110,8 +110,8 @@ def _attention() -> str:
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
     where = f"{choose_backend(device, dtype, 'auto')} for {device.type} in {str(dtype).removeprefix('torch.')}"
     if not error < _ATTENTION_TOLERANCE[dtype == torch.bfloat16]:
-        raise ValueError(f"{where} is off by {error:.2g} of the largest value, forward or backward")
-    return f"{where}, forward and backward within {error:.1g}"
+        raise ValueError(f"{where} has a relative error of {error:.2g}, forward or backward")
+    return f"{where}, forward and backward within {error:.1g} (relative)"
 
 
 def _h264() -> str:
@@ -130,7 +130,7 @@ def _h264() -> str:
     with av.open(memory) as container:
         means = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
     if len(means) != 2 or abs(means[0]) > 8 or abs(means[1] - 255) > 8:
-        raise ValueError(f"two frames of 0 and 255 came back as {means}")
+        raise ValueError(f"frames of 0 and 255 were read back with means {means}")
     return "ok, two frames written and read back"
 
 

@@ -106,5 +106,5 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
         package = module.split(".")[0].replace("_", "-")
         command = f"pip install 'flowception[{extra}]'" if extra else f"pip install {package}"
         raise MissingDependencyError(
-            f"{module} is needed here and cannot be imported ({error}). Install it: {command}"
+            f"{module} is required but cannot be imported ({error}); install it: {command}"
         ) from error

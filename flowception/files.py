@@ -51,8 +51,8 @@ class FileLock:
             raise error(f"{path.parent} is in use by {holder}; {advice}") from None
         except OSError as reason:
             raise error(
-                f"{path} cannot be made or locked ({reason.strerror or reason}); choose a folder that can be written, "
-                "on a filesystem that is not mounted without flock"
+                f"{path} cannot be created or locked ({reason.strerror or reason}); choose a writable folder on a "
+                "filesystem that supports flock"
             ) from reason
         _held.add(self)
 

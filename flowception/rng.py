@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; give an integer from 0 to {MAX_SEED}")
+        raise ValueError(f"seed must be an integer from 0 to {MAX_SEED}, got {seed}")
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -73,7 +73,7 @@ def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
         if name not in _MAY_CHANGE and was["model"].get(name) != value:
             raise RunDirectoryError(
                 f"{run_dir} was made by another model: model.{name} was {was['model'].get(name)} and is {value}; "
-                "set it as it was, or choose another run_dir"
+                "restore the old value, or choose another run_dir"
             )
     _check_codec(run_dir, was, manifest["shards"])
 
@@ -93,7 +93,9 @@ def check_codec(run_dir: str | Path, meta: ShardMeta, new_is_fine: bool = True) 
     if was is not None:
         _check_codec(run_dir, was, asdict(meta))
     elif not new_is_fine:
-        raise RunDirectoryError(f"{run_dir} has no manifest.json, which names its codec; give a whole run directory")
+        raise RunDirectoryError(
+            f"{run_dir} has no manifest.json, so its codec is unknown; use a complete run directory"
+        )
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:
@@ -110,7 +112,9 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); restore it, or choose another run_dir") from error
     if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("model", "shards")):
-        raise RunDirectoryError(f"{path} is damaged: it does not describe a run; restore it, or choose another run_dir")
+        raise RunDirectoryError(
+            f"{path} is damaged: model or shards is missing; restore the file, or choose another run_dir"
+        )
     return found
 
 
@@ -123,8 +127,8 @@ def read_begun(run_dir: str | Path) -> dict[str, Any]:
     found = read(run_dir)
     if found is None or not (Path(run_dir) / "config.yaml").is_file():
         raise RunDirectoryError(
-            f"{run_dir} is not a run directory: it lacks config.yaml or manifest.json; give the run_dir of a run that "
-            "train/main.py began"
+            f"{run_dir} is not a run directory: config.yaml or manifest.json is missing; use the run_dir of a run "
+            "started by train/main.py"
         )
     return found
 
@@ -146,15 +150,17 @@ def write(run_dir: str | Path, config_text: str, manifest: dict[str, Any]) -> No
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         write_atomically(folder / "config.yaml", config_text)
     except OSError as error:
-        raise RunDirectoryError(f"{folder} cannot be written ({error}); free its disk or choose another") from error
+        raise RunDirectoryError(
+            f"{folder} cannot be written ({error}); free disk space or choose another run_dir"
+        ) from error
 
 
 def _check_codec(run_dir: str | Path, was: dict[str, Any], shards: dict[str, Any]) -> None:
     for name in ("codec", "codec_fingerprint"):
         if was["shards"].get(name) != shards[name]:
             raise RunDirectoryError(
-                f"{run_dir} was trained on shards of {name} {was['shards'].get(name)}, data.path has "
-                f"{shards[name]}; give shards of the same codec, or another run directory"
+                f"{run_dir} was trained on shards of {name} {was['shards'].get(name)}, but data.path has "
+                f"{shards[name]}; use shards of the same codec, or another run directory"
             )
 
 

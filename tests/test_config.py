@@ -75,7 +75,7 @@ def test_a_named_mixture_replaces_the_default(tmp_path):
         (["optim.lr=fast"], r"^optim\.lr=fast: .* \(key optim\.lr\)$"),
         (["seed=-1"], "seed must be an integer from 0 to [0-9]+, got -1"),
         (["optim.lr=nan"], "optim.lr must be a number > 0, got nan"),
-        (["seed"], "'seed' is no key=value word"),
+        (["seed"], "override must have the form key=value, got 'seed'"),
     ],
 )
 def test_refusals_name_the_value(words, expected):
@@ -200,6 +200,6 @@ def test_all_problems_are_named_at_once(tmp_path):
     for part in (
         "unknown key optim.lrr", "unknown key sed", "optim.lr must be a number > 0, got -1",
         "zero.stage must be an integer from 0 to 3, got 7",
-        "'oops' is no key=value word", "max_steps has no value", "run_dir has no value",
+        "override must have the form key=value, got 'oops'", "max_steps has no value", "run_dir has no value",
     ):  # fmt: skip
         assert text.count(part) == 1, part

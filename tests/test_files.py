@@ -37,7 +37,7 @@ def test_a_second_holder_is_refused_with_the_first_ones_name(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made or locked"):
+    with pytest.raises(ConfigError, match="cannot be created or locked"):
         FileLock(tmp_path / "file" / "lock", ConfigError)
 
 

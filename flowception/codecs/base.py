@@ -130,8 +130,8 @@ class Codec(ABC):
         video = torch.as_tensor(video)
         if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3:
             raise CodecError(
-                f"the {self.name} codec was given {video.dtype} {tuple(video.shape)}; "
-                "give uint8 [frames, height, width, 3]"
+                f"video for the {self.name} codec must be uint8 [frames, height, width, 3], "
+                f"got {video.dtype} {tuple(video.shape)}"
             )
         frames, height, width, _ = video.shape
         if frames == 0 or self.usable_frames(frames) != frames:
@@ -140,16 +140,16 @@ class Codec(ABC):
             )
         if height % self.spatial_stride or width % self.spatial_stride or height == 0 or width == 0:
             raise CodecError(
-                f"the {self.name} codec was given frames of {height} x {width} px; "
-                f"both must be multiples of {self.spatial_stride}"
+                f"frame height and width must be multiples of {self.spatial_stride} px for the {self.name} codec, "
+                f"got {height} x {width}; resize or crop the video"
             )
         return video
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or latents.shape[0] == 0:
             raise CodecError(
-                f"the {self.name} codec cannot decode {tuple(latents.shape)}; "
-                f"give [frames, {self.latent_channels}, height, width] with at least one frame"
+                f"latents for the {self.name} codec must have shape [frames, {self.latent_channels}, height, width], "
+                f"frames >= 1, got {tuple(latents.shape)}"
             )
 
 

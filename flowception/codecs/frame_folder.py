@@ -36,9 +36,9 @@ def frame_paths(folder: Path) -> list[Path]:
     try:
         names = [path.name for path in folder.iterdir() if is_frame(path.name)]
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror})") from error
+        raise DataError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from error
     if not names:
-        raise DataError(f"{folder} is a folder without frames; a folder of frames holds {' '.join(FRAME_SUFFIXES)}")
+        raise DataError(f"{folder} contains no frames; put {' '.join(FRAME_SUFFIXES)} files in it")
     return [folder / name for name in sorted(names, key=_natural)]
 
 
@@ -57,10 +57,15 @@ def read_frame(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise DataError(f"frame {path} has the pixel type {image.mode}; convert it to 8 bits a color")
+                raise DataError(f"frame {path} must have 8 bits per channel, got mode {image.mode}; convert it")
             return np.asarray(image.convert("RGB"))
     except _READ_ERRORS as error:
-        raise DataError(f"frame {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(unreadable(path, error)) from error
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The message for a frame that Pillow cannot read."""
+    return f"frame {path} cannot be read ({type(error).__name__}: {error}); replace the file"
 
 
 def read_frame_size(path: Path) -> tuple[int, int]:
@@ -73,4 +78,4 @@ def read_frame_size(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return image.height, image.width
     except _READ_ERRORS as error:
-        raise DataError(f"frame {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(unreadable(path, error)) from error

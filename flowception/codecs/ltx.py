@@ -70,8 +70,8 @@ class LTXCodec(Codec):
         """Load the autoencoder from a local folder or the hub."""
         if config.model is None:
             raise ConfigError(
-                "codec.name is ltx and codec.model is not set; "
-                "give an autoencoder's folder, or a pipeline's folder or hub id"
+                "codec.model must be set for codec.name=ltx, got null; "
+                "set it to an autoencoder's folder, or a pipeline's folder or hub id"
             )
         diffusers = require("diffusers", extra="ltx")
         # A pipeline (local, or on the hub as Lightricks publishes it) holds the autoencoder in the sub-folder `vae`.
@@ -82,8 +82,8 @@ class LTXCodec(Codec):
             )
         except (OSError, ValueError) as error:
             raise CodecError(
-                f"codec.model is {config.model!r} and no LTX autoencoder could be loaded from it ({error}); "
-                "give a folder with config.json and safetensors weights, or a pipeline's folder or hub id"
+                f"cannot load an LTX autoencoder from codec.model {config.model!r} ({error}); set it to "
+                "a folder with config.json and safetensors weights, or to a pipeline's folder or hub id"
             ) from error
         return cls(
             autoencoder,
@@ -101,7 +101,7 @@ class LTXCodec(Codec):
         """``1 + (pixel_frames - 1) / 8``."""
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_stride:
             raise CodecError(
-                f"{pixel_frames} frames do not fit the ltx codec; give 1 + {self.temporal_stride} k frames, "
+                f"the number of frames must be 1 + {self.temporal_stride} k for the ltx codec, got {pixel_frames}; use "
                 f"for example {max(1, self.usable_frames(pixel_frames))}"
             )
         return 1 + (pixel_frames - 1) // self.temporal_stride
@@ -109,7 +109,7 @@ class LTXCodec(Codec):
     def pixel_frames(self, latent_frames: int) -> int:
         """``1 + 8 (latent_frames - 1)``."""
         if latent_frames < 1:
-            raise CodecError(f"{latent_frames} latent frames cannot be decoded; give at least 1")
+            raise CodecError(f"the number of latent frames must be >= 1, got {latent_frames}")
         return 1 + (latent_frames - 1) * self.temporal_stride
 
     def usable_frames(self, pixel_frames: int) -> int:

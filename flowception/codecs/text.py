@@ -51,7 +51,7 @@ class TextEncoder:
     def from_config(cls, config: TextEncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
         """Load encoder and tokenizer from a local folder or the hub."""
         if config.model is None:
-            raise ConfigError("text.model is not set; give a folder or hub id of a T5 encoder")
+            raise ConfigError("text.model must be set, got null; set it to a folder or hub id of a T5 encoder")
         transformers = require("transformers", extra="ltx")
         errors = []
         for in_pipeline in (False, True):
@@ -66,8 +66,8 @@ class TextEncoder:
             else:
                 return cls(tokenizer, model, max_tokens=config.max_tokens, device=device)
         raise CodecError(
-            f"text.model is {config.model!r} and no T5 encoder could be loaded from it ({' / '.join(errors)}); give a "
-            "folder with config.json, safetensors weights and a tokenizer, or a pipeline's folder or hub id"
+            f"cannot load a T5 encoder from text.model {config.model!r} ({' / '.join(errors)}); set it to a folder "
+            "with config.json, safetensors weights and a tokenizer, or to a pipeline's folder or hub id"
         )
 
     @torch.no_grad()

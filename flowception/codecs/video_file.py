@@ -66,14 +66,14 @@ def read_header(path: str | Path, frame_folder_fps: float | None = None) -> Vide
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise DataError(f"{path} has no video stream; give a video file")
+                raise DataError(f"{path} has no video stream; choose a video file")
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             duration_s = float(stream.duration * stream.time_base) if stream.duration else 0.0
             duration_s = duration_s or float(container.duration or 0) / av.time_base
             return VideoHeader(stream.height, stream.width, fps, duration_s)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be opened: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} cannot be opened ({type(error).__name__}: {error}); replace the file") from error
 
 
 def decode_frames(
@@ -100,7 +100,7 @@ def decode_frames(
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise DataError(f"{path} has no video stream; give a video file")
+                raise DataError(f"{path} has no video stream; choose a video file")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -110,7 +110,7 @@ def decode_frames(
                 first = shown if first is None else first
                 yield TimedFrame(shown - first, 1.0 / float(rate), _upright(frame))
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} cannot be decoded ({type(error).__name__}: {error}); replace the file") from error
 
 
 def _open_folder(folder: Path, fps: float | None) -> tuple[list[Path], float]:
@@ -122,8 +122,8 @@ def _open_folder(folder: Path, fps: float | None) -> tuple[list[Path], float]:
 
 
 def no_rate(folder: Path) -> str:
-    """What to say of a folder of frames whose rate nobody gave."""
-    return f"{folder} is a folder of frames, which has no frame rate of its own; give it as frame_folder_fps"
+    """The message for a folder of frames without a configured rate."""
+    return f"{folder} is a folder of frames and has no frame rate; set frame_folder_fps"
 
 
 def _decode_folder(folder: Path, start_s: float, fps: float | None) -> Iterator[TimedFrame]:
@@ -134,7 +134,8 @@ def _decode_folder(folder: Path, start_s: float, fps: float | None) -> Iterator[
         size = size or image.shape[:2]
         if image.shape[:2] != size:
             raise DataError(
-                f"frame {paths[number]} has {image.shape[:2]} px, those before it {size}; all need one size"
+                f"all frames of a folder must have the same size, got {image.shape[:2]} px for {paths[number]} and "
+                f"{size} before it; resize them"
             )
         yield TimedFrame(number / fps, 1.0 / fps, image)
 
@@ -190,7 +191,7 @@ def read_video(path: str | Path) -> Frame:
     """
     frames = [frame.image for frame in decode_frames(path)]
     if not frames:
-        raise DataError(f"{path} has no frames; give a video with at least one")
+        raise DataError(f"{path} has no frames; choose a video with at least one")
     return np.stack(frames)
 
 
@@ -212,11 +213,11 @@ def write_video(path: str | Path, video: Frame, *, fps: float, crf: int = 4, los
         DataError: If the frames are no video, or the file cannot be written.
     """
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or len(video) == 0:
-        raise DataError(f"cannot write {video.dtype} {video.shape} as a video; give uint8 [frames, height, width, 3]")
+        raise DataError(f"video must be uint8 [frames, height, width, 3], frames >= 1, got {video.dtype} {video.shape}")
     try:
         _write_h264(path, video, fps, {"crf": str(crf), "threads": "1", "flags": "+bitexact"}, lossless_color)
     except av.FFmpegError as error:
-        raise DataError(f"{path} cannot be written ({error}); choose a folder that can be written") from error
+        raise DataError(f"{path} cannot be written ({error}); choose a writable folder") from error
 
 
 def _write_h264(path: str | Path, video: Frame, fps: float, options: dict[str, str], lossless_color: bool) -> None:

@@ -123,7 +123,10 @@ def length_law(task: str, given: Given, lengths: Mapping[int, float], config: Ro
     joint = {n: share * context_probability(task, given, n, config) for n, share in lengths.items()}
     total = sum(joint.values())
     if not total > 0:
-        raise ValueError(f"task {task} gives no clip of {sorted(lengths)} frames the context {list(given)}")
+        raise ValueError(
+            f"given must be a context that task {task} can produce in clips of {sorted(lengths)} frames, got "
+            f"{list(given)}"
+        )
     return {n: share / total for n, share in joint.items() if share > 0}
 
 

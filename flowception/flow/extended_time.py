@@ -89,7 +89,7 @@ class ProcessConfig(RoleConfig):
             number(at_least=0).check(f"tasks.{name}", value)
             share[task_number(name)] = value
         if not share.sum() > 0:
-            raise ConfigError(f"tasks must give a task a probability > 0, got {dict(self.tasks)}")
+            raise ConfigError(f"tasks must contain a probability > 0, got {dict(self.tasks)}")
         return share / share.sum()
 
 
@@ -191,12 +191,13 @@ def draw_clips(
     longest = int(frames.max()) if len(frames) else 0
     if time.shape != frames.shape or which.shape != frames.shape or per_frame.shape[::2] != (len(frames), 2):
         raise ValueError(
-            f"num_frames {tuple(frames.shape)}, u_time {tuple(time.shape)}, u_task {tuple(which.shape)} and u_frame "
-            f"{tuple(per_frame.shape)} do not agree; they must be [B], [B], [B] and [B, N, 2]"
+            "num_frames, u_time, u_task and u_frame must have shapes [B], [B], [B] and [B, N, 2], got "
+            f"{tuple(frames.shape)}, {tuple(time.shape)}, {tuple(which.shape)} and {tuple(per_frame.shape)}"
         )
     if len(frames) and (longest > per_frame.shape[1] or int(frames.min()) < 1):
         raise ValueError(
-            f"clips have {int(frames.min())} to {longest} frames; u_frame allows for 1 to {per_frame.shape[1]}"
+            f"num_frames must be in [1, {per_frame.shape[1]}] (the upper bound is N of u_frame), got values from "
+            f"{int(frames.min())} to {longest}"
         )
     law = build_delay_law(config.delay_law)
     task = _draw_tasks(config, which)
@@ -234,7 +235,9 @@ def expected_attention_ratio(
     """
     if isinstance(num_frames, Mapping):
         if tokens_per_frame is not None:
-            raise ValueError("tokens_per_frame goes with the length of each clip, not with clips of each length")
+            raise ValueError(
+                "tokens_per_frame must be None if num_frames maps lengths to counts; pass the length of each clip"
+            )
         lengths, pairs_weight = torch.tensor(list(num_frames.keys())), torch.tensor(list(num_frames.values()))
     else:
         frames = torch.as_tensor(num_frames, dtype=torch.int64)
@@ -242,7 +245,7 @@ def expected_attention_ratio(
         size = torch.ones(len(frames)) if tokens_per_frame is None else torch.as_tensor(tokens_per_frame)
         pairs_weight = torch.zeros(len(lengths), dtype=torch.float64).index_add(0, which, size.double() ** 2)
     if not len(lengths):
-        raise ValueError("the attention ratio of no clips is not defined; give at least one length")
+        raise ValueError("num_frames must contain at least one clip, got none")
     law, schedule, share = build_delay_law(config.delay_law), config.schedule(), config.insertion_share
     full = lengths.double() ** 2
     expected = torch.zeros_like(full)

@@ -50,7 +50,7 @@ def fresh_noise(
     """
     elements = math.prod(frame_shape)
     if not 0 < elements <= MAX_ELEMENTS:
-        raise ValueError(f"a frame of shape {frame_shape} has {elements} elements; give 1 to {MAX_ELEMENTS}")
+        raise ValueError(f"a frame must have 1 to {MAX_ELEMENTS} elements, got {elements} (frame_shape {frame_shape})")
     noise = np.empty((len(slots), elements), dtype=np.float32)
     at_once = max(1, _CHUNK_ELEMENTS // elements)
     for first in range(0, len(slots), at_once):

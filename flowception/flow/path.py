@@ -41,7 +41,7 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
         ``x_t``, same shape as ``x_0``; exactly ``x_1`` at t = 1.
     """
     if x_0.shape != x_1.shape:
-        raise ValueError(f"noise has shape {tuple(x_0.shape)} and data {tuple(x_1.shape)}; they must be equal")
+        raise ValueError(f"noise and data must have the same shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
     time = _like(t, x_0)
     return (1 - time) * x_0 + time * x_1
 

@@ -49,17 +49,20 @@ def _roles(num_frames: int, context_roles: Tensor, places: Sequence[int], num_st
 def _check(num_frames: int, context_roles: Tensor, places: Sequence[int]) -> None:
     given = len(context_roles)
     if given >= num_frames:
-        raise ConfigError(f"num_frames is {num_frames} and {given} frames are given; nothing is left to generate")
+        raise ConfigError(
+            f"num_frames must be greater than the number of context frames, got {num_frames} and {given}; raise "
+            "num_frames"
+        )
     in_order = list(places) == sorted(set(places))
     if len(places) != given or not in_order or not all(0 <= place < num_frames for place in places):
         raise ConfigError(
-            f"places of the context are {list(places)}; give {given} ascending ones from 0 to {num_frames - 1}"
+            f"context places must be {given} ascending frame indices from 0 to {num_frames - 1}, got {list(places)}"
         )
     for place, role in zip(places, context_roles.tolist()):
         if role == Role.CONTEXT_PASSIVE and place + 1 < num_frames and place + 1 not in places:
             raise ConfigError(
-                f"context frame {place} of {num_frames} is passive and a frame would be generated right of it; mark "
-                "it active"
+                f"context frame {place} of {num_frames} must be active because the frame to its right is generated; "
+                "mark it in Context.active"
             )
 
 

@@ -74,7 +74,7 @@ def _insertion_counts(state: SamplerState, rate: Tensor, config: SamplerConfig) 
     active = may_insert(state.roles).numpy()
     if not np.all(np.isfinite(rates[active]) & (rates[active] >= 0)):
         bad = rates[active][~(np.isfinite(rates[active]) & (rates[active] >= 0))][0]
-        raise ValueError(f"the predictor's rate is {bad} at step {state.step}; rates must be finite and at least 0")
+        raise ValueError(f"the predictor's rates must be finite and >= 0, got {bad} at step {state.step}")
     chances = uniforms(
         0,
         Stream.SAMPLER,
@@ -99,7 +99,7 @@ def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, 
     if len(newly):
         shown = ", ".join(map(str, newly[:8])) + (", ..." if len(newly) > 8 else "")
         logger.warning(
-            "max_frames = %d cut the insertions of %d clips (%s) at step %d; raise it if such lengths are wanted",
+            "max_frames = %d limited insertions in %d clips (%s) at step %d; raise max_frames to allow longer clips",
             max_frames,
             len(newly),
             shown,
@@ -150,8 +150,8 @@ def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: Sampler
     """
     if velocity.shape != state.frames.shape or rate.shape != state.roles.shape:
         raise ValueError(
-            f"the predictor gave velocity {tuple(velocity.shape)} and rate {tuple(rate.shape)} for frames "
-            f"{tuple(state.frames.shape)}; it must give [F, C, H, W] and [F]"
+            f"the predictor must return velocity {tuple(state.frames.shape)} and rate {tuple(state.roles.shape)}, got "
+            f"{tuple(velocity.shape)} and {tuple(rate.shape)}"
         )
     moved = replace(state, frames=_move(state, velocity))
     if state.births is not None:

@@ -91,13 +91,15 @@ class Context:
     def roles(self) -> Tensor:
         """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K]."""
         if self.frames.ndim != 4 or not len(self.frames):
-            raise ConfigError(f"context frames have shape {tuple(self.frames.shape)}; give [K, C, H, W] with K >= 1")
+            raise ConfigError(f"context frames must have shape [K, C, H, W], K >= 1, got {tuple(self.frames.shape)}")
         if self.active is None:
             active = torch.arange(len(self.frames)) == len(self.frames) - 1
         else:
             active = torch.as_tensor(self.active, dtype=torch.bool)
         if len(active) != len(self.frames):
-            raise ConfigError(f"context has {len(self.frames)} frames and {len(active)} marks in active; give as many")
+            raise ConfigError(
+                f"Context.active must have one entry per context frame, got {len(active)} for {len(self.frames)} frames"
+            )
         return torch.where(active, int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE))
 
 
@@ -264,7 +266,10 @@ def _opening_roles(context: Context | None, config: SamplerConfig) -> Tensor:
     given = context.roles()
     can_grow = config.insertion is not None and bool((given == Role.CONTEXT_ACTIVE).any())
     if starts == 0 and not can_grow and not context.begins_with_start:
-        raise ConfigError("this context leaves nothing to generate: no active frame to insert by and 0 start frames")
+        raise ConfigError(
+            "nothing to generate: the context has no active frame that can insert, and num_start_frames is 0; mark a "
+            "frame active or raise num_start_frames"
+        )
     leading, behind = (torch.full((count,), int(Role.START)) for count in (int(context.begins_with_start), starts))
     return torch.cat([leading, given, behind])
 
@@ -275,14 +280,18 @@ def _plans(
     """Every clip of a prescribed order; None for the learned one."""
     if config.order == "learned":
         if num_frames is not None or config.num_frames is not None:
-            raise ConfigError("num_frames is for prescribed orders; the learned order chooses the length itself")
+            raise ConfigError(
+                "num_frames must be null for order=learned, where the model chooses the length; remove it"
+            )
         return None
     lengths = [config.num_frames] * len(contexts) if num_frames is None else list(num_frames)
     if len(lengths) != len(contexts) or None in lengths:
-        raise ConfigError(f"order is {config.order}, which is given the lengths; set num_frames, one for each clip")
+        raise ConfigError(f"order={config.order} needs the length of every clip; set num_frames")
     longest = max((int(length or 0) for length in lengths), default=0)
     if longest > config.max_frames:
-        raise ConfigError(f"num_frames is {longest}, more than max_frames, now {config.max_frames}; raise max_frames")
+        raise ConfigError(
+            f"num_frames must be at most max_frames, got {longest} and {config.max_frames}; raise max_frames"
+        )
     plans = []
     for context, length, seed in zip(contexts, lengths, seeds.tolist()):
         own = None if context is None else context.num_start_frames
@@ -304,10 +313,13 @@ def _check(contexts: Sequence[Context | None], frame_shape: tuple[int, ...], siz
     for clip, context in enumerate(contexts):
         if context is not None and tuple(context.frames.shape[1:]) != frame_shape:
             raise ConfigError(
-                f"context of clip {clip} has frames {tuple(context.frames.shape[1:])}, frame_shape is {frame_shape}"
+                f"context frames of clip {clip} must have shape {frame_shape}, got {tuple(context.frames.shape[1:])}"
             )
     if len(sizes) and int(sizes.max()) > max_frames:
-        raise ConfigError(f"a clip begins with {int(sizes.max())} frames; raise max_frames, now {max_frames}")
+        raise ConfigError(
+            f"max_frames must be at least the number of frames a clip starts with, got {max_frames} and "
+            f"{int(sizes.max())}; raise max_frames"
+        )
 
 
 def initial_state(
@@ -329,10 +341,10 @@ def initial_state(
     frame_shape = tuple(frame_shape)
     contexts = list(context) if context is not None else [None] * batch_size
     if len(contexts) != batch_size:
-        raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}; give as many")
+        raise ConfigError(f"context must have one entry per clip, got {len(contexts)} for batch_size {batch_size}")
     seeds = seed + torch.arange(batch_size) if isinstance(seed, int) else torch.tensor(list(seed), dtype=torch.int64)
     if len(seeds) != batch_size or bool((seeds < 0).any()):
-        raise ConfigError(f"seed is {seed} for batch_size {batch_size}; give one of at least 0, or one for each clip")
+        raise ConfigError(f"seed must be an integer >= 0, or one per clip, got {seed} for batch_size {batch_size}")
     plans = _plans(contexts, config, num_frames, seeds)
     if plans is None:
         opening = [_opening_roles(item, config) for item in contexts]

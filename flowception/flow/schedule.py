@@ -56,7 +56,9 @@ class InsertionSchedule(ABC):
             ``(kappa(t + h) - kappa(t)) / (1 - kappa(t))``, exactly 1 in the last step.
         """
         if not 0 <= step < num_steps:
-            raise ValueError(f"step is {step}; insertion happens in steps 0 to {num_steps - 1}")
+            raise ValueError(
+                f"step must be in [0, {num_steps - 1}], got {step}; frames are inserted in these steps only"
+            )
         if step == num_steps - 1:
             return 1.0
         now, then = self.kappa(torch.tensor([step / num_steps, (step + 1) / num_steps], dtype=torch.float64)).tolist()

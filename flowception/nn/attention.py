@@ -75,8 +75,8 @@ def check_backend(requested: str, pattern: AttentionPattern) -> None:
     one_of(BACKENDS).check("model.attention_backend", requested)
     if requested in _FULL_ONLY and pattern != FULL:
         raise ConfigError(
-            f"attention_backend={requested} has no attention_pattern={pattern.name}, only full; sdpa and flex (CUDA) "
-            "have every pattern, or use attention_backend=auto"
+            f"attention_backend={requested} supports only attention_pattern=full, got {pattern.name}; use "
+            "attention_backend=auto, or sdpa or flex (CUDA), which support every pattern"
         )
 
 
@@ -102,21 +102,21 @@ def choose_backend(
     half_on_cuda = device.type == "cuda" and dtype in _HALF
     if requested in _FULL_ONLY and not half_on_cuda:
         raise ConfigError(
-            f"attention_backend={requested} needs CUDA in bfloat16 or float16, this is {device.type} in {dtype}; "
+            f"attention_backend={requested} needs CUDA in bfloat16 or float16, got {device.type} in {dtype}; "
             "use attention_backend=auto"
         )
     if requested == "flex" and device.type != "cuda":
         raise ConfigError(
-            f"attention_backend=flex needs CUDA, this is {device.type}, where FlexAttention has no backward; "
+            f"attention_backend=flex needs CUDA, got {device.type}, where FlexAttention has no backward; "
             "use attention_backend=auto"
         )
     if requested in _FULL_ONLY or (requested == "auto" and half_on_cuda and pattern == FULL):
         fa3 = flash.activate_fa3()
         choice = "flash" if requested == "flash" and not fa3 else "varlen"
         fa2 = "FlashAttention-2 " + ("of the flash-attn package" if choice == "flash" else "built into torch")
-        reason = "FlashAttention-3, which is installed" if fa3 else fa2
+        reason = "FlashAttention-3 is installed" if fa3 else fa2
     elif requested != "auto":
-        choice, reason = requested, "it was asked for"
+        choice, reason = requested, f"requested by attention_backend={requested}"
     elif pattern != FULL and device.type == "cuda":
         choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
     elif pattern != FULL:
@@ -158,7 +158,7 @@ def attention(
     """
     if key_layout is not None and pattern != FULL:
         raise ConfigError(
-            f"attention_pattern is {pattern.name}; keys of other tokens than the queries need the full pattern"
+            f"attention_pattern must be full when keys and queries have different layouts, got {pattern.name}"
         )
     choice = choose_backend(query.device, query.dtype, backend, pattern)
     return _attention(query, key, value, layout, layout if key_layout is None else key_layout, pattern, choice)

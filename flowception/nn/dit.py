@@ -282,8 +282,8 @@ class FlowceptionDiT(nn.Module):
     def _check_text(self, pack: PackInput) -> None:
         if pack.text is None and self.spec.text_dim is not None:
             raise DataError(
-                f"the network was built with text_dim={self.spec.text_dim} and the pack has no text; "
-                "give text of shape [R, D] (R may be 0), or build it with text_dim=0"
+                f"the network was built with text_dim={self.spec.text_dim} but the pack has no text; "
+                "pass text of shape [R, D] (R may be 0), or set model.text_dim=0"
             )
         if pack.text is not None and self.spec.text_dim is None:
-            raise DataError("the pack has text and the network was built without; set model.text_dim")
+            raise DataError("the pack has text but the network was built without it; set model.text_dim")

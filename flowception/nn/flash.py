@@ -51,7 +51,7 @@ def activate_fa3() -> bool:
     try:
         activate_flash_attention_impl("FA3")
     except (ImportError, RuntimeError, ValueError) as error:
-        logger.warning("FlashAttention-3 is installed and torch cannot use it (%s); FlashAttention-2 goes on", error)
+        logger.warning("torch cannot use the installed FlashAttention-3 (%s); falling back to FlashAttention-2", error)
         return False
     return True
 
@@ -65,9 +65,9 @@ def fa2_kernel() -> VarlenKernel:
     """
     function = getattr(require("flash_attn", extra="flash"), "flash_attn_varlen_func", None)
     if function is None:
-        only = "flash_attn.cute, which is FlashAttention-4" if find_spec("flash_attn.cute") else "other modules"
+        only = "only flash_attn.cute (FlashAttention-4)" if find_spec("flash_attn.cute") else "neither"
         raise ConfigError(
-            f"attention_backend=flash needs FlashAttention-2 or 3, and the flash_attn that is installed has {only}; "
+            f"attention_backend=flash needs FlashAttention-2 or 3, but the installed flash_attn has {only}; "
             "pip install 'flowception[flash]', or use attention_backend=auto, which needs no package"
         )
     return partial(_call_fa2, function)

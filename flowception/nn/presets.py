@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
 
 
 _CHECKPOINTED_BLOCKS = Rule(
-    f"true for all blocks, false for none, how many, or {AUTO} for as few as the memory of the devices allows",
+    f"true (all blocks), false (none), a number of blocks, or {AUTO} (as few as device memory allows)",
     lambda value: value == AUTO or isinstance(value, bool) or integer(at_least=0).holds(value),
 )
 
@@ -132,15 +132,15 @@ class DiTConfig:
         blocks, given = self._size("num_layers"), self.activation_checkpointing
         if isinstance(given, str):
             raise ConfigError(
-                f"model.activation_checkpointing is {given} and the network is about to be trained without a number; "
-                "the trainer finds one (training/estimate/recomputation.py), elsewhere give one"
+                f"model.activation_checkpointing must be a number of blocks here, got {given}; only the trainer "
+                f"resolves {given} (training/estimate/recomputation.py), so set a number, true or false"
             )
         if given is True:
             return blocks
         if given > blocks:
             raise ConfigError(
                 f"model.activation_checkpointing must be at most the number of blocks, or true for all, got {given} "
-                f"and {blocks} blocks"
+                f"and {blocks} blocks; lower it or set it to true"
             )
         return int(given)
 
@@ -192,6 +192,6 @@ class DiTConfig:
         if value is not None:
             return value
         if self.preset is None:
-            raise ConfigError(f"model.{name} is not set and there is no model.preset to take it from; give one")
+            raise ConfigError(f"model.{name} must be set when model.preset is null; set one of the two")
         preset_value: int = getattr(PRESETS[self.preset], name)
         return preset_value

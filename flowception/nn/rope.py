@@ -34,7 +34,9 @@ class VideoRoPE:
 
     def __init__(self, head_dim: int, frame_spacing: float, base: float) -> None:
         if head_dim % 2 or head_dim < 8:
-            raise ConfigError(f"a head has width {head_dim}; choose hidden_size / num_heads even and at least 8")
+            raise ConfigError(
+                f"model.hidden_size / model.num_heads must be even and >= 8, got {head_dim}; change one of the two"
+            )
         pairs = head_dim // 2
         self.frame_spacing = frame_spacing
         self.frequency = base ** (-np.arange(pairs, dtype=np.float64) / pairs)

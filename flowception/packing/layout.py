@@ -223,7 +223,7 @@ def _check_fit(clips: Sequence[ClipShape], shape: PackShape) -> None:
     for name, value in seen.items():
         if value > getattr(shape, name):
             raise ValueError(
-                f"a pack of {len(clips)} clips needs {name} = {value}, its shape has {getattr(shape, name)}"
+                f"{name} must be >= {value} for this pack of {len(clips)} clips, got {getattr(shape, name)}"
             )
 
 

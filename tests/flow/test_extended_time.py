@@ -208,7 +208,7 @@ def test_attention_ratios_of_the_design():
         ({"insertion_schedule": "late"}, "insertion_schedule must be one of .*, got 'late'"),
         ({"tasks": {"t2x": 1.0}}, "task must be one of .*, got 't2x'"),
         ({"tasks": {"t2v": -1.0}}, r"tasks.t2v must be a number >= 0, got -1\.0"),
-        ({"tasks": {"t2v": 0.0}}, r"tasks must give a task a probability > 0, got {'t2v': 0\.0}"),
+        ({"tasks": {"t2v": 0.0}}, r"tasks must contain a probability > 0, got {'t2v': 0\.0}"),
     ],
     ids=str,
 )

@@ -99,9 +99,11 @@ def test_each_clip_can_have_a_seed_of_its_own(own_frame_predictor):
     alone = [run(own_frame_predictor, 1, seed=seed, num_inference_steps=5).clips()[0] for seed in seeds]
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
     assert not torch.isin(together[0], together[1]).any()
-    with pytest.raises(ConfigError, match=r"seed is \[1, 2\] for batch_size 3"):
+    with pytest.raises(
+        ConfigError, match=r"seed must be an integer >= 0, or one per clip, got \[1, 2\] for batch_size 3"
+    ):
         run(own_frame_predictor, 3, seed=[1, 2])
-    with pytest.raises(ConfigError, match="seed is -1 for batch_size 3"):
+    with pytest.raises(ConfigError, match="seed must be an integer >= 0, or one per clip, got -1 for batch_size 3"):
         run(own_frame_predictor, 3, seed=-1)
 
 
@@ -149,7 +151,7 @@ def test_the_cap_holds_and_says_so(constant_predictor, insertion, caplog):
         result = run(predict, 3, insertion=insertion, num_inference_steps=8, max_frames=11)
     assert result.cu_frames.diff().tolist() == [3, 11, 11]
     assert result.capped.tolist() == [False, True, True]
-    assert "max_frames = 11 cut the insertions of" in caplog.text
+    assert "max_frames = 11 limited insertions in" in caplog.text
     assert len(caplog.records) <= 2  # once for each clip at most
 
 
@@ -247,7 +249,7 @@ def test_a_value_out_of_range_is_refused_by_name(wrong, message):
 
 def test_wrong_contexts_are_refused(constant_predictor):
     predict = constant_predictor()
-    with pytest.raises(ConfigError, match="1 contexts for batch_size 3"):
+    with pytest.raises(ConfigError, match="one entry per clip, got 1 for batch_size 3"):
         run(predict, 3, [None])
     with pytest.raises(ConfigError, match=r"frames \(2, 3, 3\)"):
         run(predict, 1, [Context(frames=torch.zeros(1, 2, 3, 3))])

@@ -78,7 +78,7 @@ def test_a_frame_keeps_its_positions_when_frames_come_after_it():
 
 @pytest.mark.parametrize("head_dim", [6, 9])
 def test_a_head_too_narrow_or_odd_is_refused(head_dim):
-    with pytest.raises(ConfigError, match=f"a head has width {head_dim}"):
+    with pytest.raises(ConfigError, match=f"must be even and >= 8, got {head_dim}"):
         VideoRoPE(head_dim, 2.0, 100.0)
 
 
