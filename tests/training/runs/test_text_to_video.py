@@ -12,7 +12,7 @@ import pytest
 from flowception.codecs.video_file import read_video
 from flowception.shards.reader import ShardReader
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
