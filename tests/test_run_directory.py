@@ -98,6 +98,6 @@ def test_a_filesystem_without_locks_is_not_a_second_job(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("flowception.files.fcntl.flock", flock)
-    with pytest.raises(RunDirectoryError, match="No locks available.*without flock") as caught:
+    with pytest.raises(RunDirectoryError, match="No locks available.*supports flock") as caught:
         run_directory.lock(tmp_path)
     assert "in use" not in str(caught.value)

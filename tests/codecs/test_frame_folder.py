@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named(tmp_path):
         decode()
     write_frame(tmp_path / "clip" / "0.png")
     for broken in (decode, lambda fps: read_header(tmp_path / "clip", fps)):
-        with pytest.raises(DataError, match="clip is a folder of frames, .*give it as frame_folder_fps"):
+        with pytest.raises(DataError, match="clip is a folder of frames and .*set frame_folder_fps"):
             broken(None)
     write_frame(tmp_path / "clip" / "1.png", height=8)
     with pytest.raises(DataError, match=r"same size, got \(8, 8\) px for .*1.png and \(6, 8\) before it"):

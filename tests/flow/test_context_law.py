@@ -90,5 +90,5 @@ def test_length_law_is_the_normalized_product():
     assert length_law("interpolation", (C, C, P), lengths, RoleConfig()) == pytest.approx(
         {4: (0.25 / 2) / (0.25 / 2 + 0.25 / 4), 12: (0.25 / 4) / (0.25 / 2 + 0.25 / 4)}
     )
-    with pytest.raises(ValueError, match="task interpolation gives no clip"):
+    with pytest.raises(ValueError, match="context that task interpolation can produce in clips of"):
         length_law("interpolation", (C, C, C, P), {3: 1.0, 4: 0.0}, RoleConfig())

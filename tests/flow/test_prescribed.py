@@ -185,16 +185,16 @@ def test_what_does_not_go_together_is_refused(constant_predictor):
         initial_state(SHAPE, 1, SamplerConfig(num_frames=4))
     with pytest.raises(ConfigError, match="order=random needs the length of every clip; set num_frames"):
         run(predict, **random)
-    with pytest.raises(ConfigError, match="set num_frames, one for each clip"):
+    with pytest.raises(ConfigError, match="needs the length of every clip; set num_frames"):
         run(predict, num_frames=[3], **random)
     with pytest.raises(ConfigError, match="num_frames must be at most max_frames, got 9 and 8"):
         run(predict, num_frames=[3, 9, 4], max_frames=8, **random)
     with pytest.raises(ConfigError, match="num_frames must be greater than the number of context frames, got 2 and 2"):
         run(predict, 1, [two], num_frames=[2], **random)
     for places in ([1], [1, 1], [2, 0], [0, 5]):
-        with pytest.raises(ConfigError, match="give 2 ascending ones from 0 to 4"):
+        with pytest.raises(ConfigError, match="must be 2 ascending frame indices from 0 to 4"):
             plan("random", 5, context_roles=two.roles(), places=places)
     with pytest.raises(ConfigError, match="context frame 0 of 5 must be active because the frame to its right is"):
         plan("random", 5, context_roles=two.roles(), places=[0, 4])
-    with pytest.raises(ConfigError, match="num_frames is 0"):
+    with pytest.raises(ConfigError, match="num_frames must be greater than .*, got 0"):
         run(predict, num_frames=[0, 3, 3], **random)

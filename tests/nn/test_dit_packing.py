@@ -166,5 +166,5 @@ def test_text_and_its_absence_must_agree_with_the_network(model, small_config, m
     with pytest.raises(DataError, match="built with text_dim=6 but the pack has no text"):
         model(make_pack(mixed_clips, with_text=False))
     small_config.text_dim = 0
-    with pytest.raises(DataError, match="the network was built without"):
+    with pytest.raises(DataError, match="the network was built without it; set model.text_dim"):
         FlowceptionDiT(small_config).initialize(0)(make_pack(mixed_clips))

@@ -42,7 +42,7 @@ def test_version_2_is_called_with_boundaries_and_told_to_be_deterministic(instal
 
 def test_version_4_under_the_same_name_is_refused_with_what_to_do(install):
     install("flash_attn/cute/__init__.py")
-    with pytest.raises(ConfigError, match="has flash_attn.cute, which is FlashAttention-4; pip install .*flash.*auto"):
+    with pytest.raises(ConfigError, match="has only flash_attn.cute .FlashAttention-4.; pip install .*flash.*auto"):
         flash.fa2_kernel()
     with pytest.raises(ConfigError, match="FlashAttention-4"):
         flash.check_installed()
@@ -87,4 +87,4 @@ def test_a_version_3_that_torch_cannot_use_is_reported_and_left(install, hopper,
 
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", refuse)
     assert not flash.activate_fa3()
-    assert "torch cannot use it (no FA3 kernels)" in caplog.text
+    assert "torch cannot use the installed FlashAttention-3 (no FA3 kernels)" in caplog.text

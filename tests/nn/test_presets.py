@@ -75,13 +75,16 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
         (lambda: DiTConfig(attention_pattern="x"), "model.attention_pattern must be one of full.*, got 'x'"),
         (lambda: DiTConfig(frame_spacing=0.0), r"model.frame_spacing must be a number > 0, got 0\.0"),
         (lambda: DiTConfig(rope_base=1.0), r"model.rope_base must be a number > 1, got 1\.0"),
-        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size is not set"),
+        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size must be set when model.preset is null"),
         (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing must be .*, got -1"),
         (
             lambda: DiTConfig(activation_checkpointing="most"),
-            "model.activation_checkpointing must be true for .*, got 'most'",
+            r"model.activation_checkpointing must be true \(all blocks\), .*, got 'most'",
         ),
-        (lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(), "is auto and the network is about"),
+        (
+            lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(),
+            "must be a number of blocks here, got auto",
+        ),
         (
             lambda: DiTConfig(activation_checkpointing=5).flop_spec(),
             "must be at most the number of blocks.*, got 5 and 4 blocks",
