@@ -1,9 +1,9 @@
 """Reads YAML into any dataclass and writes it back. Independent of specific sections.
 
 YAML files contain differences from the defaults. They are merged left to right, followed by ``key=value`` overrides
-from the command line. A file that ``extends`` another contains differences from that file. Unknown keys are errors that name
-the nearest valid key. A field that is a dataclass is a section with nested keys (``optim.lr``), unless it is marked
-``FLAT``: then its keys are at the top level (``token_budget``).
+from the command line. A file that ``extends`` another contains differences from that file. Unknown keys are errors that
+name the nearest valid key. A field that is a dataclass is a section with nested keys (``optim.lr``), unless it is
+marked ``FLAT``: then its keys are at the top level (``token_budget``).
 """
 
 from __future__ import annotations
