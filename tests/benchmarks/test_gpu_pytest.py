@@ -50,10 +50,10 @@ def test_both_are_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpu", "stand_in", "said"),
     [
-        (PASSING + FAILING, PASSING, "gpu: 1 passed, 1 failed, 0 skipped, pytest left with 1, stand-in: .*: broken"),
-        (PASSING, BROKEN_FIXTURE, "gpu: 1 passed, .*, stand-in: 0 passed, 1 failed, .* left with 1: four"),
+        (PASSING + FAILING, PASSING, "gpu: 1 passed, 1 failed, 0 skipped, pytest exited with 1, stand-in: .*: broken"),
+        (PASSING, BROKEN_FIXTURE, "gpu: 1 passed, .*, stand-in: 0 passed, 1 failed, .* exited with 1: four"),
         (SKIPPED, PASSING, "gpu: 0 passed, 0 failed, 1 skipped, stand-in: 1 passed"),
-        (None, PASSING, "gpu: pytest left with 1 before it wrote its report"),
+        (None, PASSING, "gpu: pytest exited with 1 before writing its report"),
     ],
 )
 def test_neither_may_fail_or_be_skipped_altogether(gpu, stand_in, said, tmp_path, monkeypatch):
