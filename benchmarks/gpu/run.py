@@ -93,9 +93,7 @@ def find_machine(device: str, folder: Path) -> dict[str, Any]:
     found, log = folder / "machine.json", folder / "machine.log"
     ending = run_in_child(partial(_write_machine, device, found), 120, log)
     if not found.is_file():
-        raise SystemExit(
-            f"benchmarks/gpu: cannot query the machine ({ending.reason(120)}); check the torch installation"
-        )
+        raise SystemExit(f"benchmarks/gpu: cannot query the machine ({ending.reason(120)}); check that torch works")
     machine: dict[str, Any] = json.loads(found.read_text())
     if device == "cuda" and machine["card"] is None:
         print("benchmarks/gpu: torch finds no GPU; use --device cpu to test the script", file=sys.stderr)
@@ -129,7 +127,7 @@ def run_all(
     budget: Budget,
     logs: Path | None = None,
 ) -> list[Record]:
-    """Run checks in order. Prints a line and writes the JSON file after each; keeps logs of failed checks in ``logs``."""
+    """Run checks in order. Prints a line and writes the JSON file after each; keeps failed checks' logs in ``logs``."""
     records: list[Record] = []
     for number, check in enumerate(checks):
         limit_s = budget.limit_s(check, checks[number + 1 :])
