@@ -1,4 +1,4 @@
-"""Reading configurations: layers, refusals with a suggestion, and every file of configs/."""
+"""Reading configurations: layers, errors with suggestions, and every file of configs/."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_a_named_mixture_replaces_the_default(tmp_path):
         (["seed"], "override must have the form key=value, got 'seed'"),
     ],
 )
-def test_refusals_name_the_value(words, expected):
+def test_errors_name_the_value(words, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config([], [*NEEDED, *words])
 
@@ -107,7 +107,7 @@ def test_an_unknown_key_names_its_file_and_nothing_else(tmp_path):
     assert str(refusal.value) == f"{file}: unknown key optim.weight_deca; nearest: optim.weight_decay"
 
 
-def test_what_is_missing_is_named():
+def test_missing_values_are_named():
     with pytest.raises(ConfigError, match="^max_steps has no value"):
         load_config([], [word for word in NEEDED if not word.startswith("max_steps")])
     with pytest.raises(ConfigError, match=r"data\.path has no value"):
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named():
         load_config(["nowhere.yaml"])
 
 
-def test_broken_yaml_is_refused(tmp_path):
+def test_broken_yaml_is_rejected(tmp_path):
     file = tmp_path / "a.yaml"
     for content in (b"optim: {lr: 0.5\n", b"seed: \xff\n"):
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""The checks of ``benchmarks/gpu.sh`` can fail: each is shown something wrong, on a CPU."""
+"""The checks of ``benchmarks/gpu.sh`` can fail: each gets a faulty input, on a CPU."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Check 4 of ``benchmarks/gpu.sh``: two runs of pytest, counted apart."""
+"""Check 4 of ``benchmarks/gpu.sh``: two runs of pytest, counted separately."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ BROKEN_FIXTURE = '<testcase name="four"><error/></testcase>'
 
 
 def run_pretended(monkeypatch, folder, gpu, stand_in):
-    """The check on what two runs of pytest have reported: test cases as XML, or None for no report."""
+    """The check for the reports of two pytest runs: test cases as XML, or None for no report."""
     reports, asked = {"gpu": gpu, "stand-in": stand_in}, {}
 
     def start(scene, name, words):

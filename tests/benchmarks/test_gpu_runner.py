@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.sh`` apart from its checks: what becomes of one that hangs or dies, lines, JSON, page."""
+"""``benchmarks/gpu.sh`` apart from its checks: checks that hang or die, console lines, JSON, page."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def check(number, function, limit_s=FOREVER_S):
 
 
 class Clock:
-    """One that goes forward when it is told to."""
+    """A clock that advances on request."""
 
     now = 100.0
 
@@ -191,7 +191,7 @@ def test_patience_is_of_limits_and_of_what_is_kept(tmp_path, monkeypatch):
 
 
 def test_time_counts_from_the_start_of_the_script(monkeypatch):
-    """What is slow before the first check is its time, too."""
+    """Time spent before the first check counts."""
     clock = Clock()
     monkeypatch.setattr(run.time, "monotonic", clock)
     monkeypatch.setattr(run, "import_once", lambda: setattr(clock, "now", clock.now + 60.0))
@@ -221,7 +221,7 @@ def test_the_exit_code_says_whether_any_failed(functions, code, tmp_path, monkey
 
 
 @pytest.mark.parametrize("only", ["0", "13", "one", "1,,3"])
-def test_numbers_that_are_no_checks_are_refused(only, capsys):
+def test_numbers_that_are_no_checks_are_rejected(only, capsys):
     with pytest.raises(SystemExit):
         run.parse_arguments(["--only", only])
     assert "--only must be numbers from 1 to 12" in capsys.readouterr().err
@@ -240,7 +240,7 @@ def test_the_table_counts_to_twelve_and_each_function_is_there():
 
 
 def gpu_result():
-    """As a run on a card writes it, with made-up figures."""
+    """A result as a run on a card writes it, with invented figures."""
     kept = {"checkpointed_blocks": 4, "layers": 38}
     arms = {
         arm.name: {"ms_per_pack": 300.0 + 11 * number, "mfu": 0.4, "peak_gib": 60.0, "estimated_gib": 70.5} | kept
@@ -321,7 +321,7 @@ def test_the_page_in_the_repository_is_not_stale():
 
 
 def test_forecasts_without_empty_tiles():
-    """Two forward passes and one backward of 38 blocks where blocks are computed again."""
+    """Two forward passes and one backward pass of 38 blocks with recomputation."""
     assert CHANGES[0].ms_with_change_3 == pytest.approx(473 - 38 * (2 * 0.12 + 0.36))
     assert CHANGES[2].ms_with_change_3 == pytest.approx(293 - 38 * (0.12 + 0.36))
     assert [change.ms_with_change_3 for change in CHANGES[3:]] == [271, 254, 238]

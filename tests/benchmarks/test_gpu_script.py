@@ -49,7 +49,7 @@ def test_on_a_cpu_every_check_passes_measures_or_says_why_it_needs_a_gpu(tmp_pat
 
 
 @pytest.mark.long
-def test_without_a_gpu_the_default_device_is_refused():
+def test_without_a_gpu_the_default_device_is_rejected():
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
     hidden = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True)

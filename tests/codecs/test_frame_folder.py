@@ -12,7 +12,7 @@ def write_frame(path, level=0, *, height=6, width=8, mode="RGB"):
     Image.new(mode, (width, height), (level,) * len(mode) if mode.startswith("RGB") else level).save(path)
 
 
-def test_frames_are_in_natural_order_and_other_files_are_none(tmp_path):
+def test_frames_are_in_natural_order_and_other_files_are_ignored(tmp_path):
     names = ["f1.png", "f02.png", "f2.png", "f9.JPG", "f10.jpeg", "f10b.png"]
     for name in (*reversed(names), "notes.txt", "._f1.png", "f3.gif"):
         (tmp_path / name).touch()
@@ -47,7 +47,7 @@ def test_a_header_counts_frames_and_decodes_none(tmp_path):
     assert (header.height, header.width, header.fps, header.duration_s) == (6, 8, 2.0, 1.5)
 
 
-def test_what_is_wrong_is_named(tmp_path):
+def test_errors_name_the_file_and_the_problem(tmp_path):
     def decode(fps=8.0):
         return list(decode_frames(tmp_path / "clip", frame_folder_fps=fps))
 

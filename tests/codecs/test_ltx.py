@@ -21,7 +21,7 @@ def codec(autoencoder_folder):
 
 @pytest.fixture
 def plain_codec(autoencoder):
-    """Neither noise nor time: decoding is what diffusers' own decoder does."""
+    """Without noise and time, so decoding equals that of the diffusers decoder."""
     return LTXCodec(autoencoder, decode_timestep=0.0, decode_noise_scale=0.0)
 
 
@@ -110,7 +110,7 @@ def test_bf16_is_close(autoencoder_folder):
     assert rough.decode(latents).shape == video.shape
 
 
-def test_bad_input_is_refused(codec, tmp_path):
+def test_bad_input_is_rejected(codec, tmp_path):
     with pytest.raises(CodecError, match="cut the clip to 9"):
         codec.encode(clip(10))
     with pytest.raises(CodecError, match="multiples of 32"):

@@ -1,4 +1,4 @@
-"""Extended time: the two-part prior, visibility and missing counts, and what they cost."""
+"""Extended time: the two-part prior, visibility and missing counts, and their cost."""
 
 import math
 
@@ -45,7 +45,7 @@ def five_frames():
     )
 
 
-def test_five_frames_by_hand(five_frames):
+def test_five_frames_worked_example(five_frames):
     draws = five_frames
     assert draws.visible.tolist() == [
         [True, False, True, True, False],
@@ -217,7 +217,7 @@ def test_a_value_out_of_range_is_refused_by_name(wrong, message):
         ProcessConfig(**wrong)
 
 
-def test_shapes_that_do_not_agree_are_refused():
+def test_inconsistent_shapes_are_rejected():
     one = np.zeros(1)
     with pytest.raises(ValueError, match=r"\[B, N, 2\]"):
         draw_clips(ProcessConfig(), np.array([3]), one, one, np.zeros((1, 3)))

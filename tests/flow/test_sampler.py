@@ -79,7 +79,7 @@ def test_an_exact_velocity_ends_at_the_data(constant_predictor):
 
 
 @pytest.mark.parametrize("insertion", RULES)
-def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, insertion):
+def test_a_clip_is_the_same_alone_or_in_a_batch(own_frame_predictor, insertion):
     image = Context(frames=torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)))
     contexts = [None, image, None, image, None]
     config = {"insertion": insertion, "num_inference_steps": 12}
@@ -93,7 +93,7 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, inse
         assert torch.equal(alone.roles, together.roles[here])
 
 
-def test_each_clip_can_have_a_seed_of_its_own(own_frame_predictor):
+def test_each_clip_can_have_its_own_seed(own_frame_predictor):
     seeds = [7, 3, 7]
     together = run(own_frame_predictor, 3, seed=seeds, num_inference_steps=5).clips()
     alone = [run(own_frame_predictor, 1, seed=seed, num_inference_steps=5).clips()[0] for seed in seeds]
@@ -201,7 +201,7 @@ def test_a_frame_is_inserted_right_of_its_own_site():
         assert given[3] >= 6  # three frames wanted, and again after each
 
 
-def test_history_tells_which_frames_there_were(own_frame_predictor):
+def test_history_records_which_frames_existed(own_frame_predictor):
     config = {"num_inference_steps": 9, "time_shift": 3.0, "seed": 3}
     result = run(own_frame_predictor, record_history=True, **config)
     states = states_of(own_frame_predictor, **config)
@@ -247,7 +247,7 @@ def test_a_value_out_of_range_is_refused_by_name(wrong, message):
         SamplerConfig(**wrong)
 
 
-def test_wrong_contexts_are_refused(constant_predictor):
+def test_wrong_contexts_are_rejected(constant_predictor):
     predict = constant_predictor()
     with pytest.raises(ConfigError, match="one entry per clip, got 1 for batch_size 3"):
         run(predict, 3, [None])
@@ -263,7 +263,7 @@ def test_wrong_contexts_are_refused(constant_predictor):
         run(predict, 1, num_start_frames=5, max_frames=4)
 
 
-def test_a_wrong_prediction_is_refused(constant_predictor):
+def test_a_wrong_prediction_is_rejected(constant_predictor):
     with pytest.raises(ValueError, match="got nan at step 0"):
         run(constant_predictor(rate=float("nan")))
     with pytest.raises(ValueError, match=r"got -1\.0 at step"):
@@ -326,6 +326,6 @@ def test_every_state_knows_what_its_clips_have_cost(constant_predictor):
     assert run(constant_predictor(rate=0.5), **config).flops is None
 
 
-def test_an_argument_that_there_is_not_is_refused(constant_predictor):
+def test_an_argument_that_there_is_not_is_rejected(constant_predictor):
     with pytest.raises(TypeError, match="batchsize"):
         sample(constant_predictor(), frame_shape=SHAPE, batchsize=2, config=SamplerConfig())

@@ -207,7 +207,7 @@ def test_a_mask_is_made_once_for_a_pack_and_not_carried_to_another(pattern, monk
         ("causal", 2, "attention_window_frames must be null unless .*, got 2 and causal"),
     ],
 )
-def test_a_pattern_that_does_not_exist_is_refused(name, window, message):
+def test_a_pattern_that_does_not_exist_is_rejected(name, window, message):
     with pytest.raises(ConfigError, match=message):
         AttentionPattern(name, window)
 

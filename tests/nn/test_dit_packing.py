@@ -1,4 +1,4 @@
-"""A clip's output is its own: alone, in company, and behind padding."""
+"""A clip's output depends on that clip only: alone, among other clips, and with padding."""
 
 from __future__ import annotations
 

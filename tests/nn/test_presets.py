@@ -7,7 +7,7 @@ from flowception.nn import PRESETS, DiTConfig, count_parameters
 
 
 def closed_form(width, layers, heads, channels, hidden, text_dim=None):
-    """Parameters summed from the description of the network (DESIGN.md section 3), independently of its modules."""
+    """Parameters computed from the description of the network (DESIGN.md section 3), independently of its modules."""
     head = width // heads
     block = 4 * width**2 + 3 * width * hidden + 2 * head + 6 * width * (width + 1) * (1 if text_dim is None else 2)
     embedding = (2 * channels + 32) * width + 3 * width + width
@@ -55,7 +55,7 @@ def test_a_network_whose_recomputation_is_still_to_be_found_has_sizes():
     assert auto.resolved().activation_checkpointing == "auto"
 
 
-def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
+def test_overrides_take_precedence_over_the_preset():
     config = DiTConfig(preset="2b", num_layers=2, text_dim=0).resolved()
     assert (config.preset, config.num_layers, config.hidden_size, config.text_dim) == (None, 2, 1536, 0)
     assert config.flop_spec().text_dim is None
@@ -95,6 +95,6 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
         ),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_bad_settings_are_rejected(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Boundaries and positions expected by hand."""
+"""Boundaries and positions, compared with worked examples."""
 
 from __future__ import annotations
 
