@@ -179,9 +179,9 @@ def test_history_records_which_frames_existed(constant_predictor, order):
 def test_inconsistent_arguments_are_rejected(constant_predictor):
     predict, random = constant_predictor(), {"order": "random"}
     two = Context(frames=torch.zeros(2, *SHAPE))
-    with pytest.raises(ConfigError, match="num_frames is for prescribed orders"):
+    with pytest.raises(ConfigError, match="num_frames must be null for order=learned"):
         run(predict, num_frames=[3, 3, 3])
-    with pytest.raises(ConfigError, match="num_frames is for prescribed orders"):
+    with pytest.raises(ConfigError, match="num_frames must be null for order=learned"):
         initial_state(SHAPE, 1, SamplerConfig(num_frames=4))
     with pytest.raises(ConfigError, match="order=random needs the length of every clip; set num_frames"):
         run(predict, **random)
