@@ -22,7 +22,7 @@ def codec(autoencoder_folder):
 
 @pytest.fixture
 def plain_codec(autoencoder):
-    """Neither noise nor time: decoding is what diffusers' own decoder does."""
+    """Without noise and time, so decoding equals that of the diffusers decoder."""
     return LTXCodec(autoencoder, decode_timestep=0.0, decode_noise_scale=0.0)
 
 
@@ -111,14 +111,14 @@ def test_bf16_is_close(autoencoder_folder):
     assert rough.decode(latents).shape == video.shape
 
 
-def test_bad_input_is_refused(codec, tmp_path):
+def test_bad_input_is_rejected(codec, tmp_path):
     with pytest.raises(CodecError, match="cut the clip to 9"):
         codec.encode(clip(10))
     with pytest.raises(CodecError, match="multiples of 32"):
         codec.encode(clip(9, size=40))
     with pytest.raises(ConfigError, match=r"codec\.model"):
         build_codec(CodecConfig(name="ltx"))
-    with pytest.raises(CodecError, match="no LTX autoencoder"):
+    with pytest.raises(CodecError, match="cannot load an LTX autoencoder"):
         build_codec(CodecConfig(name="ltx", model=str(tmp_path)))
 
 

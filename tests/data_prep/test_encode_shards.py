@@ -213,7 +213,7 @@ def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp
     assert torch.equal(reader.read(0, np.arange(9)), PatchifyCodec(4).encode(images).bfloat16())
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "set" / "unreadable.jsonl").read_text().splitlines()]
     assert reasons[0].startswith("frame bad/1.png has (16, 17) px")
-    assert reasons[1].startswith("empty is a folder without frames")
+    assert reasons[1].startswith("empty contains no frames")
 
 
 def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):

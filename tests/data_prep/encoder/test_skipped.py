@@ -11,7 +11,7 @@ def test_counts_and_lines_of_shards_are_joined(tmp_path):
         (tmp_path / f"shard-{shard:06d}.dropped.json").write_text(counts)
         (tmp_path / f"shard-{shard:06d}.unreadable.jsonl").write_text(lines)
     assert read_unreadable(tmp_path, [0, 1, 2]) == "a\nb\n"
-    assert read_dropped(tmp_path, [0, 1]).counts == {"short": 3, "still": 1}
+    assert read_dropped(tmp_path, [0, 1, 2]).pieces == {"short": 3, "still": 1}
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff", b"3"])
