@@ -31,23 +31,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ``--local_rank`` comes from the deepspeed launcher and is ignored: the environment says it too.
     """
     parser = argparse.ArgumentParser(prog="train/main.py", description="Train a Flowception model.")
-    parser.add_argument("--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; key=value")
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="C", help="YAML files (later ones win) and key=value"
+    )
     parser.add_argument("words", nargs="*", metavar="key=value", help="more YAML files and overrides")
-    parser.add_argument("--newest-step", action="store_true", help="print the newest checkpoint's step, -1 without one")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
+    parser.add_argument("--newest-step", action="store_true", help="print the step of the newest checkpoint, or -1")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and estimates, do not train")
     dry = parser.add_argument_group("with --dry-run")
-    dry.add_argument("--world-size", default="", metavar="W,...", help="ranks to size (default: those launched, 8, 64)")
-    dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="share of the peak while computing (0.4)")
-    dry.add_argument("--peak-tflops", type=float, metavar="P", help="of a rank (default: logging's, or an H100's 989)")
-    dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s a GPU between nodes (25)")
-    dry.add_argument("--inside-node", type=float, default=300.0, metavar="B", help="GB/s a GPU inside a node (300)")
-    dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="which share its network (8)")
-    dry.add_argument("--stage-3-block-ms", type=float, default=1.0, metavar="MS", help="lost to the host a block (1)")
-    dry.add_argument("--memory-bandwidth", type=float, default=3000.0, metavar="B", help="GB/s of a device (3000)")
-    dry.add_argument("--memory-gb", default="", metavar="M,...", help="of devices (default: memory_gib, or 80, 141)")
-    dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of so many latent frames, rows and columns")
-    dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens of each (default: 0)")
-    dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="how many (default: 20000)")
+    dry.add_argument("--world-size", default="", metavar="W,...", help="numbers of ranks (default: as launched, 8, 64)")
+    dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="achieved share of the peak (0.4)")
+    dry.add_argument(
+        "--peak-tflops", type=float, metavar="P", help="peak per rank (default: logging.peak_tflops, or 989)"
+    )
+    dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s per GPU between nodes (25)")
+    dry.add_argument("--inside-node", type=float, default=300.0, metavar="B", help="GB/s per GPU inside a node (300)")
+    dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs that share a node's network (8)")
+    dry.add_argument(
+        "--stage-3-block-ms", type=float, default=1.0, metavar="MS", help="host time per block at ZeRO-3 (1)"
+    )
+    dry.add_argument("--memory-bandwidth", type=float, default=3000.0, metavar="B", help="GB/s of device memory (3000)")
+    dry.add_argument(
+        "--memory-gb", default="", metavar="M,...", help="memory per device (default: memory_gib, or 80, 141)"
+    )
+    dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of F latent frames, H rows, W columns")
+    dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens per clip, with --clip (0)")
+    dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="number of clips, with --clip (20000)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     words = [*arguments.config, *arguments.words]

@@ -141,7 +141,7 @@ class Saver:
         try:
             writer.remove_leftovers(self._run_dir)
         except OSError as error:
-            logger.warning("what an unfinished save left could not be removed (%s)", error)
+            logger.warning("cannot remove the files of an unfinished save (%s)", error)
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Copy this rank's part and let it be saved in the background. No collectives.
@@ -230,8 +230,8 @@ class Saver:
     def _note_failure(self, step: int, error: CheckpointError) -> str:
         """Count a failed save; on other ranks than 0 ``wait`` sets it right. Returns the warning."""
         self.failed_saves += 1
-        self.failure = f"the checkpoint of step {step} could not be saved: {error}"
-        last = "there is none before it" if self.saved_step is None else f"the last one is of step {self.saved_step}"
+        self.failure = f"cannot save the checkpoint of step {step}: {error}"
+        last = "no earlier one exists" if self.saved_step is None else f"the newest is of step {self.saved_step}"
         return f"{self.failure}; {last}"
 
     def _save(self, folder: Path, step: int, state: dict[str, Any], began_s: float) -> _Saved:
@@ -269,7 +269,7 @@ class Saver:
         try:
             writer.prune(self._run_dir, step, config.keep_last, config.keep_every_steps)
         except OSError as error:
-            return f"old checkpoints could not be removed ({error})"
+            return f"cannot remove old checkpoints ({error})"
         return None
 
     def _timeout_s(self) -> float:

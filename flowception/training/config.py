@@ -70,14 +70,14 @@ class TrainConfig(RunConfig):
         rules = {
             "seed": integer(at_least=0, at_most=MAX_SEED),
             "max_steps": integer(at_least=1),
-            "memory_gib": number(above=0).or_null("what the devices have"),
+            "memory_gib": number(above=0).or_null("the memory of the devices"),
         }
         check_ranges("", self, rules)
         save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
         if hang_s is not None and save_s >= hang_s:
             raise ConfigError(
-                f"checkpoint.save_timeout_s must be less than guard.hang_timeout_s, got {save_s:g} and {hang_s:g}: a "
-                "save that still waits for a slow rank would be taken for a hang"
+                f"checkpoint.save_timeout_s must be less than guard.hang_timeout_s, got {save_s:g} and {hang_s:g}: "
+                "the watchdog would treat a save that waits for a slow rank as a hang"
             )
 
 

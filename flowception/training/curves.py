@@ -95,7 +95,7 @@ def read_metrics(run_dir: Path) -> Metrics:
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise RunDirectoryError(f"{path} does not exist; give the run_dir of a run that has taken a step")
+        raise RunDirectoryError(f"{path} does not exist; give the run_dir of a run that has completed a step")
     points: dict[str, dict[int, float]] = {}
     torn, not_finite, seen = 0, dict[str, int](), set[int]()
     for line in path.read_bytes().splitlines():
@@ -112,9 +112,11 @@ def read_metrics(run_dir: Path) -> Metrics:
             else:
                 not_finite[name] = not_finite.get(name, 0) + 1
     if not seen:
-        raise RunDirectoryError(f"{path} has no line that can be read ({torn} are torn); the run has taken no step yet")
-    notes = [f"{torn} lines of {path.name} cannot be read and are left out"] if torn else []
-    notes += [f"{name} is no finite number in {count} steps" for name, count in sorted(not_finite.items())]
+        raise RunDirectoryError(
+            f"{path} has no readable line ({torn} are damaged); wait until the run completes a step"
+        )
+    notes = [f"skipped {torn} unreadable lines of {path.name}"] if torn else []
+    notes += [f"{name} is not a finite number in {count} steps" for name, count in sorted(not_finite.items())]
     gaps = max(seen) - min(seen) + 1 - len(seen)
     notes += [f"{gaps} steps between {min(seen)} and {max(seen)} are missing"] if gaps else []
     return Metrics({name: _curve(found) for name, found in points.items()}, max(seen), notes)
@@ -182,7 +184,9 @@ def draw_curves(run_dir: Path, path: Path) -> list[str]:
     found = [(panel, names) for panel in PANELS if (names := names_of(panel, list(metrics.curves)))]
     absent = [panel.title for panel in PANELS if not names_of(panel, list(metrics.curves))]
     if not found:
-        raise RunDirectoryError(f"{run_dir / 'metrics.jsonl'} has none of the metrics that are drawn; is it a run's?")
+        raise RunDirectoryError(
+            f"{run_dir / 'metrics.jsonl'} has none of the metrics that are plotted; give a training run"
+        )
     rows = -(-len(found) // _COLUMNS)
     figure = Figure(figsize=(5 * _COLUMNS, 2.9 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -192,9 +196,7 @@ def draw_curves(run_dir: Path, path: Path) -> list[str]:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} cannot be written ({error}); choose another --out FILE, such as a.png"
-        ) from error
+        raise RunDirectoryError(f"cannot write {path} ({error}); choose another --out FILE, such as a.png") from error
     return metrics.notes + ([f"not in metrics.jsonl: {', '.join(absent)}"] if absent else [])
 
 

@@ -103,7 +103,9 @@ def log_what_is_not_used(config: TrainConfig, data: TrainingData) -> None:
     """Log what a run leaves unused of the set or of the process, which may be meant and may be an oversight."""
     text_width = data.reader.text_width
     if text_width is not None and data.plan.spec.text_dim is None:
-        text = "the set's text is not used: the model has none; set model.text_dim=%d to use it"
+        text = "the model does not use the text of the shard set; set model.text_dim=%d to use it"
         logger.info(text, text_width)
     if build_delay_law(config.process.delay_law).two_part and config.process.insertion_share == 1:
-        logger.info("insertion_share is 1: no state after the clock's end is trained, which is another objective")
+        logger.info(
+            "insertion_share is 1: states after the end of the clock are not trained, which is a different objective"
+        )

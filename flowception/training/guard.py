@@ -187,7 +187,7 @@ class Guard:
             }
         )
         logger.warning(
-            "step %d is skipped: %s (gradient norm %.4g, usual %.4g); %d in a row, see %s",
+            "skipped step %d: %s (gradient norm %.4g, usual %.4g); %d in a row, see %s",
             step,
             outcome.refused,
             outcome.grad_norm,
@@ -222,7 +222,7 @@ class Guard:
             with self.journal.open("a") as stream:
                 stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         except OSError as error:
-            logger.warning("%s cannot be written (%s); step %d is missing from it", self.journal, error, line["step"])
+            logger.warning("cannot write %s (%s); step %d is missing from it", self.journal, error, line["step"])
 
 
 def _describe_pack(batch: StepBatch, ranks: Ranks, micro_step: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class LoggingConfig:
     """Name of the run there; None takes the run directory's name."""
 
     def __post_init__(self) -> None:
-        peak = number(above=0).or_null("that of the GPU's name")
+        peak = number(above=0).or_null("the known peak of the GPU")
         check_ranges("logging", self, {"every_steps": integer(at_least=1), "peak_tflops": peak})
 
 
@@ -66,7 +66,7 @@ class MetricsLog:
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
             raise RunDirectoryError(
-                f"{run_dir} cannot be written ({error}); free its disk or choose another"
+                f"cannot write to {run_dir} ({error}); free disk space or choose another run_dir"
             ) from error
         self._wandb: Any = None
         if config.wandb_project:
@@ -100,7 +100,7 @@ class MetricsLog:
         try:
             return call()
         except Exception as error:
-            logger.warning("wandb fails (%s); the run goes on without it, see metrics.jsonl", error)
+            logger.warning("wandb failed (%s); the run continues without it, see metrics.jsonl", error)
             self._wandb = None
             return None
 
@@ -116,7 +116,7 @@ class MetricsLog:
             _truncate(path, last_step)
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
-            raise RunDirectoryError(f"{path} cannot be written ({error}); free its disk") from error
+            raise RunDirectoryError(f"cannot write {path} ({error}); free disk space") from error
 
     def _append(self, line: str) -> None:
         content = line.encode()
@@ -127,7 +127,7 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._warned:
-                logger.warning("metrics.jsonl cannot be written (%s); steps are missing from it", error)
+                logger.warning("cannot write metrics.jsonl (%s); steps are missing from it", error)
             self._warned = True
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ def check_packages(config: LoggingConfig) -> None:
 def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
     wandb = require("wandb", extra="wandb")
     online = not config.wandb_offline and ("WANDB_MODE" in os.environ or _has_api_key(wandb))
-    reason = "as logging.wandb_offline says" if config.wandb_offline else "no API key"
+    reason = "logging.wandb_offline is set" if config.wandb_offline else "no API key"
     name = config.wandb_name or run_dir.resolve().name
     where = "online" if online else f"offline ({reason})"
     logger.info("wandb: project %s, run %s, %s", config.wandb_project, name, where)

@@ -55,8 +55,7 @@ class ProfileConfig:
         """
         if self.active_steps is not None and max(self.ranks) >= world_size:
             raise ConfigError(
-                f"profile.ranks is {list(self.ranks)} and there are {world_size} ranks; give ranks from 0 to "
-                f"{world_size - 1}"
+                f"profile.ranks must be ranks from 0 to {world_size - 1}, got {list(self.ranks)} and {world_size} ranks"
             )
 
 
@@ -115,10 +114,10 @@ class StepProfiler:
             profile.export_chrome_trace(str(path))
             path.with_suffix(".txt").write_text(table + "\n")
         except (OSError, RuntimeError) as error:
-            logger.warning("the profile %s could not be written (%s); training goes on", path, error, extra=EVERY_RANK)
+            logger.warning("cannot write the profile %s (%s); training continues", path, error, extra=EVERY_RANK)
         else:
             logger.info(
-                "profile of rank %d: %s, and its longest operators in %s.txt",
+                "profile of rank %d: %s, slowest operators in %s.txt",
                 self._rank,
                 path,
                 path.stem,

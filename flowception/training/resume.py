@@ -50,7 +50,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         rules = {
             "save_every_steps": integer(at_least=1),
-            "keep_last": integer(at_least=2, note="a damaged one needs one before it").or_null("all"),
+            "keep_last": integer(
+                at_least=2, note="if the newest is damaged, a run resumes from the one before"
+            ).or_null("all"),
             "keep_every_steps": integer(at_least=1).or_null("off"),
             "save_timeout_s": number(above=0, at_most=1500),
         }
@@ -76,9 +78,9 @@ def set_aside_newer(run_dir: str | Path, step: int, ranks: Ranks) -> None:
         return
     try:
         for folder in writer.set_aside(run_dir, newer_than=step):
-            logger.info("a damaged checkpoint was renamed to %s; remove it when you have no use for it", folder)
+            logger.info("renamed a damaged checkpoint to %s; delete it if you do not need it", folder)
     except OSError as error:
-        logger.warning("damaged checkpoints after step %d could not be renamed (%s)", step, error)
+        logger.warning("cannot rename the damaged checkpoints after step %d (%s)", step, error)
 
 
 def load(folder: str | Path, shards: ShardedState) -> Manifest:
@@ -111,7 +113,7 @@ def load_initial_weights(run_dir: str | Path, shards: ShardedState, meta: ShardM
     """
     folder = find_latest(run_dir, shards)
     if folder is None:
-        text = f"init_from={run_dir} has no checkpoint; give the run directory of a run that saved one"
+        text = f"init_from={run_dir} has no checkpoint; give the directory of a run that has saved one"
         raise mark_on_all_ranks(CheckpointError(text))
     on_main(ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
     run_on_all_ranks(lambda: _read(folder, shards, {"weight": "ema", "ema": "ema"}))
@@ -136,8 +138,8 @@ def _check_same_model(manifest: Manifest, shards: ShardedState, folder: str | Pa
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) != ours.get(name):
             raise CheckpointError(
-                f"{folder} belongs to another model: {name} has shape {saved.get(name)} there and {ours.get(name)} "
-                "here; use the model configuration it was trained with"
+                f"{folder} is a checkpoint of a different model: {name} has shape {saved.get(name)} there and "
+                f"{ours.get(name)} here; use the model configuration that it was trained with"
             )
 
 

@@ -49,23 +49,23 @@ def roll_back(
         GuardError: If the run has gone back too often without getting further, or there is no checkpoint to go to.
     """
     skipped, good_step = state.guard.skipped_in_a_row, state.guard.good_step
-    what = f"{skipped} steps in a row were skipped, up to step {state.step}, for reasons that {guard.journal} names"
+    what = f"skipped {skipped} steps in a row up to step {state.step} (reasons in {guard.journal})"
     if state.guard.rollbacks >= config.max_rollbacks:
         raise mark_on_all_ranks(
             GuardError(
-                f"{what}; the run went back {state.guard.rollbacks} times without getting further, and "
-                f"guard.max_rollbacks={config.max_rollbacks}. Look at the clips there; lower optim.lr, or raise "
-                "guard.spike_factor if the gradients only look unusual; then run the same command again"
+                f"{what} after {state.guard.rollbacks} rollbacks without progress "
+                f"(guard.max_rollbacks={config.max_rollbacks}); inspect the clips listed there, lower optim.lr, or "
+                "raise guard.spike_factor if the large gradients are harmless; then run the same command again"
             )
         )
     folder = resume.find_latest(run_dir, shards, up_to=good_step)
     if folder is None:
         raise mark_on_all_ranks(
-            GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew")
+            GuardError(f"{what}, and no checkpoint was saved before them; lower optim.lr and start a new run")
         )
     on_main(ranks, lambda: _discard(run_dir, good_step))
     found = RunState.from_json(resume.load(folder, shards).state)
-    reason = f"left out by the guards: {skipped} steps up to step {state.step} were skipped"
+    reason = f"excluded by the guards: skipped {skipped} steps up to step {state.step}"
     quarantine = state.guard.quarantine | dict.fromkeys(state.guard.suspects, reason)
     found.guard = replace(
         found.guard,
@@ -73,7 +73,7 @@ def roll_back(
         rollbacks=state.guard.rollbacks + 1,
         rollback_step=state.step,
     )
-    logger.warning("%s; back to step %d without their %d clips", what, found.step, len(state.guard.suspects))
+    logger.warning("%s; rolled back to step %d without their %d clips", what, found.step, len(state.guard.suspects))
     guard.note_rollback(state.step, found.step, found.guard)
     resume.set_aside_newer(run_dir, found.step, ranks)
     return found
@@ -84,6 +84,6 @@ def _discard(run_dir: str | Path, newer_than: int) -> None:
         writer.discard_newer(run_dir, newer_than)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoints of {run_dir} after step {newer_than}, saved while steps were skipped, cannot be removed "
-            f"({error}); remove them and run the same command again"
+            f"cannot remove the checkpoints of {run_dir} after step {newer_than}, which were saved while steps were "
+            f"skipped ({error}); remove them and run the same command again"
         ) from error

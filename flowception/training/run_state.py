@@ -93,9 +93,9 @@ def plan_of(state: RunState, plan: Plan) -> Plan:
     if state.cursor.step and plan.fingerprint != state.plan_fingerprint:
         raise PlanError(
             f"the plan changed in the middle of epoch {state.cursor.epoch} (step {state.cursor.step}): its "
-            f"fingerprint is {plan.fingerprint[:12]}, the epoch began with {state.plan_fingerprint[:12]}. Set seed, "
-            "data, model sizes, token_budget, packs_per_step and the process as they were (see config.yaml in the run "
-            "directory), or start another run with init_from"
+            f"fingerprint is {plan.fingerprint[:12]}, at the start of the epoch it was {state.plan_fingerprint[:12]}; "
+            "restore seed, data, model sizes, token_budget, packs_per_step and the process (see config.yaml in the run "
+            "directory), or start a new run with init_from"
         )
     state.plan_fingerprint = plan.fingerprint
     return plan
@@ -116,7 +116,7 @@ def note_bad_clips(state: RunState, batch: StepBatch, config: DataConfig) -> Non
     found = [pair for pairs in gather_values(own) for pair in pairs]
     for key, reason in found:
         state.quarantine[key] = reason
-        logger.info("clip %s is left out from the next epoch on: %s", key, reason)
+        logger.info("clip %s is skipped from the next epoch on: %s", key, reason)
     in_epoch, allowed, plan = state.bad_clips_of_epoch(), config.max_bad_clips, batch.step_plan
     if len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch:  # an epoch's last step may be one clip
         what = f"none of the {plan.clips} clips of step {plan.step} of epoch {plan.epoch} could be read"
@@ -125,4 +125,4 @@ def note_bad_clips(state: RunState, batch: StepBatch, config: DataConfig) -> Non
     else:
         return
     stores = " and ".join(share.path for share in config.sets)
-    raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
+    raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. Last error: {found[-1][1]}"))

@@ -161,7 +161,7 @@ class Trainer:
             return None
         if not len(self.data.heldout_rows):
             logger.info(
-                "no held-out loss: data.heldout_fraction=%s holds no clip out; raise it, or set "
+                "no held-out loss: data.heldout_fraction=%s holds out no clip; raise it, or set "
                 "validation.every_steps=null",
                 config.data.heldout_fraction,
             )
@@ -342,7 +342,7 @@ class Trainer:
             f"attention ratio {self.expected_attention_ratio:.3f}, effective sample ratio {effective:.2f}"
         )
         if self.peak:
-            logger.info("MFU refers to %g TFLOP/s a rank (%s)", self.peak.tflops, self.peak.source)
+            logger.info("MFU is relative to %g TFLOP/s per rank (%s)", self.peak.tflops, self.peak.source)
         else:
-            logger.info("no MFU: no peak is known here; logging.peak_tflops sets one")
+            logger.info("no MFU: the peak of this device is unknown; set logging.peak_tflops")
         log_what_is_not_used(config, self.data)

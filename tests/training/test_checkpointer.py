@@ -48,10 +48,10 @@ def test_a_save_is_seen_in_the_metrics(saves):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_on_one_rank_fails_that_save_alone(saves, rank):
     result = saves[1][f"failing {rank}"]
-    why = f"the checkpoint of step 3 could not be saved: rank {rank}: [Errno 28] No space left on device"
+    why = f"cannot save the checkpoint of step 3: rank {rank}: [Errno 28] No space left on device"
     assert result["middle"] == [2, 1, why, [1, 2]], "the older checkpoints stay"
     assert result["names_then"] == ["step_00000001", "step_00000002"]
-    assert result["reports"] == [f"WARNING: {why}; the last one is of step 2"]
+    assert result["reports"] == [f"WARNING: {why}; the newest is of step 2"]
     assert (result["saved_step"], result["failure"], result["metrics"]["failed_saves"]) == (4, None, 1)
     assert result["names"] == ["step_00000002", "step_00000004"]
 
@@ -60,7 +60,7 @@ def test_a_rank_that_says_nothing_fails_the_save_in_time(saves):
     result = saves[1]["no_room_for_words"]
     assert result["saved_step"] is None
     assert "rank 1 did not finish within 0.2 s; see to the storage" in result["failure"]
-    assert result["reports"] == [f"WARNING: {result['failure']}; there is none before it"]
+    assert result["reports"] == [f"WARNING: {result['failure']}; no earlier one exists"]
     assert result["names"] == []
 
 
@@ -81,7 +81,7 @@ def test_saves_come_one_at_a_time(saves):
 def test_what_a_killed_job_left_is_never_joined_to_a_new_attempt(saves):
     result = saves[1]["leftovers"]
     assert result["said"] == [
-        "WARNING: what an unfinished save left could not be removed ([Errno 28] No space left on device)"
+        "WARNING: cannot remove the files of an unfinished save ([Errno 28] No space left on device)"
     ]
     assert "rank 1: [Errno 28]" in result["failure"]
     assert result["names"] == ["step_00000001.killed-1.tmp", "step_00000001.replaced.tmp"]
@@ -96,7 +96,7 @@ def test_the_last_and_every_nth_are_kept(saves):
 def test_old_checkpoints_that_cannot_be_removed_are_a_warning(saves):
     result = saves[1]["cannot_prune"]
     assert (result["saved_step"], result["metrics"]["failed_saves"]) == (1, 0)
-    assert result["reports"] == ["WARNING: old checkpoints could not be removed ([Errno 28] No space left on device)"]
+    assert result["reports"] == ["WARNING: cannot remove old checkpoints ([Errno 28] No space left on device)"]
 
 
 def test_a_job_that_leaves_does_not_wait_long_for_ranks_that_are_gone(saves):

@@ -35,8 +35,8 @@ def test_curves_are_the_file_s_numbers_and_what_is_torn_or_null_is_said(tmp_path
     assert metrics.curves["validation/loss"].steps.tolist() == [6]
     assert metrics.last_step == 6
     assert metrics.notes == [
-        "2 lines of metrics.jsonl cannot be read and are left out",
-        "loss is no finite number in 1 steps",
+        "skipped 2 unreadable lines of metrics.jsonl",
+        "loss is not a finite number in 1 steps",
         "2 steps between 1 and 6 are missing",
     ]
 
@@ -86,11 +86,11 @@ def test_plot_draws_what_is_there_and_says_what_is_not(tmp_path, capsys):
 def test_plot_refuses_what_it_cannot_read_or_write(tmp_path, capsys):
     assert cli.main(["plot", str(tmp_path)]) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err
-    with pytest.raises(RunDirectoryError, match="no line that can be read"):
+    with pytest.raises(RunDirectoryError, match="no readable line"):
         read_metrics(write(tmp_path, ["{", ""]))
     with pytest.raises(RunDirectoryError, match="none of the metrics"):
         draw_curves(write(tmp_path, ['{"step": 1}']), tmp_path / "a.png")
     write(tmp_path, [line(1)])
     for wrong in (tmp_path / "no" / "a.png", tmp_path / "a.nothing"):
-        with pytest.raises(RunDirectoryError, match="cannot be written"):
+        with pytest.raises(RunDirectoryError, match="cannot write"):
             draw_curves(tmp_path, wrong)

@@ -164,7 +164,7 @@ def test_a_run_stopped_among_skipped_steps_decides_the_same(runs):
 
 def test_a_run_that_gets_no_further_ends_and_names_the_journal(runs):
     folder, _, results = runs
-    assert results["hopeless"].startswith("GuardError: 2 steps in a row were skipped, up to step 8")
+    assert results["hopeless"].startswith("GuardError: skipped 2 steps in a row up to step 8")
     assert str(folder / "hopeless" / "skipped.jsonl") in results["hopeless"]
     assert "guard.max_rollbacks=1" in results["hopeless"]
 

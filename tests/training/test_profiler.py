@@ -40,7 +40,7 @@ def test_the_active_steps_and_no_others_are_in_the_trace(tmp_path, console):
     assert trace.name == "rank_00003_step_00000005.json"
     assert matmuls(trace) == 4 + 5
     assert "aten::mm" in trace.with_suffix(".txt").read_text()
-    assert console.readouterr().out == f"profile of rank 3: {trace}, and its longest operators in {trace.stem}.txt\n"
+    assert console.readouterr().out == f"profile of rank 3: {trace}, slowest operators in {trace.stem}.txt\n"
 
 
 @pytest.mark.parametrize("config", [ProfileConfig(), ProfileConfig(wait_steps=0, warmup_steps=0, active_steps=1)])
@@ -64,9 +64,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, cons
     profiler = StepProfiler(ProfileConfig(wait_steps=0, warmup_steps=1, active_steps=1), tmp_path, 0)
     run_steps(profiler, 3)
     (line,) = console.readouterr().out.splitlines()
-    assert line.startswith(
-        f"WARNING: the profile {tmp_path / 'profile'}/rank_00000_step_00000002.json could not be written ("
-    )
+    assert line.startswith(f"WARNING: cannot write the profile {tmp_path / 'profile'}/rank_00000_step_00000002.json (")
 
 
 def test_what_makes_no_sense_is_refused():
@@ -74,7 +72,7 @@ def test_what_makes_no_sense_is_refused():
     for change in wrong:
         with pytest.raises(ConfigError, match=f"profile.{next(iter(change))}"):
             ProfileConfig(**change)
-    with pytest.raises(ConfigError, match="there are 2 ranks"):
+    with pytest.raises(ConfigError, match="from 0 to 1, got .* and 2 ranks"):
         ProfileConfig(active_steps=1, ranks=[0, 2]).check_world_size(2)
     ProfileConfig(ranks=[9]).check_world_size(2)
 

@@ -179,9 +179,9 @@ def test_a_full_disk_does_not_end_the_run(runs):
     assert not list((folder / "full_disk" / "checkpoints").glob("*.tmp"))
     assert losses(folder / "full_disk") == losses(folder / "whole")[:8]
     said = results["said_full_disk"]
-    why = "WARNING: the checkpoint of step 4 could not be saved: rank 1: [Errno 28] No space left on device"
-    assert said.count(f"{why}; the last one is of step 0\n") == 1
-    assert said.count("WARNING: old checkpoints could not be removed ([Errno 13] Permission denied)\n") == 2
+    why = "WARNING: cannot save the checkpoint of step 4: rank 1: [Errno 28] No space left on device"
+    assert said.count(f"{why}; the newest is of step 0\n") == 1
+    assert said.count("WARNING: cannot remove old checkpoints ([Errno 13] Permission denied)\n") == 2
     counts = [line["failed_saves"] for line in metrics(folder / "full_disk")]
     assert counts[:4] == [0] * 4
     assert counts == sorted(counts)
@@ -190,9 +190,9 @@ def test_a_full_disk_does_not_end_the_run(runs):
 def test_a_last_save_that_fails_is_an_error_but_not_where_the_run_comes_again(runs):
     folder, results = runs
     assert results["full_at_stop"] is False
-    assert "WARNING: the checkpoint of step 2 could not be saved" in results["said_full_at_stop"]
+    assert "WARNING: cannot save the checkpoint of step 2" in results["said_full_at_stop"]
     assert "step 2 of 12: stopped by" in results["said_full_at_stop"]
-    assert results["full_at_end"].startswith("CheckpointError: the checkpoint of step 3 could not be saved: rank 1:")
+    assert results["full_at_end"].startswith("CheckpointError: cannot save the checkpoint of step 3: rank 1:")
     assert list_steps(folder / "full_at_end") == [0]
 
 
@@ -294,7 +294,7 @@ def test_max_steps_below_the_saved_step_is_said(runs):
 
 def test_text_that_the_model_leaves_unused_is_said(runs):
     assert runs[1]["text"] is True
-    assert "the set's text is not used: the model has none; set model.text_dim=9" in runs[1]["said_text"]
+    assert "the model does not use the text of the shard set; set model.text_dim=9" in runs[1]["said_text"]
 
 
 def test_another_world_size_sees_the_same_losses(runs, tmp_path):

@@ -69,11 +69,11 @@ def why_a_gpu_is_meant(environment: Mapping[str, str], driver: Path = _DRIVER) -
         return "DS_ACCELERATOR=cuda"
     for name in _SLURM_GPUS:
         if environment.get(name, "0") not in ("", "0"):
-            return f"Slurm gave GPUs ({name}={environment[name]})"
+            return f"Slurm allocated GPUs ({name}={environment[name]})"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return None if visible in _NO_GPU else f"CUDA_VISIBLE_DEVICES={visible}"
-    return f"the machine has NVIDIA's driver ({driver})" if driver.exists() else None
+    return f"the NVIDIA driver is installed ({driver})" if driver.exists() else None
 
 
 def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> RankDevice:
@@ -95,15 +95,14 @@ def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> 
             return RankDevice(host=host, device="cpu")
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         text = (
-            f"no GPU can be used, though {reason}: torch {torch.__version__} is built {built} and sees none "
-            f"({_cuda_error()}). Install "
-            "a torch that fits the driver (`nvidia-smi`, `flowception doctor`), or set DS_ACCELERATOR=cpu to train on "
-            "the CPU"
+            f"torch {torch.__version__}, built {built}, finds no GPU ({_cuda_error()}), although {reason}; install a "
+            "torch build that matches the driver (see `nvidia-smi` and `flowception doctor`), or set "
+            "DS_ACCELERATOR=cpu to train on the CPU"
         )
         return RankDevice(host=host, device="", problem=text)
     count = torch.cuda.device_count()
     if 1 < count <= local_rank:
-        text = f"local rank {local_rank} has no GPU of its own: {count} are visible; start one rank for each GPU"
+        text = f"local rank {local_rank} has no GPU: only {count} are visible; start one rank per GPU"
         return RankDevice(host=host, device="", problem=text)
     number = local_rank if count > 1 else 0
     properties = torch.cuda.get_device_properties(number)
@@ -118,7 +117,7 @@ def _cuda_error() -> str:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split()).rstrip(".")
-    return "CUDA begins, but there is no device"
+    return "CUDA starts but finds no device"
 
 
 def share_places(own: RankDevice, rank: int, world_size: int, store: Store) -> list[RankDevice]:
@@ -148,14 +147,15 @@ def check_places(places: Sequence[RankDevice]) -> None:
     for rank, place in enumerate(places):
         if place.kind != usual:
             raise ConfigError(
-                f"rank {rank} on {place.host} computes on {place.kind} and most ranks on {usual}; all must agree: "
-                "run `flowception doctor` on that node, or give DS_ACCELERATOR=cpu to all ranks or to none"
+                f"all ranks must use the same kind of device, got {place.kind} on rank {rank} ({place.host}) and "
+                f"{usual} on most ranks; run `flowception doctor` on that node, or set DS_ACCELERATOR=cpu on all ranks "
+                "or none"
             )
         other = users.setdefault(place.uuid, rank) if place.uuid else rank
         if other != rank:
             raise ConfigError(
                 f"ranks {other} and {rank} on {place.host} see the same GPU, {place.name} {place.uuid}; start one rank "
-                "for each GPU"
+                "per GPU"
             )
 
 

@@ -82,7 +82,7 @@ def begin(run_dir: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
-            f"{folder} cannot be made ({error}); free its disk or choose another run_dir"
+            f"cannot create {folder} ({error}); free disk space or choose another run_dir"
         ) from error
 
 
@@ -166,18 +166,20 @@ def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
         behind = [rank for rank, beat in beating.items() if beat.turn == min(turns)]
     elif not behind:
         behind = [rank for rank, beat in beating.items() if not beat.waits]
-    everyone = "all ranks wait for one another" + " or for a GPU" * any(beat.gpu_is_busy for beat in beating.values())
+    everyone = "all ranks wait for each other" + " or for a GPU" * any(beat.gpu_is_busy for beat in beating.values())
     lines = [f"hang: {_ranks(behind)} behind" if behind else f"hang: {everyone}"]
     for rank in behind or beating:
         beat = beats[rank]
         if beat is None:
-            lines.append(f"rank {rank} has no heartbeat at all")
+            lines.append(f"rank {rank} has never written a heartbeat")
         else:
-            heart = " its heart has stopped (the process is stopped, dead or cut off); last seen at" * (rank in silent)
+            heart = " no recent heartbeat (the process is stopped, dead or disconnected); last seen at" * (
+                rank in silent
+            )
             lines.append(f"rank {rank} (process {beat.process} on {beat.host}):{heart} {beat.describe()}")
     waiting = [beat for rank, beat in beating.items() if behind and rank not in behind]
     if waiting:
-        lines.append(f"{len(waiting)} others wait, such as rank {waiting[0].rank}: {waiting[0].describe()}")
+        lines.append(f"{len(waiting)} other ranks wait, such as rank {waiting[0].rank}: {waiting[0].describe()}")
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if several and missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not set for {environment['WORLD_SIZE']} ranks; in a Slurm script write: "
+            f"{' and '.join(missing)} must be set for {environment['WORLD_SIZE']} ranks; in a Slurm script write: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
         )
     environment.setdefault("MASTER_ADDR", "127.0.0.1")

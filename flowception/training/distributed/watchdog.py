@@ -176,7 +176,7 @@ class Watchdog:
             try:
                 self._beat_once()
             except (OSError, ValueError, TypeError) as error:
-                self._print(f"heartbeats cannot be written or read ({error})")
+                self._print(f"cannot write or read heartbeats ({error})")
 
     def _beat_once(self) -> None:
         """Write this rank's heartbeat, seldom while all is well; once nothing moves, act on those of the others."""
@@ -242,7 +242,7 @@ class Watchdog:
         if any(beat is not None and beat.hung for beat in beats.values()):
             silent = [rank for rank, beat in beats.items() if self._is_silent(beat)]
             text = heartbeats.report(beats, silent)
-            self._print(f"{text}\nthe stacks of all ranks that could write are in {self._folder}")
+            self._print(f"{text}\nthe stacks of all ranks that could write them are in {self._folder}")
             write_atomically(path, text + "\n")
 
 

@@ -250,7 +250,9 @@ def optimizer_step(engine: Any, clip_grad_norm: float | None, refuse: Refuse, de
             engine.step()
         outcome = seen[0] if seen else StepOutcome(math.inf, GRADIENT_NOT_FINITE)
         if engine.was_step_applied() != outcome.applied:
-            raise RuntimeError(f"DeepSpeed applied={engine.was_step_applied()} a step that was to be: {outcome}")
+            raise RuntimeError(
+                f"DeepSpeed reports applied={engine.was_step_applied()} for a step that should be: {outcome}"
+            )
         return outcome
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -180,7 +180,7 @@ def rank_arrangements(
         blocks = job.fewest_checkpointed(way, world_size, memory_bytes)
         if blocks is not None:
             fitting.append(arrange(job, cluster, way, world_size, blocks))
-    return sorted(fitting, key=lambda found: (found.time.in_turn_s, found.memory.total))
+    return sorted(fitting, key=lambda found: (found.time.sequential_s, found.memory.total))
 
 
 def checkpointed_blocks(job: Job, config: TrainConfig, world_size: int, memory_bytes: float) -> int:
@@ -215,14 +215,17 @@ def answer(
     as_configured = f"{configured}, {configured.kept(num_layers)}"
     needs = f"needs {configured.memory.total / GIB:.1f} GiB and does not fit"
     if not ranked:
-        return f"nothing fits {where}: as configured, {as_configured}, it {needs}; see configs/overlays/low_memory.yaml"
+        return (
+            f"nothing fits {where}: as configured, {as_configured}, the run {needs}; "
+            "see configs/overlays/low_memory.yaml"
+        )
     best = ranked[0]
     fastest = (
         f"fastest on {where}: {best}, {best.kept(num_layers)} ({best.memory.total / GIB:.1f} GiB, "
-        f"{best.time.in_turn_s:.3g} s a step)"
+        f"{best.time.sequential_s:.3g} s per step)"
     )
     if (best.zero, best.checkpointed_blocks) == (configured.zero, configured.checkpointed_blocks):
         return f"{fastest}, as configured"
     if configured.memory.total > USABLE_SHARE * memory_gb * GIB:
-        return f"{fastest}; as configured, {as_configured}, it {needs}"
-    return f"{fastest}; as configured, {as_configured}: {configured.time.in_turn_s:.3g} s"
+        return f"{fastest}; as configured, {as_configured}, the run {needs}"
+    return f"{fastest}; as configured, {as_configured}: {configured.time.sequential_s:.3g} s"

@@ -78,7 +78,9 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
     with problems.collected():
         weights = _initial_weights(config)
         if weights is not None and not list_steps(weights):
-            raise CheckpointError(f"init_from={weights} has no checkpoint; give the folder of a saved run")
+            raise CheckpointError(
+                f"init_from={weights} has no checkpoint; give the directory of a run that has saved one"
+            )
 
 
 def _initial_weights(config: TrainConfig) -> str | None:

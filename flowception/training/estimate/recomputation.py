@@ -45,16 +45,16 @@ def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
     limit = f"{USABLE_SHARE:.0%} of {memory_bytes / GIB:.2f} GiB ({source})"
     if fewest is None:
         logger.warning(
-            "activation_checkpointing auto: all %d blocks are computed again, and the estimate, %.2f GiB, is still "
-            "above %s; if memory runs out see configs/overlays/low_memory.yaml",
+            "activation_checkpointing auto: all %d blocks are recomputed, and the estimate of %.2f GiB is still above "
+            "%s; if memory runs out, see configs/overlays/low_memory.yaml",
             layers,
             estimate / GIB,
             limit,
         )
     else:
         logger.info(
-            "activation_checkpointing auto: %d of %d blocks are computed again, %d kept: the most with which the "
-            "estimate, %.2f GiB, is within %s",
+            "activation_checkpointing auto: %d of %d blocks are recomputed, %d kept: the most for which the estimate "
+            "of %.2f GiB is within %s",
             blocks,
             layers,
             layers - blocks,
@@ -70,7 +70,7 @@ def _device_memory(config: TrainConfig, ranks: Ranks) -> tuple[float, str]:
     if ranks.device.type == "cuda":
         own, what = torch.cuda.get_device_properties(ranks.device).total_memory, "GPU"
     else:
-        own, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "rank's part of a node"
+        own, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "rank's share of a node"
     places = gather_values((socket.gethostname(), float(own)))
     hosts = [host for host, _ in places]
     shares = [memory if ranks.device.type == "cuda" else memory / hosts.count(host) for host, memory in places]

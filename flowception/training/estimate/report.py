@@ -84,7 +84,7 @@ class Assumptions:
         if self.clip is None:
             return None
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.clip):
-            raise ConfigError(f"--clip is {self.clip!r}; write latent frames x rows x columns, such as 19x8x8")
+            raise ConfigError(f"--clip must be latent frames x rows x columns, such as 19x8x8, got {self.clip!r}")
         frames, height, width = map(int, self.clip.split("x"))
         lengths = np.full(self.num_clips, frames)
         return ClipIndex.from_arrays(frames=lengths, height=height, width=width, text_tokens=self.text_tokens)
@@ -99,7 +99,7 @@ class Assumptions:
         except ValueError:
             found = [0.0]
         if not all(0 < memory < float("inf") for memory in found):
-            raise ConfigError(f"--memory-gb is {text!r}; give GB above 0, such as {_USUAL_MEMORY_GB}")
+            raise ConfigError(f"--memory-gb must be numbers > 0 (GB, such as {_USUAL_MEMORY_GB}), got {text!r}")
         return found
 
     def cluster(self, config: TrainConfig) -> tuple[Cluster, str]:
@@ -118,7 +118,7 @@ class Assumptions:
             stage_3_block_ms=self.stage_3_block_ms,
             memory_gb_per_s=self.memory_gb_per_s,
         )
-        return cluster, f"HFU {self.hfu:g} of {peak:g} TFLOP/s a rank ({source})"
+        return cluster, f"HFU {self.hfu:g} of {peak:g} TFLOP/s per rank ({source})"
 
 
 def world_sizes(text: str) -> list[int]:
@@ -130,7 +130,7 @@ def world_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise ConfigError(f"--world-size is {text!r}; give positive numbers, such as 8,64")
+        raise ConfigError(f"--world-size must be integers >= 1 (such as 8,64), got {text!r}")
     return sizes
 
 
@@ -163,7 +163,7 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         "",
         f"parameters: {parameters:,} ({parameters / 1e9:.3f} B)",
         f"checkpoint: {checkpoint_bytes(parameters) / 1e9:.2f} GB (weights, two moments and EMA in fp32); each rank "
-        "holds a copy of its share in host memory, to save in the background",
+        "holds a copy of its share in host memory to save in the background",
         *_plan_lines(config, plan, assumed),
         "",
         *_memory_table(config, job, columns, sizes, devices_gb[0]),
@@ -179,7 +179,7 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
 
 def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) -> list[str]:
     if plan is None:
-        return ["data: no plan can be made (see the problems); --clip 19x8x8 plans with clips of a size instead"]
+        return ["data: no plan (see the problems below); --clip 19x8x8 plans with clips of one size instead"]
     steps = plan.steps_in_epoch(0)
     flops = plan.mean_step_flops(0)
     data = (
@@ -187,10 +187,10 @@ def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) ->
     )
     if assumed.clip is not None:
         text = f", each with {assumed.text_tokens} text tokens" if assumed.text_tokens else ""
-        data = f"data: clips of {assumed.clip} latents assumed{text}, about {len(plan.rows) / steps:.0f} a step"
+        data = f"data: clips of {assumed.clip} latents assumed{text}, about {len(plan.rows) / steps:.0f} per step"
     return [
         data,
-        f"FLOPs per step: {flops:.4g} forward and backward, the mean of epoch 0, without recomputation",
+        f"FLOPs per step: {flops:.4g} forward and backward, mean of epoch 0, without recomputation",
     ]
 
 
@@ -208,11 +208,11 @@ def _memory_table(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], memory_gb: float
 ) -> list[str]:
     kept, block_input = block_activations(job.spec, job.token_budget, job.precision, job.compiled)
-    decided = f"; as many are kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
+    decided = f"; as few are recomputed as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
     layers, packs = job.spec.num_layers, [job.packs(size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks, of "
-        f"which each that is kept and not computed again takes {(kept - block_input) / GIB:.2f}{decided}:",
+        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks; "
+        f"a block that is not recomputed adds {(kept - block_input) / GIB:.2f}{decided}:",
         _row("ranks", [str(size) for size in sizes]),
         _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
         _row("blocks kept", [str(layers - column.checkpointed_blocks) for column in columns]),
@@ -228,15 +228,15 @@ def _times(
 ) -> list[str]:
     """A step's time and the days of the whole run; ranks without a pack in a step's last micro-step wait."""
     rows = {
-        "computing, s": f"a step, at {speed}, what is computed again included",
-        "between nodes, GB": f"a step and GPU, {cluster.gpus_per_node} GPUs a node",
-        "communication, s": f"a step, at {cluster.between_nodes_gb_per_s:g} GB/s a GPU between nodes and "
+        "compute, s": f"per step, at {speed}, recomputation included",
+        "between nodes, GB": f"per step and GPU, {cluster.gpus_per_node} GPUs per node",
+        "communication, s": f"per step, at {cluster.between_nodes_gb_per_s:g} GB/s per GPU between nodes and "
         f"{cluster.inside_node_gb_per_s:g} inside",
-        "host, s": f"a step, at stage 3 {cluster.stage_3_block_ms:g} ms a block and pack",
-        "optimizer, s": f"a step, at {cluster.memory_gb_per_s:g} GB/s of a device's memory",
-        "days, overlapped": "if all communication runs beside the computing",
-        "days, in turn": "if none does",
-        "MFU, in turn": "what the log would show then",
+        "host, s": f"per step, at stage 3 {cluster.stage_3_block_ms:g} ms per block and pack",
+        "optimizer, s": f"per step, at {cluster.memory_gb_per_s:g} GB/s of device memory",
+        "days, overlapped": "if all communication overlaps with compute",
+        "days, in sequence": "if none does",
+        "MFU, in sequence": "what the log would show then",
     }
     values: list[list[str]] = []
     for column, size in zip(columns, sizes, strict=True):
@@ -244,8 +244,8 @@ def _times(
         if job.packs(size) is None:
             values.append(["refused"] * len(rows))
             continue
-        days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.in_turn_s)]
-        mfu = job.step_flops / (time.in_turn_s * size * cluster.peak_tflops * 1e12)
+        days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.sequential_s)]
+        mfu = job.step_flops / (time.sequential_s * size * cluster.peak_tflops * 1e12)
         values.append(
             [f"{time.compute_s:.3f}", f"{column.between_nodes / 1e9:.2f}", f"{time.communication_s:.3f}"]
             + [f"{time.host_s:.3f}", f"{time.update_s:.3f}", f"{days[0]:.2f}", f"{days[1]:.2f}", f"{mfu:.3f}"]
@@ -257,8 +257,8 @@ def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], 
     """Every way to shard that fits, by estimated step time, and the answer in a sentence."""
     layers = job.spec.num_layers
     lines = [
-        f"ways to shard that fit {USABLE_SHARE:.0%} of a device's memory, the fastest first (* as configured): what a "
-        "rank sends in a step, in GB, and its share of what crosses nodes; seconds as above, nothing overlapped:",
+        f"sharding options that fit {USABLE_SHARE:.0%} of a device's memory, fastest first (* as configured): GB "
+        "that a rank sends per step, and its share of the traffic between nodes; seconds as above, without overlap:",
         f"{'':<26}{'blocks kept':>12}{'memory GiB':>12}{'gathered':>10}{'in group':>10}{'reduced':>10}{'crossing':>10}"
         f"{'step, s':>10}",
     ]
@@ -272,7 +272,7 @@ def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], 
             lines.append(
                 f"{mark} {found!s:<24}{layers - found.checkpointed_blocks:>12}{found.memory.total / GIB:>12.2f}"
                 + "".join(f"{value / 1e9:>10.2f}" for value in sent)
-                + f"{found.time.in_turn_s:>10.3f}"
+                + f"{found.time.sequential_s:>10.3f}"
             )
         configured = _configured(config, job, cluster, size, memory_gb)
         answers.append(answer(ranked, configured, layers, size, memory_gb))

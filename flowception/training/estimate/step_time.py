@@ -62,7 +62,7 @@ class StepTime:
         return max(self.compute_s + self.host_s, self.communication_s) + self.update_s
 
     @property
-    def in_turn_s(self) -> float:
+    def sequential_s(self) -> float:
         """If none does."""
         return self.compute_s + self.host_s + self.communication_s + self.update_s
 

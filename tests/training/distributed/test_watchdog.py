@@ -73,7 +73,7 @@ def test_a_rank_that_sleeps_is_named_with_its_stack_and_all_leave(tmp_path):
         assert f"rank 1 (process {job.processes[1].pid} on " in report
         assert "step 3, backward, no progress for" in report
         assert "at asleep (" in report
-        assert "1 others wait, such as rank 0: step 3, backward" in report
+        assert "1 other ranks wait, such as rank 0: step 3, backward" in report
         assert report.strip() in job.said()[0]
     stacks = [(tmp_path / "heartbeats" / f"rank_{rank:05d}.stacks.txt").read_text() for rank in range(2)]
     assert "asleep()" in stacks[1]
@@ -96,7 +96,7 @@ def test_a_stopped_process_cannot_speak_and_the_other_names_it(tmp_path, victim)
         assert job.processes[victim].poll() is None
         said = job.said()[1 - victim]
         assert f"hang: rank {victim} is behind" in said
-        assert "its heart has stopped (the process is stopped, dead or cut off)" in said
+        assert "no recent heartbeat (the process is stopped, dead or disconnected)" in said
         assert (tmp_path / "heartbeats" / "report.txt").is_file()
 
 
@@ -135,7 +135,7 @@ def a_beat(rank, turn, *, in_collective=True, gpu_is_busy=False, idle_s=700.0):
 
 def test_behind_are_silent_ranks_then_those_with_fewer_phases_then_those_that_wait_for_none():
     beats = {rank: a_beat(rank, turn=40) for rank in range(4)}
-    assert heartbeats.report(beats, []).startswith("hang: all ranks wait for one another\nrank 0 (process 100 on node)")
+    assert heartbeats.report(beats, []).startswith("hang: all ranks wait for each other\nrank 0 (process 100 on node)")
     free = beats | {2: a_beat(2, turn=40, in_collective=False)}
     assert heartbeats.report(free, []).startswith("hang: rank 2 is behind\nrank 2 (process 102 on node): step 12")
     late = free | {1: a_beat(1, turn=39), 3: a_beat(3, turn=39)}
@@ -144,7 +144,7 @@ def test_behind_are_silent_ranks_then_those_with_fewer_phases_then_those_that_wa
     assert heartbeats.report(silent, [0, 2]).startswith("hang: 2 ranks (0, 2) are behind\nrank 0 has no heartbeat")
     many = {rank: a_beat(rank, turn=7 if rank < 20 else 8) for rank in range(32)}
     assert heartbeats.report(many, []).splitlines()[0].endswith("14, 15, ...) are behind")
-    assert "12 others wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
+    assert "12 other ranks wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
         heartbeats.report(many, [])
     )
 
@@ -153,7 +153,7 @@ def test_on_cuda_every_rank_waits_for_its_gpu_and_only_one_with_an_idle_gpu_is_b
     """Collectives return at once there: no rank is seen in one."""
     beats = {rank: a_beat(rank, turn=40, in_collective=False, gpu_is_busy=True) for rank in range(4)}
     said = heartbeats.report(beats, [])
-    assert said.startswith("hang: all ranks wait for one another or for a GPU\nrank 0 (process 100 on node): step 12")
+    assert said.startswith("hang: all ranks wait for each other or for a GPU\nrank 0 (process 100 on node): step 12")
     assert said.count("its GPU is busy") == 4
     asleep = beats | {2: a_beat(2, turn=40, in_collective=False)}
     assert heartbeats.report(asleep, []).startswith("hang: rank 2 is behind\nrank 2 (process 102 on node): step 12")

@@ -133,13 +133,13 @@ def test_answers():
         return answer(ranked, arrange(JOB, CLUSTER, zero, 8, checkpointed), LAYERS, 8, memory_gb)
 
     gib = JOB.memory(replace(ZERO, stage=1), 8, 0).total / GIB
-    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.26 s a step)"
+    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.26 s per step)"
     assert said(80) == f"{fastest}; as configured, ZeRO-3, all 10 blocks kept: 1.28 s"
     assert said(80, stage=1) == f"{fastest}, as configured"
     assert said(80, 4, stage=1) == f"{fastest}; as configured, ZeRO-1, 6 of 10 blocks kept: 1.42 s"
     small = said(6)
     assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 3 of 10 blocks kept")
-    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, it needs 10.2 GiB and does not fit")
+    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, the run needs 10.2 GiB and does not fit")
     assert said(1, 10).startswith(
-        "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, it needs"
+        "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, the run needs"
     )

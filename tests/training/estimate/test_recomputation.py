@@ -40,7 +40,7 @@ def test_as_many_blocks_are_kept_as_fit(make_config, console, blocks):
         settle_recomputation(config, ranks)
         assert config.model.activation_checkpointing == config.model.checkpointed_blocks() == blocks
     (line,) = console.readouterr().out.splitlines()  # of rank 0
-    assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are computed again, {6 - blocks} kept")
+    assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are recomputed, {6 - blocks} kept")
     assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB, is within 90% of {memory_gib:.2f} GiB (memory_gib)")
 
 
@@ -48,9 +48,7 @@ def test_where_nothing_fits_all_blocks_are_computed_again_and_it_is_said(make_co
     config = make_config(f"memory_gib={room_for(make_config(), 6) * 0.99}")
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 6
-    assert console.readouterr().out.startswith(
-        "WARNING: activation_checkpointing auto: all 6 blocks are computed again"
-    )
+    assert console.readouterr().out.startswith("WARNING: activation_checkpointing auto: all 6 blocks are recomputed")
 
 
 def test_a_number_is_left_alone(make_config, console):
@@ -73,7 +71,7 @@ def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, consol
     config = make_config()
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 2
-    assert f"{third_gib:.2f} GiB (the smallest rank's part of a node)" in console.readouterr().out
+    assert f"{third_gib:.2f} GiB (the smallest rank's share of a node)" in console.readouterr().out
     ((host, memory_bytes),) = own
     assert host == socket.gethostname()
     assert GIB / 4 < memory_bytes < 2**50
@@ -94,6 +92,6 @@ def test_the_smallest_gpu_decides(make_config, monkeypatch, console):
 def test_memory_out_of_range_is_refused(make_config, memory_gib):
     with pytest.raises(
         ConfigError,
-        match=f"memory_gib must be a number > 0, or null for what the devices have, got {float(memory_gib)}",
+        match=f"memory_gib must be a number > 0, or null for the memory of the devices, got {float(memory_gib)}",
     ):
         make_config(f"memory_gib={memory_gib}")

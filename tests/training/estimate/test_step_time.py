@@ -12,10 +12,10 @@ def test_recomputation_is_a_forward_pass_more():
 
 
 def test_a_step_is_as_long_as_the_longer_part_or_as_both():
-    assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).in_turn_s) == (3.0, 4.0)
+    assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).sequential_s) == (3.0, 4.0)
     assert StepTime(1.0, 5.0).overlapped_s == 5.0
     waits = StepTime(3.0, 1.0, host_s=0.5, update_s=0.25)
-    assert (waits.overlapped_s, waits.in_turn_s) == (3.75, 4.75)
+    assert (waits.overlapped_s, waits.sequential_s) == (3.75, 4.75)
 
 
 def ring(world_size, gpus_per_node, pieces=1):

@@ -65,7 +65,7 @@ def test_dry_run_fails_with_a_problem_and_needs_no_data_where_clips_are_given(ma
     assert main.main(words) == 2
     assert "problem 1: " in capsys.readouterr().out
     assert main.main([*words, "--clip", "6x2x2", "--num-clips", "300", "--hfu", "0.3"]) == 0
-    assert "at HFU 0.3 of 989 TFLOP/s a rank (H100, dense bf16)" in capsys.readouterr().out
+    assert "at HFU 0.3 of 989 TFLOP/s per rank (H100, dense bf16)" in capsys.readouterr().out
     assert main.main([*words, "--hfu", "3"]) == 2
     assert "--hfu is 3.0" in capsys.readouterr().err
 
@@ -171,7 +171,7 @@ def test_environment_of_slurm():
     fill_environment(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("5", "16", "1")
     del environment["MASTER_ADDR"]
-    with pytest.raises(ConfigError, match="MASTER_ADDR not set for 16 ranks"):
+    with pytest.raises(ConfigError, match="MASTER_ADDR must be set for 16 ranks"):
         fill_environment(environment)
 
 
