@@ -1,10 +1,10 @@
-"""Going back to the last good checkpoint in the running job.
+"""Roll back to the last good checkpoint within the running job.
 
-A good checkpoint is a whole one saved before the first of the steps that were skipped in a row. The run loads it, takes
-the clips of those steps into the guards' quarantine, where they are padding in their places for the rest of the epoch,
-and saves itself at once in that checkpoint's place: when that is done a kill changes nothing any more. A kill before
-loses the decision together with the steps it was made from; they are done again, and it is made again. The checkpoints
-saved during those steps are removed first, so that no resume takes them.
+A good checkpoint is a valid one saved before the first of the steps skipped in a row. The run loads it, adds the clips
+of those steps to the guards' quarantine, which turns them into padding for the rest of the epoch, and immediately
+overwrites that checkpoint. After that, a kill loses nothing. A kill before that loses the decision together with the
+steps that led to it; the resumed run repeats the steps and decides again. Checkpoints saved during those steps are
+removed first, so that no run resumes from them.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def roll_back(
     state: RunState,
     ranks: Ranks,
 ) -> RunState:
-    """Load the last checkpoint before the skipped steps. Collective; no save may be under way.
+    """Load the last checkpoint before the skipped steps. Collective; no save may be in progress.
 
     Args:
-        config: How often a run may go back.
-        run_dir: The run.
-        guard: Knows the journal.
-        shards: Filled from the checkpoint.
-        state: Where the run is.
+        config: How often a run may roll back.
+        run_dir: The run directory.
+        guard: Owner of the journal.
+        shards: Training state to fill from the checkpoint.
+        state: State of the run.
         ranks: This rank.
 
     Returns:
-        Where the run is now; save it.
+        The new state of the run, which the caller must save.
 
     Raises:
-        GuardError: If the run has gone back too often without getting further, or there is no checkpoint to go to.
+        GuardError: If the run has rolled back too often without progress, or has no earlier checkpoint.
     """
     skipped, good_step = state.guard.skipped_in_a_row, state.guard.good_step
     what = f"skipped {skipped} steps in a row up to step {state.step} (reasons in {guard.journal})"

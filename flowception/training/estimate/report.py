@@ -1,4 +1,4 @@
-"""What a configuration would do, at any number of ranks, without starting anything: ``train/main.py --dry-run``."""
+"""Report what a configuration would need at any number of ranks, without training: ``train/main.py --dry-run``."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ _PEAK_GPU = "H100"
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a dry run cannot find in the configuration."""
+    """Assumptions of a dry run that are not in the configuration."""
 
     world_sizes: str = ""
-    """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
+    """Comma-separated numbers of ranks; empty is the launched number, 8 and 64."""
     hfu: float = 0.4
-    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilization)."""
+    """Achieved share of the peak, with recomputation counted (hardware FLOPs utilization)."""
     peak_tflops: float | None = None
-    """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
+    """Peak TFLOP/s of one rank; None is ``logging.peak_tflops``, or the peak of an H100."""
     bandwidth_gb_per_s: float = 25.0
-    """GB/s that a GPU's share of the network between nodes carries each way; 25 is half of a 400 Gb/s adapter a GPU."""
+    """GB/s each way over one GPU's share of the network between nodes; 25 is half of a 400 Gb/s adapter per GPU."""
     inside_node_gb_per_s: float = 300.0
-    """GB/s that a GPU sends to the others of its node; 300 is two thirds of NVLink 4 (450 each way)."""
+    """GB/s that a GPU sends to the other GPUs of its node; 300 is two thirds of NVLink 4 (450 each way)."""
     gpus_per_node: int = 8
-    """GPUs of a node, which share its network."""
+    """GPUs per node, which share its network."""
     stage_3_block_ms: float = 1.0
-    """ms that a block's forward and backward pass of a micro-step waits at stage 3 for the host, which gathers weights
-    and frees them. A guess: on a busy CPU core the host takes 16 ms more for it than without, part of it hidden."""
+    """Milliseconds per block and micro-step (forward and backward) that stage 3 waits for the host to gather and free
+    weights. A guess: on a busy CPU core the host takes 16 ms more at stage 3, and part of that is hidden."""
     memory_gb_per_s: float = 3000.0
-    """GB/s that a device reads and writes of its own memory, for the optimizer; 3000 is nine tenths of an H100's."""
+    """GB/s of device memory bandwidth, for the optimizer; 3000 is nine tenths of an H100's."""
     memory_gb: str = ""
-    """Comma-separated memory of devices in GB, as they are sold; empty for ``memory_gib``, or 80 (H100) and 141 (H200).
-    Makers' GB are GiB here: an H100 of 80 GB reports 79, an H200 of 141 GB about 140 GiB."""
+    """Comma-separated memory sizes of devices in GB, as sold; empty is ``memory_gib``, or 80 (H100) and 141 (H200).
+    Vendor GB are counted as GiB: an 80 GB H100 reports 79 GiB, a 141 GB H200 about 140 GiB."""
     clip: str | None = None
-    """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
+    """Latent frames x rows x columns of synthetic clips to plan with; None reads the shard set."""
     text_tokens: int = 0
-    """Text tokens of each such clip."""
+    """Text tokens per synthetic clip."""
     num_clips: int = 20_000
-    """How many such clips."""
+    """Number of synthetic clips."""
 
     def __post_init__(self) -> None:
         number(above=0, at_most=1, note="a share, such as 0.4").check("--hfu", self.hfu)
@@ -80,7 +80,7 @@ class Assumptions:
         integer(at_least=0).check("--text-tokens", self.text_tokens)
 
     def index(self) -> ClipIndex | None:
-        """An index of clips of the given size; None where the set is read."""
+        """Index of synthetic clips of the size ``clip``; None if the shard set is read."""
         if self.clip is None:
             return None
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.clip):
@@ -90,7 +90,7 @@ class Assumptions:
         return ClipIndex.from_arrays(frames=lengths, height=height, width=width, text_tokens=self.text_tokens)
 
     def devices_gb(self, config: TrainConfig) -> list[float]:
-        """Memory of the devices to rank for, in GB."""
+        """Memory sizes to rank for, in GB."""
         if not self.memory_gb and config.memory_gib is not None:
             return [config.memory_gib]
         text = self.memory_gb or _USUAL_MEMORY_GB
@@ -103,7 +103,7 @@ class Assumptions:
         return found
 
     def cluster(self, config: TrainConfig) -> tuple[Cluster, str]:
-        """The machines, and a note on how fast they compute."""
+        """The assumed machines, and a note on their compute speed."""
         peak, source = self.peak_tflops, "as given"
         if peak is None:
             peak, source = config.logging.peak_tflops, "logging.peak_tflops"
@@ -122,7 +122,7 @@ class Assumptions:
 
 
 def world_sizes(text: str) -> list[int]:
-    """World sizes to report: those of ``text`` (comma-separated), or the launched one, 8 and 64."""
+    """World sizes to report: those in ``text`` (comma-separated), or else the launched one, 8 and 64."""
     if not text:
         return sorted({int(os.environ.get("WORLD_SIZE", "1")), *_USUAL_WORLD_SIZES})
     try:
@@ -135,15 +135,15 @@ def world_sizes(text: str) -> list[int]:
 
 
 def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
-    """The report.
+    """Write the report.
 
     Args:
         config: The run.
-        assumed: What the configuration does not say.
+        assumed: Assumptions that are not in the configuration.
 
     Returns:
-        Its text (resolved configuration, parameters, FLOPs, by world size memory and days, and by the memory of the
-        devices which way to shard is the fastest), and the problems that would stop the run, which the text names too.
+        The text (resolved configuration, parameters, FLOPs, memory and days by world size, and the fastest sharding by
+        device memory), and the problems that would stop the run, which are also in the text.
     """
     sizes, devices_gb, problems = world_sizes(assumed.world_sizes), assumed.devices_gb(config), Problems()
     index = assumed.index()
@@ -195,7 +195,7 @@ def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) ->
 
 
 def _configured(config: TrainConfig, job: Job, cluster: Cluster, world_size: int, memory_gb: float) -> Arrangement:
-    """The configured arrangement, on devices of a size where that decides."""
+    """The configured arrangement; with ``auto`` recomputation it depends on the device memory."""
     blocks = checkpointed_blocks(job, config, world_size, memory_gb * GIB)
     return arrange(job, cluster, config.zero, world_size, blocks)
 
@@ -226,7 +226,7 @@ def _memory_table(
 def _times(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], cluster: Cluster, speed: str
 ) -> list[str]:
-    """A step's time and the days of the whole run; ranks without a pack in a step's last micro-step wait."""
+    """Step time and days of the full run. Ranks without a pack in the last micro-step of a step wait."""
     rows = {
         "compute, s": f"per step, at {speed}, recomputation included",
         "between nodes, GB": f"per step and GPU, {cluster.gpus_per_node} GPUs per node",
@@ -254,7 +254,7 @@ def _times(
 
 
 def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], devices_gb: list[float]) -> list[str]:
-    """Every way to shard that fits, by estimated step time, and the answer in a sentence."""
+    """Every sharding that fits, by estimated step time, and a one-sentence summary."""
     layers = job.spec.num_layers
     lines = [
         f"sharding options that fit {USABLE_SHARE:.0%} of a device's memory, fastest first (* as configured): GB "
