@@ -61,7 +61,7 @@ def test_a_failure_that_repeats_is_given_up(submit, tmp_path):
     assert [requeued(submit(137, 6, 6)) for _ in range(3)] == [True, True, True]
     text = submit(86, 6, 6)
     assert not requeued(text)
-    assert "failed with exit code 86, newest checkpoint: 6 (at its start 6); failed 4 times in a row" in text
+    assert "failed with exit code 86, newest checkpoint: 6 (at its start: 6); failed 4 times in a row" in text
     assert not list(tmp_path.glob("*.failures"))
     assert requeued(submit(1, 6, 6)), "started again by a person, it is tried as often as a new one"
     assert not requeued(submit(1, 6, 6, MAX_FAILURES="1"))
@@ -78,7 +78,7 @@ def test_progress_or_a_save_begins_the_count_again(submit, tmp_path, status, aft
 
 def test_where_no_checkpoint_can_be_found_a_failure_is_one_without_progress(submit, tmp_path):
     text = submit(1, "", "", FLOWCEPTION_SITE=str(tmp_path / "nowhere.sh"))
-    assert "newest checkpoint: -1 (at its start -1); requeueing" in text
+    assert "newest checkpoint: -1 (at its start: -1); requeueing" in text
     assert (tmp_path / "flowception-7.failures").read_text() == "1\n"
 
 

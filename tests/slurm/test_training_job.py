@@ -78,7 +78,7 @@ def test_a_lost_rank_requeues_the_job_and_a_canceled_one_saves(slurm_cluster, jo
         job.wait_until_requeued(1)
         saved = job.newest_checkpoint()
         assert saved >= 3
-        assert f"exit code 137, newest checkpoint: {saved} (at its start -1); requeueing" in job.text()
+        assert f"exit code 137, newest checkpoint: {saved} (at its start: -1); requeueing" in job.text()
 
     job.wait_for_checkpoint(saved + 3)
     job.wait_for_text(f"resuming {job.run_dir} at step {saved} of")
