@@ -192,7 +192,7 @@ def test_the_usual_norm_is_the_plain_mean_and_then_forgets(tmp_path):
     norms = np.random.default_rng(0).uniform(1, 2, 9)
     for step, norm in enumerate(norms, 1):
         assert not guard._is_spike(state, 1e9) or step > 4
-        guard.note(state, step, None, StepOutcome(float(norm), None), [], [])
+        guard.note(state, step, None, StepOutcome(float(norm), None), [], [], lambda plan: [])
     weights = 0.25 * 0.75 ** np.arange(5)[::-1]
     expected = norms[:4].mean() * 0.75**5 + weights @ norms[4:]
     assert state.usual_norm == pytest.approx(expected, rel=1e-12)

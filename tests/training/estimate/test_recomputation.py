@@ -41,7 +41,7 @@ def test_as_many_blocks_are_kept_as_fit(make_config, console, blocks):
         assert config.model.activation_checkpointing == config.model.checkpointed_blocks() == blocks
     (line,) = console.readouterr().out.splitlines()  # of rank 0
     assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are recomputed, {6 - blocks} kept")
-    assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB, is within 90% of {memory_gib:.2f} GiB (memory_gib)")
+    assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB is within 90% of {memory_gib:.2f} GiB (memory_gib)")
 
 
 def test_where_nothing_fits_all_blocks_are_computed_again_and_it_is_said(make_config, console):
