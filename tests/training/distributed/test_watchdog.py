@@ -128,7 +128,9 @@ def test_behind_are_silent_ranks_then_those_with_fewer_phases_then_those_that_wa
     late = free | {1: a_beat(1, turn=39), 3: a_beat(3, turn=39)}
     assert heartbeats.report(late, []).startswith("hang: 2 ranks (1, 3) are behind")
     silent = late | {0: None}
-    assert heartbeats.report(silent, [0, 2]).startswith("hang: 2 ranks (0, 2) are behind\nrank 0 has never written a heartbeat")
+    assert heartbeats.report(silent, [0, 2]).startswith(
+        "hang: 2 ranks (0, 2) are behind\nrank 0 has never written a heartbeat"
+    )
     many = {rank: a_beat(rank, turn=7 if rank < 20 else 8) for rank in range(32)}
     assert heartbeats.report(many, []).splitlines()[0].endswith("14, 15, ...) are behind")
     assert "12 other ranks wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
