@@ -73,24 +73,25 @@ def page(result: Mapping[str, Any], command: str) -> str:
 
     {command}
 
-injects {len(records)} faults into runs of a toy model and repeats the same command until each run is complete. A run has {result["steps"]} steps,
-saves every {result["save_every_steps"]} steps, and includes several epochs, warm-up and held-out losses. It is then compared with an uninterrupted
-run. At the same number of ranks, the weights, EMA and optimizer state of the last checkpoint, the loss of every step, and
-the keys and content of every pack must be bit-identical. (This is on a CPU. CUDA sums some gradients in no fixed order,
-so even two uninterrupted runs differ there in the last bits.) At a different number of ranks, the packs must be the same
-and the losses within 1e-4 relative; the largest difference was {bound}.
+injects {len(records)} faults into runs of a toy model and repeats the same command until each run is complete. A run
+has {result["steps"]} steps, saves every {result["save_every_steps"]} steps, and includes several epochs, warm-up and
+held-out losses. It is then compared with an uninterrupted run. At the same number of ranks, the weights, EMA and
+optimizer state of the last checkpoint, the loss of every step, and the keys and content of every pack must be
+bit-identical. (This is on a CPU. CUDA sums some gradients in no fixed order, so even two uninterrupted runs differ
+there in the last bits.) At a different number of ranks, the packs must be the same and the losses within 1e-4 relative;
+the largest difference was {bound}.
 
 {table(records)}
 
 A mismatch is a difference from the uninterrupted run. A manual step is a start of the unchanged command, without a
 fault, that did not complete the run. Other failures: a fault did not happen, an exit code was not as documented, a run
-did not resume from the newest good checkpoint, or more steps were lost than two save intervals. SIGKILL during a save is
-sent before every system operation of both ranks of a two-rank run, and in the middle of every write.
+did not resume from the newest good checkpoint, or more steps were lost than two save intervals. SIGKILL during a save
+is sent before every system operation of both ranks of a two-rank run, and in the middle of every write.
 
 {chr(10).join(f"- {line}" for line in lines) if lines else "Nothing failed."}
 
-{result["machine"]}; {result["seconds"] / 60:.0f} minutes in total. An uninterrupted run takes {plain:.1f} s on two ranks that are forked from a process with
-everything imported. The ranks are on one machine, so the benchmark covers neither network failures nor disks that lose
-confirmed writes. With `--sabotage moments` (or `ema`, `cursor`, `verify`) every resume is wrong on purpose, and the
-benchmark must fail.
+{result["machine"]}; {result["seconds"] / 60:.0f} minutes in total. An uninterrupted run takes {plain:.1f} s on two
+ranks that are forked from a process with everything imported. The ranks are on one machine, so the benchmark covers
+neither network failures nor disks that lose confirmed writes. With `--sabotage moments` (or `ema`, `cursor`, `verify`)
+every resume is wrong on purpose, and the benchmark must fail.
 """
