@@ -1,7 +1,7 @@
 """Apply every mutant to a copy of the repository and print which test killed it: ``python tests/mutants/run.py``.
 
 torch and its compiler are imported once; each mutant is then tested in a forked child, which imports the mutated
-package afresh. A mutant is killed when a test named for it fails; an import error or a test that cannot be collected
+package again. A mutant is killed when a test named for it fails; an import error or a test that cannot be collected
 kills nothing. The same tests must pass on an unchanged copy.
 """
 

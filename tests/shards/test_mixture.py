@@ -74,7 +74,7 @@ def test_an_epoch_shows_each_clip_as_often_as_its_weight_says(two_sets, make_con
     assert np.all(shown[:, 30:] == 2)
     assert set(shown[:, :30].ravel()) == {0, 1}
     assert abs(shown[:, :30].mean() - 0.5) < 4 * (0.25 / 1200) ** 0.5
-    assert len({tuple(row) for row in shown[:, :30].tolist()}) > 30  # which half, is drawn anew each epoch
+    assert len({tuple(row) for row in shown[:, :30].tolist()}) > 30  # which half, is drawn again each epoch
     batches = list(PackLoader(plan, reader, cursor=Cursor(3, 0), num_workers=1))
     assert sum(len(pack.keys) for batch in batches for pack in batch.packs) == shown[3].sum()
     again = Plan(mixture_of(folders, (0.5, 2)).index, None, *config, make_spec(), 1)

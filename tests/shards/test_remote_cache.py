@@ -146,7 +146,7 @@ def test_a_flipped_byte_on_the_way_is_found(served):
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"clip {records[3].key} in .*latent frame 0 does not match"):
         open_remote().read(3, [0])
-    assert server.asked["shard-000000.tar"] == 2  # fetched once more, for the copy could have been to blame
+    assert server.asked["shard-000000.tar"] == 2  # fetched again: the copy could be the fault
 
 
 def test_a_damaged_copy_is_fetched_once_more(served):

@@ -36,7 +36,7 @@ def test_a_baseline_is_a_few_lines_on_top_of_the_demo(name):
 
 
 def test_every_law_has_a_baseline():
-    assert {load_config([CONFIGS / "demo.yaml", CONFIGS / f"{n}.yaml"]).delay_law for n in OVERLAYS} == set(
+    assert {load_config([CONFIGS / "demo.yaml", CONFIGS / f"{n}.yaml"]).process.delay_law for n in OVERLAYS} == set(
         PRESCRIBED_LAWS
     )
 
