@@ -47,12 +47,12 @@ def test_numbers_on_the_command_line_are_numbers():
 def test_a_named_mixture_replaces_the_default(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("tasks: {i2v: 1.0}\n")
-    assert load_config([file], NEEDED).tasks == {"i2v": 1.0}
+    assert load_config([file], NEEDED).process.tasks == {"i2v": 1.0}
     overlay = tmp_path / "b.yaml"
     overlay.write_text("tasks: {t2v: 0.25}\n")
-    assert load_config([file, overlay], NEEDED).tasks == {"t2v": 0.25}
-    assert load_config([], [*NEEDED, "tasks.i2v=0.5"]).tasks == {"t2v": 1.0, "i2v": 0.5}
-    assert load_config([], NEEDED).tasks == {"t2v": 1.0}
+    assert load_config([file, overlay], NEEDED).process.tasks == {"t2v": 0.25}
+    assert load_config([], [*NEEDED, "tasks.i2v=0.5"]).process.tasks == {"t2v": 1.0, "i2v": 0.5}
+    assert load_config([], NEEDED).process.tasks == {"t2v": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,34 @@ def test_a_circle_is_found():
     assert circles(graph) == [{"a", "b", "c"}, {"e"}]
 
 
+def import_graph() -> dict[str, set[str]]:
+    """Imports among our files; those inside functions and for type checking count, as they hide a circle only."""
+    return {module: {name for name, _ in imports_of(path) if name in FILES} for module, path in FILES.items()}
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """All that importing a module may import, packages on the way included."""
+    found, todo = set(), [start]
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found.add(module)
+            parents = {module.rsplit(".", depth)[0] for depth in range(1, module.count(".") + 1)} & graph.keys()
+            todo += [*graph[module], *parents]
+    return found
+
+
 def test_no_import_goes_in_a_circle():
-    """Imports inside functions and for type checking count: they hide a circle and do not undo it."""
-    graph = {}
-    for module, path in FILES.items():
-        graph[module] = {name for name, _ in imports_of(path) if name in FILES}
-    assert circles(graph) == []
+    assert circles(import_graph()) == []
+
+
+def test_a_configuration_is_read_and_videos_are_encoded_without_training():
+    graph = import_graph()
+    assert "flowception.training.config" in reached(graph, "train.main")
+    commands = [module for module in graph if module.startswith("data_prep.")]
+    assert "data_prep.encode_shards" in commands
+    for start in ("flowception.config", "flowception.run_directory", "flowception.generation.load", *commands):
+        assert not [module for module in reached(graph, start) if module.startswith("flowception.training")], start
 
 
 @pytest.mark.parametrize("path", MODULES + SCRIPTS + HARNESSES, ids=lambda p: str(p.relative_to(ROOT)))

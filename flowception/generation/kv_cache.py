@@ -29,6 +29,7 @@ from flowception.flow import Prediction, SamplerState
 from flowception.generation.predictor import NetworkPredictor, velocity_frames
 from flowception.nn.dit import FlowceptionDiT
 from flowception.packing.layout import PackInput, PackLayout, PackShape, TokenKind
+from flowception.ranges import integer
 
 
 class KeyValueCache:
@@ -156,8 +157,7 @@ class FrozenFramePredictor(NetworkPredictor):
             refresh_steps: Steps from one evaluation of all frames to the next, from the clock's end on.
             **settings: As for ``NetworkPredictor``.
         """
-        if refresh_steps < 1:
-            raise ConfigError(f"`cache_refresh` is {refresh_steps}; give at least 1, or leave it out for no cache")
+        integer(at_least=1).or_null("no cache").check("`cache_refresh`", refresh_steps)
         if model.config.attention_pattern != "full":
             raise ConfigError(
                 f"the network has attention_pattern={model.config.attention_pattern}; keys and values of finished "

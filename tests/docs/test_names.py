@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("flowception", "train", "data_prep", "configs", "slurm", "tests", "benchmarks", "docs")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-PLACEHOLDERS = {"overlay.yaml", "more.yaml", "slurm/site.mine.sh"}
+PLACEHOLDERS = {"shards/unreadable.jsonl", "overlay.yaml", "more.yaml", "slurm/site.mine.sh"}
 KEYS = {*dotted_keys(TrainConfig), *dotted_keys(EncodeConfig)}
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 
@@ -21,6 +21,7 @@ SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 def code_words(page: str) -> set[str]:
     """Words of the page's code: in backticks, in fences but for Python, which is run, and in indented blocks."""
     page = re.sub(r"^```python\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    page = re.sub(r"^```text\n.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)  # what is printed
     fences = re.findall(r"^```.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", prose) + re.findall(r"^ {4,}(.*)$", prose, re.MULTILINE)

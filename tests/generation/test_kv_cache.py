@@ -171,7 +171,7 @@ def test_steps_must_follow_one_another(model):
     states = list(sample_states(**arguments(NetworkPredictor(model, labels), labels)))
     with pytest.raises(ValueError, match=f"evaluate every step from the clock's last \\({N - 1}\\)"):
         FrozenFramePredictor(model, labels, refresh_steps=4)(states[N + 1])
-    with pytest.raises(ConfigError, match="`cache_refresh` is 0"):
+    with pytest.raises(ConfigError, match="`cache_refresh` must be an integer >= 1, or null for no cache, got 0"):
         FrozenFramePredictor(model, labels, refresh_steps=0)
 
 

@@ -1,8 +1,8 @@
 """Apply every mutant to a copy of the repository and print which test killed it: ``python tests/mutants/run.py``.
 
-torch is imported once; each mutant is then tested in a forked child, which imports the mutated package afresh. A mutant
-is killed when a test named for it fails; an import error or a test that cannot be collected kills nothing. The same
-tests must pass on an unchanged copy.
+torch and its compiler are imported once; each mutant is then tested in a forked child, which imports the mutated
+package afresh. A mutant is killed when a test named for it fails; an import error or a test that cannot be collected
+kills nothing. The same tests must pass on an unchanged copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy  # noqa: E402, F401  imported once for all children
 import pytest  # noqa: E402
-import torch  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 from table import MUTANTS, ROOT, Mutant  # noqa: E402
 
 COPIED = ("flowception", "tests", "benchmarks", "data_prep", "pyproject.toml")

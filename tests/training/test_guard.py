@@ -30,7 +30,8 @@ def clips(tmp_path_factory):
     """A set, and the keys of its clips by (step from 1 on, pack) of epoch 0."""
     folder = tmp_path_factory.mktemp("guards")
     data = write_set(folder / "shards", clips=120)
-    plan = open_data(load_config([write_config(folder / "plan.yaml", folder / "none", data)])).plan
+    config = write_config(folder / "plan.yaml", folder / "none", data, model__num_layers=1)  # as in the worker
+    plan = open_data(load_config([config])).plan
     assert plan.steps_in_epoch(0) >= 10
     keys = {}
     for number in range(plan.steps_in_epoch(0)):
@@ -192,7 +193,7 @@ def test_the_usual_norm_is_the_plain_mean_and_then_forgets(tmp_path):
     norms = np.random.default_rng(0).uniform(1, 2, 9)
     for step, norm in enumerate(norms, 1):
         assert not guard._is_spike(state, 1e9) or step > 4
-        guard.note(state, step, None, StepOutcome(float(norm), None), [], [])
+        guard.note(state, step, None, StepOutcome(float(norm), None), [], [], lambda plan: [])
     weights = 0.25 * 0.75 ** np.arange(5)[::-1]
     expected = norms[:4].mean() * 0.75**5 + weights @ norms[4:]
     assert state.usual_norm == pytest.approx(expected, rel=1e-12)
