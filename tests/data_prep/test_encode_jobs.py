@@ -114,7 +114,7 @@ def test_a_second_encoder_of_the_same_part_is_refused(toy_folder, tmp_path):
 
 
 def test_a_shard_that_another_job_is_writing_is_skipped(toy_folder, tmp_path):
-    """With mismatched part numbers, part 0 of 1 skips another job's shard, encodes the rest, and leaves the set open."""
+    """With wrong part numbers, part 0 of 1 skips another job's shard, encodes the rest, and leaves the set open."""
     encoder = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set"))
     with FileLock(tmp_path / "set" / ".shard-000001.lock", ConfigError):
         assert encoder.run().open_shards == 1
