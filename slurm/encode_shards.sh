@@ -5,9 +5,9 @@
 #   sbatch --array=0-63 --partition=gpu slurm/encode_shards.sh ...       # more tasks
 #   python data_prep/encode_shards.py --config ... out=/shared/shards --status
 #
-# Arguments after the script's name go to data_prep/encode_shards.py. Task k of n encodes shards k, k + n, k + 2 n ...;
-# the last task to finish completes the set. If tasks are killed, submit the same command again to do the remaining work,
-# or only some tasks, such as 3 and 7 of 16, with --array=3,7 and NUM_PARTS=16.
+# All arguments go to data_prep/encode_shards.py. Task k of n encodes shards k, k + n, k + 2 n ...; the last task to end
+# finishes the set. If tasks were killed, submit the same command again: it encodes what is left. To rerun only tasks 3
+# and 7 of 16, use --array=3,7 with NUM_PARTS=16.
 #SBATCH --job-name=flowception-encode
 #SBATCH --array=0-7
 #SBATCH --ntasks=1

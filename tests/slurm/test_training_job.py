@@ -97,8 +97,8 @@ def test_a_job_array_generates_the_set_of_one_process(slurm_cluster, job, tmp_pa
     """Five clips in batches of two, on two tasks."""
     job.run_uninterrupted(1)
     run_dir, out = job.folder / "uninterrupted", tmp_path / "array"
-    wishes = {"num": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in wishes.items()]
+    requests = {"num": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in requests.items()]
     logs = f"--output={tmp_path}/task-%a.log"
     sizes = ["--array=0-1", "--cpus-per-task=1", logs]
     array = slurm_cluster.submit(*sizes, "slurm/generate.sh", run_dir, *words, f"--out={out}")
@@ -106,7 +106,7 @@ def test_a_job_array_generates_the_set_of_one_process(slurm_cluster, job, tmp_pa
     texts = [(tmp_path / f"task-{task}.log").read_text() for task in (0, 1)]
     assert states == {"0": "COMPLETED", "1": "COMPLETED"}, texts
     assert ["wrote 3 clips" in texts[0], "wrote 2 clips" in texts[1]] == [True, True], texts
-    generate(GenerateOptions(run_dir=run_dir, out_dir=tmp_path / "one", device="cpu", **wishes))
+    generate(GenerateOptions(run_dir=run_dir, out_dir=tmp_path / "one", device="cpu", **requests))
     compared = ["clips.jsonl", *(f"clip_{number:04d}.gif" for number in range(5))]  # H.264 is not always deterministic
     for name in compared:
         assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
