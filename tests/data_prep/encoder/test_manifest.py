@@ -36,7 +36,7 @@ def test_folders_of_frames_in_a_table(tmp_path):
     table = tmp_path / "m.csv"
     table.write_text("path,frame_folder_fps\nclips/a.mp4,\nclips/b,12.5\nclips/c,\n")
     assert [e.frame_folder_fps for e in read_source(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
-    with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames, .*give it as frame_folder_"):
+    with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames and has no frame rate; set frame_folder_fps"):
         read_source(table)
     for wrong, message in (
         ("fast", r"\(frames per second\), got 'fast'"),

@@ -96,7 +96,7 @@ def test_a_damaged_list_is_written_anew(videos, tmp_path, content):
 
 def test_a_folder_that_cannot_be_written_is_named(videos, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/.headers.jsonl.lock cannot be made"):
+    with pytest.raises(ConfigError, match="file/.headers.jsonl.lock cannot be created or locked"):
         HeaderReader(tmp_path / "file").read(videos)
 
 
