@@ -145,9 +145,9 @@ def _summary(report: Mapping[str, Any]) -> str:
         "\n".join(lines)
         + f"""
 
-The rule (`benchmarks/claims/verdicts.py`): a comparison is one metric of a baseline against Flowception, paired by seed.
-It holds if the 90 % confidence interval of the mean difference (Student's t over seeds) is on Flowception's side of
-zero, does not hold if it is on the other side, and is not decided otherwise. A claim holds if all its comparisons
+The rule (`benchmarks/claims/verdicts.py`): a comparison is one metric of a baseline against Flowception, paired by
+seed. It holds if the 90 % confidence interval of the mean difference (Student's t over seeds) is on Flowception's side
+of zero, does not hold if it is on the other side, and is not decided otherwise. A claim holds if all its comparisons
 hold, and does not hold if one of them does not. Without any true difference, about {0.05 * comparisons:.0f} of these
 {comparisons} comparisons would be decided each way by chance."""
     )
