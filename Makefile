@@ -38,8 +38,8 @@ test: setup  ## within 8 minutes on 2 cores
 	$(BIN)/pytest -m "not long and not gpu and not mds" -n 2 --dist loadgroup
 
 test-long: setup setup-mds  ## kills, faults, mutants and other slow tests, within 30 minutes on 2 cores
-	$(BIN)/pytest -m "long and not gpu and not mds" --timeout 1500
-	.venv-mds/bin/pytest -m mds --timeout 1500 tests/data
+	$(BIN)/pytest -m "long and not gpu and not mds" -n 2 --dist loadgroup --timeout 1500
+	.venv-mds/bin/pytest -m mds --timeout 1500 tests/shards
 
 check: setup  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

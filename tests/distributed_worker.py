@@ -1,7 +1,7 @@
 """Runs a function of a test module in several gloo processes.
 
-``python distributed_worker.py MODULE FUNCTION ARGUMENTS`` is what each process runs; ``run_distributed`` starts
-them with the launcher's environment variables and hands back what each returned (JSON).
+``run_distributed`` starts them with the launcher's environment variables and hands back what each returned (JSON). They
+are forked from a process that has imported everything (``tests/fork_server.py``).
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a process of its own finds tests.* there
-
-from tests.ports import free_port  # noqa: E402
+from tests.fork_server import Forked, Server
+from tests.ports import free_port
 
 _MARK = "RESULT "
 
@@ -36,23 +34,34 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def start_ranks(module: str, function: str, logs: list[Path], **arguments) -> list[Forked]:
+    """Begin ``function(**arguments)`` of a module in as many processes as there are files for their output."""
+    port, server = free_port(), Server.shared()
+    words = (module, function, arguments)
+    environments = [rank_environment(rank, len(logs), port) for rank in range(len(logs))]
+    return [
+        server.start(__name__, "call", *words, environment=environment, log=log)
+        for environment, log in zip(environments, logs, strict=True)
+    ]
+
+
+def end_all(processes: list[Forked | subprocess.Popen]) -> None:
+    """Kill those that live and wait for their end."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait(60)
+
+
 def run_distributed(module: str, function: str, world_size: int, *, timeout_s: float = 280, **arguments):
     """Call ``function(**arguments)`` of a module in ``world_size`` processes; one result for each rank."""
-    port = free_port()
-    command = [sys.executable, __file__, module, function, json.dumps(arguments)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank_{rank}.log") for rank in range(world_size)]
-        processes = []
-        for rank, log in enumerate(logs):
-            with log.open("w") as stream:
-                environment = rank_environment(rank, world_size, port)
-                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+        processes = start_ranks(module, function, logs, **arguments)
         try:
             codes = [process.wait(timeout_s) for process in processes]
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            end_all(processes)
         texts = [log.read_text() for log in logs]
     if any(codes):
         raise AssertionError(
@@ -61,14 +70,9 @@ def run_distributed(module: str, function: str, world_size: int, *, timeout_s: f
     return [json.loads(next(x for x in t.splitlines() if x.startswith(_MARK))[len(_MARK) :]) for t in texts]
 
 
-def main() -> None:
-    module, function, arguments = sys.argv[1:4]
-    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+def call(module: str, function: str, arguments: dict) -> None:
+    """In a rank: call, and print the result. The process leaves at once then, as ``train/main.py`` does."""
+    result = getattr(importlib.import_module(module), function)(**arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     print(f"\n{_MARK}{json.dumps(result)}", flush=True)
-    os._exit(0)  # as train/main.py does: a thread of gloo may not survive the interpreter's own ending
-
-
-if __name__ == "__main__":
-    main()

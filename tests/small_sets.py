@@ -1,6 +1,7 @@
 """Small shard sets on disk, and what a plan needs beside one: shared by the tests of ``shards`` and ``data``."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,12 +44,12 @@ def lengths(count: int) -> list[int]:
     return np.random.default_rng(5).integers(1, 9, count).tolist()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     return configs
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_spec():
     def make(**keys) -> ModelSpec:
         sizes = {
@@ -64,26 +65,29 @@ def make_spec():
     return make
 
 
+def write_small_set(folder: Path, count: int = 30, per_shard: int = 10, *, text: bool = False) -> list[ClipRecord]:
+    """Write a set of ``count`` clips in shards of ``per_shard``; returns its records."""
+    records = [record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))]
+    meta = ShardMeta(
+        codec="patchify",
+        codec_fingerprint="abc",
+        latent_channels=CHANNELS,
+        text_width=TEXT_WIDTH if text else None,
+        null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
+        class_names=["red", "green", "blue"],
+    )
+    writer = ShardSetWriter(folder, meta)
+    for shard in range(-(-count // per_shard)):
+        writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
+    writer.finish()
+    return records
+
+
 @pytest.fixture
 def make_set(tmp_path):
-    """Write a set of ``count`` clips in shards of ``per_shard``; returns (folder, records)."""
+    """``write_small_set`` in a folder of the test, of a name of its own; returns (folder, records)."""
 
     def make(count: int = 30, per_shard: int = 10, *, text: bool = False, name: str = "set"):
-        records = [
-            record(i, frames=n, height=2 + i % 2, text=(i % 4) if text else 0) for i, n in enumerate(lengths(count))
-        ]
-        meta = ShardMeta(
-            codec="patchify",
-            codec_fingerprint="abc",
-            latent_channels=CHANNELS,
-            text_width=TEXT_WIDTH if text else None,
-            null_text=NullText.of(torch.full((NULL_TEXT_TOKENS, TEXT_WIDTH), 0.25)) if text else None,
-            class_names=["red", "green", "blue"],
-        )
-        writer = ShardSetWriter(tmp_path / name, meta)
-        for shard in range(-(-count // per_shard)):
-            writer.write_shard(shard, records[shard * per_shard : (shard + 1) * per_shard])
-        writer.finish()
-        return tmp_path / name, records
+        return tmp_path / name, write_small_set(tmp_path / name, count, per_shard, text=text)
 
     return make

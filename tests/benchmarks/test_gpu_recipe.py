@@ -1,6 +1,8 @@
 """Check 10 of ``benchmarks/gpu.sh``: how many blocks it checkpoints, in which order, and a full GPU."""
 
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,19 +18,27 @@ from flowception.training.estimate.arrangements import USABLE_SHARE
 from flowception.training.hardware import GIB
 
 
-def recipe(compiled, blocks):
-    """As on a GPU."""
-    words = [*COMMON_WORDS, f"model.compile={compiled}", f"model.activation_checkpointing={blocks}"]
-    return Case(load_config([RECIPE], words), RECIPE_CLIP)
+@functools.cache
+def recipe(compiled):
+    """As on a GPU, and its parameters."""
+    words = [*COMMON_WORDS, f"model.compile={compiled}", "model.activation_checkpointing=true"]
+    case = Case(load_config([RECIPE], words), RECIPE_CLIP)
+    return case, count_parameters(case.config.model)
+
+
+@functools.cache
+def estimates(compiled):
+    """GiB with every number of checkpointed blocks."""
+    case, parameters = recipe(compiled)
+    models = [replace(case.config.model, activation_checkpointing=blocks) for blocks in range(39)]
+    return [estimated_gib(Case(replace(case.config, model=model), RECIPE_CLIP), parameters) for model in models]
 
 
 @pytest.mark.parametrize("compiled", ["leaves", "blocks"])
 @pytest.mark.parametrize("memory_gib", [47.5, 79.1, 139.8, 40.0, 20.0])
 def test_as_few_blocks_are_checkpointed_as_the_estimate_without_the_ema_allows(compiled, memory_gib):
-    parameters = count_parameters(recipe(compiled, "true").config.model)
-    estimates = [estimated_gib(recipe(compiled, blocks), parameters) for blocks in range(39)]
-    fitting = [blocks for blocks, estimate in enumerate(estimates) if estimate <= USABLE_SHARE * memory_gib]
-    found = fewest_checkpointed(recipe(compiled, "true"), parameters, memory_gib * GIB)
+    fitting = [blocks for blocks, gib in enumerate(estimates(compiled)) if gib <= USABLE_SHARE * memory_gib]
+    found = fewest_checkpointed(*recipe(compiled), memory_gib * GIB)
     assert found == (fitting[0] if fitting else 38)
 
 

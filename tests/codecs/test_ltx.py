@@ -7,6 +7,7 @@ from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.ltx import LTXCodec
 from flowception.errors import CodecError, ConfigError
 from flowception.generation.context import ContextReader
+from flowception.generation.context_source import context_sources
 
 
 def clip(frames: int, seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -128,7 +129,7 @@ def test_a_keyframe_is_a_still_as_long_as_a_latent(codec, tmp_path):
         files.append(tmp_path / f"{value}.png")
         Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)).save(files[-1])
     made = ContextReader(task="interpolation", codec=codec, height=32, width=32, fps=None, max_context_frames=8)
-    (context,) = made.read(files)
+    (context,) = made.read(context_sources(files))
     first, still = (np.full((n, 32, 32, 3), v, dtype=np.uint8) for n, v in zip((1, 9), values))
     assert torch.equal(context.frames, torch.stack([codec.encode(first)[0], codec.encode(still)[1]]))
     assert (context.active, context.num_start_frames) == ([True, False], 0)

@@ -11,13 +11,15 @@ from flowception.data.prefetch import steps_ahead
 from flowception.data.step_plan import Cursor, combine_digests
 from flowception.errors import PlanError
 from flowception.shards.reader import ShardReader
+from tests.small_sets import write_small_set
 
 WORLD_SIZES = (1, 2, 3, 4, 8, 16, 64)
 
 
-@pytest.fixture
-def world(make_set, make_config, make_spec):
-    folder, _ = make_set(count=400, per_shard=50)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_config, make_spec):
+    folder = tmp_path_factory.mktemp("world")
+    write_small_set(folder, count=400, per_shard=50)
     reader = ShardReader(folder)
     return Plan(reader.index, None, *make_config(packs_per_step=64, token_budget=80), make_spec(), 1), reader
 
@@ -43,7 +45,7 @@ def next_step(plan, running):
     return (found, tuple(keys[number] for number in sorted(keys))), cursor
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(world):
     """Every step of two epochs in one process, by cursor."""
     plan, reader = world

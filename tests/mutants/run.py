@@ -1,7 +1,8 @@
 """Apply every mutant to a copy of the repository and print which test killed it: ``python tests/mutants/run.py``.
 
-torch is imported once. Each mutant is tested in a forked child that imports the mutated package. A mutant is killed if
-one of its tests fails; import and collection errors do not count. The same tests must pass on an unchanged copy.
+torch and its compiler are imported once. Each mutant is tested in a forked child that imports the mutated package. A
+mutant is killed if one of its tests fails; import and collection errors do not count. The same tests must pass on an
+unchanged copy.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy  # noqa: E402, F401  imported once for all children
 import pytest  # noqa: E402
-import torch  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 from table import MUTANTS, ROOT, Mutant  # noqa: E402
 
 COPIED = ("flowception", "tests", "benchmarks", "data_prep", "pyproject.toml")

@@ -42,6 +42,7 @@ def bytes_of(folder):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.xdist_group("slurm")
 def test_a_job_array_with_two_tasks_killed_makes_the_bytes_of_one_process(slurm_cluster, videos, tmp_path):
     out, logs = tmp_path / "array", f"--output={tmp_path}/task-%a.log"
     words = ["--config", "configs/encode_toy.yaml", f"source={videos}", f"out={out}"]

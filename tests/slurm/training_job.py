@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
 
 from flowception.checkpoint.format import list_steps
-from tests.distributed_worker import rank_environment
+from tests.distributed_worker import end_all, rank_environment
+from tests.fork_server import Server, run_python
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,33 +125,22 @@ class TrainingJob:
 
     def run_uninterrupted(self, steps: int) -> str:
         """The same training in two processes without Slurm; its hash."""
-        run_dir, port = self.folder / "uninterrupted", free_port()
-        command = [sys.executable, "train/main.py", "--config", "configs/t2v_2b.yaml", *self.words]
-        command += [f"run_dir={run_dir}", f"max_steps={steps}"]
-        with (self.folder / "uninterrupted.log").open("w") as stream:
-            processes = [
-                subprocess.Popen(
-                    command,
-                    env=rank_environment(rank, 2, port) | {"PYTHONPATH": str(ROOT)},
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                )
-                for rank in range(2)
-            ]
-            try:
-                codes = [process.wait(PATIENCE_S) for process in processes]
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait()
+        run_dir, port, server = self.folder / "uninterrupted", free_port(), Server.shared()
+        words = ["train/main.py", "--config", "configs/t2v_2b.yaml", *self.words]
+        words += [f"run_dir={run_dir}", f"max_steps={steps}"]
+        environments = [rank_environment(rank, 2, port) | {"PYTHONPATH": str(ROOT)} for rank in range(2)]
+        log = self.folder / "uninterrupted.log"
+        processes = [server.start_python(words, environment, log) for environment in environments]
+        try:
+            codes = [process.wait(PATIENCE_S) for process in processes]
+        finally:
+            end_all(processes)
         assert codes == [0, 0], (self.folder / "uninterrupted.log").read_text()[-4000:]
         return self.hash_of(run_dir)
 
     def hash_of(self, run_dir: Path | None = None) -> str:
         """What ``flowception checkpoint RUN --hash`` prints."""
-        command = [sys.executable, "-m", "flowception.cli", "checkpoint", str(run_dir or self.run_dir), "--hash"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        words = ["-m", "flowception.cli", "checkpoint", run_dir or self.run_dir, "--hash"]
+        code, said = run_python(words, os.environ | {"PYTHONPATH": str(ROOT)}, PATIENCE_S)
+        assert code == 0, said
+        return said

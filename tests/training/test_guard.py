@@ -30,7 +30,8 @@ def clips(tmp_path_factory):
     """A set, and the keys of its clips by (step from 1 on, pack) of epoch 0."""
     folder = tmp_path_factory.mktemp("guards")
     data = write_set(folder / "shards", clips=120)
-    plan = open_data(load_config([write_config(folder / "plan.yaml", folder / "none", data)])).plan
+    config = write_config(folder / "plan.yaml", folder / "none", data, model__num_layers=1)  # as in the worker
+    plan = open_data(load_config([config])).plan
     assert plan.steps_in_epoch(0) >= 10
     keys = {}
     for number in range(plan.steps_in_epoch(0)):

@@ -1,13 +1,11 @@
 """The faults benchmark on a sample of every kind, and whether it can fail."""
 
 import json
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +14,8 @@ from tests.faults.training.cases import ALL_SETTINGS, FEW_SETTINGS, SHARES, STEP
 from tests.faults.training.hooks import Hooks, Injection
 from tests.faults.training.sabotage import SABOTAGES
 from tests.faults.training.scene import Reference
+from tests.fork_server import run_python
 
-ROOT = Path(__file__).resolve().parents[3]
 SAVE = ["mkdir step_00000006.tmp", "write rank_00000.safetensors", "fsync rank_00000.safetensors", "rename step"]
 RECORD = {
     "kind": "SIGKILL, save",
@@ -46,8 +44,7 @@ class FakeScene:
 
 
 def run_benchmark(*words):
-    command = [sys.executable, str(ROOT / "benchmarks/faults.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1400)
+    return run_python(["benchmarks/faults.py", *words], os.environ, timeout_s=1400)
 
 
 def test_a_sample_has_every_kind_and_the_benchmark_every_operation_of_a_save():
@@ -147,9 +144,9 @@ def test_the_page_counts_what_failed():
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_a_sample_makes_no_difference(tmp_path):
-    result = run_benchmark("--faults", "24", "--seed", "1", "--json", str(tmp_path / "faults.json"))
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
+    code, said = run_benchmark("--faults", "24", "--seed", "1", "--json", str(tmp_path / "faults.json"))
+    print(said)
+    assert code == 0, said
     records = json.loads((tmp_path / "faults.json").read_text())["records"]
     assert len(records) == 24
     assert sum(bool(record["ranks"]) for record in records) >= 18
@@ -160,12 +157,12 @@ def test_a_sample_makes_no_difference(tmp_path):
 @pytest.mark.parametrize("name", sorted(SABOTAGES))
 def test_a_wrong_resume_is_seen(name):
     kinds = "damaged" if name == "verify" else "left-overs"
-    result = run_benchmark("--faults", "24", "--seed", "1", "--kinds", kinds, "--sabotage", name)
-    assert result.returncode == 1, result.stdout + result.stderr
+    code, said = run_benchmark("--faults", "24", "--seed", "1", "--kinds", kinds, "--sabotage", name)
+    assert code == 1, said
     seen = {
         "moments": "weights differ; ema differ; optimizer differ",
         "ema": r"\]\]\): ema differ",
         "cursor": "packs differ",
         "verify": r"in place of 0|differ",
     }
-    assert re.search(seen[name], result.stdout)
+    assert re.search(seen[name], said)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,9 +14,7 @@ from flowception.training.distributed import heartbeats, watchdog
 from flowception.training.distributed.collectives import Ranks
 from flowception.training.distributed.heartbeats import Beat
 from flowception.training.distributed.watchdog import EXIT_HUNG, Watchdog
-from tests import distributed_worker
-from tests.distributed_worker import rank_environment, run_distributed
-from tests.ports import free_port
+from tests.distributed_worker import end_all, run_distributed, start_ranks
 from tests.training.workers.toy_set import write_set
 
 pytestmark = pytest.mark.xdist_group("watchdog")
@@ -39,22 +35,13 @@ class Job:
 
     def __init__(self, folder, function, **arguments):
         self.logs = [folder / f"rank_{rank}.log" for rank in range(2)]
-        words = [WORKER, function, json.dumps({"folder": str(folder)} | arguments)]
-        command, port = [sys.executable, distributed_worker.__file__, *words], free_port()
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            with log.open("w") as stream:
-                environment = rank_environment(rank, 2, port)
-                process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-                self.processes.append(process)
+        self.processes = start_ranks(WORKER, function, self.logs, folder=str(folder), **arguments)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for process in self.processes:
-            process.kill()
-            process.wait()
+        end_all(self.processes)
 
     def exit_codes(self):
         return [process.wait(PATIENCE_S) for process in self.processes]

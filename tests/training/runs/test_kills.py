@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,31 +11,22 @@ import pytest
 
 from flowception.checkpoint.format import checkpoint_dir, list_steps
 from flowception.checkpoint.reader import hashes, latest_valid
-from tests.distributed_worker import rank_environment
+from tests.distributed_worker import end_all, rank_environment
+from tests.fork_server import Forked, Server
 from tests.ports import free_port
 from tests.training.workers.toy_set import write_config, write_set
 
-TESTS = Path(__file__).parents[2]
-MAIN = TESTS.parent / "train" / "main.py"
+KILLED_MAIN = "tests.training.workers.killed_main"
 STEPS, KILLS = 40, 5
 
 
-def start(config: Path, log: Path, program: tuple[str, ...] = (str(MAIN),)) -> list[subprocess.Popen]:
-    """Two ranks of ``train/main.py``, or of another program that takes its arguments."""
-    port = free_port()
-    command = [sys.executable, *program, "--config", str(config)]
-    with log.open("a") as stream:
-        return [
-            subprocess.Popen(command, env=rank_environment(rank, 2, port), stdout=stream, stderr=subprocess.STDOUT)
-            for rank in range(2)
-        ]
-
-
-def kill_all(processes):
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
+def start(config: Path, log: Path, prepared: tuple[str, int, int] | None = None) -> list[Forked]:
+    """Two ranks of ``train/main.py``, perhaps prepared to die (``killed_main.py``)."""
+    port, server = free_port(), Server.shared()
+    return [
+        server.start(KILLED_MAIN, "main", prepared, str(config), environment=rank_environment(rank, 2, port), log=log)
+        for rank in range(2)
+    ]
 
 
 def steps_done(run_dir: Path) -> int:
@@ -73,7 +63,7 @@ def test_five_kills_change_nothing(tmp_path):
             processes[chance.randrange(2)].send_signal(signal.SIGKILL)
             time.sleep(0.5 * chance.random())
         finally:
-            kill_all(processes)
+            end_all(processes)
     processes = start(killed, tmp_path / "killed.log")
     assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "killed.log").read_text()[-4000:]
 
@@ -101,12 +91,11 @@ def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
     assert [process.wait(240) for process in processes] == [0, 0], (tmp_path / "whole.log").read_text()[-4000:]
     checkpoints, newest = tmp_path / "killed" / "checkpoints", 0
     for place, rank in (("half_written", 1), ("write_slices", 1), ("wait_for_receipts", 0), ("commit", 0)):
-        program = (str(TESTS / "training/workers/killed_main.py"), place, str(rank), "2")
-        processes = start(configs["killed"], tmp_path / "killed.log", program)
+        processes = start(configs["killed"], tmp_path / "killed.log", (place, rank, 2))
         try:
             assert processes[rank].wait(240) == -signal.SIGKILL, (tmp_path / "killed.log").read_text()[-4000:]
         finally:
-            kill_all(processes)
+            end_all(processes)
         before, newest = newest, int(latest_valid(tmp_path / "killed").name[5:])
         if place == "half_written":  # its saves are of steps 0 and 2, those of the next jobs 2 and 4 steps on
             assert newest == 0
@@ -138,7 +127,7 @@ def test_a_signal_saves_and_leaves_with_85(tmp_path, number):
         processes[1].send_signal(number)
         assert [process.wait(240) for process in processes] == [85, 85]
     finally:
-        kill_all(processes)
+        end_all(processes)
     assert list_steps(tmp_path / "run")[-1] == steps_done(tmp_path / "run")
 
 
@@ -155,4 +144,4 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
         assert f"process {first[0].pid} on" in (tmp_path / "second.log").read_text()
         assert all(process.poll() is None for process in first)
     finally:
-        kill_all(first + second)
+        end_all(first + second)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +9,18 @@ import pytest
 
 from flowception.codecs.video_file import read_video
 from flowception.shards.reader import ShardReader
+from tests.fork_server import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def command(tmp_path):
+def command():
     def run(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        words = [sys.executable, *map(str, words)]
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+        code, said = run_python(words, environment, timeout_s=600)
+        assert code == 0, said[-6000:]
 
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -12,8 +13,10 @@ from flowception.errors import DataError
 from flowception.shards.reader import ShardReader
 from flowception.training import step, trainer
 from flowception.training.trainer import Trainer
-from tests.training.workers.trainer_worker import run
+from tests.training.workers import trainer_worker
 
+run = partial(trainer_worker.run, model__num_layers=1)
+"""One block: what a guard refuses does not depend on how many there are, and DeepSpeed's time does."""
 HARMS = {  # what a poisonous clip adds to its pack's velocity loss, and what it multiplies the gradient by
     "loss": (math.nan, 1.0),
     "gradient": (0.0, math.nan),

@@ -1,4 +1,4 @@
-"""``train/main.py`` with a SIGKILL at a place of a save: ``killed_main.py PLACE RANK SAVE --config ...``.
+"""``train/main.py`` in a forked process, perhaps with a SIGKILL at a place of a save.
 
 PLACE is the operation of ``checkpoint.writer`` after which rank RANK dies, in its SAVE-th save, counted from 1. After
 ``half_written`` its file holds half of its bytes. The rank dies only when its saves before have been committed, which
@@ -7,8 +7,8 @@ another rank does in its own time.
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import signal
 import sys
 import time
@@ -52,18 +52,14 @@ def cut_in_half(tensors, path) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-def main() -> int:
-    place, rank, save = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    if rank == int(os.environ["RANK"]):
-        if place == "half_written":
-            kill_after("save_file", save, cut_in_half)
-        else:
-            kill_after(place, save, lambda *arguments: None)
-    spec = importlib.util.spec_from_file_location("train_main", MAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.leave(module.main(sys.argv[4:]))
-
-
-if __name__ == "__main__":
-    main()
+def main(prepared: tuple[str, int, int] | None, config: str) -> None:
+    """Train; ``prepared`` is (PLACE, RANK, SAVE). The process ends with the exit code of ``train/main.py``."""
+    if prepared is not None:
+        place, rank, save = prepared
+        if rank == int(os.environ["RANK"]):
+            if place == "half_written":
+                kill_after("save_file", save, cut_in_half)
+            else:
+                kill_after(place, save, lambda *arguments: None)
+    sys.argv = [str(MAIN), "--config", config]
+    runpy.run_path(str(MAIN), run_name="__main__")

@@ -18,8 +18,9 @@ TASKS = {"t2v": 0.2, "i2v": 0.2, "v2v": 0.2, "interpolation": 0.2, "completion":
 
 
 def settings(**changes):
-    wanted = {"max_steps": 4, "tasks": TASKS, "model__in_channels": 12, "validation__every_steps": None}
-    return wanted | {"checkpoint__save_every_steps": 4, "samples__num_inference_steps": 4} | changes
+    wanted = {"max_steps": 4, "tasks": TASKS, "model__in_channels": 12, "model__num_layers": 1}
+    wanted |= {"validation__every_steps": None, "checkpoint__save_every_steps": 4}
+    return wanted | {"samples__num_inference_steps": 4} | changes
 
 
 def scenarios(folder):
