@@ -1,4 +1,4 @@
-"""Which class, prompt and seed each clip of a job gets."""
+"""Class, prompt and seed of each clip of a job."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_classes(word, expected):
     assert [request.class_label for request in requests(4, class_label=word)] == expected
 
 
-def test_classes_of_a_model_without():
+def test_classes_of_a_model_without_classes():
     assert [request.class_label for request in requests(2, class_names=[], num_classes=0)] == [-1, -1]
     with pytest.raises(ConfigError, match="`class_label`: the model was trained without classes, got class '1'"):
         requests(2, class_label="1", class_names=[], num_classes=0)
@@ -39,7 +39,7 @@ def test_clips_cycle_over_prompts_and_classes():
     assert requests(2, seed=4, class_label="null") == [ClipRequest(-1, None, 4), ClipRequest(-1, None, 5)]
 
 
-def test_a_class_is_refused_where_it_was_given():
+def test_an_unknown_class_is_reported_with_its_source():
     assert class_number("null", [], 0, "here") == -1
     with pytest.raises(
         ConfigError, match=r"--prompts x, line 3: class must be a number from 0 to 2 or one of red.*, got '3'"

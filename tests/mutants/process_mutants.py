@@ -181,7 +181,7 @@ PROCESS_MUTANTS = (
         ("data/pack.py", "int(ModelRole.PASSIVE), active", "int(ModelRole.ACTIVE), active"),
     ),
     mutant(
-        "importance weights left out",
+        "no importance weights",
         "flow/test_prior.py",
         (
             "flow/prior.py",
