@@ -1,4 +1,4 @@
-# Everything a newcomer runs. Each target sets up what it needs; `make setup` runs once.
+# Common commands. Each target sets up what it needs; `make setup` runs once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -10,7 +10,7 @@ BENCHES := bench-packing bench-length-law bench-gaussian-law bench-claims bench-
 
 setup: .venv/complete
 
-# torch first: deepspeed's build looks for it.
+# torch first, because deepspeed's build requires it.
 .venv/complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
@@ -20,8 +20,8 @@ setup: .venv/complete
 
 setup-mds: .venv-mds/complete  ## a second environment with mosaicml-streaming, for MDS sets
 
-# Its declared dependencies (transformers < 5, numpy < 2.2, torchvision, four clouds) cannot stand beside diffusers, so
-# they are left out; flowception/shards/mds.py imports only the parts that need none of them.
+# The declared dependencies of mosaicml-streaming (transformers < 5, numpy < 2.2, torchvision, four cloud SDKs) conflict
+# with diffusers and are not installed; flowception/shards/mds.py imports only the parts that do not need them.
 .venv-mds/complete: pyproject.toml constraints.txt constraints-mds.txt
 	$(PYTHON) -m venv .venv-mds
 	.venv-mds/bin/pip install --quiet --constraint constraints.txt --upgrade pip setuptools wheel
@@ -37,7 +37,7 @@ demo: setup  ## clips -> shards -> ZeRO-3 training in two processes -> generated
 test: setup  ## within 8 minutes on 2 cores
 	$(BIN)/pytest -m "not long and not gpu and not mds" -n 2 --dist loadgroup
 
-test-long: setup setup-mds  ## kills, faults, mutants and other tests of minutes, within 30 minutes on 2 cores
+test-long: setup setup-mds  ## kills, faults, mutants and other slow tests, within 30 minutes on 2 cores
 	$(BIN)/pytest -m "long and not gpu and not mds" -n 2 --dist loadgroup --timeout 1500
 	.venv-mds/bin/pytest -m mds --timeout 1500 tests/shards
 
@@ -51,7 +51,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup setup-mds  ## studies: each writes JSON and a picture or a page; the end says which missed their goals
+bench: setup setup-mds  ## studies: each writes JSON and a plot or page; reports missed goals at the end
 	$(MAKE) --keep-going --jobs=1 $(BENCHES)
 
 bench-packing: setup
@@ -75,7 +75,7 @@ bench-planning: setup
 bench-loading: setup-mds
 	.venv-mds/bin/python benchmarks/loading.py --json benchmarks/results/loading.json --picture benchmarks/results/loading.png
 
-bench-gpu:  ## twelve checks of the CUDA path on one GPU, under nine minutes; needs no set-up where torch and .whl/ are
+bench-gpu:  ## twelve checks of the CUDA path on one GPU, under nine minutes; no setup needed with torch and .whl/
 	bash benchmarks/gpu.sh
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu/page.py
 

@@ -1,11 +1,11 @@
-"""Make a shard set of correlated Gaussian frames, whose law is known in closed form.
+"""Make a shard set of correlated Gaussian frames with a closed-form law.
 
     python benchmarks/gaussian_clips.py --out gaussian/shards
     python train/main.py --config benchmarks/gaussian.yaml run_dir=gaussian/run data.path=gaussian/shards
 
-A frame is 3 numbers (one latent of 3 channels), each channel an AR(1) process over the frames of its own:
-``x_0 ~ N(0, 1)``, ``x_i = rho x_{i-1} + sqrt(1 - rho^2) e_i``, so that the covariance of frames i and j is
-``rho^|i - j|`` whatever the length. A network trained on the set can be held against that law, length by length.
+A frame is 3 numbers (one latent of 3 channels). Each channel is an independent AR(1) process over the frames,
+``x_0 ~ N(0, 1)``, ``x_i = rho x_{i-1} + sqrt(1 - rho^2) e_i``, so the covariance of frames i and j is ``rho^|i - j|``
+for every length. A network trained on the set can be compared with that law for each length.
 
 Shape legend: ``n`` frames of a clip, ``K`` clips.
 """
@@ -32,20 +32,20 @@ CLIPS_PER_SHARD = 5000
 
 
 def covariance(frames: int) -> NDArray[np.float64]:
-    """Covariance of one channel's frames, [n, n]."""
+    """Covariance of the frames of one channel, [n, n]."""
     place = np.arange(frames)
     covariances: NDArray[np.float64] = RHO ** np.abs(place[:, None] - place[None, :])
     return covariances
 
 
 def draw_clips(clips: int, frames: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Clips of the law, [K, n, CHANNELS]."""
+    """Draw clips from the law, [K, n, CHANNELS]."""
     noise = generator.standard_normal((clips, frames, CHANNELS))
     return np.einsum("ij,kjc->kic", np.linalg.cholesky(covariance(frames)), noise)
 
 
 def records(first: int, count: int, seed: int) -> Iterator[ClipRecord]:
-    """Clips ``first`` to ``first + count`` of the set."""
+    """Yield clips ``first`` to ``first + count`` of the set."""
     generator = np.random.default_rng([seed, first])
     lengths = generator.choice(list(LENGTH_LAW), size=count, p=list(LENGTH_LAW.values()))
     for number, frames in enumerate(lengths.tolist(), start=first):
@@ -55,7 +55,7 @@ def records(first: int, count: int, seed: int) -> Iterator[ClipRecord]:
 
 
 def write_set(folder: Path, clips: int, seed: int) -> None:
-    """Write the shard set. Its codec is patchify with patches of one pixel: 3 channels, no classes, no text."""
+    """Write the shard set, with codec patchify and patches of one pixel: 3 channels, no classes, no text."""
     codec = build_codec(CodecConfig(name="patchify", patch_size=1))
     meta = ShardMeta(
         codec="patchify",
@@ -70,7 +70,7 @@ def write_set(folder: Path, clips: int, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and write the set."""
+    """Parse the command line and write the set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shard set")
     parser.add_argument("--clips", type=int, default=60_000, metavar="N", help="default: 60000")

@@ -1,9 +1,8 @@
-"""Joint law of correlated frames through the real sampler with the exact oracle, by number of steps and insertion rule.
+"""Error of the sampler on correlated frames with an exact oracle, by number of steps and insertion rule.
 
 Clips of 2 or 5 frames, each with probability 1/2, correlation 0.8 between neighbors (AR(1)), one start frame. The
-oracle (``flowception.evaluation.oracles.gaussian``) gives the exact velocity and rates, so what is left is the
-sampler's own error: in the lengths as total variation, in the frames of each length as Fréchet distance from the closed
-form::
+oracle (``flowception.evaluation.oracles.gaussian``) returns the exact velocity and rates, so the remaining error is the
+sampler's: total variation for the lengths, and Fréchet distance from the closed form for the frames of each length::
 
     python benchmarks/gaussian_law.py --json gaussian_law.json
 """
@@ -28,8 +27,8 @@ LAW = GaussianClips(lengths={2: 0.5, 5: 0.5}, correlation=0.8, num_start_frames=
 
 
 def measure(rule: str, num_steps: int, clips: int, seed: int = 0) -> dict[str, object]:
-    """One row: distances of lengths and frames, and what true samples would show."""
-    began = time.perf_counter()
+    """Measure one row: distances of lengths and frames, and their noise floors with true samples."""
+    start = time.perf_counter()
     config = SamplerConfig(num_inference_steps=num_steps, num_start_frames=LAW.num_start_frames, insertion=rule)
     oracle = GaussianOracle(LAW, config.schedule())
     result = sample(oracle, frame_shape=(1, 1, 1), batch_size=clips, config=config, seed=seed)
@@ -47,17 +46,17 @@ def measure(rule: str, num_steps: int, clips: int, seed: int = 0) -> dict[str, o
         covariance = LAW.covariance(length)
         row[f"frechet_distance_{length}"] = sample_frechet_distance(frames, LAW.mean(length), covariance)
         row[f"sampling_frechet_distance_{length}"] = sampling_frechet_distance(covariance, len(frames))
-    return row | {"seconds": time.perf_counter() - began}
+    return row | {"seconds": time.perf_counter() - start}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the table of ``docs/oracles.md``, write."""
+    """Measure, print the table of ``docs/oracles.md``, and write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rules", nargs="+", choices=list(INSERTION_RULES), default=["thinning", "bernoulli"])
     parser.add_argument("--steps", nargs="+", type=int, default=[25, 50, 100, 200])
     parser.add_argument("--clips", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
     rows = []
     names = ("total_variation", "frechet_distance_2", "frechet_distance_5")

@@ -1,14 +1,13 @@
-"""How well the sampler keeps the law of lengths and of gaps, by insertion rule and number of steps, with exact rates.
+"""Error of the sampler in the laws of lengths and gaps with exact rates, by insertion rule and number of steps.
 
-Content-free clips: an oracle (``flowception.evaluation.oracles.content_free``) stands where the network stands and
-gives the exact posterior mean of the number of missing frames, from what a network would be shown. What is left is the
-error
-of the insertion rule itself (DESIGN.md section 2, "Sampler")::
+Clips are content-free. An oracle (``flowception.evaluation.oracles.content_free``) replaces the network and returns the
+exact posterior mean of the number of missing frames, from the network's inputs. The remaining error is that of the
+insertion rule (DESIGN.md section 2, "Sampler")::
 
     python benchmarks/length_law.py --json length_law.json --picture length_law.png
 
-A case is a law of lengths, or keyframes with a law of the number of frames missing in each gap between them; then the
-distance is that of all gaps jointly.
+A case is a law of lengths, or keyframes with a law of the number of missing frames in each gap. For gaps, the distance
+is that of their joint law.
 
 Shape legend: ``B`` clips, ``F`` frames of all clips.
 """
@@ -34,11 +33,11 @@ from flowception.flow import Context, SamplerConfig, SampleResult, is_context, s
 from flowception.flow.insertion import INSERTION_RULES
 
 Outcome = tuple[int, ...]
-"""Frames of each segment of a clip, a keyframe and what follows it; of a clip without context, its length."""
+"""Frames of each segment of a clip (a keyframe and the frames after it), or the length of a clip without context."""
 
 
 def uniform(*lengths: int) -> dict[int, float]:
-    """The law under which each of some lengths is as likely."""
+    """Uniform law over some lengths."""
     return {n: 1 / len(lengths) for n in lengths}
 
 
@@ -50,15 +49,15 @@ def geometric(first: int, last: int, ratio: float) -> dict[int, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is sampled."""
+    """The laws to sample from."""
 
     laws: Sequence[LengthLaw]
     """Law of the number of frames of each segment."""
     start_frames: int = 3
-    """Start frames: with context, beside it."""
+    """Number of start frames, not counting context."""
     context: bool = False
-    """Whether each segment begins with an active keyframe. No other segment than a clip's only one may then have start
-    frames."""
+    """Whether each segment starts with an active keyframe. Start frames are then possible only in clips of one
+    segment."""
 
     def truth(self) -> dict[Outcome, float]:
         """The joint law of the segments, which are independent."""
@@ -66,7 +65,7 @@ class Case:
         return {tuple(n for n, _ in pairs): math.prod(p for _, p in pairs) for pairs in items}
 
     def longest(self) -> int:
-        """Most frames of a clip."""
+        """Maximum number of frames of a clip."""
         return sum(max(law) for law in self.laws)
 
 
@@ -86,7 +85,7 @@ def sample_case(case: Case, rule: str, num_steps: int, clips: int, *, seed: int 
     """Sample clips of one value per frame with the real sampler and exact rates.
 
     Args:
-        case: What to sample.
+        case: Laws to sample from.
         rule: Insertion rule.
         num_steps: Steps from clock 0 to 1.
         clips: Number of clips.
@@ -97,7 +96,7 @@ def sample_case(case: Case, rule: str, num_steps: int, clips: int, *, seed: int 
     """
     present = case.start_frames + case.context
     if any(min(law) < present for law in case.laws):
-        raise ValueError(f"a segment may be shorter than the {present} frames it begins with: {case.laws}")
+        raise ValueError(f"every segment must have at least its {present} initial frames, got {case.laws}")
     config = SamplerConfig(
         num_inference_steps=num_steps,
         num_start_frames=case.start_frames,
@@ -111,16 +110,16 @@ def sample_case(case: Case, rule: str, num_steps: int, clips: int, *, seed: int 
 
 
 def outcomes(result: SampleResult, segments: int) -> list[Outcome]:
-    """What came out of each clip."""
-    begins = is_context(result.roles)
-    begins[result.cu_frames[:-1]] = True
-    frames = torch.nonzero(begins).flatten().diff(append=result.cu_frames[-1:])
+    """Outcome of each sampled clip."""
+    starts = is_context(result.roles)
+    starts[result.cu_frames[:-1]] = True
+    frames = torch.nonzero(starts).flatten().diff(append=result.cu_frames[-1:])
     return [tuple(row) for row in frames.view(-1, segments).tolist()]
 
 
 def measure(case: Case, rule: str, num_steps: int, clips: int, seed: int = 0) -> dict[str, object]:
-    """One row of the table: total variation of what came out, its law, and what it took."""
-    began = time.perf_counter()
+    """Measure one row: total variation, histogram of outcomes, and cost."""
+    start = time.perf_counter()
     result = sample_case(case, rule, num_steps, clips, seed=seed)
     counts = Counter(outcomes(result, len(case.laws)))
     histogram = {outcome: counts[outcome] / clips for outcome in sorted(counts)}
@@ -132,13 +131,13 @@ def measure(case: Case, rule: str, num_steps: int, clips: int, seed: int = 0) ->
         "clips": clips,
         "evaluations": result.evaluations,
         "capped_clips": int(result.capped.sum()),
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start,
         "histogram": {" ".join(map(str, outcome)): share for outcome, share in histogram.items()},
     }
 
 
 def draw_picture(rows: list[dict], path: Path) -> None:
-    """Total variation against steps: a panel for each case, a line for each rule, dashed what sampling alone shows."""
+    """Plot total variation against steps: a panel per case, a line per rule, the noise floor dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +180,7 @@ def draw_picture(rows: list[dict], path: Path) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """The rows as a Markdown table, as in ``docs/oracles.md``: a line for each case and number of steps."""
+    """Print the Markdown table of ``docs/oracles.md``: one line per case and number of steps."""
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     print(f"| law | steps | {' | '.join(rules)} | sampling alone |\n|---|---|{'---|' * (len(rules) + 1)}")
     cells: dict[tuple[str, int], Mapping[str, float]] = {}
@@ -201,13 +200,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[25, 50, 100, 200])
     parser.add_argument("--clips", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--picture", type=Path, help="draw them here")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--picture", type=Path, help="file for the plot")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     options = parse_arguments(arguments)
     rows: list[dict] = []
     for case in options.cases:

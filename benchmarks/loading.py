@@ -1,11 +1,11 @@
-"""Clips per CPU-second of three readers: same clips, one process, interleaved in one run, files in the page cache.
+"""Clips per CPU-second of three readers on the same clips: one process, interleaved, files in the page cache.
 
-* ``ours``: the indexed reader at random, every byte verified by its checksum.
-* ``webdataset``: webdataset over the same tars in order, without any check.
-* ``mds``: mosaicml-streaming's ``StreamingDataset`` over the same clips as MDS, shuffled as it does by default.
+* ``ours``: the indexed reader in random order, every byte verified by checksum.
+* ``webdataset``: webdataset over the same tars in order, without verification.
+* ``mds``: mosaicml-streaming's ``StreamingDataset`` over the same clips as MDS, with its default shuffling.
 
-All three hand out latents and text as tensors. ``ours, visible frames`` reads what training reads: about three
-quarters of the frames at the default prior. Needs mosaicml-streaming (``make setup-mds``):
+All three return latents and text as tensors. ``ours, visible frames`` reads only the frames that training reads, about
+three quarters of them at the default prior. Needs mosaicml-streaming (``make setup-mds``):
 
     .venv-mds/bin/python benchmarks/loading.py --json loading.json --picture loading.png
 """
@@ -38,12 +38,12 @@ from flowception.shards.writer import ShardSetWriter
 FRAMES, CHANNELS, GRID = 38, 128, 8
 TEXT_WIDTH, MAX_TEXT = 512, 77
 VISIBLE_SHARE = 0.77
-"""Of a clip's frames, on average, at the default prior."""
+"""Mean fraction of visible frames of a clip at the default prior."""
 GOALS = {"webdataset": 2.5, "mds": 4.0}
 
 
 def make_set(folder: Path, clips: int, per_shard: int) -> ShardReader:
-    """Clips of 623 KB of latents and 8 to 79 KB of text."""
+    """Make a set of clips with 623 KB of latents and 8 to 79 KB of text."""
     random = np.random.default_rng(0)
     null_text = NullText.of(torch.zeros(1, TEXT_WIDTH))
     meta = ShardMeta(
@@ -69,25 +69,25 @@ def make_set(folder: Path, clips: int, per_shard: int) -> ShardReader:
 
 
 def _bf16(content: bytes, shape: list[int]) -> Tensor:
-    return torch.frombuffer(content, dtype=torch.bfloat16).view(shape)  # not copied, so not writable
+    return torch.frombuffer(content, dtype=torch.bfloat16).view(shape)  # not copied, therefore read-only
 
 
 def read_ours(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Every clip once in random order."""
+    """Read every clip once in random order."""
     reader, random, every = ShardReader(folder), np.random.default_rng(1), np.arange(FRAMES)
     for row in random.permutation(len(reader.index)).tolist():
         yield reader.read_clip(row, every)
 
 
 def read_visible(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The same with the frames that training reads: a share of them, drawn by chance."""
+    """Read every clip once in random order, with a random subset of frames as in training."""
     reader, random = ShardReader(folder), np.random.default_rng(1)
     for row in random.permutation(len(reader.index)).tolist():
         yield reader.read_clip(row, np.flatnonzero(random.random(FRAMES) < VISIBLE_SHARE))
 
 
 def read_webdataset(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Every clip once in the order of the tars."""
+    """Read every clip once in tar order."""
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     for sample in webdataset.WebDataset(urls, shardshuffle=False):
         described = json.loads(sample["json"])
@@ -98,14 +98,14 @@ def read_webdataset(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def read_mds(folder: Path) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Every clip once, as ``StreamingDataset`` shuffles them."""
+    """Read every clip once in the order of ``StreamingDataset``."""
     for sample in import_streaming().StreamingDataset(local=str(folder), batch_size=1, shuffle=True):
         described = json.loads(sample["json"])
         yield _bf16(sample["latents"], described["latents_shape"]), _bf16(sample["text"], described["text_shape"])
 
 
 def measure(read: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]) -> dict[str, float]:
-    """CPU time of reading all clips, that of opening included."""
+    """Measure the CPU time of opening the set and reading all clips."""
     cpu, wall, clips, size = time.process_time(), time.perf_counter(), 0, 0
     for latents, text in read():
         clips += 1
@@ -115,7 +115,7 @@ def measure(read: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]) -> dict[
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Clips per CPU-second."""
+    """Plot clips per CPU-second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,7 +168,7 @@ def main() -> int:
         print(name, json.dumps(figures[name]), flush=True)
     ratios = {name: figures["ours"]["clips_per_cpu_s"] / figures[name]["clips_per_cpu_s"] for name in GOALS}
     missed = [
-        f"{name}: {ratio:.2f} times, {GOALS[name]} wanted" for name, ratio in ratios.items() if ratio < GOALS[name]
+        f"{name}: {ratio:.2f} times, goal is {GOALS[name]}" for name, ratio in ratios.items() if ratio < GOALS[name]
     ]
     if arguments.picture:
         draw(figures, arguments.picture)

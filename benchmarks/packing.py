@@ -1,13 +1,13 @@
-"""What packing saves: one model and the same clips, trained on in three ways, interleaved in one run.
+"""Time saved by packing: one model trained on the same clips in three ways, interleaved in one run.
 
-* ``packed``: Flowception, only the visible frames, clips behind one another, attention clip by clip (ours).
-* ``padded``: Flowception, every clip at its full length, deleted frames masked out of attention (the official way).
+* ``packed``: Flowception with only the visible frames, clips concatenated, attention within each clip (ours).
+* ``padded``: Flowception with every clip at full length, deleted frames masked out of attention (the official code).
 * ``full``: full-sequence flow matching, every frame visible, packed.
 
-Timed is forward + loss + backward, in seconds per clip: the median over interleaved repeats, averaged over draws of
-what is visible. FLOPs are exact, forward and backward. ``packed`` and ``padded`` must have the same loss, or the run
-stops: they are the same computation. ``compiled_speedup`` is of ``packed`` on the first draw, with its blocks compiled
-(``benchmarks/compiled_blocks.py``; needs a C++ compiler).
+The time is that of forward, loss and backward in seconds per clip: the median over interleaved repeats, averaged over
+draws of the visible frames. FLOPs are exact, forward and backward. ``packed`` and ``padded`` are the same computation,
+so the run stops if their losses differ. ``compiled_speedup`` is the speedup of ``packed`` with compiled blocks on the
+first draw (``benchmarks/compiled_blocks.py``; needs a C++ compiler).
 
     python benchmarks/packing.py --json packing.json --picture packing.png
 
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as benchmarks.NAME
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import each other as benchmarks.NAME
 
 from benchmarks import compiled_blocks
 from flowception import rng
@@ -58,13 +58,13 @@ from flowception.nn import (
 
 WAYS = ("packed", "padded", "full")
 FLOP_RATIO_TOLERANCE = 0.10
-"""How far ``packed_over_full`` may lie from the ratio of FLOPs, relative to it."""
+"""Maximum relative difference between ``packed_over_full`` and the ratio of FLOPs."""
 MAX_PACKED_OVER_PADDED = {"share_0.5": 0.80, "share_1": 0.62}
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Clips, noise and the grid of a frame."""
+    """Clips, noise and the token grid of a frame."""
 
     data: Tensor
     """[B, N, P, C]: x_1."""
@@ -75,13 +75,13 @@ class Latents:
 
 
 def grid_of(tokens_per_frame: int) -> tuple[int, int]:
-    """The most nearly square grid with that many tokens."""
+    """The most nearly square grid with this many tokens."""
     height = next(h for h in range(int(tokens_per_frame**0.5), 0, -1) if tokens_per_frame % h == 0)
     return height, tokens_per_frame // height
 
 
 def make_latents(arguments: argparse.Namespace) -> Latents:
-    """Random clips: the time of a step does not depend on what is in them."""
+    """Random clips; the time of a step does not depend on their content."""
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (arguments.clips, arguments.frames, arguments.tokens_per_frame, arguments.channels)
     data, noise = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -89,7 +89,7 @@ def make_latents(arguments: argparse.Namespace) -> Latents:
 
 
 def make_draws(arguments: argparse.Namespace, process: ProcessConfig, draw: int) -> ClipDraws:
-    """What is visible of each clip and how noisy it is; global times stratified over the clips, as in the plan."""
+    """Draw the visible frames and noise levels of each clip, with global times stratified over clips as in the plan."""
     clips, frames = arguments.clips, arguments.frames
     jitter = rng.uniforms(arguments.seed, rng.Stream.GLOBAL_TIME, epoch=draw, clip=np.arange(clips))[:, 0]
     u_frame = rng.uniforms(
@@ -105,7 +105,7 @@ def make_draws(arguments: argparse.Namespace, process: ProcessConfig, draw: int)
 
 
 def make_model(arguments: argparse.Namespace) -> FlowceptionDiT:
-    """The network of all three ways, with open gates."""
+    """The network for all three ways, with nonzero gates."""
     config = DiTConfig(
         preset=None,
         in_channels=arguments.channels,
@@ -122,14 +122,14 @@ def make_model(arguments: argparse.Namespace) -> FlowceptionDiT:
 
 
 def masked_attention(layout: PackLayout, visible: Tensor) -> Callable[..., Tensor]:
-    """Attention of equally long clips with the deleted frames' keys masked.
+    """Attention over clips of equal length with the keys of deleted frames masked.
 
     Args:
         layout: B segments of the full length.
         visible: bool [F], in the order of the frame slots.
 
     Returns:
-        A function that takes the place of ``nn.attention.attention``.
+        A replacement for ``nn.attention.attention``.
     """
     clips, length = len(layout.segment_lengths), layout.segment_lengths[0]
     mask = visible[layout.token_frame].view(clips, 1, 1, length)
@@ -157,14 +157,14 @@ class TrainingStep:
     insertion_mask: Tensor
     """bool [F]."""
     weight: Tensor
-    """[F]: the clip's importance weight."""
+    """[F]: importance weight of the clip."""
     denominators: Denominators
     insertion_loss_weight: float
     flops: float
-    """Forward and backward, of all clips."""
+    """Forward and backward FLOPs of all clips."""
 
     def run(self, model: FlowceptionDiT | None = None) -> tuple[float, float]:
-        """Forward, loss and backward, of another network if one is given; returns seconds and the loss."""
+        """Run forward, loss and backward, optionally of another network; return seconds and loss."""
         model = model or self.model
         model.zero_grad(set_to_none=True)
         model.attend = self.attend
@@ -183,17 +183,17 @@ class TrainingStep:
 def make_step(
     model: FlowceptionDiT, latents: Latents, process: ProcessConfig, draws: ClipDraws, *, padded: bool
 ) -> TrainingStep:
-    """Lay a draw out, visible frames only or (``padded``) behind them the deleted ones.
+    """Lay out a draw: only visible frames or, if ``padded``, followed by the deleted ones.
 
     Args:
         model: The network.
         latents: The clips.
-        process: What the draws were drawn by.
-        draws: What is visible.
-        padded: Whether deleted frames take part, masked.
+        process: Process of the draws.
+        draws: The draws.
+        padded: Whether to include deleted frames, masked.
 
     Returns:
-        A step that can be run again and again.
+        A step that can be run repeatedly.
     """
     clips, frames, _, channels = latents.data.shape
     visible = draws.visible
@@ -245,7 +245,7 @@ def make_step(
 def make_steps(
     arguments: argparse.Namespace, model: FlowceptionDiT, latents: Latents, share: float, draw: int
 ) -> dict[str, TrainingStep]:
-    """The three ways of one draw."""
+    """Steps of one draw in all three ways."""
     flowception = ProcessConfig(num_start_frames=arguments.num_start_frames, insertion_share=share)
     full_sequence = replace(flowception, delay_law="full_sequence")
     draws = make_draws(arguments, flowception, draw)
@@ -257,18 +257,18 @@ def make_steps(
 
 
 def check_same_loss(steps: dict[str, TrainingStep]) -> None:
-    """Stop if packed and padded do not compute the same; this is the warm-up too.
+    """Check that packed and padded compute the same loss; also serves as warm-up.
 
     Raises:
         SystemExit: If the losses differ.
     """
     losses = {name: step.run()[1] for name, step in steps.items()}
     if abs(losses["packed"] - losses["padded"]) > 1e-5 * abs(losses["padded"]):
-        raise SystemExit(f"packed and padded must have the same loss, they have {losses}")
+        raise SystemExit(f"packed and padded must have the same loss, got {losses}")
 
 
 def measure(arguments: argparse.Namespace, share: float) -> dict[str, float]:
-    """All figures of one prior."""
+    """Measure one prior."""
     model, latents = make_model(arguments), make_latents(arguments)
     seconds = dict.fromkeys(WAYS, 0.0)
     flops, compiled = dict.fromkeys(WAYS, 0.0), {}
@@ -295,7 +295,7 @@ def measure(arguments: argparse.Namespace, share: float) -> dict[str, float]:
 
 
 def missed_bounds(results: dict[str, dict[str, float]]) -> list[str]:
-    """What of the promised speed the figures miss, a line each; meant for the default sizes on an idle machine."""
+    """List missed speed targets, one line each; meant for the default sizes on an idle machine."""
     missed = []
     for key, result in results.items():
         measured, flops = result["packed_over_full"], result["flops_packed_over_full"]
@@ -314,7 +314,7 @@ def missed_bounds(results: dict[str, dict[str, float]]) -> list[str]:
 
 
 def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars of seconds per clip, and the FLOP ratio as a line to be measured by."""
+    """Plot seconds per clip as bars, with the FLOP ratio as a reference line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,29 +342,29 @@ def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file to write the figures to")
-    parser.add_argument("--picture", type=Path, help="file to draw them in")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the promised speed is missed")
-    parser.add_argument("--frames", type=int, default=16, help="latent frames of a clip")
-    parser.add_argument("--tokens-per-frame", type=int, default=36, help="latent tokens of a frame")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--picture", type=Path, help="file for the plot")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a speed target is missed")
+    parser.add_argument("--frames", type=int, default=16, help="latent frames per clip")
+    parser.add_argument("--tokens-per-frame", type=int, default=36, help="latent tokens per frame")
     parser.add_argument("--width", type=int, default=192, help="hidden size")
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--channels", type=int, default=16, help="latent channels")
-    parser.add_argument("--clips", type=int, default=8, help="clips of a pack")
-    parser.add_argument("--num-start-frames", type=int, default=3, help="frames present from the beginning")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 1.0], help="priors: insertion_share of each")
-    parser.add_argument("--draws", type=int, default=3, help="draws of what is visible")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of each draw")
+    parser.add_argument("--clips", type=int, default=8, help="clips per pack")
+    parser.add_argument("--num-start-frames", type=int, default=3, help="frames present from the start")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 1.0], help="insertion_share of each prior")
+    parser.add_argument("--draws", type=int, default=3, help="draws of the visible frames")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats per draw")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and draws")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measure, print, write, and with ``--check`` hold the figures against the promised bounds."""
+    """Measure, print and write the results; with ``--check``, compare them with the speed targets."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     results = {}

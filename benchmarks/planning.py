@@ -1,9 +1,9 @@
-"""What the plan costs and how good it is: fill, FLOPs balance, time of a step, time to a cursor deep in a run.
+"""Cost and quality of the plan: fill, FLOPs balance, time per step, time to a cursor deep in a run.
 
-Two million clips of 4 to 19 latent frames at 256 px (8 x 8 tokens, 77 text tokens), 24 clips a rank, for 8, 64 and 512
-ranks; and clips of 4 to 64 frames at 512 px (16 x 16), 8 clips a rank. A whole epoch is planned for each case, and
-every clip must be in it once. Then a new process opens the index and builds the first pack of a cursor in the middle
-of epoch 37. Nothing is read but the index; latents are zeros.
+Cases: two million clips of 4 to 19 latent frames at 256 px (8 x 8 tokens, 77 text tokens) with 24 clips per rank, on 8,
+64 and 512 ranks; and clips of 4 to 64 frames at 512 px (16 x 16) with 8 clips per rank. Each case plans a full epoch,
+which must contain every clip once. Then a new process opens the index and builds the first pack for a cursor in the
+middle of epoch 37. Only the index is read; latents are zeros.
 
     python benchmarks/planning.py --json planning.json --picture planning.png
 """
@@ -48,7 +48,7 @@ PROCESS = ProcessConfig()
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, and what it must reach."""
+    """A setting and its goals."""
 
     name: str
     ranks: int
@@ -60,15 +60,15 @@ class Case:
     max_mean_imbalance: float
     max_imbalance: float
     share: float = 1.0
-    """Share of the clips used."""
+    """Fraction of the clips used."""
 
     def index(self, clips: int) -> ClipIndex:
-        """Clips of 4 to ``max_frames`` frames, all lengths alike likely."""
+        """Make clips of 4 to ``max_frames`` frames with uniformly distributed lengths."""
         frames = np.random.default_rng(0).integers(4, self.max_frames + 1, int(clips * self.share))
         return ClipIndex.from_arrays(frames=frames, height=self.grid, width=self.grid, text_tokens=TEXT_TOKENS)
 
     def plan(self, index: ClipIndex) -> Plan:
-        """A plan whose packs hold ``clips_per_rank`` clips on average."""
+        """Make a plan with ``clips_per_rank`` clips per pack on average."""
         longest = TEXT_TOKENS + self.max_frames * (self.grid**2 + 1)
         sizing = self._plan(index, PlanConfig(token_budget=longest, packs_per_step=1))
         mean = float(sizing._token_moments[0].mean()) / TOKEN_UNITS
@@ -89,11 +89,11 @@ CASES = (
 MAX_STEP_MS = 40.0
 MAX_START_S = 5.0
 RANKS_OF_NODE, MAX_NODE_MB = 8, 600.0
-"""What the plans of all ranks of a node may hold, the index apart."""
+"""Maximum memory of the plans of all ranks of a node, without the index."""
 
 
 def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
-    """Plan epoch 0 whole; figures of its full steps."""
+    """Plan all of epoch 0 and measure its full steps."""
     plan, cursor = case.plan(case.index(clips)), Cursor()
     seen = np.zeros(len(plan.index), np.int64)
     fill, imbalance, wall_ms, cpu_ms = [], [], [], []
@@ -127,7 +127,7 @@ def plan_epoch(case: Case, clips: int) -> dict[str, Any]:
 
 
 class _Zeros:
-    """A reader of clips that are zero everywhere."""
+    """A reader that returns zeros."""
 
     def __init__(self, index: ClipIndex) -> None:
         self._index = index
@@ -148,13 +148,13 @@ class _Zeros:
 
 
 def own_memory_mb() -> float:
-    """Memory that this process shares with no other: not the index, which a node's ranks map together."""
+    """Private memory of this process; excludes the index, which the ranks of a node share by mmap."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:")) / 1024
 
 
 def first_pack(case: Case, folder: Path) -> dict[str, float]:
-    """In a new process: from the files of an index to the first pack of a cursor far into a run; then memory."""
+    """In a new process, time from index files to the first pack of a cursor deep in a run, then measure memory."""
     begin, cpu, memory_mb = time.perf_counter(), time.process_time(), own_memory_mb()
     index = ClipIndex.load(folder)
     index.fingerprint()
@@ -185,7 +185,7 @@ def first_pack(case: Case, folder: Path) -> dict[str, float]:
 
 
 def measure_start(case: Case, clips: int, repeats: int) -> dict[str, float]:
-    """The fastest of some new processes."""
+    """Measure the start in several new processes and return the fastest."""
     with tempfile.TemporaryDirectory() as folder:
         case.index(clips).save(Path(folder))
         command = [sys.executable, __file__, "--first-pack", folder, "--case", case.name]
@@ -194,7 +194,7 @@ def measure_start(case: Case, clips: int, repeats: int) -> dict[str, float]:
 
 
 def misses(results: Sequence[dict[str, Any]], start: dict[str, float]) -> list[str]:
-    """What did not reach its goal."""
+    """List the goals that were missed."""
     found = []
     for case in results:
         for holds, what in (
@@ -202,19 +202,19 @@ def misses(results: Sequence[dict[str, Any]], start: dict[str, float]) -> list[s
             (case["fill_min"] >= case["min_fill"], f"fill {case['fill_min']:.4f}"),
             (case["imbalance_mean"] <= case["max_mean_imbalance"], f"mean imbalance {case['imbalance_mean']:.4f}"),
             (case["imbalance_max"] <= case["max_imbalance"], f"worst imbalance {case['imbalance_max']:.4f}"),
-            (case["step_cpu_ms_mean"] <= MAX_STEP_MS, f"{case['step_cpu_ms_mean']:.1f} ms CPU a step"),
+            (case["step_cpu_ms_mean"] <= MAX_STEP_MS, f"{case['step_cpu_ms_mean']:.1f} ms CPU per step"),
         ):
             if not holds:
                 found.append(f"{case['name']}: {what}")
     if start["total_s"] > MAX_START_S:
         found.append(f"start took {start['total_s']:.1f} s")
     if RANKS_OF_NODE * start["plan_memory_mb"] > MAX_NODE_MB:
-        found.append(f"the plan holds {start['plan_memory_mb']:.0f} MB a rank")
+        found.append(f"the plan holds {start['plan_memory_mb']:.0f} MB per rank")
     return found
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Imbalance of every step, case by case."""
+    """Plot the imbalance of every step for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,8 +224,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for case in results:
         values = 100 * np.sort(case["imbalances"])
         axes.plot(np.linspace(0, 100, len(values)), values, label=f"{case['name']}, {case['clips_per_rank']} clips")
-    axes.axhline(0.5, color="gray", linestyle=":", label="goal at worst, 24 clips a rank")
-    axes.set_xlabel("steps, from the best balanced to the worst (%)")
+    axes.axhline(0.5, color="gray", linestyle=":", label="goal for the worst step, 24 clips per rank")
+    axes.set_xlabel("steps, from best to worst balanced (%)")
     axes.set_ylabel("FLOPs of the fullest pack over the mean, - 1 (%)")
     axes.legend()
     figure.tight_layout()
@@ -236,7 +236,7 @@ def main() -> int:
     """Run the study."""
     parser = argparse.ArgumentParser(description="Quality and cost of the plan.")
     parser.add_argument("--clips", type=int, default=2_000_000)
-    parser.add_argument("--repeats", type=int, default=3, help="new processes for the start; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="new processes to time the start; the fastest counts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--first-pack", type=Path, help=argparse.SUPPRESS)

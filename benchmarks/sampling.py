@@ -1,23 +1,24 @@
-"""What sampling costs, and what keeping the keys and values of finished frames saves and spoils.
+"""Cost of sampling, and savings and error of caching the keys and values of finished frames.
 
     python benchmarks/sampling.py --gaussian RUN --demo RUN --full-sequence RUN --json FILE --picture FILE [--quick]
 
-Three runs, any of which may be left out:
+Up to three runs:
 
-* ``--gaussian``: trained on correlated Gaussian frames; ``benchmarks/gaussian_clips.py`` says how to make it. The error
-  is the Frechet distance of each length's joint law from the closed form.
+* ``--gaussian``: trained on correlated Gaussian frames, as described in ``benchmarks/gaussian_clips.py``. The error is
+  the Fréchet distance between the joint law of each length and the closed form.
 * ``--demo``: the run of ``make demo``, ``demo/run``.
 * ``--full-sequence``: the same with ``delay_law=full_sequence``:
   ``python train/main.py --config configs/demo.yaml run_dir=demo/full_run delay_law=full_sequence zero.stage=0``.
-  It is given the lengths of the law, which Flowception must find itself.
+  It receives lengths drawn from the law, which Flowception must learn.
 
-Demo clips are scored by the toy world's laws and by the Frechet distance of the disc's moves (its true state) from the
-world's: what it moves from frame to frame, ``WINDOW_MOVES`` moves in a row. All samplers of a run start from the same
-seeds, so that cached and plain sampling of one clip have the same frames born at the same steps, and ``rms_from_plain``
-is what the cache changed. ``flops_over_full_sequence`` relates FLOPs to those of sampling clips of the same lengths
-with every frame there from the beginning, at the same number of steps to the clock's end, by the same network.
+Demo clips are scored by the toy world's laws and by the Fréchet distance between their moves and the world's. A move is
+the displacement of the disc (its true state) from one frame to the next, and ``WINDOW_MOVES`` consecutive moves form a
+sample. All samplers of a run use the same seeds, so cached and plain sampling of a clip insert the same frames at the
+same steps, and ``rms_from_plain`` is the change due to the cache. ``flops_over_full_sequence`` is the ratio of FLOPs to
+those of sampling clips of the same lengths with all frames present from the start, with the same network and number of
+steps.
 
-Shape legend: ``K`` clips, ``n`` frames, ``E`` numbers of a state.
+Shape legend: ``K`` clips, ``n`` frames.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts import each other as benchmarks.NAME
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts import each other as benchmarks.NAME
 
 from benchmarks.gaussian_clips import LENGTH_LAW as GAUSSIAN_LENGTHS
 from benchmarks.gaussian_clips import covariance
@@ -58,16 +59,16 @@ from flowception.progress import Progress
 REFERENCE_STEPS = 400
 WINDOW_MOVES = 3
 WORLD_CLIPS = 4000
-"""Clips of the toy world that the moves' law is estimated from."""
+"""Clips of the toy world used to estimate the law of moves."""
 FLOOR_DRAWS = 10
-"""Sets of world clips, each as large as what is scored, that show what sampling alone adds to the distance."""
+"""Sets of world clips, each as large as the scored set, used to estimate the noise floor of the distance."""
 BATCH_SIZE = 64
 QUICK_CLIPS = 24
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of sampling."""
+    """A sampler with its settings."""
 
     sampler: str
     """``plain``, ``cached`` or ``full_sequence``."""
@@ -76,36 +77,38 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Short name for tables and pictures."""
+        """Short name for tables and plots."""
         cache = "" if self.cache_refresh_steps is None else f", r = {self.cache_refresh_steps}"
         return f"{self.sampler.replace('_', ' ')}, {self.num_inference_steps} steps{cache}"
 
 
 def settings_of_a_run(refresh_steps: Sequence[int], steps: int, reference_steps: int) -> list[Setting]:
-    """Plain, cached with every refresh period, once more (r = steps: hardly ever), and the reference."""
+    """Plain sampling, cached with every refresh period, with r = steps (almost no refresh), and the reference."""
     cached = [Setting("cached", steps, r) for r in [*refresh_steps, steps]]
     return [Setting("plain", steps), *cached, Setting("plain", reference_steps)]
 
 
 def network(run: LoadedRun) -> FlowceptionDiT:
-    """The run's network, which must be the DiT."""
+    """The run's network, which must be a FlowceptionDiT."""
     if not isinstance(run.model, FlowceptionDiT):
-        raise ConfigError(f"{run.run_dir} holds a {type(run.model).__name__}; this benchmark counts a FlowceptionDiT")
+        raise ConfigError(
+            f"the model of {run.run_dir} must be a FlowceptionDiT, got {type(run.model).__name__}; give another run"
+        )
     return run.model
 
 
 def sample_clips(
     run: LoadedRun, setting: Setting, clips: int, lengths: Sequence[int], seed: int, progress: Progress
 ) -> Iterator[tuple[SampleResult, list[int]]]:
-    """Batches of clips, with their class labels.
+    """Sample batches of clips, with their class labels.
 
     Args:
-        run: The network.
-        setting: How to sample.
-        clips: How many.
-        lengths: Frames of each clip, for full-sequence sampling, which takes one length at a time.
-        seed: Of the first clip.
-        progress: Is advanced by a clip at a time.
+        run: The run.
+        setting: Sampler settings.
+        clips: Number of clips.
+        lengths: Frames of each clip, for full-sequence sampling, which groups clips by length.
+        seed: Seed of the first clip.
+        progress: Advanced by the clips of each batch.
     """
     classes = run.config.model.num_classes
     full = setting.sampler == "full_sequence"
@@ -137,7 +140,7 @@ def sample_clips(
 
 
 def cost(run: LoadedRun, setting: Setting, results: Sequence[SampleResult]) -> dict[str, float]:
-    """Evaluations and FLOPs of a clip on average, and FLOPs relative to full-sequence sampling of the same lengths."""
+    """Mean evaluations and FLOPs per clip, and FLOPs relative to full-sequence sampling of the same lengths."""
     frames = np.concatenate([result.cu_frames.diff().numpy() for result in results])
     born = [result.born_at[a:b].max() for result in results for a, b in zip(result.cu_frames, result.cu_frames[1:])]
     flops = sum(result.flops or math.nan for result in results)
@@ -152,18 +155,18 @@ def cost(run: LoadedRun, setting: Setting, results: Sequence[SampleResult]) -> d
 
 
 def paired_rms(results: Sequence[SampleResult], plain: Sequence[SampleResult]) -> float:
-    """Root mean square difference of latents from the plain sampler's, clip by clip with the same births."""
+    """Root-mean-square difference of latents from plain sampling, for clips with the same insertions."""
     for one, other in zip(results, plain, strict=True):
         if not torch.equal(one.born_at, other.born_at):
-            raise AssertionError("the cache changed an insertion; it must begin after the last one")
+            raise AssertionError("the cache changed an insertion; it must start after the last one")
     difference = torch.cat([one.frames - other.frames for one, other in zip(results, plain, strict=True)])
     return float(difference.square().mean().sqrt())
 
 
 def score_gaussian(results: Sequence[SampleResult]) -> dict[str, Any]:
-    """Length law, and Frechet distance of each length's joint law from the closed form; channels are copies.
+    """Score the length law, and the joint law of each length by Fréchet distance; channels count as samples.
 
-    Clips of a length that the law does not have count for the length law only. A distance is nan without two samples.
+    Clips with an impossible length count only for the length law. A distance is nan with fewer than two samples.
     """
     clips = [clip.flatten(1) for result in results for clip in result.clips()]
     distances, floors = {}, {}
@@ -182,7 +185,7 @@ def score_gaussian(results: Sequence[SampleResult]) -> dict[str, Any]:
 
 
 def windows(tracks: Sequence[NDArray[np.float64]]) -> Tensor:
-    """``WINDOW_MOVES`` moves in a row of tracks [n, 2], [windows, 2 WINDOW_MOVES]; none that a place is missing for."""
+    """Windows of ``WINDOW_MOVES`` moves, [windows, 2 WINDOW_MOVES], from tracks [n, 2], without missing positions."""
     parts = [
         np.lib.stride_tricks.sliding_window_view(np.diff(track, axis=0), WINDOW_MOVES, axis=0).reshape(
             -1, 2 * WINDOW_MOVES
@@ -196,7 +199,7 @@ def windows(tracks: Sequence[NDArray[np.float64]]) -> Tensor:
 
 @dataclass(frozen=True)
 class WorldMoves:
-    """Law of the moves in the toy world, from clips of a seed that no set is made with."""
+    """Law of moves in the toy world, estimated from clips with an otherwise unused seed."""
 
     mean: Tensor
     covariance: Tensor
@@ -204,24 +207,24 @@ class WorldMoves:
 
     @classmethod
     def draw(cls) -> WorldMoves:
-        """Estimate it."""
+        """Estimate the law."""
         tracks = [draw_clip(seed=987_654, number=number).positions for number in range(WORLD_CLIPS)]
         truth = windows(tracks)
         return cls(truth.mean(dim=0), torch.cov(truth.T), tracks)
 
     def distance(self, tracks: Sequence[NDArray[np.float64]]) -> float:
-        """Frechet distance of other tracks' moves, px^2; nan if there are fewer than two windows."""
+        """Fréchet distance of the moves of other tracks, px^2; nan with fewer than two windows."""
         moves = windows(tracks)
         return sample_frechet_distance(moves, self.mean, self.covariance) if len(moves) > 1 else math.nan
 
     def distance_of_sampling(self, clips: int) -> float:
-        """What as many clips of the world itself show on average."""
+        """Mean distance of this many true clips: the noise floor."""
         starts = range(0, min(FLOOR_DRAWS * clips, WORLD_CLIPS - clips), clips)
         return float(np.mean([self.distance(self.tracks[at : at + clips]) for at in starts]))
 
 
 def score_demo(run: LoadedRun, batches: Sequence[tuple[SampleResult, list[int]]], world: WorldMoves) -> dict[str, Any]:
-    """Shares of clips by the toy world's laws, and Frechet distance of the disc's moves."""
+    """Score clips by the toy world's laws and by the Fréchet distance of the disc's moves."""
     scores, tracks = [], []
     for result, labels in batches:
         for video, label in zip(run.codec.decode_many(result.clips()), labels, strict=True):
@@ -239,7 +242,7 @@ def score_demo(run: LoadedRun, batches: Sequence[tuple[SampleResult, list[int]]]
 
 
 def measure_run(kind: str, run: LoadedRun, settings: Sequence[Setting], clips: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each setting."""
+    """Measure one row per setting."""
     generator = np.random.default_rng(seed)
     lengths = generator.choice(list(LENGTH_LAW), size=clips, p=list(LENGTH_LAW.values())).tolist()
     world = WorldMoves.draw() if kind != "gaussian" else None
@@ -247,9 +250,9 @@ def measure_run(kind: str, run: LoadedRun, settings: Sequence[Setting], clips: i
     rows = []
     with Progress(clips * len(settings), f"sampling {kind}") as progress:
         for setting in settings:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batches = list(sample_clips(run, setting, clips, lengths, seed, progress))
-            seconds, results = time.perf_counter() - began, [result for result, _ in batches]
+            seconds, results = time.perf_counter() - start, [result for result, _ in batches]
             row: dict[str, Any] = {"run": kind, "label": setting.label, **asdict(setting), "clips": clips}
             row |= cost(run, setting, results)
             row |= score_gaussian(results) if world is None else score_demo(run, batches, world)
@@ -262,7 +265,7 @@ def measure_run(kind: str, run: LoadedRun, settings: Sequence[Setting], clips: i
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures as text, a line for each setting."""
+    """Format the results as text, one line per setting."""
     columns = {
         "evaluations_per_clip": ("evals", "{:.1f}"),
         "gflops_per_clip": ("GFLOPs", "{:.3f}"),
@@ -284,7 +287,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for nan, which JSON does not have."""
+    """Replace nan by None for JSON."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -293,7 +296,7 @@ def without_nan(value: Any) -> Any:
 
 
 def draw_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error against FLOPs: the Gaussian run on the left, the demo's runs on the right."""
+    """Plot error against FLOPs: the Gaussian run on the left, the demo runs on the right."""
     panels = [
         ("Gaussian law", [row for row in rows if row["run"] == "gaussian"], "frechet", "Frechet distance to the law"),
         (
@@ -322,7 +325,7 @@ def draw_picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 )
                 axes.annotate(note, (row["gflops_per_clip"], row[name]), xytext=(4, 4), textcoords="offset points",
                               fontsize=7)  # fmt: skip
-        axes.set(xscale="log", xlabel="GFLOPs a clip", ylabel=axis_label, title=title)
+        axes.set(xscale="log", xlabel="GFLOPs per clip", ylabel=axis_label, title=title)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,15 +336,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     for name in ("gaussian", "demo", "full-sequence"):
-        parser.add_argument(f"--{name}", type=Path, metavar="RUN", help="run directory; left out: not measured")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps to the clock's end (default: 50)")
+        parser.add_argument(f"--{name}", type=Path, metavar="RUN", help="run directory (default: skipped)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps until the clock ends (default: 50)")
     parser.add_argument("--refresh", type=int, nargs="+", default=[1, 2, 4, 8], metavar="R", help="default: 1 2 4 8")
-    parser.add_argument("--clips", type=int, default=96, metavar="K", help="demo clips a setting (default: 96)")
+    parser.add_argument("--clips", type=int, default=96, metavar="K", help="demo clips per setting (default: 96)")
     parser.add_argument("--gaussian-clips", type=int, default=500, metavar="K", help="default: 500")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
-    parser.add_argument("--quick", action="store_true", help="few clips and steps of the reference: a smoke test")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw error against FLOPs")
+    parser.add_argument("--quick", action="store_true", help="smoke test with few clips and reference steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="file for the plot of error against FLOPs")
     options = parser.parse_args(argv)
     if options.gaussian is options.demo is options.full_sequence is None:
         parser.error("give at least one of --gaussian, --demo and --full-sequence")
@@ -349,7 +352,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     options = parse_arguments(argv)
     most, reference = (QUICK_CLIPS, 2 * options.steps) if options.quick else (sys.maxsize, REFERENCE_STEPS)
     flowception = settings_of_a_run(options.refresh, options.steps, reference)

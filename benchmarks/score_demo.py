@@ -1,11 +1,11 @@
-"""Score generated toy clips beside real ones and an untrained model's, by the toy world's laws.
+"""Score toy clips (generated, real, and from an untrained model) by the toy world's laws.
 
     python benchmarks/score_demo.py --real DIR --generated DIR --untrained DIR [--json FILE] [--picture FILE] [--check]
 
-A folder holds mp4 files and says of them what it knows: ``clips.jsonl`` of ``flowception generate`` (``file, task,
-class_label``) or ``manifest.jsonl`` of ``make_toy.py`` (``path, class_label``). An image-to-video clip's class is
-that of its first frame, which was given and earns nothing itself. With ``--check`` the demo's promises are listed and
-a broken one is exit code 1.
+A folder contains mp4 files and optionally their labels: ``clips.jsonl`` of ``flowception generate`` (``file, task,
+class_label``) or ``manifest.jsonl`` of ``make_toy.py`` (``path, class_label``). The class of an image-to-video clip is
+that of its first frame, which is context and not scored. ``--check`` lists the demo's promises and exits with 1 if one
+is broken.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ ROWS = {
 }
 PICTURED_CLIPS = 4
 BAR_SCALE = 60
-"""Characters of a bar of 100 %."""
+"""Length of a bar of 100 %, in characters."""
 
 
 @dataclass(frozen=True)
 class LabeledClip:
-    """A clip and what it should show."""
+    """A clip with its expected class."""
 
     video: NDArray[np.uint8]
     class_label: int | None
@@ -60,8 +60,8 @@ def read_folder(folder: Path, limit: int | None = None) -> list[LabeledClip]:
     """Read a folder's clips with their labels.
 
     Args:
-        folder: Where the mp4 files are.
-        limit: Read no more than the first so many; None reads all.
+        folder: Folder of mp4 files.
+        limit: Maximum number of clips to read; None reads all.
     """
     clips = []
     for row in _rows(folder)[:limit]:
@@ -81,12 +81,12 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     else:
         rows = [{"path": path.name} for path in sorted(folder.glob("*.mp4"))]
     if not rows:
-        raise DataError(f"{folder} has no clips; give a folder of make_toy.py or flowception generate")
+        raise DataError(f"{folder} has no clips; give an output folder of make_toy.py or flowception generate")
     return rows
 
 
 def table(summaries: Mapping[str, SetSummary]) -> str:
-    """The figures, a column for each set."""
+    """Format the summaries as a table, one column per set."""
     lines = [f"{'':<36}" + "".join(f"{name:>12}" for name in summaries)]
     for name, form in ROWS.items():
         values = [float(getattr(summary, name)) for summary in summaries.values()]
@@ -96,7 +96,7 @@ def table(summaries: Mapping[str, SetSummary]) -> str:
 
 
 def histogram(generated: SetSummary) -> str:
-    """The lengths of generated clips beside the law, as text."""
+    """Plot the lengths of generated clips against the law, as text."""
     lines = [f"{'frames':<8}{'law':>7}{'generated':>11}   (# generated, | the law)"]
     for frames in sorted(set(LENGTH_LAW) | set(generated.length_histogram)):
         law, share = LENGTH_LAW.get(frames, 0.0), generated.length_histogram.get(frames, 0.0)
@@ -107,7 +107,7 @@ def histogram(generated: SetSummary) -> str:
 
 
 def draw(path: Path, sets: Mapping[str, Sequence[LabeledClip]], summaries: Mapping[str, SetSummary]) -> None:
-    """Write a picture: some clips of each set as film strips, and the length laws."""
+    """Plot some clips of each set as film strips, and the length laws."""
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     columns = figure.add_gridspec(len(sets), 2, width_ratios=(2, 1))
     longest = max(LENGTH_LAW)
@@ -137,17 +137,17 @@ def draw(path: Path, sets: Mapping[str, Sequence[LabeledClip]], summaries: Mappi
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+    """Replace non-finite numbers by None for JSON."""
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line, score and report.
+    """Parse the command line, score the clips and report.
 
     Args:
-        argv: Words after the script's name; None takes them from the process.
+        argv: Arguments after the script name; None uses ``sys.argv``.
 
     Returns:
         0; with ``--check`` 1 if a promise is broken; 2 for bad input.
@@ -156,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("real", "generated", "untrained"):
         parser.add_argument(f"--{name}", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--max-real", type=int, default=400, metavar="N", help="real clips to score (default: 400)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw clips and lengths")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the scores")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="file for a plot of clips and lengths")
     parser.add_argument("--check", action="store_true", help="list the demo's promises; exit code 1 if one is broken")
     arguments = parser.parse_args(argv)
     try:

@@ -1,11 +1,11 @@
-"""Does the prompt reach the clip? Generates toy clips for every caption and scores color and direction.
+"""Measure prompt adherence: generate toy clips for every caption and score color and direction.
 
     python benchmarks/score_prompts.py RUN --num N --out DIR [--seed S] [--guidance G] [--checkpoint STEP] [--json FILE]
 
-For each of the 16 captions of the toy world (4 colors, 4 directions) N clips are generated. A color is right by the
-world's laws (``flowception/evaluation/toy/score.py``; chance is 1/4). A direction is right if the disc's first step
-has the prompted sign along both axes (chance is 1/4); real clips that meet a wall at once fail that too, so as many
-real clips are scored beside, and as many clips generated without a prompt, which are scored as if they had one.
+Generates N clips for each of the 16 captions of the toy world (4 colors, 4 directions). Color is scored by
+``flowception/evaluation/toy/score.py`` (chance is 1/4). Direction is correct if the disc's first step has the prompted
+sign along both axes (chance is 1/4). Real clips that hit a wall in the first step fail this too, so the same number of
+real clips is scored for reference. So is the same number of clips generated without a prompt, as if they had one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from flowception.evaluation.toy.world import CLASS_NAMES, caption_of, draw_clip
 from flowception.generation.generate import GenerateOptions, generate
 
 REAL_SEED = 12345
-"""Of the world that real clips are drawn from; no set is made with it."""
+"""Seed of the real clips; no data set uses it."""
 
 
-Wanted = tuple[NDArray[np.uint8], int, bool, bool]
-"""A clip and what was asked of it: its class, and whether it sets out to the left and upwards."""
+Requested = tuple[NDArray[np.uint8], int, bool, bool]
+"""A clip with its requested class, and whether it should start to the left and upward."""
 
 
 @dataclass(frozen=True)
 class PromptScore:
-    """Shares over all clips."""
+    """Fractions over all clips."""
 
     clips: int
     color_right: float
@@ -45,8 +45,8 @@ class PromptScore:
     mean_frames: float
 
 
-def score(clips: list[Wanted]) -> PromptScore:
-    """Score clips by what was asked of each."""
+def score(clips: list[Requested]) -> PromptScore:
+    """Score clips against their requests."""
     scores = [score_clip(video, label) for video, label, _, _ in clips]
     return PromptScore(
         clips=len(clips),
@@ -58,7 +58,7 @@ def score(clips: list[Wanted]) -> PromptScore:
 
 
 def direction_right(video: NDArray[np.uint8], left: bool, up: bool) -> bool:
-    """Whether the disc's first step has the right sign along both axes; False without two frames that show one."""
+    """Whether the disc's first step has the requested sign along both axes; False if a disc is not found twice."""
     if len(video) < 2:
         return False
     first, second = (np.array(score_frame(image).position) for image in video[:2])
@@ -67,9 +67,9 @@ def direction_right(video: NDArray[np.uint8], left: bool, up: bool) -> bool:
 
 
 def generate_and_score(arguments: argparse.Namespace) -> dict[str, PromptScore]:
-    """Generate for every caption, with and without showing it to the model."""
+    """Generate clips for every caption, with and without the prompt."""
     wanted = list(product(range(len(CLASS_NAMES)), (False, True), (False, True)))
-    prompted, unprompted, real = list[Wanted](), list[Wanted](), list[Wanted]()
+    prompted, unprompted, real = list[Requested](), list[Requested](), list[Requested]()
     for number, (label, left, up) in enumerate(wanted):
         caption = caption_of(label, left, up)
         for prompt, clips in ((caption, prompted), (None, unprompted)):
@@ -95,18 +95,18 @@ def generate_and_score(arguments: argparse.Namespace) -> dict[str, PromptScore]:
 
 
 def main() -> int:
-    """Read the command line, generate and print the table."""
-    parser = argparse.ArgumentParser(description="Score how often generated toy clips show what the prompt says.")
+    """Parse the command line, generate clips and print the table."""
+    parser = argparse.ArgumentParser(description="Score how often generated toy clips match their prompt.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a model with text")
-    parser.add_argument("--num", type=int, default=6, metavar="N", help="clips for each caption (default: 6)")
+    parser.add_argument("--num", type=int, default=6, metavar="N", help="clips per caption (default: 6)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first clip (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first clip (default: 0)")
     parser.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance (default: off)")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest valid one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
     arguments = parser.parse_args()
     if arguments.num < 1:
-        parser.error(f"--num is {arguments.num}; give at least 1")
+        parser.error(f"--num must be >= 1, got {arguments.num}")
     try:
         scores = generate_and_score(arguments)
     except FlowceptionError as error:

@@ -1,10 +1,10 @@
-"""How long clips of each task come out, beside the length law that their context leaves: docs/tasks.md's table.
+"""Compare the lengths of generated clips with the length law given their context: the table of docs/tasks.md.
 
     python benchmarks/task_lengths.py --config configs/demo.yaml configs/demo_mixture.yaml --generated demo/tasks
 
-For clips of the toy world, whose lengths have a known law. What a task is given says something about the length, so the
-law of a clip is ``p(n) p(context | n)``, normalized (``flow.context_law``), and that of a folder the mean over its
-clips; lengths below the frames a clip begins with are left out, since the sampler cannot take frames away.
+For clips of the toy world, whose length law is known. The context carries information about the length, so the law of a
+clip is ``p(n) p(context | n)``, normalized (``flow.context_law``), and the law of a folder is the mean over its clips.
+Lengths below the number of initial frames are excluded, since the sampler never removes frames.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowception.training.config import load_config
 
 
 def given_of(record: Mapping[str, Any]) -> list[Role]:
-    """The context that a clip was made from, in the terms of ``context_law``.
+    """The context of a clip, as roles for ``context_law``.
 
     Args:
         record: A line of ``clips.jsonl``.
@@ -34,7 +34,7 @@ def given_of(record: Mapping[str, Any]) -> list[Role]:
 
 
 def expected_law(records: Sequence[Mapping[str, Any]], process: ProcessConfig) -> dict[int, float]:
-    """The length law of a folder of clips of one task."""
+    """Mean length law of the clips of one task."""
     expected: dict[int, float] = {}
     for record in records:
         least = sum(name != "free" for name in record["roles"])
@@ -45,7 +45,7 @@ def expected_law(records: Sequence[Mapping[str, Any]], process: ProcessConfig) -
 
 
 def measure(folder: Path, process: ProcessConfig) -> dict[str, Any]:
-    """Figures of one folder of ``flowception generate``."""
+    """Measure one output folder of ``flowception generate``."""
     records = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
     expected = expected_law(records, process)
     lengths = [record["latent_frames"] for record in records]
@@ -60,10 +60,10 @@ def measure(folder: Path, process: ProcessConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a row for each task that has a folder."""
+    """Print one row per task that has a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--config", nargs="+", required=True, help="of the run that generated")
-    parser.add_argument("--generated", type=Path, required=True, help="a folder that holds one folder a task")
+    parser.add_argument("--config", nargs="+", required=True, help="configuration of the run that generated the clips")
+    parser.add_argument("--generated", type=Path, required=True, help="folder with one folder per task")
     options = parser.parse_args(arguments)
     config = load_config(options.config)
     print(

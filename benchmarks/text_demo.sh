@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Text-to-video end to end on a laptop: clips whose captions name color and direction, a tiny T5 with random weights,
-# shards with text, training, and clips by prompt, scored. Everything under demo/; run it again and it goes on.
+# Text-to-video end to end on a laptop: clips captioned by color and direction, a tiny T5 with random weights, shards
+# with text, training, and scored clips from prompts. Everything is written to demo/. Run it again to continue.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1

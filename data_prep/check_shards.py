@@ -1,13 +1,13 @@
-"""Check a shard set: read every clip, verify every checksum, and say what the set holds.
+"""Check a shard set: read every clip, verify every checksum, and summarize the set.
 
     python data_prep/check_shards.py SET [--num-workers N] [--clips-per-pack K] [--cache-dir DIR]
 
-SET is what ``data.path`` takes: a folder of tars or of an MDS set, or a URL.
+SET is a value of ``data.path``: a folder of tars, a folder of an MDS set, or a URL.
 
-Opening the set already checks its description, the index's hash, its keys and the size of every shard. Then each
-clip's headers, metadata, text and latent frames are read and compared to their checksums, to the index, and to what
-numbers can be. Exit code 1 if the set cannot be opened or a clip is bad, 2 if that cannot be told, as
-when the disk of the cache is full.
+Opening the set checks its description, the hash of the index, its keys, and the size of every shard. Then every clip's
+headers, metadata, text, and latent frames are read and compared with their checksums and the index, and numbers must be
+finite. The exit code is 1 if the set cannot be opened or a clip is bad, and 2 if the check itself fails, for example
+because the disk of the cache is full.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from flowception.shards.schema import NO_CLASS
 _CHUNK_CLIPS = 64
 _BUDGET_STEP = 256
 _VISIBLE_SHARE = 0.75
-"""Mean share of a clip's frames that are visible when the clock is uniform on [0, 2] under the linear schedule."""
+"""Mean fraction of visible frames of a clip when the clock is uniform on [0, 2] under the linear schedule."""
 _SHOWN = 20
 
 
 def check_clip(reader: ShardReader | MdsReader, row: int) -> str | None:
-    """Why a clip is bad; None if it is good."""
+    """Reason why a clip is bad; None if it is good."""
     clip = reader.index.clips[row]
     try:
         about, text = reader.read_metadata(row), reader.read_text(row)
@@ -55,12 +55,12 @@ def check_clip(reader: ShardReader | MdsReader, row: int) -> str | None:
         "text tokens": ((about.get("text_shape") or [0])[0], tokens),
         "class_label": (label, int(clip["class_label"])),
     }
-    for name, (said, found) in facts.items():
-        if said != found:
-            return f"clip {reader.index.key(row)}: its metadata has {name} {said}, the index and the data {found}"
+    for name, (listed, found) in facts.items():
+        if listed != found:
+            return f"clip {reader.index.key(row)}: {name} is {listed} in its metadata but {found} in the index and data"
     for name, values in (("latents", latents), ("text", text)):
         if values is not None and not bool(torch.isfinite(values).all()):
-            return f"clip {reader.index.key(row)}: {name} hold a number that is not finite"
+            return f"clip {reader.index.key(row)}: {name} must be finite, got NaN or infinity"
     return None
 
 
@@ -74,20 +74,20 @@ _READERS: dict[str, ShardReader | MdsReader] = {}
 
 
 def _reader(path: str, cache: CacheConfig) -> ShardReader | MdsReader:
-    """One reader a process: opening a set of millions takes seconds."""
+    """The reader of this process, cached because opening a set of millions of clips takes seconds."""
     if path not in _READERS:
         _READERS[path] = open_set(path, cache)
     return _READERS[path]
 
 
 def find_bad_clips(path: str, cache: CacheConfig, clips: int, num_workers: int) -> Iterator[tuple[int, str]]:
-    """Read every clip.
+    """Check every clip.
 
     Args:
-        path: The set.
-        cache: Where remote shards are kept.
-        clips: How many it has.
-        num_workers: Processes; 0 reads in this one.
+        path: Folder or URL of the set.
+        cache: Cache of remote shards.
+        clips: Number of clips in the set.
+        num_workers: Reader processes; 0 reads in this process.
 
     Yields:
         Row and reason of each bad clip.
@@ -107,9 +107,9 @@ def find_bad_clips(path: str, cache: CacheConfig, clips: int, num_workers: int) 
 
 
 def suggested_token_budget(reader: ShardReader | MdsReader, clips_per_pack: int) -> tuple[int, int]:
-    """Tokens of a pack that holds so many clips, on average, and the least that holds the longest clip.
+    """The token budget for packs of ``clips_per_pack`` clips on average, and the smallest that fits the longest clip.
 
-    A clip brings its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
+    A clip counts its text and about 3/4 of its frames (``insertion_share`` 0.5, linear schedule, few start frames).
     """
     clips, null_text = reader.index.clips, reader.null_text
     text = np.maximum(clips["text_tokens"].astype(np.int64), 0 if null_text is None else len(null_text))
@@ -121,7 +121,7 @@ def suggested_token_budget(reader: ShardReader | MdsReader, clips_per_pack: int)
 
 
 def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
-    """What a set holds, for people."""
+    """A summary of a set, for people."""
     meta, clips = reader.meta, reader.index.clips
     size = sum(shard.size_bytes for shard in meta.shards)
     lines = [
@@ -135,30 +135,30 @@ def describe(reader: ShardReader | MdsReader, clips_per_pack: int) -> str:
     else:
         null_text = reader.null_text
         lines.append(
-            f"text: width {meta.text_width}, {_spread(clips['text_tokens'])} tokens a clip, "
+            f"text: width {meta.text_width}, {_spread(clips['text_tokens'])} tokens per clip, "
             f"null text of {0 if null_text is None else len(null_text)}"
         )
     labels = Counter(clips["class_label"].tolist())
     unlabeled = labels.pop(NO_CLASS, 0)
-    lines.append(f"classes: {len(labels)}; {unlabeled} clips without one")
-    lines.append("latent grid (rows x columns), tokens a frame, clips:")
+    lines.append(f"classes: {len(labels)}; {unlabeled} clips without a class")
+    lines.append("latent grid (rows x columns), tokens per frame, clips:")
     lines += [f"  {g['height']} x {g['width']}  {g['tokens']}  {g['clips']}" for g in meta.tokens_per_frame]
     lines.append("latent frames, clips:")
     lengths = sorted(Counter(clips["frames"].tolist()).items())
     most = max(count for _, count in lengths)
     lines += [f"  {frames:>4} {count:>8} {'#' * max(1, round(40 * count / most))}" for frames, count in lengths]
     budget, least = suggested_token_budget(reader, clips_per_pack)
-    lines.append(f"token_budget: {budget} for about {clips_per_pack} clips a pack; at least {least} for the longest")
+    lines.append(f"token_budget: {budget} for about {clips_per_pack} clips per pack; the longest clip needs {least}")
     return "\n".join(lines)
 
 
 def _codec_state(reader: ShardReader | MdsReader) -> str:
-    """Whether the codec that made the set can be had here."""
+    """Whether the codec that made the set can be rebuilt here."""
     try:
         codec_of(reader.meta)
     except FlowceptionError as error:
-        return f"not rebuilt here ({error})"
-    return "the same when rebuilt here"
+        return f"cannot be rebuilt here ({error})"
+    return "rebuilt here with the same fingerprint"
 
 
 def _spread(values: NDArray[np.uint32]) -> str:
@@ -166,19 +166,31 @@ def _spread(values: NDArray[np.uint32]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and check."""
-    parser = argparse.ArgumentParser(description="Verify every clip of a shard set and say what it holds.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Verify every clip of a shard set and summarize the set.")
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that read (default: none)")
     parser.add_argument(
-        "--clips-per-pack", type=int, default=16, metavar="K", help="for the token budget (default: 16)"
+        "--num-workers", type=int, default=0, metavar="N", help="reader processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+        "--clips-per-pack",
+        type=int,
+        default=16,
+        metavar="K",
+        help="mean clips per pack for the suggested token budget (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        default=CacheConfig.cache_dir,
+        metavar="DIR",
+        help="cache for remote shards (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     if arguments.num_workers < 0 or arguments.clips_per_pack < 1:
-        parser.error("--num-workers must be at least 0 and --clips-per-pack at least 1")
+        parser.error(
+            f"--num-workers must be >= 0 and --clips-per-pack >= 1, got {arguments.num_workers} and "
+            f"{arguments.clips_per_pack}"
+        )
     cache = CacheConfig(cache_dir=arguments.cache_dir)
     try:
         reader = open_set(arguments.set, cache)

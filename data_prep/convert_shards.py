@@ -1,9 +1,10 @@
-"""Write a set of webdataset tars as an MDS set, for pipelines that read MDS; Flowception trains on either.
+"""Convert a set of webdataset tars to an MDS set, for pipelines that read MDS. Flowception trains on either.
 
     python data_prep/convert_shards.py --source SET --out FOLDER [--shard-bytes N]
 
-The new set is complete or absent. It has the same clips in the same order under the same keys; its shards have other
-borders, so a run that shuffles by shards sees them in another order. Needs mosaicml-streaming: ``make setup-mds``.
+The new set is complete or absent. It has the same clips in the same order with the same keys. Its shards have different
+boundaries, so a run that shuffles by shards sees the clips in a different order. Needs mosaicml-streaming: ``make
+setup-mds``.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ def convert(source: Path, out: Path, shard_bytes: int) -> int:
 
     Args:
         source: Folder of a set of tars.
-        out: Folder to make.
+        out: Folder to create.
         shard_bytes: Largest size of an MDS shard.
 
     Returns:
-        How many clips were written.
+        The number of clips written.
 
     Raises:
-        DataError: If ``out`` exists, or ``source`` is no complete set.
+        DataError: If ``out`` exists, or ``source`` is not a complete set.
     """
     if out.exists():
-        raise DataError(f"{out} exists; choose another folder or delete it")
+        raise DataError(f"{out} already exists; choose another folder or delete it")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed conversion
     partial.mkdir(parents=True)
     meta = write_mds(ShardReader(source), partial, shard_bytes)
     partial.rename(out)
@@ -43,11 +44,13 @@ def convert(source: Path, out: Path, shard_bytes: int) -> int:
 
 
 def main() -> int:
-    """Read the command line and convert."""
-    parser = argparse.ArgumentParser(description="Write a set of webdataset tars as an MDS set.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Convert a set of webdataset tars to an MDS set.")
     parser.add_argument("--source", type=Path, required=True, metavar="SET", help="folder of a set of tars")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
-    parser.add_argument("--shard-bytes", type=int, default=2**26, metavar="N", help="of a shard at most (64 MiB)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create")
+    parser.add_argument(
+        "--shard-bytes", type=int, default=2**26, metavar="N", help="largest shard size (default: 64 MiB)"
+    )
     arguments = parser.parse_args()
     try:
         clips = convert(arguments.source, arguments.out, arguments.shard_bytes)

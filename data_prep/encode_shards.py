@@ -2,10 +2,10 @@
 
     python data_prep/encode_shards.py --config C [more.yaml ...] [key=value ...] [--status]
 
-Kill it and run the same command again: it goes on at the first unfinished shard. What could not be read is listed,
-with the reason, in ``unreadable.jsonl`` of the set, and pieces that ``min_frames`` and ``min_motion`` dropped are
-counted in ``dropped.json``. The keys are in ``data_prep/encoder/config.py``. ``--status`` says how far all jobs of the
-set are and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
+If it is killed, run the same command again: it continues at the first unfinished shard. ``unreadable.jsonl`` of the set
+lists unreadable videos with the reason, and ``dropped.json`` counts pieces dropped by ``min_frames`` and
+``min_motion``. The keys are in ``data_prep/encoder/config.py``. ``--status`` prints the progress of all jobs of the set
+and encodes nothing. On a cluster: ``sbatch slurm/encode_shards.sh``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts impo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and encode.
+    """Run the command line.
 
     Args:
-        argv: Words after the script's name; None takes them from the process.
+        argv: Arguments after the script's name; None for those of the process.
 
     Returns:
         Exit code: 0 for success, 2 for bad input.
     """
     parser = argparse.ArgumentParser(description="Encode videos into shards of latents.")
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
+        "--config",
+        nargs="+",
+        required=True,
+        metavar="C",
+        help="YAML files (later ones override), then key=value overrides",
     )
-    parser.add_argument("--status", action="store_true", help="say how far the set is; encode nothing")
+    parser.add_argument("--status", action="store_true", help="print progress and exit")
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
-        parser.error(f"unknown words: {' '.join(rest)}")
-    # Here and not at the top: processes that decode import this file again and need none of it.
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    # Imported here because decoding processes import this file again and need none of these.
     from data_prep.encoder.config import EncodeConfig
     from data_prep.encoder.encoder import ShardEncoder
     from data_prep.encoder.skipped import UNREADABLE_NAME
@@ -54,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlowceptionError as error:
         print(f"encode_shards: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{summary.clips} clips of {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
+    print(f"{summary.clips} clips from {summary.videos} videos in {config.out}; {summary.unreadable} videos unreadable")
     for line in summary.dropped.lines():
         print(line)
     if summary.open_shards:
-        print(f"{summary.open_shards} shards are left to other parts; the last part to end finishes the set")
+        print(f"{summary.open_shards} shards remain for other parts; the last part to end finishes the set")
     elif summary.unreadable:
-        print(f"the reasons are in {Path(config.out) / UNREADABLE_NAME}")
+        print(f"reasons are in {Path(config.out) / UNREADABLE_NAME}")
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python data_prep/make_toy.py --out DIR --clips N --seed S
 
-Clip i depends on the seed and i alone. ``manifest.jsonl`` has a line a clip, ``{path, class_label, class_name,
-caption, frames}``, and is written last, so a folder that has it is complete. The world's laws are in
+Clip i depends only on the seed and i. ``manifest.jsonl`` has one line per clip, ``{path, class_label, class_name,
+caption, frames}``. It is written last, so a folder that has it is complete. The rules of the toy world are in
 ``flowception/evaluation/toy/world.py``.
 """
 
@@ -23,16 +23,16 @@ from flowception.rng import MAX_SEED
 
 MANIFEST_NAME = "manifest.jsonl"
 H264_CRF = 4
-"""Off by at most a few of 256 levels, at full color resolution."""
+"""Error of at most a few of 256 levels, at full color resolution."""
 
 
 def make_toy(out: Path, clips: int, seed: int) -> Path:
     """Write the set.
 
     Args:
-        out: Folder for the clips; made if it is not there.
-        clips: How many.
-        seed: Of the whole set.
+        out: Folder for the clips; created if missing.
+        clips: Number of clips.
+        seed: Seed of the set.
 
     Returns:
         The manifest's path.
@@ -54,16 +54,16 @@ def make_toy(out: Path, clips: int, seed: int) -> Path:
 
 
 def main() -> int:
-    """Read the command line and make the set."""
-    parser = argparse.ArgumentParser(description="Make H.264 clips of a toy world with exactly checkable laws.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Make H.264 clips of a toy world whose rules can be checked exactly.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
-    parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many, at least 1")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the whole set (default: 0)")
+    parser.add_argument("--clips", type=int, required=True, metavar="N", help="number of clips, at least 1")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the set (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.clips < 1:
-        parser.error(f"--clips is {arguments.clips}; give at least 1")
+        parser.error(f"--clips must be an integer >= 1, got {arguments.clips}")
     if not 0 <= arguments.seed <= MAX_SEED:
-        parser.error(f"--seed is {arguments.seed}; give a whole number from 0 to {MAX_SEED}")
+        parser.error(f"--seed must be an integer from 0 to {MAX_SEED}, got {arguments.seed}")
     try:
         manifest = make_toy(arguments.out, arguments.clips, arguments.seed)
     except (FlowceptionError, OSError) as error:

@@ -1,10 +1,10 @@
-"""Make a tiny T5 encoder with random weights that knows the toy world's words: text without a download.
+"""Make a tiny T5 encoder with random weights for the toy world's words, so that text needs no download.
 
     python data_prep/make_toy_text_encoder.py --out DIR [--width D] [--seed S]
 
-The folder is what ``text.model`` of the encoding and ``--text-encoder`` of ``flowception generate`` take. Random
-weights tell captions apart, which is all that the toy world needs; a real run takes a trained T5. Needs transformers
-(the extra ``ltx``).
+Pass the folder as ``text.model`` for encoding and as ``--text-encoder`` of ``flowception generate``. Random weights
+distinguish captions, which is all that the toy world needs; a real run needs a trained T5. Needs transformers (the
+extra ``ltx``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 def make_text_encoder(out: Path, width: int = DEFAULT_WIDTH, seed: int = 0) -> Path:
-    """Write the encoder and its tokenizer, one token a word and ``</s>`` at the end, as T5's.
+    """Write the encoder and its tokenizer: one token per word and ``</s>`` at the end, as for T5.
 
     Args:
         out: Folder to write.
         width: Width of the embeddings, a multiple of 16.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         The folder.
@@ -59,16 +59,18 @@ def make_text_encoder(out: Path, width: int = DEFAULT_WIDTH, seed: int = 0) -> P
 
 
 def main() -> int:
-    """Read the command line and make the encoder."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make a tiny random T5 encoder for the toy world's captions.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--width", type=int, default=DEFAULT_WIDTH, metavar="D", help="width of the embeddings")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights (default: 0)")
+    parser.add_argument(
+        "--width", type=int, default=DEFAULT_WIDTH, metavar="D", help="embedding width (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the weights (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.width < 16 or arguments.width % 16:
-        parser.error(f"--width is {arguments.width}; give a multiple of 16")
+        parser.error(f"--width must be a multiple of 16, got {arguments.width}")
     if not 0 <= arguments.seed <= MAX_SEED:
-        parser.error(f"--seed is {arguments.seed}; give a whole number from 0 to {MAX_SEED}")
+        parser.error(f"--seed must be an integer from 0 to {MAX_SEED}, got {arguments.seed}")
     try:
         folder = make_text_encoder(arguments.out, arguments.width, arguments.seed)
     except (FlowceptionError, OSError) as error:

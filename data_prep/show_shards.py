@@ -1,11 +1,11 @@
-"""Look into a shard set: decode some of its clips to one picture, a row a clip.
+"""Inspect a shard set: decode some of its clips into one image, one row per clip.
 
     python data_prep/show_shards.py SET --num N --out FILE.png [--seed S] [--cache-dir DIR]
 
-SET is what ``data.path`` takes: a folder of tars or of an MDS set, or a URL.
+SET is a value of ``data.path``: a folder of tars, a folder of an MDS set, or a URL.
 
 The clips are spread evenly over the set, or drawn at random with ``--seed``. Each row has the clip's key, length, size,
-class and caption; long clips show frames spread over their length.
+class, and caption. Long clips show frames spread over their length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEY_LENGTH = 40
 
 
 def choose_rows(clips: int, num: int, seed: int | None) -> NDArray[np.int64]:
-    """Rows to show, increasing: spread evenly, or drawn without repetition if there is a seed."""
+    """Increasing rows to show: spread evenly, or drawn without replacement if a seed is given."""
     num = min(num, clips)
     if seed is None:
         return np.unique(np.linspace(0, clips - 1, num).round().astype(np.int64))
@@ -40,15 +40,15 @@ def choose_rows(clips: int, num: int, seed: int | None) -> NDArray[np.int64]:
 def show(
     path: str, num: int, out: Path, seed: int | None = None, device: str = "cpu", cache: CacheConfig | None = None
 ) -> list[str]:
-    """Decode clips and write the picture.
+    """Decode clips and write the image.
 
     Args:
-        path: The set.
-        num: Clips at most.
-        out: Picture to write.
-        seed: Draws the clips; None spreads them evenly.
-        device: Where the codec computes.
-        cache: Where remote shards are kept.
+        path: Folder or URL of the set.
+        num: Most clips to show.
+        out: Image to write.
+        seed: Seed for drawing the clips; None spreads them evenly.
+        device: Device of the codec.
+        cache: Cache of remote shards.
 
     Returns:
         The rows' labels.
@@ -76,19 +76,24 @@ def _label(about: dict[str, Any], class_names: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and show."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Decode some clips of a shard set to a contact sheet.")
     parser.add_argument("set", metavar="SET", help="folder or URL of the set")
-    parser.add_argument("--num", type=int, required=True, metavar="N", help="clips to show, at least 1")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write")
-    parser.add_argument("--seed", type=int, metavar="S", help="draw the clips (default: spread evenly over the set)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where the codec computes (default: cpu)")
+    parser.add_argument("--num", type=int, required=True, metavar="N", help="number of clips, at least 1")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write")
     parser.add_argument(
-        "--cache-dir", default=CacheConfig.cache_dir, metavar="DIR", help="for remote shards (default: %(default)s)"
+        "--seed", type=int, metavar="S", help="draw the clips at random (default: spread evenly over the set)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="device of the codec (default: %(default)s)")
+    parser.add_argument(
+        "--cache-dir",
+        default=CacheConfig.cache_dir,
+        metavar="DIR",
+        help="cache for remote shards (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     if arguments.num < 1 or (arguments.seed is not None and arguments.seed < 0):
-        parser.error("--num must be at least 1 and --seed at least 0")
+        parser.error(f"--num must be >= 1 and --seed >= 0, got {arguments.num} and {arguments.seed}")
     try:
         cache = CacheConfig(cache_dir=arguments.cache_dir)
         labels = show(arguments.set, arguments.num, arguments.out, arguments.seed, arguments.device, cache)

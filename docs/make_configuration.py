@@ -1,6 +1,6 @@
-"""Writes ``docs/configuration.md`` from the configuration's dataclasses: ``python docs/make_configuration.py``.
+"""Write ``docs/configuration.md`` from the configuration dataclasses: ``python docs/make_configuration.py``.
 
-The text of a key is the docstring that stands below its field. A test holds the page equal to what this makes.
+The text of a key is the docstring below its field. A test checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ HEAD = """\
 
 <!-- Written by docs/make_configuration.py from the dataclasses. Change their docstrings, then run it. -->
 
-YAML files hold differences from the defaults below and are merged left to right; `key=value` words of the command line
-come last. A file that says `extends: FILE` holds differences from that file beside it. An unknown key is refused with
-the nearest right one. `required` has no default.
+YAML files override the defaults below and are merged left to right, followed by `key=value` overrides from the command
+line. A file with `extends: FILE` overrides that file, which is in the same folder. An unknown key is an error that
+names the nearest valid key. `required` means no default.
 
     deepspeed train/main.py --config configs/demo.yaml overlay.yaml optim.lr=1e-4
 """
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, one line each; fields of its bases included."""
+    """Docstring of each field of a dataclass as one line, including fields of base classes."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -66,7 +66,7 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def sections(kind: type, prefix: str = "", title: str = "Top level") -> Iterator[tuple[str, str, type]]:
-    """Title, prefix of keys and dataclass of each section of a configuration, outermost first."""
+    """Yield title, key prefix and dataclass of each section of a configuration, outermost first."""
     types = typing.get_type_hints(kind)
     yield title, prefix, kind
     nested = [f for f in dataclasses.fields(kind) if dataclasses.is_dataclass(types[f.name])]
@@ -77,7 +77,7 @@ def sections(kind: type, prefix: str = "", title: str = "Top level") -> Iterator
 
 
 def tables(kind: type) -> Iterator[str]:
-    """A heading, a sentence and a table for each dataclass."""
+    """Yield a heading, a summary and a table for each dataclass."""
     for title, prefix, section in sections(kind):
         types = typing.get_type_hints(section)
         plain = [f for f in dataclasses.fields(section) if not dataclasses.is_dataclass(types[f.name])]
@@ -93,7 +93,7 @@ def tables(kind: type) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the page."""
     lines = [HEAD, "## Training: `train/main.py`, `flowception plan`\n", *tables(TrainConfig)]
     lines += ["## Encoding: `data_prep/encode_shards.py`\n", *tables(EncodeConfig)]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,6 +1,6 @@
-"""Make the README's picture from what ``make demo`` wrote: ``python docs/make_demo_picture.py``.
+"""Make the README image from the output of ``make demo``: ``python docs/make_demo_picture.py``.
 
-Left: generated clips, frame by frame. Right: how one of them grew. Real output, only laid out.
+Left: frames of generated clips. Right: growth of one of them. Unedited output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def clip_rows(folder: Path, count: int) -> list[tuple[str, np.ndarray]]:
 
 
 def contact(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
-    """One row a clip, its label on the left."""
+    """Draw one row per clip, with its label on the left."""
     side = rows[0][1].shape[1] * SCALE
     longest = max(len(video) for _, video in rows)
     sheet = Image.new("RGB", (LABEL_WIDTH + longest * (side + GAP), len(rows) * (side + GAP)), "white")

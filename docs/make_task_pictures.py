@@ -1,7 +1,7 @@
-"""Make the pictures of docs/tasks.md: ``python docs/make_task_pictures.py GENERATED`` (default ``demo/tasks``).
+"""Make the images of docs/tasks.md: ``python docs/make_task_pictures.py GENERATED`` (default ``demo/tasks``).
 
-``GENERATED`` holds a folder a task, as the commands of docs/tasks.md write them. Left: generated clips, frame by frame,
-given frames in a frame of their color in the picture of growth. Right: how the first of them grew.
+``GENERATED`` has one folder per task, written by the commands of docs/tasks.md. Left: frames of generated clips, with
+context frames outlined in the context color of the growth plot. Right: growth of the first clip.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS, SCALE, GAP, BORDER, GROWTH_WIDTH = 8, 2, 4, 3, 560
 
 
 def strip(record: dict[str, Any], video: np.ndarray) -> Image.Image:
-    """One clip's frames from left to right; a frame around those that were given (one latent frame is one frame)."""
+    """Draw one clip's frames from left to right, context frames outlined (one latent frame is one frame)."""
     side = video.shape[1] * SCALE
     cell = side + 2 * BORDER + GAP
     row = Image.new("RGB", (len(video) * cell, cell), "white")
@@ -39,7 +39,7 @@ def strip(record: dict[str, Any], video: np.ndarray) -> Image.Image:
 
 
 def task_picture(folder: Path) -> Image.Image:
-    """Clips of one task and the growth of the first."""
+    """Draw clips of one task and the growth of the first."""
     records = [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()][:ROWS]
     strips = [strip(record, read_video(folder / record["file"])) for record in records]
     growth = Image.open(folder / records[0]["file"].replace(".mp4", "_growth.png")).convert("RGB")

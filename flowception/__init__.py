@@ -3,7 +3,7 @@
     run = flowception.load("runs/demo")
     clips = run.sample(num=4, seed=0)
 
-The public names (docs/api.md) are imported when they are first used, so that ``import flowception`` is quick.
+The public names (docs/api.md) are imported on first use, so that ``import flowception`` is fast.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """The ``flowception`` command: plan, plot, generate, checkpoint, doctor.
 
-An error raised on purpose becomes one line on stderr and exit code 2. Everything heavy is imported inside the
-subcommand that needs it, so that ``--help`` is quick.
+A ``FlowceptionError`` is printed as one line on stderr, with exit code 2. Heavy modules are imported inside the
+subcommands that need them, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowception import __version__
 from flowception.errors import CheckpointError, ConfigError, FlowceptionError, RunDirectoryError
 
 EXIT_BAD_INPUT = 2
-"""Exit code of every error raised on purpose; argparse uses the same."""
+"""Exit code of every ``FlowceptionError``; the same as argparse."""
 INSERTION_RULES = ("thinning", "bernoulli", "poisson")
 TASKS = ("t2v", "i2v", "v2v", "interpolation", "completion")
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Words after the program's name; None takes them from the process.
+        argv: Arguments after the program name; None uses ``sys.argv``.
 
     Returns:
         Exit code: 0 for success, 2 for bad input.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "config" not in arguments):
         parser.error(
-            f"unknown words: {' '.join(rest)}; see flowception {{plan,plot,generate,checkpoint,doctor}} --help"
+            f"unrecognized arguments: {' '.join(rest)}; see flowception {{plan,plot,generate,checkpoint,doctor}} --help"
         )
     arguments.overrides = rest
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -49,29 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="flowception", description="Plan, look into and use Flowception runs.")
+    """Build the parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="flowception", description="Plan, inspect and use Flowception runs.")
     parser.add_argument("--version", action="version", version=f"flowception {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="{plan,plot,generate,checkpoint,doctor}")
-    _add_plan(subparsers.add_parser("plan", help="show what each step of a training run will hold"))
+    _add_plan(subparsers.add_parser("plan", help="show what each step of a training run will contain"))
     _add_plot(subparsers.add_parser("plot", help="draw a run's curves from its metrics.jsonl"))
     _add_generate(subparsers.add_parser("generate", help="generate clips from a run"))
     _add_checkpoint(subparsers.add_parser("checkpoint", help="list, verify or hash a run's checkpoints"))
-    doctor = subparsers.add_parser("doctor", help="say what this machine has: versions, GPUs, attention, codecs, disk")
+    doctor = subparsers.add_parser("doctor", help="check this machine: versions, GPUs, attention, codecs, disk")
     doctor.set_defaults(command=_doctor)
     return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value words"
+        "--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; then key=value overrides"
     )
     parser.add_argument("--world-size", type=_positive, default=1, metavar="R", help="ranks (default: 1)")
     parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to show (default: 10)")
     parser.add_argument(
         "--start", type=_natural, default=0, metavar="K", help="first step, counted from 0 (default: 0)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE, an object per step")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the table to FILE as JSON, one object per step"
+    )
     parser.set_defaults(command=_plan)
 
 
@@ -95,28 +97,28 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep",
         metavar="FRAMES",
-        help="latent frames of a video that are given, counted from 0, such as 0-3,8-11 (default: v2v the end, "
-        "interpolation the first and the last, completion the first and the last quarter)",
+        help="latent frames of a context video to keep, counted from 0, such as 0-3,8-11 (default: v2v the end, "
+        "interpolation the first and last, completion the first and last quarter)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="caption, for a model trained with text")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a caption a line, blank lines passed over; or .jsonl, an object a line: prompt and, where wanted, seed "
-        "and class_label. Clips cycle over them, as over --context: clip i has prompt i, and after the last the first",
+        help="one caption per line, blank lines skipped; or .jsonl, one object per line with prompt and optionally "
+        "seed and class_label. Clips cycle over the prompts, as over --context",
     )
     parser.add_argument("--text-encoder", metavar="MODEL", help="T5 encoder for prompts: a folder or hub id")
     parser.add_argument(
         "--class-label",
         metavar="K|NAME",
-        help="class number or name; null for none (default: t2v cycles over the classes, other tasks none)",
+        help="class number or name, or null for none (default: t2v cycles over the classes, other tasks use none)",
     )
     parser.add_argument(
         "--num",
         type=_positive,
         metavar="N",
-        help="clips to generate; with --prompts, of each prompt (default there: 1)",
+        help="clips to generate; with --prompts, clips per prompt (default then: 1)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the clips")
     parser.add_argument("--seed", type=_natural, default=0, metavar="S", help="clip i has seed S + i (default: 0)")
@@ -136,28 +138,42 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--cache-refresh",
         type=_positive,
         metavar="R",
-        help="keep keys and values of finished frames, computing them anew every R steps (default: off, exact)",
+        help="cache keys and values of finished frames, recomputed every R steps (default: off, exact)",
     )
     parser.add_argument(
-        "--max-frames", type=_positive, default=64, metavar="N", help="cap on latent frames, with context (default: 64)"
+        "--max-frames",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="cap on latent frames, context included (default: 64)",
     )
-    parser.add_argument("--num-frames", type=_positive, metavar="N", help="latent frames, for a prescribed delay law")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="B", help="clips at once (default: 16)")
     parser.add_argument(
-        "--part", type=_natural, default=0, metavar="K", help="make part K of the set, from 0 (default: 0)"
+        "--num-frames", type=_positive, metavar="N", help="latent frames, for runs with a prescribed delay law"
     )
     parser.add_argument(
-        "--num-parts", type=_positive, default=1, metavar="N", help="of N, each by a command of its own (default: 1)"
+        "--batch-size", type=_positive, default=16, metavar="B", help="clips sampled at once (default: 16)"
     )
-    parser.add_argument("--size", metavar="HxW", help="pixels; needed where the run was trained at several sizes")
-    parser.add_argument("--fps", type=float, metavar="FPS", help="of the written files (default: the data's)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--part", type=_natural, default=0, metavar="K", help="generate part K of --num-parts, from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--num-parts",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="split the set over N separate commands (default: 1)",
+    )
+    parser.add_argument("--size", metavar="HxW", help="pixels; required if the run was trained at several sizes")
+    parser.add_argument(
+        "--fps", type=float, metavar="FPS", help="frame rate of the files written (default: the training data's)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda if available)")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its sha256")
-    parser.add_argument("--hash", action="store_true", help="print a sha256 each of weights, ema and optimizer")
+    parser.add_argument("--verify", action="store_true", help="read every file and check its sha256")
+    parser.add_argument("--hash", action="store_true", help="print one sha256 each for weights, ema and optimizer")
     parser.add_argument("--checkpoint", type=_natural, metavar="STEP", help="default: the newest valid one")
     parser.set_defaults(command=_checkpoint)
 
@@ -176,14 +192,14 @@ def _at_least(word: str, least: int) -> int:
     except ValueError:
         number = least - 1
     if number < least:
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from {least} up")
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {word!r}")
     return number
 
 
 def _size(word: str) -> tuple[int, int]:
     parts = word.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--size is {word!r}; write height x width in pixels, for example 256x256")
+        raise ConfigError(f"--size must be height x width in pixels, such as 256x256, got {word!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -230,13 +246,13 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
     run_dir: Path = arguments.run
     if not run_dir.is_dir():
-        raise RunDirectoryError(f"{run_dir} does not exist; give the run_dir of a run")
+        raise RunDirectoryError(f"{run_dir} does not exist; give a run directory")
     steps = list_steps(run_dir)
     if not steps:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet")
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; wait for the first one")
     if arguments.checkpoint is not None:
         if arguments.checkpoint not in steps:
-            raise CheckpointError(f"{run_dir} has no checkpoint of step {arguments.checkpoint}; it has {steps}")
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {arguments.checkpoint}; available: {steps}")
         steps = [arguments.checkpoint]
     if arguments.verify or not arguments.hash:
         _list_checkpoints(run_dir, steps, verified=arguments.verify)
@@ -251,7 +267,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
 
 
 def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) -> None:
-    """Print a line for each checkpoint; refuse at the end if one is damaged."""
+    """Print a line for each checkpoint, then raise an error if any is damaged."""
     from flowception.checkpoint.format import checkpoint_dir, read_manifest
     from flowception.checkpoint.reader import verify
 
@@ -267,7 +283,7 @@ def _list_checkpoints(run_dir: Path, steps: Sequence[int], *, verified: bool) ->
             found = "valid" if verified else "not verified"
             print(f"step {step}: {found}, {len(manifest.files)} files, {size / 1e6:.1f} MB")
     if damaged:
-        raise CheckpointError(f"{run_dir}: damaged checkpoints of steps {damaged}; a resumed run passes over them")
+        raise CheckpointError(f"{run_dir} has damaged checkpoints of steps {damaged}; a resumed run skips them")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -302,7 +318,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _as_flags(message: str) -> str:
-    """A message with the names of options, which stand in backticks, as the flags of the same names."""
+    """Replace option names in backticks by the flags of the same names."""
     return re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 

@@ -1,9 +1,9 @@
-"""Reading YAML into any dataclass, and writing it back. Knows no section by name.
+"""Reads YAML into any dataclass and writes it back. Independent of specific sections.
 
-YAML files hold differences from the defaults and are merged left to right, then ``key=value`` words of the command
-line; a file that ``extends`` another holds differences from that one. Unknown keys are refused with the nearest right
-one. A field that holds a dataclass is a section, whose keys are nested (``optim.lr``), unless it is marked ``FLAT``:
-then they stand at the top level (``token_budget``).
+YAML files contain differences from the defaults. They are merged left to right, followed by ``key=value`` overrides
+from the command line. A file that ``extends`` another contains differences from that file. Unknown keys are errors that
+name the nearest valid key. A field that is a dataclass is a section with nested keys (``optim.lr``), unless it is
+marked ``FLAT``: then its keys are at the top level (``token_budget``).
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from flowception.errors import ConfigError, Problems
 Schema = TypeVar("Schema")
 
 FLAT = {"flat": True}
-"""Metadata of a section whose keys stand at the top level of a file."""
+"""Metadata of a section whose keys are at the top level of a file."""
 REPLACED = {"replaced": True}
-"""Metadata of a mapping that a file gives whole, instead of what a file before said; a word changes one entry of it."""
+"""Metadata of a mapping that a file replaces completely instead of merging; an override changes a single entry."""
 
 
 def load(
     schema: type[Schema], paths: Sequence[str | Path], overrides: Sequence[str] = (), *, others_allowed: bool = False
 ) -> Schema:
-    """Read a configuration of any dataclass: defaults, then files left to right, then ``key=value`` words.
+    """Read a configuration into any dataclass: defaults, then files left to right, then ``key=value`` overrides.
 
     Args:
         schema: The dataclass to fill.
-        paths: YAML files, later ones win.
-        overrides: Words such as ``optim.lr=1e-4``; they win over files.
-        others_allowed: Whether files may have other keys at the top level, which are left out: ``schema`` is then a
-            part of what the files are for.
+        paths: YAML files; later files take precedence.
+        overrides: Overrides such as ``optim.lr=1e-4``; they take precedence over files.
+        others_allowed: Whether to ignore unknown top-level keys, for a ``schema`` that covers only part of the files.
 
     Returns:
-        An instance of ``schema``, its ranges checked.
+        An instance of ``schema``, with its ranges checked.
 
     Raises:
-        ConfigError: If a file is missing or no YAML, a key is unknown, or a value is missing or out of range. Of
-            several problems it names all that could be found.
+        ConfigError: If a file is missing or is not valid YAML, a key is unknown, or a value is missing or out of range.
+            The message lists all problems that were found.
     """
     problems = Problems()
     config = OmegaConf.structured(schema)
@@ -69,7 +68,7 @@ def load(
     with _blaming("configuration", schema):
         filled = OmegaConf.to_object(config)
     if not isinstance(filled, schema):
-        raise ConfigError(f"configuration {' '.join(map(str, paths))} does not hold keys of {schema.__name__}")
+        raise ConfigError(f"{' '.join(map(str, paths))} must contain keys of {schema.__name__}; check the path")
     return filled
 
 
@@ -80,13 +79,13 @@ def _sections(schema: type) -> dict[str, type]:
 
 
 def _flat_sections(schema: type) -> dict[str, type]:
-    """Those whose keys stand at the top level."""
+    """The sections whose keys are at the top level."""
     flat = {known.name for known in fields(schema) if known.metadata.get("flat")}
     return {name: kind for name, kind in _sections(schema).items() if name in flat}
 
 
 def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
-    """A layer with the keys of flat sections put into them."""
+    """A layer with top-level keys moved into their flat sections."""
     content = OmegaConf.to_container(layer)
     if not isinstance(content, dict):
         return layer
@@ -105,7 +104,7 @@ def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
 
 
 def _forget_replaced(config: Any, layer: Any, schema: type) -> None:
-    """Empty the mappings that a file gives whole."""
+    """Clear the mappings that a file replaces."""
     for prefix, kind in [("", schema), *((f"{name}.", kind) for name, kind in _sections(schema).items())]:
         for known in fields(kind):
             key = prefix + known.name
@@ -114,7 +113,7 @@ def _forget_replaced(config: Any, layer: Any, schema: type) -> None:
 
 
 def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problems) -> Any:
-    """``config`` with ``layer`` on top; unknown keys of the layer are noted and left out."""
+    """``config`` with ``layer`` merged on top; unknown keys of the layer are recorded and skipped."""
     while True:
         try:
             with _blaming(origin, schema):
@@ -130,7 +129,7 @@ def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problem
 
 
 def _check_sections(config: Any, schema: type, problems: Problems, *, name_missing: bool) -> None:
-    """Note the first value out of range of each section, and every missing value unless a file could not be read."""
+    """Record the first out-of-range value of each section, and all missing values unless a file could not be read."""
     missing = OmegaConf.missing_keys(config)
     for key in sorted(_missing_values(missing, schema)) if name_missing else ():
         problems.add(f"{key} has no value; write {key}=... or set it in a file")
@@ -144,7 +143,7 @@ def _check_sections(config: Any, schema: type, problems: Problems, *, name_missi
 
 
 def _missing_values(missing: set[str], schema: type) -> Iterator[str]:
-    """Missing keys as a person writes them: of a section that is missing whole, what it cannot do without."""
+    """Missing keys as written in a file; for a missing section, its required keys."""
     sections, flat = _sections(schema), _flat_sections(schema)
     for key in missing:
         if key in sections:
@@ -156,21 +155,23 @@ def _missing_values(missing: set[str], schema: type) -> Iterator[str]:
 
 
 def _written(key: str, schema: type) -> str:
-    """A key as it stands in a file: without the name of a flat section."""
+    """A key as written in a file: without the name of a flat section."""
     section, _, rest = key.partition(".")
     return rest if rest and section in _flat_sections(schema) else key
 
 
 def _word(word: str) -> Any:
     if "=" not in word:
-        raise ConfigError(f"'{word}' is no key=value word; write for example max_steps=100")
+        raise ConfigError(f"override must have the form key=value, got {word!r}; write for example max_steps=100")
     return OmegaConf.from_dotlist([word])
 
 
 def _read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
-    """A file's layer, after that of the file beside it that it ``extends``."""
+    """A file's layer, preceded by the layers of the file it ``extends``, relative to its folder."""
     if path.resolve() in below:
-        raise ConfigError(f"{path} extends itself; remove an extends: of {', '.join(found.name for found in below)}")
+        raise ConfigError(
+            f"{path} extends itself; remove extends: from one of {', '.join(found.name for found in below)}"
+        )
     layer = _read(path)
     base = layer.pop("extends", None) if OmegaConf.is_dict(layer) else None
     lower = [] if base is None else _read_with_bases(path.parent / str(base), (*below, path.resolve()))
@@ -188,7 +189,7 @@ def _read(path: Path) -> Any:
 
 @contextmanager
 def _blaming(origin: str, schema: type) -> Iterator[None]:
-    """What goes wrong inside names the file or word that it came from."""
+    """Turn OmegaConf and YAML errors into ``ConfigError`` with the file or override that caused them."""
     try:
         yield
     except ConfigKeyError as error:
@@ -204,10 +205,10 @@ def _blaming(origin: str, schema: type) -> Iterator[None]:
 
 
 def nearest_key(schema: type, key: str) -> str:
-    """The key of a schema that a wrong one most likely means.
+    """The valid key most similar to an unknown one.
 
-    Last parts are compared, so that a key in the wrong section is found, and the same section counts for something.
-    Initials count as the word itself (``learning_rate`` means ``optim.lr``).
+    Compares the last parts, so that a key in the wrong section is found, with a bonus for the same section. Initials
+    match the full words (``learning_rate`` matches ``optim.lr``).
     """
     section, _, leaf = key.rpartition(".")
     initials = "".join(word[:1] for word in leaf.split("_"))
@@ -221,7 +222,7 @@ def nearest_key(schema: type, key: str) -> str:
 
 
 def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, those of sections included."""
+    """Every dotted key of a schema, including those of sections."""
     sections, flat = _sections(schema), _flat_sections(schema)
     for known in fields(schema):
         if known.name in flat:
@@ -233,7 +234,7 @@ def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def dump(config: object) -> str:
-    """The resolved configuration as YAML, sections last; ``load`` of it gives an equal one."""
+    """The resolved configuration as YAML, sections last. Loading it returns an equal configuration."""
     sections, flat = _sections(type(config)), _flat_sections(type(config))
     content = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(content, dict)

@@ -1,4 +1,4 @@
-"""What ``flowception doctor`` says: whether this machine has what training and generation need."""
+"""The checks of ``flowception doctor``: whether this machine can train and generate."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from flowception import __version__
 PACKAGES = ("torch", "numpy", "deepspeed", "safetensors", "omegaconf", "webdataset", "av")
 OPTIONAL_PACKAGES = ("flash-attn", "diffusers", "transformers", "wandb")
 _ATTENTION_TOLERANCE = (1e-4, 0.05)
-"""Largest error over largest value, in float32 and in bfloat16, whose numbers lie 2^-8 apart."""
+"""Maximum error relative to the largest value, in float32 and in bfloat16 (relative spacing 2^-8)."""
 
 
 def report(gpu_problem: str = "") -> list[tuple[str, str]]:
-    """Name and finding of every check. A check that fails says so in its finding; none raises.
+    """Run every check. A failed check is reported in its result; none raises.
 
     Args:
-        gpu_problem: Why training would refuse this machine's GPUs; empty if it would not.
+        gpu_problem: Why training would reject this machine's GPUs; empty if it would accept them.
 
     Returns:
-        The checks, in order; what is missing begins with MISSING, and what does not work with FAILED.
+        Name and result of each check, in order. The result starts with MISSING or FAILED if the check did not pass.
     """
     checks: list[tuple[str, Callable[[], str]]] = [
         ("flowception", lambda: __version__),
@@ -52,7 +52,7 @@ def report(gpu_problem: str = "") -> list[tuple[str, str]]:
 def _finding(check: Callable[[], str]) -> str:
     try:
         return check()
-    except Exception as error:  # a doctor reports what is broken, whatever it is
+    except Exception as error:  # report any failure
         return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -72,13 +72,13 @@ def _torch_build() -> str:
 
 
 def _gpus(problem: str) -> str:
-    """The GPUs that torch sees; fails where one is meant and none is seen."""
+    """The GPUs that torch sees; raises if training would reject them."""
     import torch
 
     if problem:
         raise RuntimeError(problem)
     if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda} and SEES NO GPU HERE" if torch.version.cuda else "none"
+        built = f"torch is built for CUDA {torch.version.cuda} but SEES NO GPU" if torch.version.cuda else "none"
         return f"{built} (training and generation run on the CPU)"
     names = []
     for number in range(torch.cuda.device_count()):
@@ -88,7 +88,7 @@ def _gpus(problem: str) -> str:
 
 
 def _attention() -> str:
-    """Run the backend that training takes, forward and backward, and hold it against plain float64."""
+    """Run training's attention backend, forward and backward, and compare it with plain float64."""
     import torch
 
     from flowception.nn.attention import attention, choose_backend
@@ -110,8 +110,8 @@ def _attention() -> str:
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
     where = f"{choose_backend(device, dtype, 'auto')} for {device.type} in {str(dtype).removeprefix('torch.')}"
     if not error < _ATTENTION_TOLERANCE[dtype == torch.bfloat16]:
-        raise ValueError(f"{where} is off by {error:.2g} of the largest value, forward or backward")
-    return f"{where}, forward and backward within {error:.1g}"
+        raise ValueError(f"{where} has a relative error of {error:.2g}, forward or backward")
+    return f"{where}, forward and backward within {error:.1g} (relative)"
 
 
 def _h264() -> str:
@@ -130,7 +130,7 @@ def _h264() -> str:
     with av.open(memory) as container:
         means = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
     if len(means) != 2 or abs(means[0]) > 8 or abs(means[1] - 255) > 8:
-        raise ValueError(f"two frames of 0 and 255 came back as {means}")
+        raise ValueError(f"frames of 0 and 255 were read back with means {means}")
     return "ok, two frames written and read back"
 
 

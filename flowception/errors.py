@@ -1,7 +1,7 @@
-"""Every error that Flowception raises on purpose.
+"""All errors that Flowception raises on purpose.
 
-A message says what was wrong, the value seen, and what to do about it. Catching ``FlowceptionError`` catches
-them all; anything else that escapes is a bug of ours.
+A message says what was wrong, the value, and what to do. Catching ``FlowceptionError`` catches them all; any other
+exception is a bug in Flowception.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FlowceptionError(Exception):
     """Base class of every error raised on purpose."""
 
     on_all_ranks = False
-    """Whether every rank of a job raised this same error; then rank 0 alone prints it."""
+    """Whether every rank of a job raised this same error; if so, only rank 0 prints it."""
 
 
 class ConfigError(FlowceptionError):
@@ -28,11 +28,11 @@ class DataError(FlowceptionError):
 
 
 class PlanError(FlowceptionError):
-    """The plan of an epoch cannot be made, or is not the plan that a run began with."""
+    """The plan of an epoch cannot be made, or differs from the plan that a run started with."""
 
 
 class CodecError(FlowceptionError):
-    """A codec cannot encode or decode what it was given."""
+    """A codec cannot be loaded, or cannot encode or decode its input."""
 
 
 class CheckpointError(FlowceptionError):
@@ -40,45 +40,45 @@ class CheckpointError(FlowceptionError):
 
 
 class CheckpointUnreadableError(CheckpointError):
-    """A checkpoint cannot be read here and now; whether it is whole is not known, so none is taken in its place."""
+    """A checkpoint cannot be read right now. It may still be valid, so no other checkpoint is used instead."""
 
 
 class GuardError(FlowceptionError):
-    """Training cannot go on by itself: step after step is refused by its guards."""
+    """Training cannot continue on its own: its guards reject step after step."""
 
 
 class RunDirectoryError(FlowceptionError):
-    """A run directory is in use by another job or was made by another configuration."""
+    """A run directory is in use by another job or was made with another configuration."""
 
 
 class MissingDependencyError(FlowceptionError):
-    """An optional package is needed and not installed."""
+    """A required optional package is not installed."""
 
 
 class Problems:
-    """What is wrong, collected so that a person hears of all of it at once."""
+    """Collects problems, so that the user sees all of them at once."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def add(self, problem: object) -> None:
-        """Note a problem; one that is known already is not noted again."""
+        """Record a problem, unless it is already recorded."""
         if str(problem) not in self.found:
             self.found.append(str(problem))
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """An error that Flowception raises inside is noted, and the code after goes on."""
+        """Record a ``FlowceptionError`` raised inside the block instead of raising it."""
         try:
             yield
         except FlowceptionError as error:
             self.add(error)
 
     def raise_if_any(self) -> None:
-        """Raise what was found as one error.
+        """Raise all recorded problems as one error.
 
         Raises:
-            ConfigError: The problem, or a numbered list of them.
+            ConfigError: With the problem, or a numbered list of problems.
         """
         if len(self.found) == 1:
             raise ConfigError(self.found[0])
@@ -88,17 +88,17 @@ class Problems:
 
 
 def require(module: str, *, extra: str | None = None) -> ModuleType:
-    """Import an optional package, or say which one to install.
+    """Import an optional package.
 
     Args:
         module: Dotted name of the module to import.
-        extra: Name of Flowception's extra that brings the package, if there is one.
+        extra: Flowception's extra that installs the package, if there is one.
 
     Returns:
         The imported module.
 
     Raises:
-        MissingDependencyError: If the import fails.
+        MissingDependencyError: If the import fails; the message has the command that installs the package.
     """
     try:
         return importlib.import_module(module)
@@ -106,5 +106,5 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
         package = module.split(".")[0].replace("_", "-")
         command = f"pip install 'flowception[{extra}]'" if extra else f"pip install {package}"
         raise MissingDependencyError(
-            f"{module} is needed here and cannot be imported ({error}). Install it: {command}"
+            f"{module} is required but cannot be imported ({error}); install it: {command}"
         ) from error

@@ -1,4 +1,4 @@
-"""Files that several processes may touch: written whole or not at all, and locks that die with their holder."""
+"""Files shared by several processes: atomic writes, and locks that are released when their holder dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowception.errors import FlowceptionError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content in one step, on disk when this returns; the folder must exist."""
+    """Replace a file's content atomically. It is on disk when this returns. The folder must exist."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
@@ -24,18 +24,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 class FileLock:
-    """A lock held by one process until it is released or the process ends, by SIGKILL too.
+    """A lock held by one process until it is released or the process ends, even by SIGKILL.
 
-    The lock is the kernel's (``flock``), so nothing stale remains; the file also says who holds it.
+    It is a kernel lock (``flock``), so it never becomes stale. The file names the holder.
     """
 
     def __init__(self, path: Path, error: type[FlowceptionError], advice: str = "", *, wait: bool = False) -> None:
         """Take the lock.
 
         Args:
-            path: The lock file; it and its folder are made.
-            error: What to raise if another process holds the lock.
-            advice: What to do then.
+            path: The lock file; it and its folder are created.
+            error: Exception class to raise if another process holds the lock.
+            advice: Remedy for its message.
             wait: Wait for the lock instead of raising.
         """
         self._path = path
@@ -51,8 +51,8 @@ class FileLock:
             raise error(f"{path.parent} is in use by {holder}; {advice}") from None
         except OSError as reason:
             raise error(
-                f"{path} cannot be made or locked ({reason.strerror or reason}); choose a folder that can be written, "
-                "on a filesystem that is not mounted without flock"
+                f"{path} cannot be created or locked ({reason.strerror or reason}); choose a writable folder on a "
+                "filesystem that supports flock"
             ) from reason
         _held.add(self)
 
@@ -62,7 +62,7 @@ class FileLock:
         fcntl.flock(self._stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
     def release(self) -> None:
-        """Give the lock back; the file stays, empty, so that waiters all wait for one file."""
+        """Release the lock. The empty file stays, so that all waiters wait for the same file."""
         _held.discard(self)
         self._stream.truncate(0)
         self._stream.close()
@@ -81,7 +81,7 @@ _held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """Keep a forked process from holding locks: the kernel's lock lives until its last copy is closed."""
+    """Keep a forked process from holding locks: the kernel releases a lock when its last copy is closed."""
     for lock in list(_held):
         lock._stream.close()
     _held.clear()

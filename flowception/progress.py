@@ -1,7 +1,7 @@
-"""What a job says while it runs: progress as a bar on a terminal or plain lines in a log, and the package's log.
+"""Console output of a job: progress as a bar on a terminal or as lines in a log, and the package's log.
 
-Modules of the package log and do not print; what is printed is a command's output. ``show_log`` puts the log on the
-console. It is called once a process: by a command, or for a rank of a training job by ``init_distributed``.
+Modules log and do not print; only a command's output is printed. ``show_log`` sends the log to the console. It is
+called once per process: by a command, or by ``init_distributed`` for a rank of a training job.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 EVERY_RANK = {"every_rank": True}
-"""For a line that its own rank alone can say: ``logger.info(..., extra=EVERY_RANK)``."""
+"""For lines that differ between ranks: ``logger.info(..., extra=EVERY_RANK)``."""
 
 
 def show_log(rank: int = 0, stream: Literal["stdout", "stderr"] = "stdout") -> None:
-    """Print what the package logs, from INFO on; warnings begin with ``WARNING:``, errors with ``ERROR:``.
+    """Print the package's log at INFO and above; warnings start with ``WARNING:``, errors with ``ERROR:``.
 
-    Ranks other than 0 print errors, and lines logged with ``EVERY_RANK``: of all others each rank logs the same.
+    Ranks other than 0 print only errors and lines logged with ``EVERY_RANK``, because all other lines are the same on
+    every rank.
 
     Args:
-        rank: This process among those of a job.
-        stream: Where to; a command whose output is read by programs keeps its log out of it.
+        rank: This process's rank in the job.
+        stream: Output stream. Commands whose output is parsed by programs use stderr.
     """
     console = _Console(stream)
     console.addFilter(lambda record: rank == 0 or record.levelno >= logging.ERROR or hasattr(record, "every_rank"))
     logger = logging.getLogger("flowception")
     logger.setLevel(logging.INFO)
     logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Console)] + [console]
-    logger.propagate = False  # else a package that configures the root logger prints every line once more
+    logger.propagate = False  # otherwise a package that configures the root logger prints every line twice
 
 
 class _Console(logging.StreamHandler[TextIO]):
-    """Writes to what the stream is when something is logged: another one while output is captured."""
+    """Writes to the current ``sys.stdout`` or ``sys.stderr``, which differs while output is captured."""
 
     def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
         self._name_of_stream = stream
@@ -55,17 +56,17 @@ class _Console(logging.StreamHandler[TextIO]):
 
 
 class Progress:
-    """Counts work up to a total that may turn out smaller."""
+    """Progress of work toward a total that may turn out smaller."""
 
     def __init__(self, total: int, label: str) -> None:
-        """Begin.
+        """Start counting.
 
         Args:
-            total: Units of work expected.
-            label: What is being done.
+            total: Expected units of work.
+            label: Description of the work.
         """
         self.total, self.label, self.done = total, label, 0
-        self._began = self._last_line = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._bar = tqdm(total=total, desc=label, leave=True) if sys.stderr.isatty() else None
 
     def advance(self, amount: int = 1, note: str = "") -> None:
@@ -80,7 +81,7 @@ class Progress:
 
     def _line(self, note: str) -> None:
         share = min(1.0, self.done / max(1, self.total))
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started
         print(f"{self.label}: {share:.0%} after {seconds:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:

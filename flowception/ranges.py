@@ -1,4 +1,4 @@
-"""Range checks of configuration values: each rule reads like a sentence, and every message has one form.
+"""Range checks of configuration values. All messages have one form.
 
     check_ranges("optim", self, {"lr": number(above=0), "warmup_steps": integer(at_least=0)})
 
@@ -18,18 +18,18 @@ from flowception.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be."""
+    """A condition on a value."""
 
     words: str
-    """As in "lr must be ..."."""
+    """The condition in words, as in "lr must be ..."."""
     holds: Callable[[Any], bool]
-    """The same as a test."""
+    """The condition as a predicate."""
 
     def check(self, name: str, value: object) -> None:
-        """Refuse a value that breaks the rule.
+        """Check a value.
 
         Args:
-            name: What a person calls the value: its dotted key, or an option such as ``--bandwidth``.
+            name: The value's name for the user: its dotted key, or an option such as ``--bandwidth``.
             value: The value.
 
         Raises:
@@ -39,20 +39,20 @@ class Rule:
             raise ConfigError(f"{name} must be {self.words}, got {shown(value)}")
 
     def or_null(self, meaning: str) -> Rule:
-        """The rule of a value that may also be null, which stands for ``meaning``."""
+        """The same rule, but also allowing null, which means ``meaning``."""
         return Rule(f"{self.words}, or null for {meaning}", lambda value: value is None or self.holds(value))
 
 
 def check_ranges(section: str, config: object, rules: Mapping[str, Rule]) -> None:
-    """Refuse the first field of a configuration that breaks its rule.
+    """Check the fields of a configuration.
 
     Args:
         section: Dotted key of the configuration, such as ``optim``; empty if its keys are top-level.
         config: The dataclass, or any object with these attributes.
-        rules: By field, checked in this order.
+        rules: Rules by field, checked in this order.
 
     Raises:
-        ConfigError: Naming the key, what it must be, and the value.
+        ConfigError: For the first field that breaks its rule, with the key, the rule and the value.
     """
     prefix = f"{section}." if section else ""
     for name, rule in rules.items():
@@ -60,7 +60,7 @@ def check_ranges(section: str, config: object, rules: Mapping[str, Rule]) -> Non
 
 
 def shown(value: object) -> str:
-    """A value as YAML writes it, texts in quotes."""
+    """A value as YAML writes it, with strings in quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -76,14 +76,14 @@ def number(
     at_most: float | None = None,
     note: str = "",
 ) -> Rule:
-    """The rule of a finite number; give at most one bound for each side.
+    """A finite number, with at most one bound on each side.
 
     Args:
-        above: It must be greater than this.
-        at_least: It must not be less than this.
-        below: It must be less than this.
-        at_most: It must not be greater than this.
-        note: What the message says of it in parentheses, such as a unit.
+        above: Exclusive lower bound.
+        at_least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        at_most: Inclusive upper bound.
+        note: Note for the message, in parentheses, such as a unit.
     """
     low, opening = (at_least, "[") if above is None else (above, "(")
     high, closing = (at_most, "]") if below is None else (below, ")")
@@ -107,33 +107,33 @@ def number(
 
 
 def integer(*, at_least: int, at_most: int | None = None, note: str = "") -> Rule:
-    """The rule of an integer.
+    """An integer.
 
     Args:
-        at_least: The smallest.
-        at_most: The greatest; None is no bound.
-        note: What the message says of it in parentheses, such as a unit.
+        at_least: Smallest allowed value.
+        at_most: Largest allowed value; None for no bound.
+        note: Note for the message, in parentheses, such as a unit.
     """
     words = f"an integer >= {at_least}" if at_most is None else f"an integer from {at_least} to {at_most}"
 
     def holds(value: Any) -> bool:
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        return whole and value >= at_least and (at_most is None or value <= at_most)
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        return is_integer and value >= at_least and (at_most is None or value <= at_most)
 
     return Rule(words + _in_parentheses(note), holds)
 
 
 def one_of(choices: Sequence[str] | Mapping[str, object]) -> Rule:
-    """The rule of a word that must be one of these, or a key of this mapping."""
+    """One of these strings, or a key of this mapping."""
     return Rule(f"one of {', '.join(choices)}", lambda value: value in tuple(choices))
 
 
 def list_of(rule: Rule, *, length: int | None = None) -> Rule:
-    """The rule of a list whose entries all obey ``rule``; it has ``length`` entries, or one or more if that is None."""
+    """A list whose entries all satisfy ``rule``, with ``length`` entries, or one or more if ``length`` is None."""
 
     def holds(values: Any) -> bool:
-        right_length = len(values) > 0 if length is None else len(values) == length
-        return right_length and all(rule.holds(value) for value in values)
+        length_is_ok = len(values) > 0 if length is None else len(values) == length
+        return length_is_ok and all(rule.holds(value) for value in values)
 
     return Rule(f"a list of {'1 or more' if length is None else length}, each {rule.words}", holds)
 

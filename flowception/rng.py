@@ -1,12 +1,12 @@
-"""Counter-based random numbers: a draw depends on what it is for, never on what was drawn before it.
+"""Counter-based random numbers: a draw depends only on its key, never on earlier draws.
 
-Every draw is a pure function of ``(seed, stream, epoch, clip, frame)``. So it is the same on any rank, in any
-worker and after any resume, and nothing about it has to be saved.
+Every draw is a pure function of ``(seed, stream, epoch, clip, frame)``. It is therefore the same on any rank, in any
+worker and after any resume, and there is no generator state to save.
 
-* ``uniforms`` is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
-  over numpy arrays so that a whole epoch is drawn in one call.
-* ``normals`` is numpy's own Philox-4x64-10 under the same key, for latents' noise.
-* ``permutation`` shuffles with numpy's generator under the same key.
+* ``uniforms`` is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorized
+  over numpy arrays so that one call draws a complete epoch.
+* ``normals`` is numpy's Philox-4x64-10 with the same key, for the noise of latents.
+* ``permutation`` shuffles with numpy's generator and the same key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_SEED = 2**56 - 1
 
 
 class Stream(IntEnum):
-    """What a draw is for. Streams never share numbers; never renumber one."""
+    """Purpose of a draw. Streams are independent. Never renumber a stream."""
 
     ORDER = 1
     GLOBAL_TIME = 2
@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; give an integer from 0 to {MAX_SEED}")
+        raise ValueError(f"seed must be an integer from 0 to {MAX_SEED}, got {seed}")
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -60,7 +60,7 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
 
 
 def _philox_rounds(words: NDArray[np.uint64], key: tuple[int, int]) -> None:
-    """All rounds on counters ``[4, K]``, in place; K is small enough for everything to stay in the cache."""
+    """All rounds on counters ``[4, K]``, in place. K is small enough for all arrays to stay in the CPU cache."""
     c0, c1, c2, c3 = words.copy()
     high_0, high_1 = np.empty_like(c0), np.empty_like(c0)
     for turn in range(_ROUNDS):
@@ -85,13 +85,16 @@ def uniforms(
 
     Args:
         seed: The run's seed, 0 to ``MAX_SEED``.
-        stream: What the draw is for.
-        epoch: Non-negative, below 2^32. Broadcast against the others.
+        stream: Purpose of the draw.
+        epoch: Non-negative, below 2^32. Broadcasts with the others.
         clip: A clip's 64-bit id (or any non-negative integer below 2^64).
         frame: Non-negative, below 2^32.
 
     Returns:
         Shape ``[..., 2]`` with 53 random bits each, where ``...`` is the broadcast shape of the three.
+
+    Raises:
+        ValueError: If the seed is out of range.
     """
     _check_seed(seed)
     e, c, f = np.broadcast_arrays(
@@ -120,10 +123,10 @@ def _generator(seed: int, stream: Stream, epoch: int, clip: int, frame: int) -> 
 def normals(
     seed: int, stream: Stream, shape: tuple[int, ...], *, epoch: int = 0, clip: int = 0, frame: int = 0
 ) -> NDArray[np.float32]:
-    """Standard normal numbers of one frame, float32 of the given shape."""
+    """Standard normals of one frame, float32 of the given shape."""
     return _generator(seed, stream, epoch, clip, frame).standard_normal(shape, dtype=np.float32)
 
 
 def permutation(seed: int, stream: Stream, size: int, *, epoch: int = 0, part: int = 0) -> NDArray[np.int64]:
-    """A random permutation of ``size`` items; ``part`` tells apart several of one epoch."""
+    """A random permutation of ``size`` items; ``part`` distinguishes several permutations in one epoch."""
     return _generator(seed, stream, epoch, part, 0).permutation(size)

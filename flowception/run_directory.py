@@ -1,7 +1,7 @@
-"""A run directory's description: which model, which data, which code.
+"""A run directory's description of its model, data and code.
 
-``config.yaml`` is the resolved configuration of the newest start, ``manifest.json`` what must stay the same for a run
-to be one run, and what is worth knowing of how it was made.
+``config.yaml`` is the resolved configuration of the most recent start. ``manifest.json`` records what must not change
+during a run, and how the run was made.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The part of a run's configuration that whoever uses the run needs; training adds its own to it."""
+    """The part of a run's configuration that every user of the run needs; training extends it."""
 
     process: ProcessConfig = field(default_factory=ProcessConfig, metadata=FLAT)
-    """The process that the model learns."""
+    """The generative process that the model learns."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Type of the forward and backward pass. Master weights and optimizer are always fp32."""
+    """Precision of the forward and backward pass. Master weights and optimizer are always fp32."""
     data: DataConfig
-    """The shard set and how it is read."""
+    """The shard set and how to read it."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The network."""
 
@@ -57,14 +57,14 @@ def identity(model: DiTConfig, meta: ShardMeta) -> dict[str, Any]:
 
 
 def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
-    """Refuse a directory that belongs to a run of another model or other latents.
+    """Check that a directory belongs to a run of the same model and latents.
 
     Args:
         run_dir: The run; it may be new.
         manifest: From ``describe`` or ``identity``.
 
     Raises:
-        RunDirectoryError: If it does, or its manifest cannot be read.
+        RunDirectoryError: If it does not, or its manifest cannot be read.
     """
     was = read(run_dir)
     if was is None:
@@ -73,18 +73,18 @@ def check(run_dir: str | Path, manifest: dict[str, Any]) -> None:
         if name not in _MAY_CHANGE and was["model"].get(name) != value:
             raise RunDirectoryError(
                 f"{run_dir} was made by another model: model.{name} was {was['model'].get(name)} and is {value}; "
-                "set it as it was, or choose another run_dir"
+                "restore the old value, or choose another run_dir"
             )
     _check_codec(run_dir, was, manifest["shards"])
 
 
 def check_codec(run_dir: str | Path, meta: ShardMeta, new_is_fine: bool = True) -> None:
-    """Refuse latents of another codec than a run was begun with.
+    """Check that a shard set has the codec of a run.
 
     Args:
         run_dir: The run.
-        meta: Of the shard set to train on.
-        new_is_fine: Whether a directory without a manifest passes.
+        meta: Metadata of the shard set to train on.
+        new_is_fine: Whether to accept a directory without a manifest.
 
     Raises:
         RunDirectoryError: If codec or fingerprint differ, or the manifest is missing or cannot be read.
@@ -93,7 +93,9 @@ def check_codec(run_dir: str | Path, meta: ShardMeta, new_is_fine: bool = True) 
     if was is not None:
         _check_codec(run_dir, was, asdict(meta))
     elif not new_is_fine:
-        raise RunDirectoryError(f"{run_dir} has no manifest.json, which names its codec; give a whole run directory")
+        raise RunDirectoryError(
+            f"{run_dir} has no manifest.json, so its codec is unknown; use a complete run directory"
+        )
 
 
 def read(run_dir: str | Path) -> dict[str, Any] | None:
@@ -110,27 +112,29 @@ def read(run_dir: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); restore it, or choose another run_dir") from error
     if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("model", "shards")):
-        raise RunDirectoryError(f"{path} is damaged: it does not describe a run; restore it, or choose another run_dir")
+        raise RunDirectoryError(
+            f"{path} is damaged: model or shards is missing; restore the file, or choose another run_dir"
+        )
     return found
 
 
 def read_begun(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run that has begun.
+    """The manifest of an existing run.
 
     Raises:
-        RunDirectoryError: If the folder is no run directory, or its manifest cannot be read.
+        RunDirectoryError: If the folder is not a run directory, or its manifest cannot be read.
     """
     found = read(run_dir)
     if found is None or not (Path(run_dir) / "config.yaml").is_file():
         raise RunDirectoryError(
-            f"{run_dir} is not a run directory: it lacks config.yaml or manifest.json; give the run_dir of a run that "
-            "train/main.py began"
+            f"{run_dir} is not a run directory: config.yaml or manifest.json is missing; use the run_dir of a run "
+            "started by train/main.py"
         )
     return found
 
 
 def write(run_dir: str | Path, config_text: str, manifest: dict[str, Any]) -> None:
-    """Write the description; an existing manifest stays, as it says how the run began.
+    """Write the description. An existing manifest is kept, because it records how the run started.
 
     Args:
         run_dir: The run.
@@ -146,20 +150,22 @@ def write(run_dir: str | Path, config_text: str, manifest: dict[str, Any]) -> No
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         write_atomically(folder / "config.yaml", config_text)
     except OSError as error:
-        raise RunDirectoryError(f"{folder} cannot be written ({error}); free its disk or choose another") from error
+        raise RunDirectoryError(
+            f"{folder} cannot be written ({error}); free disk space or choose another run_dir"
+        ) from error
 
 
 def _check_codec(run_dir: str | Path, was: dict[str, Any], shards: dict[str, Any]) -> None:
     for name in ("codec", "codec_fingerprint"):
         if was["shards"].get(name) != shards[name]:
             raise RunDirectoryError(
-                f"{run_dir} was trained on shards of {name} {was['shards'].get(name)}, data.path has "
-                f"{shards[name]}; give shards of the same codec, or another run directory"
+                f"{run_dir} was trained on shards of {name} {was['shards'].get(name)}, but data.path has "
+                f"{shards[name]}; use shards of the same codec, or another run directory"
             )
 
 
 def lock(run_dir: str | Path) -> FileLock:
-    """Take a run directory for this job; it is given back when the job ends, in whatever way.
+    """Lock a run directory for this job until the job ends, however it ends.
 
     Raises:
         RunDirectoryError: If another job holds it, or the folder cannot be written or locked.

@@ -1,13 +1,13 @@
 #!/bin/bash
-# Encode videos to shards of latents with a job array, one GPU a task. Submit from the repository's folder:
+# Encode videos to shards of latents with a job array, one GPU per task. Submit from the repository root:
 #
 #   sbatch slurm/encode_shards.sh --config configs/encode_ltx.yaml source=/shared/videos out=/shared/shards
 #   sbatch --array=0-63 --partition=gpu slurm/encode_shards.sh ...       # more tasks
 #   python data_prep/encode_shards.py --config ... out=/shared/shards --status
 #
-# Every word after the script's name goes to data_prep/encode_shards.py. Task k of n encodes shards k, k + n, k + 2 n ...;
-# the last one to end closes the set. Whatever was killed, submit the same command again: it does what is left. So does
-# --array=3,7 with NUM_PARTS=16 for tasks 3 and 7 of 16.
+# All arguments go to data_prep/encode_shards.py. Task k of n encodes shards k, k + n, k + 2 n ...; the last task to end
+# finishes the set. If tasks were killed, submit the same command again: it encodes what is left. To rerun only tasks 3
+# and 7 of 16, use --array=3,7 with NUM_PARTS=16.
 #SBATCH --job-name=flowception-encode
 #SBATCH --array=0-7
 #SBATCH --ntasks=1

@@ -1,4 +1,4 @@
-"""The command: what each subcommand prints and writes, and one line with exit code 2 for what is wrong."""
+"""The command: what each subcommand prints and writes; errors are one line with exit code 2."""
 
 import importlib
 import json
@@ -51,7 +51,7 @@ def test_verify_finds_the_damaged_one(run_dir, capsys):
     assert "[10]" in error
 
 
-def test_hash_prints_a_line_each_and_passes_over_damage(run_dir, capsys):
+def test_hash_prints_one_line_per_checkpoint_and_skips_damaged_ones(run_dir, capsys):
     def hashes(*words):
         assert main(["checkpoint", str(run_dir), "--hash", *words]) == 0
         return dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -65,7 +65,7 @@ def test_hash_prints_a_line_each_and_passes_over_damage(run_dir, capsys):
     assert hashes() == first
 
 
-def test_what_is_no_run(tmp_path, capsys):
+def test_a_folder_that_is_not_a_run(tmp_path, capsys):
     assert "does not exist" in fails_in_one_line(capsys, "checkpoint", tmp_path / "nothing")
     assert "no checkpoint" in fails_in_one_line(capsys, "checkpoint", tmp_path)
     assert "run directory" in fails_in_one_line(capsys, "generate", tmp_path, "--num", 1, "--out", tmp_path / "out")
@@ -75,7 +75,7 @@ def test_clips_are_counted_by_num_or_by_prompts(tmp_path, capsys):
     words = ("generate", tmp_path, "--out", tmp_path / "out")
     assert "--num is missing" in fails_in_one_line(capsys, *words)
     prompts = tmp_path / "prompts.txt"
-    assert "cannot be read" in fails_in_one_line(capsys, *words, "--prompts", prompts)
+    assert "cannot read --prompts" in fails_in_one_line(capsys, *words, "--prompts", prompts)
     prompts.write_text("a red disc\n")
     assert "is not a run directory" in fails_in_one_line(capsys, *words, "--prompts", prompts)
 
@@ -92,7 +92,7 @@ def test_i2v_without_context(tmp_path, capsys):
 
 def test_errors_of_generation_name_flags(tmp_path, capsys):
     words = ("generate", tmp_path, "--num", 1, "--out", tmp_path / "out", "--part", 3, "--num-parts", 2)
-    assert "--part is 3 of --num-parts 2; give" in fails_in_one_line(capsys, *words)
+    assert "--part must be >= 0 and less than --num-parts, got 3 and 2" in fails_in_one_line(capsys, *words)
 
 
 def test_every_task_of_the_process_can_be_generated():
@@ -101,12 +101,12 @@ def test_every_task_of_the_process_can_be_generated():
     assert list(TASKS) == list(TASK_NUMBERS)
 
 
-def test_frames_to_keep_that_are_none(tmp_path, capsys):
+def test_invalid_frames_to_keep(tmp_path, capsys):
     words = ("generate", tmp_path, "--task", "completion", "--num", 1, "--out", tmp_path / "out", "--keep", "3-1")
     assert "such as 0-3,8-11" in fails_in_one_line(capsys, *words)
 
 
-def test_a_size_that_is_none(tmp_path, capsys):
+def test_an_invalid_size(tmp_path, capsys):
     words = ("generate", tmp_path, "--num", 1, "--out", tmp_path / "out", "--size", "256")
     assert "height x width" in fails_in_one_line(capsys, *words)
 
@@ -123,7 +123,7 @@ def test_a_size_that_is_none(tmp_path, capsys):
         [],
     ],
 )
-def test_words_that_mean_nothing(words, capsys):
+def test_unknown_arguments(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
@@ -183,7 +183,7 @@ def test_plan_is_the_same_for_any_world_size_and_start(planned, capsys):
     assert plan("seed=1", "--steps", "6") == other
 
 
-def test_plan_refuses_what_cannot_be(planned, capsys):
+def test_plan_rejects_invalid_requests(planned, capsys):
     words = ("plan", "--config", planned / "config.yaml")
     assert "packs_per_step=8" in fails_in_one_line(capsys, *words, "--world-size", 8)
     assert "token_budget=" in fails_in_one_line(capsys, *words, "token_budget=100")
@@ -192,7 +192,7 @@ def test_plan_refuses_what_cannot_be(planned, capsys):
     assert "missing.yaml" in fails_in_one_line(capsys, "plan", "--config", planned / "missing.yaml")
 
 
-def test_doctor_says_what_there_is(capsys):
+def test_doctor_reports_the_machine(capsys):
     assert main(["doctor"]) == 0
     found = {line[:24].strip(): line[24:].strip() for line in capsys.readouterr().out.splitlines()}
     assert found["torch"] == torch.__version__ or found["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -203,7 +203,7 @@ def test_doctor_says_what_there_is(capsys):
     assert not [name for name, value in found.items() if value.startswith("FAILED")]
 
 
-def test_doctor_runs_attention_there_and_back(monkeypatch, capsys):
+def test_doctor_runs_attention_forward_and_backward(monkeypatch, capsys):
     assert main(["doctor"]) == 0
     assert "forward and backward within" in capsys.readouterr().out
     module = importlib.import_module("flowception.nn.attention")
@@ -219,7 +219,7 @@ def test_doctor_runs_attention_there_and_back(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("variables", [{"SLURM_GPUS_ON_NODE": "1"}, {"CUDA_VISIBLE_DEVICES": ""}])
-def test_doctor_fails_where_a_gpu_is_meant_and_none_is_seen(monkeypatch, capsys, variables):
+def test_doctor_fails_if_a_gpu_is_expected_but_not_visible(monkeypatch, capsys, variables):
     for name in ("DS_ACCELERATOR", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -230,4 +230,4 @@ def test_doctor_fails_where_a_gpu_is_meant_and_none_is_seen(monkeypatch, capsys,
     assert main(["doctor"]) == int(meant)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gpus")]
     assert ("FAILED: RuntimeError: no GPU can be used, though Slurm gave GPUs" in line) == meant
-    assert ("torch is built for CUDA 13.0 and SEES NO GPU HERE" in line) != meant
+    assert ("torch is built for CUDA 13.0 but SEES NO GPU" in line) != meant

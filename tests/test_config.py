@@ -1,4 +1,4 @@
-"""Reading configurations: layers, refusals with a suggestion, and every file of configs/."""
+"""Reading configurations: layers, errors with suggestions, and every file of configs/."""
 
 from pathlib import Path
 
@@ -77,10 +77,10 @@ def test_a_named_mixture_replaces_the_default(tmp_path):
         (["optim.lr=fast"], r"^optim\.lr=fast: .* \(key optim\.lr\)$"),
         (["seed=-1"], "seed must be an integer from 0 to [0-9]+, got -1"),
         (["optim.lr=nan"], "optim.lr must be a number > 0, got nan"),
-        (["seed"], "'seed' is no key=value word"),
+        (["seed"], "override must have the form key=value, got 'seed'"),
     ],
 )
-def test_refusals_name_the_value(words, expected):
+def test_errors_name_the_value(words, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config([], [*NEEDED, *words])
 
@@ -109,7 +109,7 @@ def test_an_unknown_key_names_its_file_and_nothing_else(tmp_path):
     assert str(refusal.value) == f"{file}: unknown key optim.weight_deca; nearest: optim.weight_decay"
 
 
-def test_what_is_missing_is_named():
+def test_missing_values_are_named():
     with pytest.raises(ConfigError, match="^max_steps has no value"):
         load_config([], [word for word in NEEDED if not word.startswith("max_steps")])
     with pytest.raises(ConfigError, match=r"data\.path has no value"):
@@ -118,7 +118,7 @@ def test_what_is_missing_is_named():
         load_config(["nowhere.yaml"])
 
 
-def test_broken_yaml_is_refused(tmp_path):
+def test_broken_yaml_is_rejected(tmp_path):
     file = tmp_path / "a.yaml"
     for content in (b"optim: {lr: 0.5\n", b"seed: \xff\n"):
         file.write_bytes(content)
@@ -203,6 +203,6 @@ def test_all_problems_are_named_at_once(tmp_path):
     for part in (
         "unknown key optim.lrr", "unknown key sed", "optim.lr must be a number > 0, got -1",
         "zero.stage must be an integer from 0 to 3, got 7",
-        "'oops' is no key=value word", "max_steps has no value", "run_dir has no value",
+        "override must have the form key=value, got 'oops'", "max_steps has no value", "run_dir has no value",
     ):  # fmt: skip
         assert text.count(part) == 1, part

@@ -13,7 +13,7 @@ def test_one_except_clause_catches_every_error():
     assert all(issubclass(error, errors.FlowceptionError) for error in raised)
 
 
-def test_require_gives_the_module():
+def test_require_returns_the_module():
     assert errors.require("math") is math
 
 

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA itself: what it must notice, and that it leaves numbers alone."""
+"""The fake CUDA device: what it must detect, and that it does not change numbers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Writing whole or not at all, and one holder of a lock at a time."""
+"""Atomic writes, and one holder of a lock at a time."""
 
 import os
 import signal
@@ -35,9 +35,9 @@ def test_a_second_holder_is_refused_with_the_first_ones_name(tmp_path):
     assert [path.read_text() for path in (tmp_path / "sub").iterdir()] == ["", ""]
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_flowception_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made or locked"):
+    with pytest.raises(ConfigError, match="cannot be created or locked"):
         FileLock(tmp_path / "file" / "lock", ConfigError)
 
 

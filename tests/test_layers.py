@@ -1,4 +1,4 @@
-"""The house's layers: who may import whom, where heavy packages live, how long a file and how full a folder may be."""
+"""The layers of the code: allowed imports, modules with heavy packages, and sizes of files and folders."""
 
 import ast
 from pathlib import Path
@@ -51,8 +51,8 @@ def name_of(path: Path) -> str:
 FILES = {name_of(path): path for path in MODULES + SCRIPTS}
 
 
-def room_of(module: str) -> str:
-    """The part of the package that a module belongs to; the package itself has none."""
+def package_of(module: str) -> str:
+    """The subpackage of a module; None for the top-level package."""
     return module.removeprefix("flowception").lstrip(".").split(".")[0]
 
 
@@ -73,17 +73,17 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_imports_from_below(path):
-    room = room_of(name_of(path))
+    room = package_of(name_of(path))
     if room in ("", "cli"):
         return
     allowed = MAY_IMPORT.get(room, set()) | GROUND | {room, ""}
     for imported, _ in imports_of(path):
         if imported in FILES:
-            assert room_of(imported) in allowed, f"{name_of(path)} imports {imported}; {room} may import {allowed}"
+            assert package_of(imported) in allowed, f"{name_of(path)} imports {imported}; {room} may import {allowed}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_heavy_packages_come_through_their_door(path):
+def test_heavy_packages_are_imported_only_in_their_modules(path):
     relative = str(path.relative_to(PACKAGE))
     for imported, at_top in imports_of(path):
         package = imported.split(".")[0]
@@ -94,7 +94,7 @@ def test_heavy_packages_come_through_their_door(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_deepspeeds_inside_is_known_to_two_modules(path):
+def test_only_two_modules_use_deepspeed_internals(path):
     found = {name for name in names_in(path) if name in INSIDE_DEEPSPEED or name.startswith("ds_")}
     relative = str(path.relative_to(PACKAGE))
     assert bool(found) == (relative in KNOW_DEEPSPEED), f"{relative} asks an engine or a weight for {found}"
@@ -116,8 +116,8 @@ def test_commands_print_and_modules_log(path):
     assert not prints or str(path.relative_to(PACKAGE)) in PRINTS, "use logging.getLogger(__name__)"
 
 
-def test_every_room_is_known():
-    assert {room_of(name_of(path)) for path in MODULES} == {*MAY_IMPORT, *GROUND, "cli", ""}
+def test_every_package_has_a_layer():
+    assert {package_of(name_of(path)) for path in MODULES} == {*MAY_IMPORT, *GROUND, "cli", ""}
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
@@ -147,7 +147,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def test_a_circle_is_found():
+def test_an_import_cycle_is_found():
     graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"e"}}
     assert circles(graph) == [{"a", "b", "c"}, {"e"}]
 
@@ -169,7 +169,7 @@ def reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def test_no_import_goes_in_a_circle():
+def test_there_are_no_import_cycles():
     assert circles(import_graph()) == []
 
 

@@ -1,4 +1,4 @@
-"""What the package logs is seen: all of it on rank 0, and on other ranks what they alone can say."""
+"""The package's log is shown: all of it on rank 0, and rank-specific lines on other ranks."""
 
 import logging
 
@@ -31,7 +31,7 @@ def test_the_attention_backend_and_its_reason_are_shown_once(capsys):
         (3, ["told by this rank", "WARNING: worse here", "ERROR: worst"]),
     ],
 )
-def test_a_rank_prints_what_is_its_own_and_rank_0_everything(rank, shown, capsys):
+def test_a_rank_prints_its_own_lines_and_rank_0_everything(rank, shown, capsys):
     show_log(rank)
     logger.debug("not even on rank 0")
     logger.info("told")

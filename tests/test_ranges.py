@@ -1,4 +1,4 @@
-"""Rules of configuration values: what each lets pass, and what a person reads of what it does not."""
+"""Rules for configuration values: what each accepts, and the message for what it rejects."""
 
 import re
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Settings:
         (integer(at_least=1).or_null("off"), None), (integer(at_least=1).or_null("off"), 1),
     ],
 )  # fmt: skip
-def test_what_is_right_passes(rule, value):
+def test_valid_values_pass(rule, value):
     rule.check("key", value)
 
 
@@ -65,7 +65,7 @@ def test_what_is_right_passes(rule, value):
         (list_of(SHARE, length=2), [0.5], "key must be a list of 2, each a number in [0, 1), got [0.5]"),
     ],
 )
-def test_what_is_wrong_is_refused_in_one_form(rule, value, message):
+def test_invalid_values_are_rejected_in_one_form(rule, value, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         rule.check("key", value)
 

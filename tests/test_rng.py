@@ -1,4 +1,4 @@
-"""Counter-based random numbers: known answers, independence of what else is drawn, and their law."""
+"""Counter-based random numbers: known answers, independence of other draws, and their distribution."""
 
 import numpy as np
 import pytest

@@ -22,7 +22,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def written(config, tmp_path):
-    """A run directory with its description; gives (folder, manifest)."""
+    """A run directory with its description; returns (folder, manifest)."""
     (tmp_path / "run").mkdir()
     manifest = run_directory.describe(config.model, ShardMeta.load(tmp_path / "shards"))
     run_directory.write(config.run_dir, "", manifest)
@@ -41,7 +41,7 @@ def alter_meta(folder, **changes):
         ({"text_dim": 6}, r"encode with captions \(text.model\), or set model.text_dim=0"),
     ],
 )
-def test_a_model_that_does_not_fit_the_set_is_refused_by_whoever_opens_it(config, changes, wanted):
+def test_a_model_that_does_not_fit_the_set_is_rejected_by_every_caller(config, changes, wanted):
     config.model = replace(config.model, **changes)
     with pytest.raises(ConfigError, match=wanted):
         open_data(config)
@@ -50,7 +50,7 @@ def test_a_model_that_does_not_fit_the_set_is_refused_by_whoever_opens_it(config
     assert re.search(wanted, problems[0])
 
 
-def test_another_text_width_is_refused(config, tmp_path):
+def test_another_text_width_is_rejected(config, tmp_path):
     alter_meta(tmp_path / "shards", text_width=9, null_text=asdict(NullText.of(torch.zeros(1, 9))))
     open_data(config)
     config.model = replace(config.model, text_dim=6)
@@ -83,7 +83,7 @@ def test_a_damaged_manifest_is_named(written, text):
         run_directory.check(folder, manifest)
 
 
-def test_a_run_directory_that_cannot_be_is_named(written, tmp_path):
+def test_an_impossible_run_directory_is_named(written, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match="file/run"):
         run_directory.lock(tmp_path / "file" / "run")
@@ -98,6 +98,6 @@ def test_a_filesystem_without_locks_is_not_a_second_job(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("flowception.files.fcntl.flock", flock)
-    with pytest.raises(RunDirectoryError, match="No locks available.*without flock") as caught:
+    with pytest.raises(RunDirectoryError, match="No locks available.*supports flock") as caught:
         run_directory.lock(tmp_path)
     assert "in use" not in str(caught.value)

@@ -1,9 +1,9 @@
-"""The arms of the claims study: what is trained, for how long, and which budgets there are.
+"""Arms and budgets of the claims study.
 
-All arms share ``claims.yaml``, the data and the network; an arm adds a delay law and an attention pattern, as
-``key=value`` words. An arm is trained until its clips have cost ``Budget.training_flops`` (the first step that reaches
-it, known from the plan before anything is trained). Autoregression trains one frame a clip and pass, so its runs go on
-until they have seen as many frames in flow as Flowception, and are measured there too.
+All arms share ``settings.yaml``, the data and the network. An arm adds a delay law and an attention pattern as
+``key=value`` overrides. It is trained up to the first step at which it has spent ``Budget.training_flops``, which is
+known from the plan before training. Autoregression trains one frame per clip and pass, so its runs continue until they
+have trained as many frames with a velocity loss as Flowception, and are measured there too.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from flowception.training.config import TrainConfig, load_config
 
 BASE_CONFIG = Path(__file__).with_name("settings.yaml")
 EQUAL_FLOPS, EQUAL_FLOW_FRAMES = "training_flops", "flow_frames"
-"""What an arm has as much of as Flowception when it is measured."""
+"""Measurement points: the quantity of which an arm has spent as much as Flowception."""
 FLOWCEPTION = "flowception"
 WINDOWS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train."""
+    """A variant to train."""
 
     name: str
     words: tuple[str, ...]
-    """``key=value`` words on top of ``claims.yaml``."""
+    """``key=value`` overrides of ``settings.yaml``."""
     measured_at: tuple[str, ...] = (EQUAL_FLOPS,)
 
     def results(self) -> list[str]:
-        """Names of its results, one for each point where it is measured."""
+        """Names of the results, one per measurement point."""
         return [result_name(self.name, point) for point in self.measured_at]
 
 
 def result_name(arm: str, point: str) -> str:
-    """Name of an arm's result; that at equal FLOPs is named like the arm."""
+    """Name of a result; at equal FLOPs it is the name of the arm."""
     return arm if point == EQUAL_FLOPS else f"{arm}_at_equal_{point}"
 
 
@@ -63,21 +63,21 @@ ARMS: dict[str, Arm] = {
         *_windows("full_sequence", "full_sequence"),
     )
 }
-"""By name, longest runs first."""
+"""Arms by name, longest runs first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much the study may cost."""
+    """Size of the study."""
 
     seeds: int
     training_flops: float
-    """Forward and backward, of each run."""
+    """Forward and backward FLOPs of each run."""
     words: tuple[str, ...]
-    """``key=value`` words: sizes of the network and of packs."""
+    """``key=value`` overrides: sizes of the network and of packs."""
     data_clips: int
     sampled_clips: int
-    """Clips sampled and scored for each result."""
+    """Clips sampled and scored per result."""
     num_inference_steps: int
 
 
@@ -102,34 +102,34 @@ BUDGETS: dict[str, Budget] = {
 
 
 def arm_config(arm: Arm, budget: Budget, seed: int, data: Path, run_dir: Path, max_steps: int = 1) -> TrainConfig:
-    """The configuration of one run."""
+    """Load the configuration of one run."""
     words = [f"data.path={data}", f"run_dir={run_dir}", f"max_steps={max_steps}", f"seed={seed}"]
     return load_config([BASE_CONFIG], [*words, *budget.words, *arm.words])
 
 
 class Spent(NamedTuple):
-    """What a run has cost after some steps."""
+    """Cost of a run after some steps."""
 
     steps: int
     training_flops: float
-    """Forward and backward of all visible tokens; padding is left out."""
+    """Forward and backward FLOPs of all visible tokens, excluding padding."""
     flow_frames: int
     """Frames with a velocity loss."""
     trained_clips: int
     tokens: int
-    """Visible ones."""
+    """Visible tokens."""
 
 
 def spend(plan: Plan, point: str, target: float) -> Spent:
     """Follow a plan to the first step that reaches a target.
 
     Args:
-        plan: The run's.
+        plan: Plan of the run.
         point: ``training_flops`` or ``flow_frames``.
-        target: How much of it.
+        target: Amount to reach.
 
     Returns:
-        All that was spent up to and with that step.
+        Total cost up to and including that step.
     """
     cursor, spent = Cursor(), Spent(0, 0.0, 0, 0, 0)
     while getattr(spent, point) < target:
@@ -147,7 +147,7 @@ def spend(plan: Plan, point: str, target: float) -> Spent:
 
 
 def _cost_of(plan: Plan, step: StepPlan) -> tuple[float, int]:
-    """Training FLOPs and frames in flow of a step."""
+    """Training FLOPs and number of frames with a velocity loss of a step."""
     flops, flow_frames = 0.0, 0
     for pack in step.packs:
         draws, clips = plan.clip_draws(pack), plan.index.clips[pack.rows]

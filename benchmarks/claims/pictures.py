@@ -1,4 +1,4 @@
-"""A picture for each claim of the study, from the results."""
+"""Plot the results of the study, one plot per letter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _COLORS = ("#3b76af", "#d1495b")
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """Draw a picture for each letter of which all results are there.
+    """Draw a plot for each letter for which all results exist.
 
     Returns:
-        Letter -> file.
+        Files by letter.
     """
     drawn = {}
     for letter, names in SHOWN.items():
@@ -42,7 +42,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 
 
 def _draw_arms(panel: Axes, results: Results, names: Sequence[str], metric: str) -> None:
-    """Bars of means, with a point for each seed."""
+    """Plot bars of means, with a point per seed."""
     for place, name in enumerate(names):
         values = values_of(results, name, metric)
         panel.barh(place, mean_and_error(values)[0], color=_COLORS[name == FLOWCEPTION], alpha=0.5)
@@ -52,7 +52,7 @@ def _draw_arms(panel: Axes, results: Results, names: Sequence[str], metric: str)
 
 
 def _draw_windows(panel: Axes, results: Results, metric: str) -> None:
-    """Means over windows with standard errors, full attention last."""
+    """Plot means by window with standard errors, full attention last."""
     for color, name in zip(_COLORS[::-1], (FLOWCEPTION, "full_sequence")):
         found = [mean_and_error(values_of(results, f"{name}_window_{k}", metric)) for k in WINDOWS]
         found.append(mean_and_error(values_of(results, name, metric)))

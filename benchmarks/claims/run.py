@@ -1,14 +1,14 @@
-"""The paper's claims at toy scale, on equal data, network and training FLOPs, over several seeds.
+"""The paper's claims at toy scale, with equal data, network and training FLOPs, over several seeds.
 
     python benchmarks/claims/run.py --budget quick|full --out DIR
 
-(a) insertion order: learned, left to right, hierarchical, random; (b) Flowception, full-sequence, autoregressive with
-a causal and with a full pattern; (c) attention windows of 1, 2 and 4 frames and full, Flowception against
-full-sequence. Each arm is trained by the trainer, sampled by the sampler, and scored by the toy world's laws. Writes
-``claims.json``, a picture for each claim and ``claims.md`` into DIR, unless told where else. The same command again
-goes on where it stopped: a result that lies in DIR is not made again.
+(a) Insertion order: learned, left to right, hierarchical, random. (b) Flowception, full-sequence, and autoregressive
+with causal or full attention. (c) Attention windows of 1, 2 and 4 frames and full attention, Flowception against
+full-sequence. Each arm uses the regular trainer and sampler, and is scored by the toy world's laws. By default,
+``claims.json``, one plot per claim and ``claims.md`` are written to DIR. Running the command again continues: results
+that exist in DIR are not recomputed.
 
-Runs go in ``--workers`` processes, one arm and seed at a time in each.
+Runs are distributed over ``--workers`` processes, each with one arm and seed at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the scripts import each other as benchmarks.NAME
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import each other as benchmarks.NAME
 
 from benchmarks.claims.arms import ARMS, BUDGETS, Arm
 from benchmarks.claims.page import page, table
@@ -38,7 +38,7 @@ from flowception.files import write_atomically
 
 
 def _start_worker() -> None:
-    """A worker is a job of one rank with a port of its own, whatever started the study."""
+    """Make a worker a single-rank job with a separate port, regardless of how the study was started."""
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     os.environ.pop("MASTER_PORT", None)
     import torch
@@ -47,36 +47,36 @@ def _start_worker() -> None:
 
 
 def _work(study: Study, name: str, seed: int) -> list[dict[str, Any]]:
-    """One arm in a worker process."""
+    """Run one arm in a worker process."""
     from flowception.training.distributed.launch import init_distributed
 
     return run_arm(study, ARMS[name], seed, init_distributed())
 
 
 def run_all(study: Study, arms: Sequence[Arm], seeds: Sequence[int], workers: int) -> list[dict[str, Any]]:
-    """Run what is not there yet, with a line for each finished arm.
+    """Run all arms without results, printing a line for each finished arm.
 
     Args:
-        study: Where.
-        arms: Which, longest first.
-        seeds: Which.
-        workers: Processes.
+        study: The study.
+        arms: Arms to run, longest first.
+        seeds: Seeds to run.
+        workers: Number of processes.
 
     Returns:
         All results.
     """
     jobs = [(arm, seed) for arm in arms for seed in seeds]
-    left = [(arm, seed) for arm, seed in jobs if not study.is_done(arm, seed)]
-    print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before, in {study.folder}", flush=True)
-    began = time.monotonic()
-    if left:
+    pending = [(arm, seed) for arm, seed in jobs if not study.is_done(arm, seed)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(pending)} of them done before, in {study.folder}", flush=True)
+    start = time.monotonic()
+    if pending:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(left)), context, initializer=_start_worker) as pool:
-            futures = {pool.submit(_work, study, arm.name, seed): (arm, seed) for arm, seed in left}
+        with ProcessPoolExecutor(min(workers, len(pending)), context, initializer=_start_worker) as pool:
+            futures = {pool.submit(_work, study, arm.name, seed): (arm, seed) for arm, seed in pending}
             try:
                 for number, future in enumerate(as_completed(futures), 1):
                     arm, seed = futures[future]
-                    _say(number, len(left), arm, seed, future.result(), time.monotonic() - began)
+                    _report(number, len(pending), arm, seed, future.result(), time.monotonic() - start)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -84,18 +84,18 @@ def run_all(study: Study, arms: Sequence[Arm], seeds: Sequence[int], workers: in
     return [json.loads(path.read_text()) for path in paths]
 
 
-def _say(number: int, total: int, arm: Arm, seed: int, results: list[dict[str, Any]], elapsed_s: float) -> None:
+def _report(number: int, total: int, arm: Arm, seed: int, results: list[dict[str, Any]], elapsed_s: float) -> None:
     first, error_px = results[0], results[0]["trajectory_error_px"]
     print(
         f"[{number}/{total}] {arm.name} seed {seed}: {first['steps']} steps, "
         f"trajectory error {'-' if error_px is None else f'{error_px:.2f} px'}, "
-        f"cpu {sum(result['cpu_s'] for result in results):.0f} s; {elapsed_s / 60:.1f} min gone",
+        f"cpu {sum(result['cpu_s'] for result in results):.0f} s; {elapsed_s / 60:.1f} min elapsed",
         flush=True,
     )
 
 
 def by_name(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Result name -> seed -> result."""
+    """Results by name and seed."""
     named: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         named.setdefault(result["name"], {})[result["seed"]] = result
@@ -103,11 +103,13 @@ def by_name(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, 
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="The paper's claims at toy scale.")
     parser.add_argument("--budget", choices=list(BUDGETS), default="quick")
     parser.add_argument("--out", type=Path, help="folder of the study (default: runs/claims-BUDGET)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="some arms only; claims they lack are left out")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), help="only these arms; claims that need others are skipped"
+    )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: claims.json in --out")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="default: --out")
@@ -116,22 +118,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def study_of(folder: Path, name: str) -> Study:
-    """The study in a folder, begun if it is new.
+    """Open the study in a folder, or start a new one.
 
     Raises:
-        ConfigError: If the folder holds a study of another budget.
+        ConfigError: If the folder contains a study of another budget.
     """
     budget, path = BUDGETS[name], folder / "budget.json"
     text = json.dumps({"budget": name, **asdict(budget)}, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file() and path.read_text() != text:
-        raise ConfigError(f"{folder} holds a study of another budget (see budget.json there); give another --out")
+        raise ConfigError(f"{folder} contains a study of another budget (see its budget.json); choose another --out")
     write_atomically(path, text)
     return Study(folder, budget)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, judge, write.
+    """Run the study, judge the claims and write the results.
 
     Returns:
         0; 2 for bad input.

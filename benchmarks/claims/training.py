@@ -1,7 +1,7 @@
-"""One run of the claims study: train by the trainer, sample by the sampler, score by the toy world's laws.
+"""One run of the claims study: train, sample, and score by the toy world's laws.
 
-Everything here is resumable: a result that lies on disk is not made again, and a run that was killed goes on at its
-last measured point.
+Everything is resumable: an existing result is not recomputed, and a killed run continues from its last measured
+point.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ SAMPLING_SEED_STRIDE = 1_000_000
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study lives and what it may cost."""
+    """Folder and budget of a study."""
 
     folder: Path
     budget: Budget
 
     @property
     def data(self) -> Path:
-        """The shard set that every arm trains on."""
+        """The shard set that all arms train on."""
         return self.folder / "data"
 
     def run_dir(self, arm: Arm, seed: int) -> Path:
@@ -63,7 +63,7 @@ class Study:
         return self.folder / "runs" / f"{arm.name}-seed{seed}"
 
     def result_path(self, name: str, seed: int) -> Path:
-        """Where a result is written."""
+        """File of a result."""
         return self.folder / "results" / f"{name}-seed{seed}.json"
 
     def config(self, arm: Arm, seed: int, max_steps: int = 1) -> TrainConfig:
@@ -71,11 +71,11 @@ class Study:
         return arm_config(arm, self.budget, seed, self.data, self.run_dir(arm, seed), max_steps)
 
     def is_done(self, arm: Arm, seed: int) -> bool:
-        """Whether all of an arm's results are there."""
+        """Whether all results of an arm exist."""
         return all(self.result_path(name, seed).is_file() for name in arm.results())
 
     def spent_at(self, arm: Arm, seed: int, point: str) -> Spent:
-        """What an arm has cost at a point of measurement, from its plan and, for flow frames, Flowception's."""
+        """Cost of an arm at a measurement point, from its plan and, for flow frames, from Flowception's."""
         plan = open_data(self.config(arm, seed)).plan
         if point == EQUAL_FLOPS:
             return spend(plan, point, self.budget.training_flops)
@@ -83,16 +83,16 @@ class Study:
 
 
 def run_arm(study: Study, arm: Arm, seed: int, ranks: Ranks) -> list[dict[str, Any]]:
-    """Train, sample and score one arm at its points of measurement; the trainer's lines go to its ``train.log``.
+    """Train, sample and score one arm at its measurement points; the training log goes to ``train.log``.
 
     Args:
-        study: Where.
-        arm: What.
-        seed: Of weights, order, draws and sampling.
-        ranks: This process alone.
+        study: The study.
+        arm: The arm.
+        seed: Seed of weights, order, draws and sampling.
+        ranks: A single rank, this process.
 
     Returns:
-        Its results, also written to the study's folder.
+        Results of the arm, also written to the folder of the study.
     """
     results = []
     for point in arm.measured_at:
@@ -110,7 +110,7 @@ def _measure(study: Study, arm: Arm, seed: int, point: str, ranks: Ranks) -> dic
     config = study.config(arm, seed, spent.steps)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    began, began_cpu = time.perf_counter(), time.process_time()
+    start, start_cpu = time.perf_counter(), time.process_time()
     with (run_dir / "train.log").open("a") as log, contextlib.redirect_stdout(log):
         train(config, ranks, StopFlag())
     trained = time.perf_counter()
@@ -128,9 +128,9 @@ def _measure(study: Study, arm: Arm, seed: int, point: str, ranks: Ranks) -> dic
         "chooses_length": law.inserts,
         "evaluations": evaluations,
         **score(tracks, law.inserts),
-        "train_s": trained - began,
+        "train_s": trained - start,
         "sample_s": sampled - trained,
-        "cpu_s": time.process_time() - began_cpu,
+        "cpu_s": time.process_time() - start_cpu,
         "device": str(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else "cpu",
     }
 
@@ -138,16 +138,16 @@ def _measure(study: Study, arm: Arm, seed: int, point: str, ranks: Ranks) -> dic
 def sample_tracks(
     model: nn.Module, config: TrainConfig, budget: Budget, seed: int
 ) -> tuple[list[NDArray[np.float64]], int]:
-    """Sample clips; lengths that a law does not choose are drawn from the true law, the same ones for every arm.
+    """Sample clips; if the law does not choose lengths, use lengths from the true law, the same for every arm.
 
     Args:
         model: The network.
-        config: Its run.
-        budget: How many clips and steps.
-        seed: The run's.
+        config: Configuration of the run.
+        budget: Number of clips and steps.
+        seed: Seed of the run.
 
     Returns:
-        Positions of each clip, [n, 2] in pixels, and the number of evaluations.
+        Positions in pixels, [n, 2] per clip, and the number of evaluations.
     """
     chooses_length = build_delay_law(config.process.delay_law).inserts
     settings = SamplerConfig(

@@ -1,10 +1,10 @@
-"""Which claims hold, by a rule stated here and applied by code.
+"""Decide which claims hold, by a fixed rule.
 
-A comparison is one metric of one rival against Flowception, paired by seed: the difference is positive where
-Flowception is better. It holds if the whole 90 % confidence interval of its mean over seeds (Student's t) is above 0,
-does not hold if the whole interval is below 0, and is not decided otherwise. A claim holds if all its comparisons
-hold, does not hold if one of them does not, and is not decided otherwise. Of comparisons without any true difference,
-5 % come out as "holds" and 5 % as "does not hold".
+A comparison is one metric of a baseline against Flowception, paired by seed. The difference is positive if Flowception
+is better. The comparison holds if the entire 90 % confidence interval of the mean over seeds (Student's t) is above 0,
+does not hold if the interval is below 0, and is not decided otherwise. A claim holds if all its comparisons hold, does
+not hold if one of them does not, and is not decided otherwise. Of comparisons without any true difference, 5 % are
+judged "holds" and 5 % "does not hold".
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ HOLDS, DOES_NOT_HOLD, NOT_DECIDED = "holds", "does not hold", "not decided"
 T_QUANTILE_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """0.95 quantile of Student's t with 1, 2, ... degrees of freedom."""
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""Result name -> seed -> metrics."""
+"""Metrics by result name and seed."""
 TRAJECTORY, DRIFT, FRECHET = "trajectory_error_px", "drift_px_per_frame", "frechet_px2"
-METRICS = {TRAJECTORY: "trajectory error (px)", DRIFT: "drift (px a frame)", FRECHET: "Frechet distance (px²)"}
-"""What claims are judged by, with their titles. Smaller is better."""
+METRICS = {TRAJECTORY: "trajectory error (px)", DRIFT: "drift (px per frame)", FRECHET: "Frechet distance (px²)"}
+"""Metrics used to judge claims, with their titles. Smaller is better."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of a rival against Flowception; smaller is better."""
+    """One metric of a baseline against Flowception; smaller is better."""
 
     rival: str
     metric: str
     window_frames: int | None = None
-    """For attention windows: what is compared is the log of the factor by which this window raises the metric."""
+    """If set, compare the log of the factor by which an attention window of this size increases the metric."""
 
     @property
     def words(self) -> str:
-        """What is compared."""
+        """Description of the comparison."""
         of = f"{METRICS[self.metric]}: {self.rival} - {FLOWCEPTION}".replace("_", " ")
-        return of if self.window_frames is None else f"log of the rise at ±{self.window_frames} frames, {of}"
+        return of if self.window_frames is None else f"log increase at ±{self.window_frames} frames, {of}"
 
     def difference(self, results: Results, seed: int) -> float:
-        """Positive where Flowception is better; nan where a metric is missing."""
+        """The difference, positive if Flowception is better; nan if a metric is missing."""
         if self.window_frames is None:
             return _value(results, self.rival, seed, self.metric) - _value(results, FLOWCEPTION, seed, self.metric)
         rises = []
@@ -55,7 +55,7 @@ class Comparison:
         return rises[0] - rises[1]
 
     def needs(self) -> list[str]:
-        """Names of the results that it compares."""
+        """Names of the results that are compared."""
         if self.window_frames is None:
             return [self.rival, FLOWCEPTION]
         return [
@@ -70,7 +70,7 @@ def _value(results: Results, name: str, seed: int, metric: str) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper and the comparisons that test it here."""
+    """A claim of the paper and the comparisons that test it."""
 
     letter: str
     words: str
@@ -83,17 +83,17 @@ _AUTOREGRESSIVE_BOTH = tuple(name for arm in _AUTOREGRESSIVE for name in (arm, r
 CLAIMS = (
     Claim(
         "a",
-        "Frames inserted where the model chooses give better clips than frames inserted in a prescribed order.",
+        "Inserting frames where the model chooses yields better clips than inserting them in a prescribed order.",
         tuple(Comparison(order, metric) for order in _ORDERS for metric in (TRAJECTORY, FRECHET)),
     ),
     Claim(
         "b",
-        "Flowception gives better clips than full-sequence flow matching.",
+        "Flowception yields better clips than full-sequence flow matching.",
         tuple(Comparison("full_sequence", metric) for metric in (TRAJECTORY, FRECHET)),
     ),
     Claim(
         "b",
-        "Flowception gives better clips than frame-by-frame autoregression.",
+        "Flowception yields better clips than frame-by-frame autoregression.",
         tuple(Comparison(name, metric) for name in _AUTOREGRESSIVE_BOTH for metric in (TRAJECTORY, FRECHET)),
     ),
     Claim(
@@ -103,7 +103,7 @@ CLAIMS = (
     ),
     Claim(
         "c",
-        "Attention to near frames only costs Flowception less quality than full-sequence flow matching.",
+        "Attending only to nearby frames costs Flowception less quality than it costs full-sequence flow matching.",
         tuple(Comparison("full_sequence", metric, k) for k in WINDOWS for metric in (TRAJECTORY, FRECHET)),
     ),
 )  # fmt: skip
@@ -111,18 +111,18 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison with its figures."""
+    """A comparison with its results."""
 
     words: str
     seeds: int
     mean: float | None
-    """None where it cannot be told."""
+    """None if it cannot be computed."""
     standard_error: float | None
     low: float | None
-    """Ends of the 90 % interval."""
+    """Bounds of the 90 % interval."""
     high: float | None
     seeds_better: int
-    """Seeds in which Flowception is better."""
+    """Number of seeds for which Flowception is better."""
     verdict: str
 
 
@@ -130,11 +130,11 @@ def judge(words: str, differences: Sequence[float]) -> Judged:
     """Apply the rule to one comparison.
 
     Args:
-        words: What is compared.
-        differences: One for each seed, positive where Flowception is better.
+        words: Description of the comparison.
+        differences: One per seed, positive if Flowception is better.
 
     Returns:
-        The figures; not decided below two seeds or where a difference is missing.
+        The result; not decided with fewer than two seeds or a missing difference.
     """
     values = np.asarray(differences, dtype=np.float64)
     better = int((values > 0).sum())
@@ -155,14 +155,14 @@ def verdict_of(verdicts: Sequence[str]) -> str:
 
 
 def judge_claims(results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Judge every claim of which all results are there.
+    """Judge every claim for which all results exist.
 
     Args:
-        results: Of all arms.
-        seeds: Those that every arm has.
+        results: Results of all arms.
+        seeds: Seeds that every arm has.
 
     Returns:
-        For each claim its letter, words, verdict and comparisons, as JSON.
+        Letter, text, verdict and comparisons of each claim, JSON-serializable.
     """
     judged = []
     for claim in CLAIMS:

@@ -1,7 +1,7 @@
-"""The world of the claims study: state videos, and scores by the toy world's laws.
+"""Data and scores of the claims study: state videos of the toy world.
 
-A clip is a state video: the toy world's positions, one latent of two channels a frame, so that what a network makes is
-the true state and nothing has to be read off pixels.
+A clip is a state video: the positions of the toy world, with one two-channel latent per frame. A network generates the
+state directly, so nothing has to be measured from pixels.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from flowception.shards.schema import META_NAME, ClipRecord, ShardMeta
 from flowception.shards.writer import ShardSetWriter
 
 Tracks = Sequence[NDArray[np.float64]]
-"""Positions of each clip in pixels, [n, 2]."""
+"""Positions in pixels, [n, 2] per clip."""
 CENTER_PX = (LOW_PX + HIGH_PX) / 2
 STD_PX = (HIGH_PX - LOW_PX) / math.sqrt(12)
-"""A position is uniform between the walls."""
+"""Standard deviation of a position, which is uniform between the walls."""
 SCORED_FRAMES = min(LENGTH_LAW)
-"""Frames that are scored together, so that long and short clips are told by one measure: every run of so many for the
-trajectory error, a clip's last for the Frechet distance. Any run of them has the same true law."""
+"""Number of consecutive frames scored at once, so that long and short clips are comparable: every such window for the
+trajectory error, the last window of a clip for the Fréchet distance. All windows have the same true law."""
 DATA_SEED, REFERENCE_SEED = 0, 1
 REFERENCE_CLIPS = 8_000
 SHARDS = 16
 
 
 def make_data(folder: Path, clips: int) -> Path:
-    """Write the shard set of state videos, unless it is there."""
+    """Write the shard set of state videos, unless it exists."""
     if (folder / META_NAME).is_file():
         return folder
     identity = {"world": "toy", "mean": CENTER_PX, "std": STD_PX}
@@ -64,17 +64,17 @@ def _record(number: int) -> ClipRecord:
 
 
 def to_latents(positions: NDArray[np.float64]) -> Tensor:
-    """Positions [n, 2] as normalized latents, float32 [n, 2, 1, 1]."""
+    """Convert positions [n, 2] to normalized latents, float32 [n, 2, 1, 1]."""
     return torch.from_numpy((positions - CENTER_PX) / STD_PX).float()[:, :, None, None]
 
 
 def to_positions(latents: Tensor) -> NDArray[np.float64]:
-    """Latents [n, 2, 1, 1] as positions in pixels, float64 [n, 2]."""
+    """Convert latents [n, 2, 1, 1] to positions in pixels, float64 [n, 2]."""
     return latents[:, :, 0, 0].double().cpu().numpy() * STD_PX + CENTER_PX
 
 
 def real_tracks(clips: int, first: int = 0) -> list[NDArray[np.float64]]:
-    """Clips of the world that no arm was trained on."""
+    """Draw clips of the world that no arm is trained on."""
     return [draw_track(REFERENCE_SEED, first + number).positions for number in range(clips)]
 
 
@@ -87,14 +87,14 @@ def reference() -> tuple[Tensor, Tensor]:
 
 
 def score(tracks: Tracks, chose_lengths: bool) -> dict[str, Any]:
-    """Clips by the world's laws.
+    """Score clips by the laws of the toy world.
 
     Args:
         tracks: At least one clip.
-        chose_lengths: Whether their lengths were the model's choice.
+        chose_lengths: Whether the model chose their lengths.
 
     Returns:
-        The metrics; None where one has no meaning. Clips shorter than ``SCORED_FRAMES`` count for their length alone.
+        The metrics; None where undefined. Clips shorter than ``SCORED_FRAMES`` count only for their length.
     """
     lengths = [len(track) for track in tracks]
     long = [track for track in tracks if len(track) >= SCORED_FRAMES]
@@ -114,7 +114,7 @@ def score(tracks: Tracks, chose_lengths: bool) -> dict[str, Any]:
 
 
 def references(clips: int) -> dict[str, dict[str, Any]]:
-    """What the metrics say of the data itself, and of positions that know nothing of each other."""
+    """Metrics of real clips, and of clips with independent random positions."""
     real = real_tracks(clips, first=REFERENCE_CLIPS)
     random = np.random.default_rng(0)
     return {

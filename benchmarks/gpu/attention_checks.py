@@ -1,4 +1,4 @@
-"""Checks of attention in packs: against float64, and what the number of segments costs.
+"""Checks of attention in packs: accuracy against float64, and the cost of the number of segments.
 
 Shape legend: ``T`` tokens of a pack, ``H`` heads, ``d`` width of a head, ``S`` segments.
 """
@@ -52,7 +52,7 @@ def _errors(scene: Scene, case: Case, layout: PackLayout) -> dict[str, float]:
 
 
 def _layouts(case: Case) -> dict[str, PackLayout]:
-    """A pack of the plan, one of whole clips as far as there is room, and one of padding alone."""
+    """A planned pack, a pack filled with complete clips, and a pack of padding only."""
     shape, clip = case.plan.pack_shape, case.clip
     whole, left = divmod(shape.token_budget, clip.tokens)
     per_frame = clip.height * clip.width + 1
@@ -67,7 +67,7 @@ def _layouts(case: Case) -> dict[str, PackLayout]:
 
 
 def against_float64(scene: Scene) -> Outcome:
-    """``attention`` with its own choice of backend, forward and backward, in three packs."""
+    """Check ``attention`` with its automatic backend, forward and backward, on three packs."""
     case = scene.recipe()
     figures: dict[str, Any] = {"backend": choose_backend(scene.device, torch.bfloat16)}
     for name, layout in _layouts(case).items():
@@ -83,12 +83,12 @@ def against_float64(scene: Scene) -> Outcome:
         if not figures[pack][name] < _LARGEST_ERROR
     ]
     if bad:
-        raise CheckFailed(f"{said}; not below {_LARGEST_ERROR}: {bad}", figures)
+        raise CheckFailed(f"{said}; errors must be below {_LARGEST_ERROR}, got {bad}", figures)
     return Outcome(PASS, said, figures)
 
 
 def static_cu_seqlens(case: Case, layout: PackLayout) -> Tensor:
-    """Boundaries for as many segments as a pack of the shape could have at most, int32: the tail repeats T."""
+    """Boundaries for the maximum number of segments of the pack shape, int32; the tail repeats T."""
     own = torch.tensor([0, *layout.segment_lengths], dtype=torch.int32).cumsum(0).int()
     shape = case.plan.pack_shape
     most = shape.max_clips + -(-shape.token_budget // shape.max_seqlen)
@@ -97,7 +97,7 @@ def static_cu_seqlens(case: Case, layout: PackLayout) -> Tensor:
 
 @contextmanager
 def flash_kernel(name: str) -> Iterator[None]:
-    """Inside, torch's FlashAttention is that of the name; FA2 is its own."""
+    """Use the named FlashAttention in torch inside the block; FA2 is built in."""
     if name == "FA2":
         yield
         return
@@ -134,7 +134,7 @@ def _measure(
 
 
 def segments(scene: Scene) -> Outcome:
-    """The kernel behind ``attention``, called with the static boundaries and with the pack's own."""
+    """Time the kernel of ``attention`` with the static boundaries and with the pack's actual boundaries."""
     if not scene.on_gpu:
         return needs_gpu("variable-length kernels run on CUDA only")
     from torch.nn.attention.varlen import varlen_attn
@@ -159,7 +159,7 @@ def segments(scene: Scene) -> Outcome:
     bad = [name for name, found in figures.items() if "error" in found and not found["error"] < _LARGEST_ERROR]
     if bad:
         raise CheckFailed(
-            f"relative errors not below {_LARGEST_ERROR}: {bad}; {_segments_said(figures, ready)}", figures
+            f"relative errors must be below {_LARGEST_ERROR}, got {bad}; {_segments_said(figures, ready)}", figures
         )
     return Outcome(MEASURED, _segments_said(figures, ready), figures)
 

@@ -1,4 +1,4 @@
-"""Checks of what torch.compile makes of a block: the functions between its products, and the block as one graph.
+"""Checks of torch.compile on a block: the functions between its matrix products, and the block as one graph.
 
 Shape legend: ``T`` tokens of a pack, ``R`` rows of a modulation table, ``d`` hidden size, ``H`` heads.
 """
@@ -24,12 +24,12 @@ from flowception.packing.layout import PackInput, PackLayout, TokenKind
 _LARGEST_ERROR = 1e-2
 """Of bfloat16 against float64."""
 _CPU_BACKEND = "aot_eager"
-"""Traces like Inductor and compiles nothing, which takes a minute on a CPU."""
+"""Traces like Inductor but skips compilation, which would take a minute on a CPU."""
 
 
 @contextmanager
 def compiler(scene: Scene) -> Iterator[None]:
-    """Inside, ``torch.compile`` is the default one on a GPU, and on a CPU traces alone; its counters begin at zero."""
+    """Inside the block, ``torch.compile`` is the default on a GPU and only traces on a CPU; counters start at zero."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -44,7 +44,7 @@ def compiler(scene: Scene) -> Iterator[None]:
 
 
 def graphs() -> dict[str, Any]:
-    """What torch.compile counted since the last reset: graphs, and the reasons of breaks."""
+    """Number of graphs since the last reset of torch.compile's counters, and graph breaks by reason."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": int(counters["stats"]["unique_graphs"]),
@@ -74,11 +74,11 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "norm_and_rotate": lambda heads, weight, rotations: _rotated(_norm(heads) * weight, rotations),
     "swiglu": _sigmoid_product,
 }
-"""Each function of ``nn.fused_ops``, written again to be read in float64."""
+"""Reference implementation of each function in ``nn.fused_ops``, for float64."""
 
 
 def block_inputs(model: nn.Module, pack: PackInput) -> dict[str, Any]:
-    """What the network hands its first block for a pack, by the names of the block's arguments."""
+    """Inputs of the network's first block for a pack, by argument name."""
     block: Any = cast(Any, model).blocks[0]
     seen: dict[str, Any] = {}
 
@@ -95,11 +95,11 @@ def block_inputs(model: nn.Module, pack: PackInput) -> dict[str, Any]:
 
 
 class _SeenError(Exception):
-    """Ends a forward pass of which no more is wanted."""
+    """Stops a forward pass after the first block's inputs are captured."""
 
 
 def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any]) -> dict[str, list[Any]]:
-    """Inputs of every function, of the network's sizes; a token's row and its rotations are those of the pack.
+    """Random inputs of every function in the network's sizes; rows and rotations are the pack's.
 
     Args:
         scene: The device.
@@ -129,13 +129,13 @@ def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any])
 
 
 def _token_rows(layout: PackLayout) -> Tensor:
-    """The row of (frames, then clips for their text) whose modulation a token takes, int64 ``[T]``."""
+    """The modulation row of each token (frames, then clips for their text), int64 ``[T]``."""
     text_row = len(layout.frame_rank) + layout.token_clip
     return torch.where(layout.token_kind == TokenKind.TEXT, text_row, layout.token_frame)
 
 
 def _with_gradients(function: Callable[..., Tensor], inputs: Sequence[Any], weight: Tensor) -> list[Tensor]:
-    """Output and gradients of a function, of the tokens that the weight counts."""
+    """Output and gradients of a function, for tokens with nonzero weight."""
     output = function(*inputs)
     wanted = [part for part in inputs if isinstance(part, Tensor) and part.requires_grad]
     gradients = torch.autograd.grad(output, wanted, weight.to(output.dtype))
@@ -143,7 +143,7 @@ def _with_gradients(function: Callable[..., Tensor], inputs: Sequence[Any], weig
 
 
 def leaves(scene: Scene) -> Outcome:
-    """Errors of each function, eager and compiled, in a planned pack; then the compiled ones in two more packs."""
+    """Errors of each function, eager and compiled, on a planned pack, then of the compiled ones on two more packs."""
     case = scene.recipe("model.num_layers=1", "model.compile=off")
     model = open_model(case.config).to(scene.device, torch.bfloat16)
     packs = [pack.to(scene.device) for pack in [*case.batch(0).packs[:2], case.padding()]]
@@ -172,7 +172,7 @@ def leaves(scene: Scene) -> Outcome:
 
 
 def _leaf_errors(pack: PackInput, name: str, parts: Sequence[Any], compiled: Callable[..., Tensor]) -> dict[str, float]:
-    """Largest relative error of output and gradients against float64, padding left out: no row is promised there."""
+    """Largest relative error of output and gradients against float64, without padding, whose rows are arbitrary."""
     weight = torch.randn_like(EAGER._asdict()[name](*parts))
     real = (pack.layout.token_kind != TokenKind.PADDING).view(-1, *[1] * (weight.dim() - 1))
     weight = torch.where(real, weight, 0)
@@ -192,7 +192,7 @@ def _is_drawn(part: Any) -> bool:
 
 
 def whole_blocks(scene: Scene) -> Outcome:
-    """Three packs through a network of compiled blocks in bfloat16, beside the eager one and both beside float32."""
+    """Compare compiled and eager blocks in bfloat16 with float32 on three packs."""
     words = ["model.num_layers=2", "model.activation_checkpointing=false"]
     case, eager_case = (scene.recipe(*words, f"model.compile={way}") for way in ("blocks", "off"))
     batch = case.batch(0)
@@ -223,14 +223,16 @@ def whole_blocks(scene: Scene) -> Outcome:
             figures,
         )
     if not figures["compiled_error"] <= 1.5 * figures["eager_error"] + 1e-3:
-        raise CheckFailed(f"{said}; compiled may be half as much again as eager at most", figures)
+        raise CheckFailed(f"{said}; the compiled error must be at most 1.5 times the eager error", figures)
     if figures["padding_gradient"] != 0:
-        raise CheckFailed(f"{said}; a pack of padding has gradients up to {figures['padding_gradient']}", figures)
+        raise CheckFailed(
+            f"{said}; gradients of a padding pack must be 0, got up to {figures['padding_gradient']}", figures
+        )
     return Outcome(PASS, said, figures)
 
 
 def _gradient(model: nn.Module, pack: Pack, step: StepPlan) -> Tensor:
-    """The gradient of the training loss, all parameters end to end, float32."""
+    """The gradient of the training loss, flattened and concatenated over parameters, float32."""
     model.zero_grad(set_to_none=True)
     training_loss(model(pack), pack, step, insertion_loss_weight=1.0).backward()
     return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])

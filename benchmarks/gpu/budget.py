@@ -1,4 +1,4 @@
-"""How long each check may take, so that all of them end in time and the last ones get their share."""
+"""Time limits of checks, so that all of them end in time and the last ones get their reserved time."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from benchmarks.gpu.outcome import Check
 
 
 class Budget:
-    """Seconds that all checks together may take, from when this is made."""
+    """Time budget of all checks together, starting at construction."""
 
     def __init__(self, total_s: float, patience: float, clock: Callable[[], float]) -> None:
-        """Begin to count.
+        """Start the clock.
 
         Args:
-            total_s: For everything.
-            patience: How many times as long everything may take.
-            clock: Seconds that only grow.
+            total_s: Seconds for all checks.
+            patience: Factor for all limits.
+            clock: Monotonic seconds.
         """
         self.total_s = total_s * patience
-        self._patience, self._clock, self._began = patience, clock, clock()
+        self._patience, self._clock, self._started = patience, clock, clock()
 
     @property
     def used_s(self) -> float:
-        """Seconds since it began."""
-        return self._clock() - self._began
+        """Seconds since the start."""
+        return self._clock() - self._started
 
     def limit_s(self, check: Check, later: Sequence[Check]) -> float:
-        """Seconds that a check may take: its own limit, or less where those after it would not get what is theirs.
+        """Seconds that a check may take: its limit, or less to keep the reserved time of later checks.
 
         Args:
-            check: The next one.
-            later: Those that are to be run after it.
+            check: The next check.
+            later: The checks after it.
 
         Returns:
-            The limit; 0 or less where no time is left for it.
+            The limit; 0 or less if no time is left.
         """
         reserved_s = sum(other.reserved_s for other in later)
         left_s = self.total_s - self.used_s

@@ -1,7 +1,7 @@
-"""Running a function in a forked process with a time limit, so that a fault, a hang or a full memory spoils no other.
+"""Runs a function in a forked process with a time limit, so that a crash, hang or out-of-memory affects no other check.
 
-The process that forks has imported what is slow to import and must never have touched a GPU: CUDA does not survive a
-fork. A child leads a process group of its own, and what is left of the group is ended with it.
+The parent has imported the slow modules and must not have used a GPU: CUDA does not survive a fork. Each child leads
+its own process group, and the rest of the group is killed when it ends.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ class Ending(NamedTuple):
     """How a child ended."""
 
     code: int | None
-    """Its exit code, minus the number of the signal that ended it; None where it was ended at its limit."""
+    """Its exit code, or minus the number of the signal that killed it; None if it was killed at its limit."""
     seconds: float
-    last_words: str
-    """The last line that it wrote, empty if none."""
+    last_line: str
+    """The last line of its output, empty if none."""
 
     def reason(self, limit_s: float) -> str:
-        """Why it is no success."""
-        words = f"; its last words: {self.last_words}" if self.last_words else ""
+        """Why it failed."""
+        output = f"; last output: {self.last_line}" if self.last_line else ""
         if self.code is None:
-            return f"ended at its limit of {limit_s:.4g} s{words}"
+            return f"killed at its limit of {limit_s:.4g} s{output}"
         if self.code < 0:
-            return f"died of {signal.Signals(-self.code).name}{words}"
-        return f"left with {self.code}{words}"
+            return f"killed by {signal.Signals(-self.code).name}{output}"
+        return f"exited with {self.code}{output}"
 
 
 def run_in_child(function: Callable[[], object], limit_s: float, log: Path, own_group: bool = True) -> Ending:
     """Fork, run the function and wait for it.
 
     Args:
-        function: What the child runs; it says what it found in files of its own.
-        limit_s: Seconds after which the child and all its own children are killed.
-        log: File for what it prints.
-        own_group: Whether it leads a process group. A child of a child must not, so that it ends with that.
+        function: Function for the child; it writes its results to files.
+        limit_s: Seconds after which the child and its descendants are killed.
+        log: File for its output.
+        own_group: Whether it leads a process group. A grandchild must not, so that it is killed with its parent.
 
     Returns:
         How it ended.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    began = time.monotonic()
+    started = time.monotonic()
     pid = os.fork()
     if pid == 0:
         _be_child(function, log, own_group)
-    code = _wait(pid, began + limit_s)
-    seconds = time.monotonic() - began
+    code = _wait(pid, started + limit_s)
+    seconds = time.monotonic() - started
     if code is None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if own_group:
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)  # what it left behind
+            os.killpg(pid, signal.SIGKILL)  # remaining descendants
     return Ending(code, seconds, _last_line(log))
 
 
@@ -88,11 +88,11 @@ def _be_child(function: Callable[[], object], log: Path, own_group: bool) -> NoR
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
-            os._exit(code)  # whatever happened: a child must never go on as its parent
+            os._exit(code)  # always: a child must never continue as its parent
 
 
 def _wait(pid: int, deadline: float) -> int | None:
-    """The exit code; None if the child is still there at the deadline."""
+    """The exit code; None if the child is still running at the deadline."""
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:

@@ -1,7 +1,7 @@
-"""An engine as the trainer builds it, without what a run keeps on disk, and its training steps.
+"""The trainer's engine and training steps, without a run directory.
 
-The weights are random numbers made on the device: initial ones would be made on the CPU, for a minute at 2 billion.
-The EMA is left out, and so is the saver, which would pin 16 bytes a parameter of the host.
+The weights are random numbers generated on the device. Real initialization runs on the CPU and takes a minute for 2
+billion parameters. There is no EMA and no saver, which would pin 16 bytes of host memory per parameter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Training:
         Args:
             scene: The device.
             case: The configuration.
-            packs: Micro-steps of a step.
+            packs: Micro-steps per step.
         """
         self.scene, self.config = scene, case.config
         self.ranks: Ranks = init_distributed()
@@ -62,20 +62,20 @@ class Training:
         """The optimizer's step."""
         outcome = optimizer_step(self.engine, self.config.optim.clip_grad_norm, lambda norm: None, self.ranks.device)
         if not outcome.applied:
-            raise RuntimeError(f"the step was refused: {outcome.refused}")
+            raise RuntimeError(f"the optimizer rejected the step: {outcome.refused}")
 
     def timed_step(self, batch: StepBatch) -> tuple[float, float, float]:
-        """A whole step: seconds of its passes, seconds of the optimizer, and the loss."""
+        """A complete step: seconds of its passes, seconds of the optimizer, and the loss."""
         self.scene.synchronize()
-        began = time.perf_counter()
+        started = time.perf_counter()
         loss = self.micro_steps(batch)
         self.scene.synchronize()
         middle = time.perf_counter()
         self.optimizer_step()
         self.scene.synchronize()
-        return middle - began, time.perf_counter() - middle, loss
+        return middle - started, time.perf_counter() - middle, loss
 
 
 def pinned(scene: Scene, batch: StepBatch) -> StepBatch:
-    """A step with its packs in page-locked memory, as the loader gives them where there is a GPU."""
+    """A step with its packs in page-locked memory, as the loader returns them on a GPU machine."""
     return replace(batch, packs=[pack.pin_memory() for pack in batch.packs]) if scene.on_gpu else batch

@@ -1,4 +1,4 @@
-"""Checks of what is installed: versions, imports, one collective, and the repository's own tests that need a GPU."""
+"""Checks of the installation: versions, imports, one collective, and the repository's GPU tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MODULES = (
     "train.main",
 )
 _KERNELS = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
-"""FlashAttention by the name of torch's registry, and the module that its package brings."""
+"""FlashAttention versions by their names in torch's registry, and the module of their package."""
 
 
 def version_of(package: str) -> str:
@@ -42,7 +42,7 @@ def version_of(package: str) -> str:
 
 
 def kernels() -> dict[str, str]:
-    """What torch can activate as FlashAttention-3 and -4: ``ready``, ``no package``, or ``not in this torch``."""
+    """State of FlashAttention-3 and -4: ``ready``, ``no package``, or ``not in this torch``."""
     listed: list[str] = []
     with suppress(ImportError):
         from torch.nn.attention import list_flash_attention_impls
@@ -62,7 +62,7 @@ def _kernel_state(name: str, module: str, listed: list[str]) -> str:
 
 
 def environment(scene: Scene) -> Outcome:
-    """Import what training imports, and run one collective."""
+    """Import the modules of training, and run one collective."""
     figures: dict[str, Any] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
     figures |= {package: version_of(package) for package in _PACKAGES}
     for module in (*_MODULES, "deepspeed"):
@@ -72,7 +72,7 @@ def environment(scene: Scene) -> Outcome:
             raise CheckFailed(f"{module} cannot be imported ({error}); see benchmarks/gpu_wheels.sh", figures) from None
     ranks = init_distributed()
     if (total := all_sum([2.0], ranks.device)) != [2.0]:
-        raise CheckFailed(f"the sum of 2 over one rank is {total}", figures)
+        raise CheckFailed(f"the sum of 2 over one rank must be [2.0], got {total}", figures)
     figures["collective"] = torch.distributed.get_backend()
     figures["kernels"] = kernels()
     words = [f"{package} {figures[package]}" for package in ("python", "torch", "deepspeed")]
@@ -90,9 +90,9 @@ def environment(scene: Scene) -> Outcome:
 
 
 def gpu_tests(scene: Scene) -> Outcome:
-    """Run the tests marked ``gpu``, and at the same time those on the stand-in for CUDA, which need no GPU.
+    """Run the tests marked ``gpu``, and in parallel the fake-CUDA tests, which need no GPU.
 
-    Only their files are collected, so that no other test's packages are needed.
+    Only their files are collected, so that the packages of other tests are not needed.
     """
     files = sorted(
         str(path.relative_to(ROOT))
@@ -100,7 +100,7 @@ def gpu_tests(scene: Scene) -> Outcome:
         if re.search(r"^@pytest\.mark\.gpu\b", path.read_text(), re.MULTILINE)
     )
     if not scene.on_gpu:
-        return needs_gpu(f"the tests marked gpu skip themselves without CUDA ({len(files)} files have some)")
+        return needs_gpu(f"tests marked gpu are skipped without CUDA ({len(files)} files)")
     stand_in = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_fake_cuda.py"))
     suites = {"gpu": ["-m", "gpu", *files], "stand-in": stand_in}
     started = {name: _start_pytest(scene, name, words) for name, words in suites.items()}
@@ -127,10 +127,10 @@ def _start_pytest(scene: Scene, name: str, words: list[str]) -> subprocess.Popen
 
 
 def _pytest_counts(scene: Scene, name: str, code: int) -> dict[str, Any]:
-    """What a run of pytest came to, by its report."""
+    """Results of a pytest run, from its report."""
     report = scene.folder / f"{name}.xml"
     if not report.is_file():
-        raise CheckFailed(f"{name}: pytest left with {code} before it wrote its report; is it installed?")
+        raise CheckFailed(f"{name}: pytest exited with {code} before writing its report; check that it is installed")
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
     counts: dict[str, Any] = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
     bad = counts["failures"] + counts["errors"]
@@ -140,4 +140,4 @@ def _pytest_counts(scene: Scene, name: str, code: int) -> dict[str, Any]:
     failed = [
         case.get("name", "?") for case in cases if any(case.find(what) is not None for what in ("failure", "error"))
     ]
-    return {**counts, "code": code, "failed": failed, "said": said + (f", pytest left with {code}" if code else "")}
+    return {**counts, "code": code, "failed": failed, "said": said + (f", pytest exited with {code}" if code else "")}

@@ -1,8 +1,8 @@
-"""What a GPU is expected to do, worked out before any was at hand, to stand beside what is measured.
+"""Forecasts of GPU performance, made before a GPU was available, for comparison with measurements.
 
 A roofline of one block of the recipe: T = 16,384 tokens, d = 1536, 24 heads, a pack of about 15 clips of up to 1,363
 tokens. Assumed: matrix products at 650 TFLOP/s, FlashAttention-2 at 300 forward and 230 backward, FlashAttention-3 at
-400 and 320, memory at 4.3 TB/s, which is an H200's. None of it was seen on a GPU.
+400 and 320, memory at 4.3 TB/s, as on an H200. None of these values was measured.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARTS = (
     Part("elementwise, compiled leaves", 0.26, 0.9),
     Part("attention's tiles of empty segments", 0.12, 0.36),
 )
-"""Elementwise backward includes the scatters that add up modulation's gradients by index, 0.6 and 0.4 ms."""
+"""Elementwise backward includes the ``index_add_`` of modulation gradients, 0.6 and 0.4 ms."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Change:
     name: str
     ms_per_pack: float
     arm: str | None
-    """The arm of check 10 that measures it, where there is one; all arms have change 3."""
+    """The arm of check 10 that measures it, if there is one; all arms include change 3."""
     empty_tiles: int
-    """How often a block's empty tiles are in it forward (again with recomputation); 0 from change 3 on."""
+    """Forward passes over a block's empty tiles (2 with recomputation); 0 from change 3 on."""
 
     @property
     def mfu(self) -> float:
-        """Of an H200."""
+        """MFU on an H200."""
         return PACK_TFLOP / (self.ms_per_pack / 1e3) / PEAK_TFLOPS
 
     @property
@@ -67,17 +67,18 @@ CHANGES = (
     Change(0, "`compile: off`, every block checkpointed", 473.0, "compile off, all blocks checkpointed", 2),
     Change(1, "`compile: leaves`", 377.0, "leaves compiled, all blocks checkpointed", 2),
     Change(2, "no checkpointing", 293.0, "leaves compiled, fewest checkpointed", 1),
-    Change(3, "attention sees the pack's own segments alone", 271.0, None, 0),
-    Change(4, "FlashAttention-3, where its package is installed", 254.0, None, 0),
+    Change(3, "attention over the pack's actual segments only", 271.0, None, 0),
+    Change(4, "FlashAttention-3, if its package is installed", 254.0, None, 0),
     Change(
         5,
-        "`compile: blocks`, modulation's gradients summed by segments",
+        "`compile: blocks`, modulation gradients summed by segments",
         238.0,
         "blocks compiled, fewest checkpointed",
         0,
     ),
 )
-"""Each on top of those before. The sixth, less work for the host, is forecast to keep 2 to 5 from waiting for it."""
+"""Each change includes those before it. A sixth change, less host work, is forecast to keep 2 to 5 from being
+host-bound."""
 
 PEERS = (
     ("NeMo, DiT-7B, H100", 0.482, "arXiv 2503.12964"),
@@ -85,4 +86,4 @@ PEERS = (
     ("Wan-14B, 128 H100, Megatron-Bridge", 0.329, "its own figures"),
     ("llm-foundry, a language model of this width, H100", 0.404, "its own figures"),
 )
-"""Published shares of 989 TFLOP/s in bfloat16, as their authors count FLOPs."""
+"""Published fractions of 989 TFLOP/s in bfloat16, with FLOPs as counted by their authors."""

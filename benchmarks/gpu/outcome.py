@@ -1,4 +1,4 @@
-"""What a check says of itself, and how it is written down."""
+"""Checks, their outcomes, and how outcomes are saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERDICTS = (PASS, MEASURED, NEEDS_GPU, FAIL)
 
 
 class CheckFailed(Exception):
-    """What a check found is not as it must be; ``figures`` are what it had measured by then."""
+    """A check failed; ``figures`` are its measurements so far."""
 
     def __init__(self, reason: str, figures: Mapping[str, Any] | None = None) -> None:
         super().__init__(reason)
@@ -24,48 +24,48 @@ class CheckFailed(Exception):
 
 @dataclass
 class Outcome:
-    """What came of a check."""
+    """The outcome of a check."""
 
     verdict: str
     summary: str
     """Its key figures, or the reason, in one line."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """All of them, numbers and words that JSON can hold."""
+    """All figures, JSON-serializable."""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
-            raise ValueError(f"a check's verdict is {self.verdict!r}; use one of {', '.join(VERDICTS)}")
+            raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
         self.summary = " ".join(self.summary.split())
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, atomically."""
         write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Outcome | None:
-        """The outcome in a file; None where there is no file."""
+        """The outcome in a file; None if there is no file."""
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
 
 @dataclass(frozen=True)
 class Check:
-    """One of the twelve."""
+    """One of the twelve checks."""
 
     number: int
     name: str
     what: str
     """What it does and when it passes, for the page."""
     function: str
-    """``module:function``; it takes a ``Scene`` and gives an ``Outcome``."""
+    """``module:function``; takes a ``Scene`` and returns an ``Outcome``."""
     limit_s: float
-    """Seconds after which it is ended."""
+    """Seconds after which it is killed."""
     reserved_s: float = 0.0
-    """Seconds that the checks before it must leave for it."""
+    """Seconds that earlier checks must leave for it."""
 
 
 @dataclass
 class Record:
-    """A check that was run."""
+    """A finished check."""
 
     number: int
     name: str
@@ -73,7 +73,7 @@ class Record:
     outcome: Outcome
 
     def line(self) -> str:
-        """One line for a person."""
+        """One line for the console."""
         return (
             f"{self.number:>2} {self.name:<24} {self.outcome.verdict:<11} {self.outcome.summary} ({self.seconds:.1f} s)"
         )

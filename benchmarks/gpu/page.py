@@ -1,4 +1,4 @@
-"""Makes ``docs/gpu.md`` from the results of GPUs: forecast beside measured, or forecasts alone without a result.
+"""Writes ``docs/gpu.md`` from GPU results: forecasts next to measurements, or only forecasts if there is no result.
 
 python benchmarks/gpu/page.py                # all of benchmarks/results/gpu_*.json
 """
@@ -27,7 +27,7 @@ Result = Mapping[str, Any]
 
 
 def read_results() -> list[Result]:
-    """Every result of a GPU in the repository; of several of one card the newest."""
+    """The newest GPU result of each card in the repository."""
     newest: dict[str, Result] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("gpu_*.json")):
         result: Result = json.loads(path.read_text())
@@ -41,7 +41,7 @@ def page(results: Sequence[Result]) -> str:
     """``docs/gpu.md``.
 
     Args:
-        results: What ``benchmarks/gpu.sh`` wrote, one for each machine.
+        results: Results of ``benchmarks/gpu.sh``, one per machine.
     """
     return "\n\n".join([_head(results), _checks(results), _recipe(results), _parts(results), _counting()]) + "\n"
 
@@ -55,9 +55,9 @@ def _title(result: Result) -> str:
 def _head(results: Sequence[Result]) -> str:
     on_gpu = [result for result in results if result["device"] == "cuda"]
     if not results:
-        status = f"**{NOT_YET.capitalize()}:** no GPU was at hand. What stands here are forecasts."
+        status = f"**{NOT_YET.capitalize()}:** no GPU was available. All figures are forecasts."
     elif not on_gpu:
-        status = "**Not a GPU:** this page is of a trial of the script on a CPU; no figure in it says anything of one."
+        status = "**Not a GPU:** this page is from a test of the script on a CPU; its figures do not apply to GPUs."
     else:
         status = "Run on: " + "; ".join(map(_title, on_gpu)) + "."
         unfinished = [_title(result) for result in on_gpu if len(result["checks"]) < len(CHECKS)]
@@ -67,18 +67,17 @@ def _head(results: Sequence[Result]) -> str:
 
 <!-- Written by benchmarks/gpu/page.py. -->
 
-    bash benchmarks/gpu.sh                  # one H100 or H200, no network, under nine minutes
-    bash benchmarks/gpu.sh --device cpu     # tries the script with a small network
-    bash benchmarks/gpu.sh --json PATH --page PATH --logs FOLDER    # on a machine that is lent or rented
+    bash benchmarks/gpu.sh                  # one H100 or H200, offline, under nine minutes
+    bash benchmarks/gpu.sh --device cpu     # tests the script with a small network
+    bash benchmarks/gpu.sh --json PATH --page PATH --logs FOLDER    # on a temporary machine
 
 {status}
 
-Each of the twelve checks runs in a process of its own, with its own time limit, and prints one line. The result is
-written to `benchmarks/results` as JSON named by card and day, and this page is made from it with
-`python benchmarks/gpu/page.py`. **What is written there is lost with a machine that does not give its files back:**
-there, give `--json` a path that comes back, and `--page` and `--logs`, too; put the JSON file into `benchmarks/results`
-here before the page is made. A machine without a network gets the packages that it lacks by
-`bash benchmarks/gpu_wheels.sh`, which is to be run where there is one."""
+Each of the twelve checks runs in a separate process with a time limit and prints one line. The result is written to
+`benchmarks/results` as JSON, named by card and date; `python benchmarks/gpu/page.py` makes this page from it. **On a
+temporary machine, results in the repository are lost:** pass `--json`, `--page` and `--logs` paths that are copied
+back, and put the JSON file into `benchmarks/results` before making the page. For an offline machine with missing
+packages, run `bash benchmarks/gpu_wheels.sh` on a machine with internet access first."""
 
 
 def _percent(share: float) -> str:
@@ -90,7 +89,7 @@ def _escape(text: str) -> str:
 
 
 def _found(result: Result, number: int) -> Mapping[str, Any] | None:
-    """The outcome of a check."""
+    """The outcome of a check, if it was run."""
     return next((record["outcome"] for record in result["checks"] if record["number"] == number), None)
 
 
@@ -141,30 +140,30 @@ def _recipe(results: Sequence[Result]) -> str:
         )
     return f"""## The recipe: milliseconds a pack
 
-`configs/t2v_2b.yaml` at ZeRO-3 on one GPU: forward and backward of one pack of 16,384 tokens, and the share of
-{PEAK_TFLOPS:g} TFLOP/s by exact FLOPs (below). Each row has the changes above it; what is measured has change 3 in
-every row. Where no block is to be checkpointed, as few are as the dry run's estimate allows on the card, and the row
-says how many. The forecast, for none, is a roofline. It assumes
+`configs/t2v_2b.yaml` at ZeRO-3 on one GPU: forward and backward of one pack of 16,384 tokens, and MFU relative to
+{PEAK_TFLOPS:g} TFLOP/s by exact FLOPs (below). Each row includes the changes above it; all measurements include change
+3. In rows without checkpointing, as few blocks are checkpointed as the dry run's estimate allows on the card, and the
+cell states the number. The forecast is a roofline without checkpointing in these rows. It assumes
 {ASSUMED}.
 
 {chr(10).join(rows)}
 
-The optimizer's step comes once a step and is not in these figures; nor is communication, of which one GPU has none. The
-EMA is left out, and of the estimate, which is the dry run's, too."""
+Excluded are the optimizer, which runs once per step, and communication, because one GPU has none. The EMA is excluded
+here and from the dry run's estimate."""
 
 
 def _segments_cell(result: Result) -> str:
-    """What change 3 saves in attention, by check 7."""
+    """Savings of change 3 in attention, from check 7."""
     figures = (_found(result, 7) or {"figures": {}})["figures"]
     static, tight = figures.get("FA2 static"), figures.get("FA2 tight")
     if not static or not tight:
         return NOT_YET
     saved = [static[name] - tight[name] for name in ("forward_ms", "backward_ms")]
-    return f"in all rows; alone {saved[0]:.2f} + {saved[1]:.2f} ms a block less (check 7)"
+    return f"in all rows; alone it saves {saved[0]:.2f} + {saved[1]:.2f} ms a block (check 7)"
 
 
 def _kernel_cell(result: Result) -> str:
-    """What FlashAttention-3 saves, by check 7."""
+    """Savings of FlashAttention-3, from check 7."""
     figures = (_found(result, 7) or {"figures": {}})["figures"]
     ours, theirs = figures.get("FA2 tight"), figures.get("FA3 tight")
     if not figures:
@@ -172,15 +171,15 @@ def _kernel_cell(result: Result) -> str:
     if not ours or not theirs or "refused" in theirs:
         return f"not measured: FA3 {figures.get('kernels', {}).get('FA3', 'refused')}"
     saved = [ours[name] - theirs[name] for name in ("forward_ms", "backward_ms")]
-    return f"{saved[0]:.2f} + {saved[1]:.2f} ms a block less (check 7)"
+    return f"saves {saved[0]:.2f} + {saved[1]:.2f} ms a block (check 7)"
 
 
 CELLS = {3: _segments_cell, 4: _kernel_cell}
-"""Changes that check 7 measures, by their numbers."""
+"""Changes measured by check 7, by number."""
 
 
 def _block_ms(result: Result, part: str) -> str:
-    """Measured milliseconds of a part of a block, by check 6."""
+    """Measured milliseconds of a part of a block, from check 6."""
     figures = (_found(result, 6) or {"figures": {}})["figures"]
     calls = {"modulate": 2, "add_gated": 2, "norm_and_rotate": 2, "swiglu": 1}
     if part == "matrix products" and "products" in figures:
@@ -213,21 +212,21 @@ def _counting() -> str:
     rows = "\n".join(f"| {name} | {_percent(share)} | {source} |" for name, share, source in PEERS)
     return f"""## How FLOPs are counted
 
-MFU is the FLOPs of the model over the time and the card's dense bfloat16 peak, {PEAK_TFLOPS:g} TFLOP/s for an H100 or
-H200 (`training/hardware.py`), clocks as they are found.
+MFU is the model's FLOPs divided by the time and the card's dense bfloat16 peak, {PEAK_TFLOPS:g} TFLOP/s for an H100 or
+H200 (`training/hardware.py`). Clocks are not locked.
 
-* **Exact** (`packing/flops.py`), the figure above: what is really multiplied for the visible frames and their text.
-  Linear layers for each token, modulation for each frame, `4 d n^2` for the attention of a layer in a segment of n
-  tokens; three times that for forward and backward. Padding and recomputation do not count.
-* **As others count** (`mfu_peers` in the JSON): `6 N` a token, N the weights of the blocks that act on every token, and
-  `12 d n^2` a layer for attention, forward and backward. Modulation is left out of N: it is half of all weights, acts
-  once a frame and not once a token, and `6 N` with all weights would say 1.8 times as much as is multiplied.
+* **Exact** (`packing/flops.py`), used above: the actual multiplications for visible frames and their text. Linear
+  layers per token, modulation per frame, `4 d n^2` for a layer's attention in a segment of n tokens, times three for
+  forward and backward. Padding and recomputation are excluded.
+* **As others count** (`mfu_peers` in the JSON): `6 N` per token, with N the block weights that act on every token, and
+  `12 d n^2` per layer for attention, forward and backward. N excludes modulation, which is half of all weights but acts
+  once per frame instead of once per token. `6 N` with all weights would be 1.8 times the actual multiplications.
 
 | published | share of {PEAK_TFLOPS:g} TFLOP/s | |
 |---|---|---|
 {rows}
 
-None of these packs visible frames alone, and each counts FLOPs in its own way."""
+None of these packs only visible frames, and each counts FLOPs differently."""
 
 
 def main() -> int:

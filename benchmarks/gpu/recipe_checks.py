@@ -1,12 +1,12 @@
-"""The recipe for 2 billion parameters on one GPU at ZeRO-3: its speed in four ways, the most telling first.
+"""Speed of the 2-billion-parameter recipe on one GPU at ZeRO-3, in four variants (arms), most informative first.
 
-Each way is measured in a process of its own, forked from one that has imported DeepSpeed for all of them. Where not all
-blocks are meant to be checkpointed, as few are as the dry run's estimate allows on the card, as the recipe itself does
-with ``activation_checkpointing: auto``, and more where memory is full all the same.
+Each arm is measured in a separate process, forked from one that has imported DeepSpeed. Arms without full checkpointing
+checkpoint as few blocks as the dry run's estimate allows on the card, like ``activation_checkpointing: auto`` in the
+recipe, and more if that still runs out of memory.
 
-Model FLOPs are exact (``packing.flops``), of visible frames and their text, recomputation left out. Beside them stands
-the count that others report: ``6 N`` a token, N the weights of the blocks that act on every token (modulation acts once
-a frame), and ``12 L d n^2`` for the attention of a segment of n tokens.
+Model FLOPs are exact (``packing.flops``), for visible frames and their text, without recomputation. The second count is
+the one that others report: ``6 N`` per token, N the block weights that act on every token (modulation acts once per
+frame), and ``12 L d n^2`` for the attention of a segment of n tokens.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from flowception.training.hardware import GIB, gpu_peak, peak_memory_gib
 
 STEPS, PACKS = 4, 2
 OPTIMIZER_PACKS = 8
-"""Packs of a step over which its optimizer is spread in the second MFU: the recipe's own on 8 GPUs."""
+"""Packs per step that amortize the optimizer in the second MFU: the recipe's number on 8 GPUs."""
 LARGEST_DIFFERENCE = 2e-2
 """Relative, of a step's velocity loss."""
 _ARM_LIMIT_S = 110.0
 _CPU_ARM_LIMIT_S = 900.0
 _TRIES, _MORE_BLOCKS = 3, 8
-"""Where memory is full with as few blocks checkpointed as the estimate allows: all tries, and blocks more in each."""
+"""If the estimated minimum of checkpointed blocks runs out of memory: number of tries, and blocks added in each."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Arm:
     name: str
     compile: str
     checkpointed: bool
-    """Whether all blocks are; else the fewest that fit."""
+    """Whether all blocks are checkpointed; otherwise the fewest that fit."""
 
 
 ARMS = (
@@ -60,11 +60,11 @@ ARMS = (
     Arm("leaves compiled, all blocks checkpointed", "leaves", True),
     Arm("leaves compiled, fewest checkpointed", "leaves", False),
 )
-"""The recipe before and after all changes, then what lies between."""
+"""The recipe before and after all changes, then the intermediate variants."""
 
 
 def peers_flops(case: Case, pack: PackPlan) -> float:
-    """A pack's FLOPs as others count theirs; see the module."""
+    """A pack's FLOPs as others count them; see the module docstring."""
     frames, text = case.pack_clips(pack)
     tokens = text + frames * (case.clip.height * case.clip.width + 1)
     spec = case.config.model.flop_spec()
@@ -74,24 +74,24 @@ def peers_flops(case: Case, pack: PackPlan) -> float:
 
 
 def fewest_checkpointed(case: Case, parameters: int, memory_bytes: float) -> int:
-    """Fewest blocks checkpointed with which the dry run's estimate for one rank, without the EMA, fits a device.
+    """Fewest checkpointed blocks for which the dry run's estimate for one rank, without the EMA, fits a device.
 
     Args:
         case: The recipe.
-        parameters: Of its network.
-        memory_bytes: Of the device.
+        parameters: Parameters of its network.
+        memory_bytes: Memory of the device.
 
     Returns:
-        Their number; all where none fits.
+        Their number; all blocks if no number fits.
     """
     job, zero = Job.of(case.config, parameters), case.config.zero
-    ema = job.memory(zero, 1, 0).ema  # the estimate counts it: as much room more in the usable share makes up for it
+    ema = job.memory(zero, 1, 0).ema  # the estimate includes the EMA, so add the same amount to the usable memory
     blocks = job.fewest_checkpointed(zero, 1, memory_bytes + ema / USABLE_SHARE)
     return job.spec.num_layers if blocks is None else blocks
 
 
 def estimated_gib(case: Case, parameters: int) -> float:
-    """What the dry run says a rank of one needs, without the EMA, which is not built here."""
+    """The dry run's memory estimate for a single rank, without the EMA, which is not built here."""
     config = case.config
     memory = Job.of(config, parameters).memory(config.zero, 1, config.model.checkpointed_blocks())
     return (memory.total - memory.ema) / GIB
@@ -104,12 +104,12 @@ def _device_bytes(scene: Scene) -> int:
 
 
 def run_arm(scene: Scene, arm: Arm, more_blocks: int, batches: list[StepBatch], found: Path) -> None:
-    """One arm in a process of its own; writes what it measured, or that memory was full.
+    """Measure one arm in a separate process; writes its figures, or that it ran out of memory.
 
     Args:
         scene: The device.
-        arm: Which.
-        more_blocks: Blocks checkpointed beyond the fewest.
+        arm: The arm.
+        more_blocks: Checkpointed blocks beyond the fewest.
         batches: The steps.
         found: File for the figures.
     """
@@ -149,7 +149,7 @@ def _train(scene: Scene, case: Case, batches: list[StepBatch]) -> dict[str, Any]
 
 
 class _Runs(NamedTuple):
-    """What the processes of all arms share."""
+    """State shared by the processes of all arms."""
 
     scene: Scene
     batches: list[StepBatch]
@@ -158,7 +158,7 @@ class _Runs(NamedTuple):
 
 
 def four_ways(scene: Scene) -> Outcome:
-    """Run every arm; the figures of those before are kept if one ends badly."""
+    """Run every arm. Figures of earlier arms are kept if one fails."""
     plain = scene.recipe()
     batches = [plain.batch(step) for step in range(STEPS)]
     packs = [pack for batch in batches for pack in batch.step_plan.packs]
@@ -169,11 +169,11 @@ def four_ways(scene: Scene) -> Outcome:
         "arms": {},
     }
     runs, found = _Runs(scene, batches, figures), scene.folder / "arms.json"
-    limit_s = len(ARMS) * _TRIES * _arm_limit_s(scene)  # no more than a bound: the check's own limit comes first
+    limit_s = len(ARMS) * _TRIES * _arm_limit_s(scene)  # only a bound: the check's limit is reached first
     log = scene.folder / "arms.log"
     ending = run_in_child(partial(_import_and_run_arms, runs, found), limit_s, log, own_group=False)
     if ending.code != 0 or not found.is_file():
-        raise CheckFailed(f"the arms cannot be run: {ending.reason(limit_s)}", figures)
+        raise CheckFailed(f"the arms could not run: {ending.reason(limit_s)}", figures)
     arms: dict[str, dict[str, Any]] = json.loads(found.read_text()) or _run_arms(runs)
     figures["arms"] = arms
     failed = [f"{name}: {arm['failed']}" for name, arm in arms.items() if "failed" in arm] + _unlike(arms)
@@ -194,7 +194,7 @@ def _import_and_run_arms(runs: _Runs, found: Path) -> None:
 
 
 def _forks_badly(scene: Scene) -> bool:
-    """Whether a child of this process could not use CUDA, since it was started here; only a child can tell."""
+    """Whether a child of this process cannot use CUDA because it is initialized here; only a child can tell."""
 
     def tell() -> None:
         if torch.cuda._is_in_bad_fork():
@@ -204,7 +204,7 @@ def _forks_badly(scene: Scene) -> bool:
 
 
 def _run_arms(runs: _Runs) -> dict[str, dict[str, Any]]:
-    """Figures by the name of the arm."""
+    """Figures by arm name."""
     scene, figures = runs.scene, runs.figures
     for number, arm in enumerate(ARMS):
         arm_figures = _first_that_fits(runs, arm, scene.folder / f"arm_{number}")
@@ -216,18 +216,18 @@ def _run_arms(runs: _Runs) -> dict[str, dict[str, Any]]:
 
 
 def _unlike(arms: dict[str, dict[str, Any]]) -> list[str]:
-    """Arms whose losses are not those of the first, but for bfloat16's rounding: all train the same on the same."""
+    """Arms whose losses differ from the first arm's beyond bfloat16 rounding: all arms train on the same data."""
     losses = {name: found["losses"] for name, found in arms.items() if "losses" in found}
     first: list[float] = next(iter(losses.values()), [])
     return [
-        f"{name}: its losses {found} are not {first}"
+        f"{name}: losses must equal {first}, got {found}"
         for name, found in losses.items()
         if not all(abs(ours - theirs) <= LARGEST_DIFFERENCE * abs(theirs) for ours, theirs in zip(found, first))
     ]
 
 
 def _first_that_fits(runs: _Runs, arm: Arm, place: Path) -> dict[str, Any]:
-    """The arm's figures; with more and more blocks checkpointed where not all are meant to be and memory is full."""
+    """The arm's figures. If an arm without full checkpointing runs out of memory, more blocks are checkpointed."""
     tries: list[dict[str, Any]] = []
     limit_s = _arm_limit_s(runs.scene)
     for number in range(1 if arm.checkpointed else _TRIES):
@@ -244,7 +244,7 @@ def _first_that_fits(runs: _Runs, arm: Arm, place: Path) -> dict[str, Any]:
 
 
 def _add_shares(figures: dict[str, Any], arm: dict[str, Any]) -> None:
-    """MFU of an arm where the card's peak is known."""
+    """Add the MFU of an arm, if the card's peak is known."""
     peak = gpu_peak(arm["card"]) if arm.get("card") else None
     if peak is None or "ms_per_pack" not in arm:
         return

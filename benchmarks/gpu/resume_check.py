@@ -1,4 +1,4 @@
-"""A run of ``train/main.py`` killed at a random step and started again, against one that nothing happened to."""
+"""Compares a run of ``train/main.py`` that is killed at a random step and resumed with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_set(folder: Path) -> Path:
 
 
 def command(scene: Scene, shards: Path, run_dir: Path) -> list[str]:
-    """The training command: the recipe with a small network without text."""
+    """The training command: the recipe with a small network and without text."""
     words = [
         "model.preset=null",
         f"model.in_channels={_CHANNELS}",
@@ -76,17 +76,17 @@ def command(scene: Scene, shards: Path, run_dir: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables of a run alone on its machine, with cuBLAS in its deterministic way."""
+    """Environment variables of a single-process run with deterministic cuBLAS."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def train(words: list[str], log: Path, kill_at: int | None = None) -> int:
-    """Run the command; SIGKILL it when its metrics have a number of steps.
+    """Run the command, and SIGKILL it when its metrics reach a number of steps.
 
     Returns:
-        Its exit code, minus the signal's number.
+        Its exit code, or minus the signal number.
     """
     metrics = Path(next(word for word in words if word.startswith("run_dir="))[len("run_dir=") :], "metrics.jsonl")
     with log.open("ab") as stream:
@@ -103,7 +103,7 @@ def train(words: list[str], log: Path, kill_at: int | None = None) -> int:
 
 
 def killed_and_resumed(scene: Scene) -> Outcome:
-    """Three starts; a fourth only where the hashes differ, to tell a wrong resume from arithmetic in any order."""
+    """Three starts, and a fourth if the hashes differ, to distinguish a wrong resume from nondeterministic kernels."""
     shards, log = write_set(scene.folder / "shards"), scene.folder / "train.log"
     runs = {name: scene.folder / name for name in ("whole", "killed", "again")}
     words = {name: command(scene, shards, run_dir) for name, run_dir in runs.items()}
@@ -120,11 +120,11 @@ def killed_and_resumed(scene: Scene) -> Outcome:
     differing = [name for name, value in whole.items() if resumed[name] != value]
     _expect(train(words["again"], log), 0, "the second uninterrupted run", log)
     alike = hashes(checkpoint_dir(runs["again"], STEPS)) == whole
-    why = "two runs without a kill are equal, so the resume is wrong" if alike else "two runs without a kill differ too"
+    why = "uninterrupted runs are equal, so the resume is wrong" if alike else "two uninterrupted runs differ too"
     raise CheckFailed(f"{said}: {', '.join(differing)} differ; {why}", figures)
 
 
 def _expect(code: int, wanted: int, which: str, log: Path) -> None:
     if code != wanted:
         words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        raise CheckFailed(f"{which} left with {code}, not {wanted}; its last words: {' '.join(words)}")
+        raise CheckFailed(f"{which} must exit with {wanted}, got {code}; last output: {' '.join(words)}")

@@ -1,12 +1,12 @@
-"""Twelve checks of the CUDA path in under nine minutes, without a network: ``benchmarks/gpu.sh`` runs this.
+"""Twelve checks of the CUDA path in under nine minutes, offline; run by ``benchmarks/gpu.sh``.
 
-    benchmarks/gpu.sh --device cpu                      # the script itself, with a small network
+    benchmarks/gpu.sh --device cpu                      # tests the script with a small network
     benchmarks/gpu.sh --json gpu.json --page gpu.md     # on a machine with one GPU
 
-Each check runs in a process of its own with its own time limit and prints one line as it ends; the last lines of the
-output are all of them. Their verdicts: ``pass``; ``measured``, figures with no right or wrong; ``needs a GPU``, with
-the reason; ``FAIL``, with what was wrong. The JSON file is written after every check. The exit code is 1 if any failed,
-and 2 if there is no GPU where one was asked for.
+Each check runs in a separate process with a time limit and prints one line when it ends. Verdicts: ``pass``;
+``measured``, figures without a pass criterion; ``needs a GPU``, with the reason; ``FAIL``, with what was wrong. The
+JSON file is written after every check. The exit code is 1 if any check failed, and 2 if a GPU was requested but there
+is none.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _IMPORTED_ONCE = (
     "flowception.training.trainer",
     "flowception.generation.kv_cache",
 )
-"""Slow to import, and silent about GPUs; every check is forked with them."""
-_NO_TIME = "not run: the {total:g} s of all checks are used up or kept for later ones; run it by --only {number}"
+"""Modules that are slow to import and do not use the GPU; imported once, before checks are forked."""
+_NO_TIME = "not run: the {total:g} s for all checks are used up or reserved for later ones; run it with --only {number}"
 
 
 def run_check(check: Check, device: str, folder: Path, limit_s: float) -> Record:
     """Run one check in a child.
 
     Args:
-        check: Which.
+        check: The check.
         device: ``cuda`` or ``cpu``.
-        folder: Where it may write.
-        limit_s: Seconds that it may take.
+        folder: Folder for its files.
+        limit_s: Time limit in seconds.
 
     Returns:
-        What came of it; a check that did not end well is a failure with what it had noted before.
+        Its record. A check that crashed or was killed is a failure with its partial results.
     """
     place = folder / f"check_{check.number:02d}"
     place.mkdir()
@@ -73,7 +73,7 @@ def run_check(check: Check, device: str, folder: Path, limit_s: float) -> Record
 
 
 def _be_check(check: Check, device: str, place: Path, found: Path) -> None:
-    """What the child does."""
+    """Run a check in the child process."""
     from benchmarks.gpu.scene import Scene
 
     module, function = check.function.split(":")
@@ -85,18 +85,18 @@ def _be_check(check: Check, device: str, place: Path, found: Path) -> None:
 
 
 def find_machine(device: str, folder: Path) -> dict[str, Any]:
-    """What the machine is, asked in a child so that this process stays clear of the GPU.
+    """Describe the machine, from a child process so that this process does not initialize CUDA.
 
     Raises:
-        SystemExit: If the device is not there.
+        SystemExit: If the device does not exist.
     """
     found, log = folder / "machine.json", folder / "machine.log"
     ending = run_in_child(partial(_write_machine, device, found), 120, log)
     if not found.is_file():
-        raise SystemExit(f"benchmarks/gpu: the machine cannot be read: {ending.reason(120)}")
+        raise SystemExit(f"benchmarks/gpu: cannot query the machine ({ending.reason(120)}); check that torch works")
     machine: dict[str, Any] = json.loads(found.read_text())
     if device == "cuda" and machine["card"] is None:
-        print("benchmarks/gpu: torch finds no GPU; try --device cpu", file=sys.stderr)
+        print("benchmarks/gpu: torch finds no GPU; use --device cpu to test the script", file=sys.stderr)
         raise SystemExit(EXIT_NO_GPU)
     return machine
 
@@ -127,7 +127,7 @@ def run_all(
     budget: Budget,
     logs: Path | None = None,
 ) -> list[Record]:
-    """Run checks in order, a line each, the JSON file after each; logs of those that fail are kept in ``logs``."""
+    """Run checks in order. Prints a line and writes the JSON file after each; keeps failed checks' logs in ``logs``."""
     records: list[Record] = []
     for number, check in enumerate(checks):
         limit_s = budget.limit_s(check, checks[number + 1 :])
@@ -145,14 +145,14 @@ def run_all(
 
 
 def keep_log(place: Path, target: Path) -> None:
-    """Put what a check and its own children printed into one file."""
+    """Concatenate the output of a check and its children into one file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(place.rglob("*log"))]
     target.write_text("\n".join(parts))
 
 
 def write_json(path: Path, machine: dict[str, Any], records: Sequence[Record], seconds: float, complete: bool) -> None:
-    """Write what was found so far."""
+    """Write the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         **machine,
@@ -164,7 +164,7 @@ def write_json(path: Path, machine: dict[str, Any], records: Sequence[Record], s
 
 
 def default_json(machine: dict[str, Any]) -> Path:
-    """Where the result of a GPU goes: named by card and day."""
+    """Default file for a GPU's result, named by card and date."""
     card = re.sub(r"[^a-z0-9]+", "-", str(machine["card"]).lower().replace("nvidia", "")).strip("-")
     return ROOT / "benchmarks" / "results" / f"gpu_{card}_{machine['date']}.json"
 
@@ -172,10 +172,12 @@ def default_json(machine: dict[str, Any]) -> Path:
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs the script, small")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the script with a small network"
+    )
     parser.add_argument("--json", type=Path, help="file for the figures (cuda: benchmarks/results/gpu_CARD_DATE.json)")
-    parser.add_argument("--page", type=Path, help="file for the page that is made from them, such as docs/gpu.md")
-    parser.add_argument("--logs", type=Path, help="folder for what checks that fail have printed")
+    parser.add_argument("--page", type=Path, help="file for the page made from them, such as docs/gpu.md")
+    parser.add_argument("--logs", type=Path, help="folder for the output of failed checks")
     parser.add_argument("--only", help="numbers of checks, such as 1,3")
     arguments = parser.parse_args(words)
     numbers = {check.number for check in CHECKS}
@@ -184,13 +186,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError:
         only = {0}
     if only - numbers:
-        parser.error(f"--only is {arguments.only!r}; give numbers from 1 to {len(CHECKS)}, such as 1,3")
+        parser.error(f"--only must be numbers from 1 to {len(CHECKS)}, such as 1,3, got {arguments.only!r}")
     arguments.checks = [check for check in CHECKS if check.number in only]
     return arguments
 
 
 def import_once() -> None:
-    """Import what is slow to import, so that every child has it; a check says what is missing."""
+    """Import the slow modules, so that forked children have them. The environment check reports missing ones."""
     for name in _IMPORTED_ONCE:
         try:
             importlib.import_module(name)
@@ -208,7 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     budget = Budget(TOTAL_LIMIT_S, 1.0 if arguments.device == "cuda" else CPU_PATIENCE, time.monotonic)
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are slow on a busy machine
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # synchronizing threads are slow on a busy machine
     import_once()
     with tempfile.TemporaryDirectory(prefix="flowception-gpu-") as name:
         machine = find_machine(arguments.device, Path(name))

@@ -1,4 +1,4 @@
-"""Sampling with the keys and values of finished frames kept, in bfloat16, against float32 on the CPU."""
+"""Compares sampling with cached keys and values of finished frames in bfloat16 with float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _STEPS, _CLIPS, _REFRESH_STEPS = 6, 3, 3
 
 
 class Pair:
-    """A predictor that asks two, notes how far the second is from the first, and answers as the first."""
+    """A predictor that evaluates two, records the error of the second, and returns the output of the first."""
 
     def __init__(self, first: FrozenFramePredictor, second: FrozenFramePredictor) -> None:
         self.first, self.second = first, second
         self.errors: list[float] = []
         self.narrow = 0
-        """Evaluations in which only live frames were computed."""
+        """Evaluations that computed only live frames."""
 
     def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
-        """Ask both."""
+        """Evaluate both predictors."""
         expected, found = self.first(state), self.second(state)
         self.errors.append(max(relative_error(ours, theirs) for ours, theirs in zip(found, expected, strict=True)))
         self.narrow += not self.second.refreshes(state)
@@ -36,7 +36,7 @@ class Pair:
 
 
 def cached_sampling(scene: Scene) -> Outcome:
-    """Show both predictors the same states, those that the float32 one passes through."""
+    """Evaluate both predictors on the same states, those of a float32 sampling run."""
     case = scene.small()
     generator = torch.Generator().manual_seed(1)
     width = case.config.model.flop_spec().text_dim or 0
@@ -59,9 +59,9 @@ def cached_sampling(scene: Scene) -> Outcome:
     )
     worst = max(pair.errors)
     figures = {"largest_error": worst, "evaluations": len(pair.errors), "narrow_evaluations": pair.narrow}
-    said = f"error {worst:.2g} of {len(pair.errors)} evaluations, {pair.narrow} of them with kept keys and values"
+    said = f"error {worst:.2g} of {len(pair.errors)} evaluations, {pair.narrow} of them with cached keys and values"
     if not pair.narrow:
-        raise CheckFailed(f"{said}: nothing was tried", figures)
+        raise CheckFailed(f"{said}; at least one evaluation must use the cache", figures)
     if not worst <= _LARGEST_ERROR:
-        raise CheckFailed(f"{said}; at most {_LARGEST_ERROR} is allowed", figures)
+        raise CheckFailed(f"{said}; the error must be at most {_LARGEST_ERROR}", figures)
     return Outcome(PASS, said, figures)

@@ -1,4 +1,4 @@
-"""What the checks run on: the recipe's network and packs on a GPU, a small one's on a CPU, with made-up clips.
+"""Inputs of the checks: the recipe's network and packs on a GPU, a small network on a CPU, both with synthetic clips.
 
 Shape legend: ``T`` tokens of a pack, ``C h w`` a latent frame, ``D`` text width.
 """
@@ -33,7 +33,7 @@ from flowception.training.config import TrainConfig, load_config
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "t2v_2b.yaml"
 RECIPE_CLIP = ClipShape(19, 8, 8, 128)
-"""What the recipe's header says of its clips."""
+"""The clips of the recipe's header comment."""
 SMALL_CLIP = ClipShape(5, 2, 2, 3)
 COMMON_WORDS = ("packs_per_step=2", "model.activation_checkpointing=false")
 SMALL_WORDS = (
@@ -47,15 +47,15 @@ SMALL_WORDS = (
     "zero.param_persistence_threshold=0",
 )
 SMALL_WIDTH = {"cuda": 128, "cpu": 32}
-"""A CPU may have no units for bfloat16."""
+"""A CPU may have no bfloat16 units."""
 _CLIPS = 600
-"""Of the made-up set: sizes depend on the longest and the smallest alone, and these are all alike."""
+"""Size of the synthetic set. The pack shape depends only on the longest and smallest clip, and all are equal."""
 NULL_TEXT_TOKENS = 1
 
 
 @dataclass(frozen=True)
 class MadeUpClips:
-    """A ``ClipReader`` of random latents and texts; nothing is read."""
+    """A ``ClipReader`` that returns random latents and texts."""
 
     clip: ClipShape
     latent_channels: int
@@ -67,7 +67,7 @@ class MadeUpClips:
         return None if self.text_width is None else torch.zeros(NULL_TEXT_TOKENS, self.text_width).bfloat16()
 
     def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
-        """Frames of the clip of a row, and its text: always the same of one row."""
+        """Frames and text of the clip of a row, a function of the row."""
         generator = torch.Generator().manual_seed(row)
         shape = (self.clip.frames, self.latent_channels, self.clip.height, self.clip.width)
         latents = torch.randn(shape, generator=generator)[torch.as_tensor(np.asarray(frames))]
@@ -76,23 +76,23 @@ class MadeUpClips:
         return latents.bfloat16(), torch.randn(self.clip.text_tokens, self.text_width, generator=generator).bfloat16()
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """There is nothing to make ready."""
+        """Nothing to prefetch."""
 
     def describe(self, row: int) -> str:
-        """A made-up clip."""
-        return f"made-up clip {row}"
+        """Name of the clip for messages."""
+        return f"synthetic clip {row}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration with clips to train it on."""
+    """A configuration with clips to train on."""
 
     config: TrainConfig
     clip: ClipShape
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan of a set of such clips."""
+        """The plan of a set of these clips."""
         index = ClipIndex.from_arrays(
             frames=np.full(_CLIPS, self.clip.frames),
             height=self.clip.height,
@@ -105,19 +105,19 @@ class Case:
 
     @cached_property
     def reader(self) -> MadeUpClips:
-        """Their content."""
+        """Reader of the clips."""
         spec = self.config.model.flop_spec()
         return MadeUpClips(self.clip, spec.in_channels, spec.text_dim)
 
     def batch(self, step: int) -> StepBatch:
-        """A step of the plan, as the loader gives it to the only rank."""
+        """A step of the plan, as the loader returns it to a single rank."""
         cursor = Cursor(0, step)
         planned = self.plan.step(cursor)
         packs = [build_pack(self.plan, pack, self.reader) for pack in planned.packs]
         return StepBatch(planned, packs, cursor, self.plan.next(cursor), [])
 
     def padding(self) -> Pack:
-        """A pack of padding alone."""
+        """A pack of padding only."""
         return empty_pack(self.plan)
 
     def pack_clips(self, pack: PackPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -126,7 +126,7 @@ class Case:
         return draws.clips.visible_frames.numpy(), draws.text_tokens
 
     def pack_flops(self, pack: PackPlan) -> float:
-        """Exact FLOPs of a pack's forward and backward pass, padding and recomputation left out."""
+        """Exact FLOPs of a pack's forward and backward pass, excluding padding and recomputation."""
         frames, text = self.pack_clips(pack)
         spec = self.config.model.flop_spec()
         return float(training_flops(spec, frames, self.clip.height, self.clip.width, text).sum())
@@ -134,24 +134,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a check runs."""
+    """Device and working folder of a check."""
 
     device: torch.device
     folder: Path
-    """Where it may write."""
+    """Folder for its files."""
 
     @classmethod
     def of(cls, device: str, folder: Path) -> Scene:
-        """The scene of a device's name."""
+        """The scene for a device name."""
         return cls(torch.device(device, 0) if device == "cuda" else torch.device(device), folder)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is a GPU, so that sizes are the recipe's."""
+        """Whether the device is a GPU, which uses the recipe's sizes."""
         return self.device.type == "cuda"
 
     def recipe(self, *words: str) -> Case:
-        """The recipe for 2 billion parameters on a GPU; on a CPU the small case in its place."""
+        """The recipe with 2 billion parameters on a GPU; the small case on a CPU."""
         if not self.on_gpu:
             return self.small(*words)
         return Case(load_config([RECIPE], [*COMMON_WORDS, *words]), RECIPE_CLIP)
@@ -163,11 +163,11 @@ class Scene:
 
     @property
     def note_path(self) -> Path:
-        """Where the check's outcome is written, and before that what it has so far."""
+        """File of the check's outcome, and of its partial results before that."""
         return self.folder / "outcome.json"
 
     def note(self, outcome: Outcome) -> None:
-        """Write down what the check has so far, which is kept if it is ended."""
+        """Save partial results, which are kept if the check is killed."""
         outcome.save(self.note_path)
 
     def synchronize(self) -> None:
@@ -176,7 +176,7 @@ class Scene:
             torch.cuda.synchronize(self.device)
 
     def median_ms(self, function: Callable[[], Any], repeats: int = 10, warmup: int = 3) -> float:
-        """Median milliseconds of a function, by the device's own clock on a GPU."""
+        """Median milliseconds of a function, by CUDA events on a GPU."""
         for _ in range(warmup if self.on_gpu else 1):
             function()
         self.synchronize()
@@ -186,9 +186,9 @@ class Scene:
         if not self.on_gpu:
             times = []
             for _ in range(repeats):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 function()
-                times.append((time.perf_counter() - began) * 1e3)
+                times.append((time.perf_counter() - started) * 1e3)
             return times
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, stop in pairs:
@@ -200,12 +200,12 @@ class Scene:
 
 
 def needs_gpu(reason: str) -> Outcome:
-    """The outcome of a check that has nothing to do on a CPU."""
+    """The outcome of a check that does not apply to a CPU."""
     return Outcome(NEEDS_GPU, reason)
 
 
 def open_model(config: TrainConfig, seed: int = 0) -> nn.Module:
-    """The network of a configuration with its gates and outputs open: at their start they are zero and hide errors."""
+    """The network of a configuration with nonzero gates and outputs; their initial zeros would hide errors."""
     model: Any = build_backbone(config.model)
     model.initialize(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -216,13 +216,13 @@ def open_model(config: TrainConfig, seed: int = 0) -> nn.Module:
 
 
 def training_loss(output: ModelOutput, pack: Pack, step: StepPlan, insertion_loss_weight: float) -> Tensor:
-    """The loss of a micro-step, as ``training.step`` has it for one rank with one pack."""
+    """The loss of a micro-step, as in ``training.step`` for one rank with one pack."""
     velocity = velocity_loss_sum(output.velocity, pack.velocity_target, pack.velocity_mask, pack.weight_token)
     insertion = insertion_loss_sum(output.log_rate, pack.missing, pack.insertion_mask, pack.weight_frame)
     return velocity / step.velocity_denominator + insertion_loss_weight * insertion / step.insertion_denominator
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """``|found - expected| / |expected|`` in float64; NaN where anything is not finite."""
+    """``|found - expected| / |expected|`` in float64; NaN if anything is not finite."""
     found, expected = found.detach().double(), expected.detach().to(found.device).double()
     return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))

@@ -1,6 +1,6 @@
-"""How long each operator of one block takes, and how near that is to what the card moves and multiplies.
+"""Times each operator of a block and compares it with the card's memory bandwidth and matrix throughput.
 
-Bytes are the fewest there can be: every input read once, every output written once.
+Bytes are the minimum: every input read once, every output written once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from flowception.packing.layout import PackInput, PackLayout, TokenKind
 _COPY_MIB = {"cuda": 1024, "cpu": 8}
 _PRODUCT_SIZE = {"cuda": 8192, "cpu": 128}
 _IN_A_ROW = 10
-"""Calls timed together of what takes a GPU no longer than the host needs to start it."""
+"""Calls timed together for operators that run no longer than their launch."""
 
 
 def ceilings(scene: Scene) -> dict[str, float]:
-    """What the card does at best: a large copy in TB/s, read and written, and a large bfloat16 product in TFLOP/s."""
+    """Measured peaks of the card: a large copy in TB/s (read plus write), a large bfloat16 product in TFLOP/s."""
     source = torch.randn(_COPY_MIB[scene.device.type] * 2**18, device=scene.device)
     target = torch.empty_like(source)
     copy_ms = scene.median_ms(lambda: target.copy_(source))
@@ -82,7 +82,7 @@ def products(scene: Scene, case: Case) -> dict[str, dict[str, float]]:
 
 
 def attention_times(scene: Scene, case: Case, layout: PackLayout) -> dict[str, float]:
-    """Attention of a planned pack, ``4 d`` FLOPs a pair forward and ``10 d`` backward, as FlashAttention counts."""
+    """Attention on a planned pack, with FlashAttention's count of ``4 d`` FLOPs per pair forward, ``10 d`` backward."""
     inputs = [part.requires_grad_() for part in random_heads(scene, case, 3)]
     times = both_ways(scene, lambda query, key, value: attention(query, key, value, layout), inputs)
     pairs = float(sum(length**2 for length in layout.segment_lengths)) * case.config.model.flop_spec().hidden_size
@@ -114,13 +114,13 @@ def _repeat(function: Callable[[], object]) -> None:
 
 
 def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict[str, dict[str, float]]:
-    """Modulation's gradients summed by runs of tokens, and added by index, each alone, with TB/s.
+    """Modulation gradients summed by runs of tokens, and by ``index_add_``, each with TB/s.
 
     Args:
         scene: The device.
         case: The sizes.
         pack: On the device.
-        rows: Which row each of its tokens takes.
+        rows: The row of each of its tokens.
     """
     shape = (case.config.plan.token_budget, case.config.model.flop_spec().hidden_size)
     real = (pack.layout.token_kind != TokenKind.PADDING).unsqueeze(1)
@@ -141,7 +141,7 @@ def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict
 
 
 def block_times(scene: Scene, pack: PackInput, way: str) -> dict[str, float]:
-    """A whole block, by what of it is compiled."""
+    """A complete block, for each value of ``model.compile``."""
     case = scene.recipe("model.num_layers=1", f"model.compile={way}", "model.activation_checkpointing=false")
     model = open_model(case.config).to(scene.device, torch.bfloat16)
     seen = block_inputs(model, pack)
@@ -160,7 +160,7 @@ def block_times(scene: Scene, pack: PackInput, way: str) -> dict[str, float]:
 
 
 def operators(scene: Scene) -> Outcome:
-    """Everything of one block."""
+    """All timings of one block."""
     figures: dict[str, Any] = {"ceilings": ceilings(scene)}
     case = scene.recipe("model.num_layers=1", "model.compile=off")
     pack = case.batch(0).packs[0].to(scene.device)

@@ -1,6 +1,6 @@
-"""Where a training step makes the host wait for the GPU, and what both do in it.
+"""Finds where a training step makes the host wait for the GPU, and how busy both are.
 
-A few blocks of the recipe's width are enough: what a block costs the host does not depend on how many there are.
+A few blocks of the recipe's width are enough: the host cost of a block does not depend on their number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLau
 
 @contextmanager
 def sync_sites(found: Counter[str]) -> Iterator[None]:
-    """Inside, every operation that waits for the GPU is counted by the line of Python that called it."""
+    """Count operations that wait for the GPU inside the block, by the Python line that called them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -43,7 +43,7 @@ def sync_sites(found: Counter[str]) -> Iterator[None]:
 
 
 def short_path(name: str) -> str:
-    """A source file from the repository's root, or from the package's."""
+    """A source file relative to the repository root, or to its package."""
     path = Path(name)
     if path.is_relative_to(ROOT):
         return str(path.relative_to(ROOT))
@@ -62,7 +62,7 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def step_profile(events: Sequence[Any]) -> dict[str, Any]:
-    """What a profiled step did: kernels, their time, launches, waits."""
+    """Kernels, their time, launches and waits of a profiled step."""
     on_gpu = [
         event
         for event in events
@@ -83,9 +83,9 @@ def step_profile(events: Sequence[Any]) -> dict[str, Any]:
 
 
 def waiting(scene: Scene) -> Outcome:
-    """Two steps to warm up, one under the debug mode, one under the profiler, one timed."""
+    """Run two warm-up steps, one in sync debug mode, one under the profiler, and one timed."""
     if not scene.on_gpu:
-        return needs_gpu("a host does not wait for a CPU, and there is no GPU to be idle")
+        return needs_gpu("on a CPU there is no GPU to wait for")
     case = scene.recipe(f"model.num_layers={BLOCKS}", "model.compile=blocks", "model.activation_checkpointing=false")
     batches = [pinned(scene, case.batch(step)) for step in range(WARM_STEPS + 1)]
     with compiler(scene):

@@ -1,7 +1,7 @@
-"""Training through DeepSpeed at every ZeRO stage, one rank, beside the same training in plain torch.
+"""Compares training with DeepSpeed at every ZeRO stage, on one rank, with the same training in plain torch.
 
-Plain torch keeps float32 masters and AdamW and computes as ``training.distributed.zero`` says it does: in float32; at
-stages 0 and 1 in bfloat16 by autocast; at stages 2 and 3 with bfloat16 copies of the weights.
+Plain torch keeps float32 master weights and AdamW states and computes like ``training.distributed.zero``: in float32;
+in bfloat16 with autocast at stages 0 and 1; with bfloat16 copies of the weights at stages 2 and 3.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEARNING_RATE = 3e-3
 
 
 def build(case: Case, stage: int, precision: str, ranks: Ranks, packs: int = 2) -> tuple[Any, ShardedState]:
-    """An engine as ``training.trainer`` builds it, with initial weights."""
+    """The engine of ``training.trainer``, with initial weights."""
     config, device = case.config, ranks.device
     zero = ZeroConfig(stage=stage, param_persistence_threshold=0)
     settings = deepspeed_config(zero, precision, packs, config.optim.clip_grad_norm, device)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def by_deepspeed(case: Case, stage: int, precision: str, ranks: Ranks, batches: 
     """Losses of every step.
 
     Raises:
-        CheckFailed: If the refused step changed anything, or another was refused.
+        CheckFailed: If the rejected step changed anything, or another step was rejected.
     """
     engine, shards = build(case, stage, precision, ranks)
     shards.set_learning_rate(_LEARNING_RATE)
@@ -66,13 +66,13 @@ def by_deepspeed(case: Case, stage: int, precision: str, ranks: Ranks, batches: 
         outcome = optimizer_step(engine, case.config.optim.clip_grad_norm, lambda norm, why=wanted: why, ranks.device)  # type: ignore[misc]
         if outcome.refused != wanted:
             raise CheckFailed(
-                f"ZeRO-{stage} {precision}: step {number} was refused for {outcome.refused!r}, not {wanted!r}"
+                f"ZeRO-{stage} {precision}: step {number} must be rejected for {wanted!r}, got {outcome.refused!r}"
             )
         after = [part for kind in ("weight", "exp_avg", "exp_avg_sq") for part in shards.tensors(kind)]
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         if same != (wanted is not None):
             raise CheckFailed(
-                f"ZeRO-{stage} {precision}: step {number} {'left' if same else 'moved'} weights or moments"
+                f"ZeRO-{stage} {precision}: step {number} {'did not change' if same else 'changed'} weights or moments"
             )
     engine.destroy()
     return losses
@@ -98,7 +98,7 @@ def by_torch(case: Case, arithmetic: str, device: torch.device, batches: list[St
 
 
 def _accumulate(masters: nn.Module, model: nn.Module, arithmetic: str, batch: StepBatch, device: torch.device) -> float:
-    """One step's forward and backward passes; gradients add up in the masters, float32."""
+    """One step's forward and backward passes; gradients accumulate in the float32 master weights."""
     if model is not masters:
         with torch.no_grad():
             for copy, master in zip(model.parameters(), masters.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""What ``encode_shards.py`` reads: a dataclass, filled from YAML and ``key=value`` words."""
+"""Configuration of ``encode_shards.py``: a dataclass, filled from YAML and ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowception.errors import ConfigError
 from flowception.ranges import check_ranges, integer, number, shown
 
 SourceFormat = Literal["auto", "folder", "csv", "jsonl", "taichi", "realestate10k", "kinetics600", "openvid"]
-"""How a source is laid out."""
+"""Layouts of a source."""
 
 
 @dataclass(kw_only=True)
@@ -22,59 +22,59 @@ class EncodeConfig:
     """One encoding job."""
 
     source: str = MISSING
-    """Folder of videos, a ``.csv`` or ``.jsonl`` manifest, or the folder of a data set."""
+    """Folder of videos, ``.csv`` or ``.jsonl`` manifest, or folder of a data set."""
     source_format: SourceFormat = "auto"
-    """How the source is laid out, as ``data_prep/encoder/manifests/`` describes; ``auto`` tells a folder, a CSV and a
+    """Layout of the source, described in ``data_prep/encoder/manifests/``; ``auto`` detects a folder, a CSV, and a
     JSONL."""
     split: str | None = None
-    """Which part of a data set to encode; None is its training part."""
+    """Split of a data set to encode; None is its training split."""
     filters: dict[str, FilterRange] = field(default_factory=dict)
-    """Range by column of the manifest, or by ``duration_s, height, width, fps`` of the files' headers; for example
+    """Ranges by manifest column, or by ``duration_s, height, width, fps`` from file headers. For example,
     ``{motion score: {min: 2}}``."""
     out: str = MISSING
     """Folder of the shard set."""
     codec: CodecConfig = field(default_factory=CodecConfig)
-    """What turns pixels into latents."""
+    """Codec that turns pixels into latents."""
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    """What turns captions into embeddings; ``text.model=null`` is nothing."""
+    """Text encoder for captions; ``text.model=null`` for a set without text."""
     frame_folder_fps: float | None = None
-    """Frames per second of videos that are folders of png or jpg frames, where the manifest has no column of this name.
-    A ``folder`` source is searched for such folders only if it is given."""
+    """Frames per second of videos that are folders of png or jpg frames, if the manifest has no column of this name. A
+    ``folder`` source is searched for folders of frames only if this is set."""
     fps: float | None = None
     """Frames per second of the clips; None keeps every frame."""
     height: int | None = None
-    """Pixels; videos are resized to cover height x width and cropped in the middle. None keeps the video's size."""
+    """Pixels; videos are resized to cover height x width, then center-cropped. None keeps the video's size."""
     width: int | None = None
-    """Likewise."""
+    """Pixels; set together with ``height``."""
     max_pixels: int | None = None
-    """Height x width at most: each video keeps its own shape and is resized, not cropped, to the nearest multiples of
-    the codec's stride. Instead of ``height`` and ``width``."""
+    """Largest height x width: each video keeps its own shape and is resized, not cropped, to the nearest multiples of
+    the codec's stride. Use instead of ``height`` and ``width``."""
     min_frames: int = 1
     """Pixel frames; a video's last piece is dropped if it is shorter."""
     max_frames: int | None = None
-    """Pixel frames; videos are cut into pieces of this length. None keeps a video whole."""
+    """Pixel frames; videos are cut into pieces of this length. None does not cut videos."""
     min_motion: float | None = None
-    """Mean absolute change of a pixel from frame to frame, 0 to 255, after resizing; pieces with less are dropped. None
+    """Mean absolute change of a pixel from frame to frame, 0 to 255, after resizing. Pieces with less are dropped. None
     keeps all."""
     max_video_gib: float = 4.0
-    """A video that takes more memory than this when it is decoded and cut is not read, with that reason. Each worker
-    holds up to three."""
+    """A video that takes more memory than this when decoded and cut is listed as unreadable. Each worker holds up to
+    three videos."""
     videos_per_shard: int = 256
-    """A shard is a fixed range of the manifest; also what is lost at most when the job is killed."""
+    """Videos per shard, a fixed range of the manifest. This is also the most work lost when a job is killed."""
     clips_per_batch: int = 1
-    """Clips that go through the codec and the text encoder together, those of equal shape in one batch; more is faster
-    on a GPU and takes its memory."""
+    """Most clips per call of the codec and the text encoder, with clips of equal shape in one batch. More is faster on
+    a GPU and takes more of its memory."""
     num_workers: int = 0
-    """Processes that decode; 0 decodes in the main process."""
+    """Decoding processes; 0 decodes in the main process."""
     decode_timeout_s: float = 3600.0
-    """How long the others wait for one video; then its decoder is killed and the video listed as unreadable. Needs
+    """Longest wait for one video. Then its decoder is killed and the video is listed as unreadable. Needs
     ``num_workers`` above 0."""
     device: str | None = None
-    """Where the codec computes; None is CUDA where there is one."""
+    """Device of the codec; None is CUDA if available, else the CPU."""
     part: int = 0
-    """Which of ``num_parts`` jobs this is; it encodes every ``num_parts``-th shard."""
+    """Index of this job among ``num_parts`` jobs; it encodes every ``num_parts``-th shard."""
     num_parts: int = 1
-    """Jobs that share one set, on machines that share its folder."""
+    """Number of jobs that share one set, on machines that share its folder."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -110,7 +110,7 @@ class EncodeConfig:
             raise ConfigError(f"max_frames must be at least min_frames, got {self.max_frames} and {self.min_frames}")
 
     def check_codec(self, codec: Codec) -> None:
-        """Refuse sizes that the codec cannot encode, saying the nearest that it can."""
+        """Raise ``ConfigError`` for sizes that the codec cannot encode; the message has the nearest valid size."""
         for name in ("height", "width"):
             size, stride = getattr(self, name), codec.spatial_stride
             if size is not None and (size < stride or size % stride):

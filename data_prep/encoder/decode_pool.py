@@ -1,6 +1,6 @@
-"""Decodes many videos in several processes, in order, and survives videos that kill a decoder or hang it.
+"""Decoding many videos in several processes, in order, despite videos that crash or hang a decoder.
 
-With no workers it decodes in this process, one video after another.
+Without workers, videos are decoded in this process, one after another.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flowception.errors import DataError
 
 Decoder = Callable[[Path, CutSettings], CutVideo]
 Decoded = CutVideo | str
-"""A video's clips, or the reason why there are none."""
-_AHEAD = 2
-"""Videos decoded or waiting for each worker; bounds the memory."""
-CRASHED = "the decoder crashed on it"
-HUNG = "the decoder was stopped, it took longer than decode_timeout_s"
+"""A video's clips, or the reason why it has none."""
+_QUEUED_PER_WORKER = 2
+"""Videos in flight or decoded per worker; bounds the memory."""
+CRASHED = "the decoder crashed"
+HUNG = "the decoder took longer than decode_timeout_s and was killed"
 
 
 class _HungDecoderError(Exception):
-    """A decoder took too long; the processes of its pool are dead."""
+    """A decoder took too long, and the processes of its pool were killed."""
 
 
 def decode_videos(
@@ -41,14 +41,14 @@ def decode_videos(
     """Decode videos.
 
     Args:
-        videos: Video files, and how to cut each.
-        num_workers: Processes; 0 decodes in this one, where a crash of the decoder is a crash of the job.
-        decoder: What cuts one video; a function that can be pickled.
-        timeout_s: How long one video may hold up the others; then its decoder is killed. None waits for ever, and so
-            does decoding in this process.
+        videos: Video files, with their cut settings.
+        num_workers: Processes; 0 decodes in this process, where a crash of the decoder ends the job.
+        decoder: Function that cuts one video; must be picklable.
+        timeout_s: Longest wait for one video, after which its decoder is killed. None waits forever, as does decoding
+            in this process.
 
     Yields:
-        For each video, in order, its clips or the reason why there are none.
+        For each video, in order, its clips or the reason why it has none.
     """
     if num_workers == 0:
         yield from (_decode(decoder, path, settings) for path, settings in videos)
@@ -56,7 +56,7 @@ def decode_videos(
     pool, waiting, at = _new_pool(num_workers), deque[tuple[tuple[Path, CutSettings], Future[Decoded]]](), 0
     try:
         while waiting or at < len(videos):
-            while at < len(videos) and len(waiting) < _AHEAD * num_workers:
+            while at < len(videos) and len(waiting) < _QUEUED_PER_WORKER * num_workers:
                 waiting.append((videos[at], _submit(pool, decoder, *videos[at])))
                 at += 1
             video, future = waiting.popleft()
@@ -66,7 +66,7 @@ def decode_videos(
                 pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(error, _HungDecoderError):
                     yield f"{video[0]}: {HUNG}"
-                else:  # One of the videos in flight killed its worker, which fails them all. Try the first one alone.
+                else:  # A crash of one worker fails all videos in flight. Retry the first one alone.
                     yield _decode_alone(decoder, *video, timeout_s)
                 pool = _new_pool(num_workers)
                 waiting = deque((v, f if _succeeded(f) else _submit(pool, decoder, *v)) for v, f in waiting)
@@ -92,7 +92,7 @@ def _decode_alone(decoder: Decoder, path: Path, settings: CutSettings, timeout_s
 
 
 def _result(pool: ProcessPoolExecutor, future: Future[Decoded], timeout_s: float | None) -> Decoded:
-    """What a video gave; if it takes too long, the pool's processes are killed: one that hangs heeds nothing else."""
+    """The result of a video. If it takes too long, kill the pool's processes: a hung one reacts to nothing else."""
     wait_for([future], timeout_s)
     if future.done():
         return future.result()
@@ -120,7 +120,7 @@ def _new_pool(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _die_with_parent() -> None:
-    """End this worker when the encoding process is gone, however it ended."""
+    """End this worker when the encoding process ends for any reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel

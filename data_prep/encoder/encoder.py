@@ -1,9 +1,9 @@
-"""Encodes a manifest of videos into a shard set, and goes on where an earlier run stopped.
+"""Encoding a manifest of videos into a shard set, continuing where an earlier run stopped.
 
-Shard k holds the clips of entries ``k V .. (k + 1) V - 1`` of the manifest, V = ``videos_per_shard``. A shard is
-written complete or not at all, and beside it a list of the entries that gave no clip with the reason, and how many
-pieces of the others were dropped. So a job that was killed and run again ends with the same bytes as one that was not.
-While a shard is written its lock is held, so two jobs never write one, however the parts were numbered.
+Shard k holds the clips of entries ``k V .. (k + 1) V - 1`` of the manifest, with V = ``videos_per_shard``. A shard is
+written completely or not at all. Files next to it list the entries without a clip, with the reason, and count the
+dropped pieces of the others. So a job that was killed and restarted ends with the same bytes as an uninterrupted one.
+A job locks a shard while writing it, so two jobs never write the same shard, whatever their part numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SETTINGS_NAME = "encode_settings.json"
 MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
 _FREE_TO_CHANGE = ("source", "out", "num_workers", "decode_timeout_s", "device", "part", "num_parts")
-"""Settings that do not show in the clips of the set."""
+"""Settings that do not change the clips of the set."""
 
 
 class ShardInUse(ConfigError):
@@ -60,22 +60,22 @@ def shard_lock(folder: Path, shard: int) -> Path:
 
 @dataclass(frozen=True)
 class EncodeSummary:
-    """What a job did."""
+    """Counts over all finished shards of a set."""
 
     videos: int
-    """Videos that gave at least one clip, over the whole set so far."""
+    """Videos with at least one clip."""
     unreadable: int
-    """Videos that gave none."""
+    """Videos without a clip."""
     clips: int
-    """Clips of the whole set so far."""
+    """Clips of the set so far."""
     dropped: DroppedPieces
-    """Pieces of the videos that gave clips which are none."""
+    """Dropped pieces of the videos with clips."""
     open_shards: int
-    """Shards that other parts still have to encode; the set is finished at 0."""
+    """Shards that other parts still have to encode; 0 if the set is finished."""
 
 
 class ShardEncoder:
-    """One encoding job: a manifest, a codec and the set that it writes."""
+    """One encoding job: a manifest, a codec, and the set to write."""
 
     def __init__(self, config: EncodeConfig) -> None:
         """Read the manifest, load the codec and check that the folder belongs to this job."""
@@ -106,7 +106,7 @@ class ShardEncoder:
             max_video_bytes=config.max_video_gib * 2**30,
         )
         self.num_shards = -(-len(self.manifest.entries) // config.videos_per_shard)
-        set_lock = FileLock(self.folder / _SET_LOCK, ConfigError, wait=True)  # parts may begin at the same time
+        set_lock = FileLock(self.folder / _SET_LOCK, ConfigError, wait=True)  # parts may start at the same time
         with set_lock, refused_writes_named(self.folder):
             _check_settings(self.folder / SETTINGS_NAME, config, self.manifest)
             write_atomically(self.folder / MANIFEST_REPORT_NAME, self.manifest.report.to_json())
@@ -130,16 +130,16 @@ class ShardEncoder:
         )
 
     def run(self) -> EncodeSummary:
-        """Encode every shard of this part that is not finished; finish the set if none is left open.
+        """Encode every unfinished shard of this part, then finish the set if all shards are done.
 
         Returns:
             Counts over all finished shards.
 
         Raises:
             ConfigError: If another job is encoding this part.
-            DataError: If no video of the whole set could be read.
+            DataError: If no video of the set could be read.
         """
-        advice = f"it encodes part {self.config.part} too: wait for it, stop it, or give another out"
+        advice = f"it is encoding part {self.config.part} too: wait for it, stop it, or choose another out"
         with FileLock(self.folder / f".part-{self.config.part}.lock", ConfigError, advice):
             self._encode_shards()
             with FileLock(self.folder / _SET_LOCK, ConfigError, wait=True):  # parts may end at the same time
@@ -149,7 +149,7 @@ class ShardEncoder:
         mine = [k for k in range(self.num_shards) if k % self.config.num_parts == self.config.part]
         todo = [k for k in mine if not self.writer.is_finished(k)]
         if len(todo) < len(mine):
-            print(f"{len(mine) - len(todo)} of {len(mine)} shards are finished already", flush=True)
+            print(f"{len(mine) - len(todo)} of {len(mine)} shards are already finished", flush=True)
         videos = [
             (
                 entry.path,
@@ -166,7 +166,7 @@ class ShardEncoder:
                 self._encode_shard(shard, decoded, progress.advance)
 
     def _encode_shard(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> None:
-        """Write a shard, or pass over its videos where another job has done or is doing it."""
+        """Write a shard, or skip its videos if another job has written or is writing it."""
         try:
             lock = FileLock(shard_lock(self.folder, shard), ShardInUse)
         except ShardInUse:
@@ -186,9 +186,9 @@ class ShardEncoder:
         return self.manifest.entries[shard * size : (shard + 1) * size]
 
     def _records(self, shard: int, decoded: Iterator[Decoded], advance: Callable[[], None]) -> Iterator[ClipRecord]:
-        """The clips of a shard, of the next videos of ``decoded``.
+        """The clips of a shard, from the next videos of ``decoded``.
 
-        The skipped entries and the counts of dropped pieces are on disk when the last clip was taken, so before the
+        The skipped entries and the counts of dropped pieces are on disk once the last clip is consumed, so before the
         shard counts as finished.
         """
         entries, skipped, dropped = self._entries(shard), list[str](), Counter[str]()
@@ -206,7 +206,7 @@ class ShardEncoder:
     def _encode(
         self, videos: list[tuple[VideoEntry, Decoded]], skipped: list[str], dropped: Counter[str]
     ) -> Iterator[ClipRecord]:
-        """The clips of some videos in their order; of each video all, or a line in ``skipped`` with the reason."""
+        """The clips of some videos, in order. A video yields all its clips or adds its reason to ``skipped``."""
         cut = [self._usable_part(found) for _, found in videos]
         latents = self._encode_in_groups([clip.frames for usable in cut if usable for clip in usable.clips])
         texts = self._encode_captions([entry.caption for entry, _ in videos])
@@ -225,13 +225,13 @@ class ShardEncoder:
                 skipped.append(json.dumps({"source": entry.source, "key": entry.key, "reason": reason}) + "\n")
 
     def _encode_in_groups(self, clips: list[Frame]) -> Iterator[torch.Tensor]:
-        """Latents of each clip; ``clips_per_batch`` at a time, however many one long video gave, bound the memory."""
+        """Latents of each clip, ``clips_per_batch`` at a time, which bounds the memory for long videos."""
         size = self.config.clips_per_batch
         for first in range(0, len(clips), size):
             yield from self.codec.encode_many(clips[first : first + size])
 
     def _usable_part(self, found: Decoded) -> CutVideo | None:
-        """Clips trimmed to what the codec accepts; None if there are none."""
+        """Clips trimmed to lengths that the codec accepts; None if none remain."""
         if isinstance(found, str):
             return None
         usable = self.codec.usable_frames
@@ -241,17 +241,17 @@ class ShardEncoder:
         return CutVideo(clips, found.dropped + too_short) if clips else None
 
     def _reason(self, entry: VideoEntry, found: Decoded) -> str:
-        """Why a video gave no clip."""
+        """Why a video has no clip."""
         if isinstance(found, str):
             return found
         frames = len(found.clips[0].frames)
         return (
-            f"{entry.path} has {frames} frames, of which the {self.codec.name} codec can use "
-            f"{self.codec.usable_frames(frames)}; min_frames is {self.config.min_frames}"
+            f"{entry.path} has {frames} frames, the {self.codec.name} codec can use "
+            f"{self.codec.usable_frames(frames)} of them, and min_frames is {self.config.min_frames}"
         )
 
     def _encode_captions(self, captions: list[str]) -> list[torch.Tensor | None]:
-        """Text of each caption; that of an empty one is the set's null text."""
+        """Embedding of each caption; the set's null text for an empty one."""
         if self.text is None:
             return [None] * len(captions)
         embedded = iter(self.text.encode([caption for caption in captions if caption.strip()]))
@@ -284,8 +284,8 @@ class ShardEncoder:
                 write_atomically(self.folder / DROPPED_NAME, dropped.to_json())
             if clips == 0:
                 raise DataError(
-                    f"none of the {unreadable} videos of {self.config.source} could be read; "
-                    f"the reasons are in {self.folder / UNREADABLE_NAME}"
+                    f"none of the {unreadable} videos in {self.config.source} could be read; "
+                    f"see the reasons in {self.folder / UNREADABLE_NAME}"
                 )
             self.writer.finish()
             for shard in finished:
@@ -295,24 +295,28 @@ class ShardEncoder:
 
 
 def _check_settings(path: Path, config: EncodeConfig, manifest: VideoManifest) -> None:
-    """Record what the set is made of, or refuse a folder that was begun with something else."""
+    """Record the settings of a new set, or raise ``ConfigError`` if the set was started with different ones."""
     settings = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
     settings |= {"manifest_sha256": manifest.sha256(), "videos": len(manifest.entries)}
     if not path.exists():
         write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    begun, now = _flat(json.loads(path.read_text())), _flat(settings)
-    videos = begun.pop("videos"), now.pop("videos")
-    same_list = begun.pop("manifest_sha256") == now.pop("manifest_sha256")
-    changes = [f"{name} was {begun.get(name)}, is {value}" for name, value in now.items() if begun.get(name) != value]
+    first, now = _flat(json.loads(path.read_text())), _flat(settings)
+    videos = first.pop("videos"), now.pop("videos")
+    same_list = first.pop("manifest_sha256") == now.pop("manifest_sha256")
+    changes = [
+        f"{name} was {first.get(name)}, is now {value}" for name, value in now.items() if first.get(name) != value
+    ]
     if not same_list:
-        changes.append(f"the list of videos changed: {videos[0]} video{'s' * (videos[0] != 1)} then, {videos[1]} now")
+        changes.append(f"the list of videos changed: it had {videos[0]} video{'s' * (videos[0] != 1)}, now {videos[1]}")
     if changes:
-        raise ConfigError(f"{path.parent} was begun with other settings: {', '.join(changes)}; encode into another out")
+        raise ConfigError(
+            f"{path.parent} was started with different settings: {', '.join(changes)}; choose another out"
+        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same with dotted keys for what is nested."""
+    """The same settings with dotted keys instead of nesting."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

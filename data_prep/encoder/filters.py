@@ -1,7 +1,7 @@
-"""Leaves out videos by numbers that are known of them before they are decoded: length, size, motion, any score.
+"""Filtering videos before decoding, by numbers such as length, size, motion, or any score.
 
-A filter names a column of the manifest. ``duration_s``, ``height``, ``width`` and ``fps`` are read from the video
-files' headers where the manifest has no such column; that opens every file once (``video_headers``).
+A filter names a column of the manifest. If the manifest has no column ``duration_s``, ``height``, ``width``, or
+``fps``, these are read from the headers of the video files, which opens every file once (``video_headers``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEADER_COLUMNS = ("duration_s", "height", "width", "fps")
 
 @dataclass(kw_only=True)
 class FilterRange:
-    """What a column's numbers must lie in; a video without a number is left out."""
+    """Allowed range of a column's numbers; a video without a number is removed."""
 
     min: float | None = None
     """Smallest number kept; None is no bound."""
@@ -41,17 +41,17 @@ class FilterRange:
 
 @dataclass(frozen=True)
 class FilterCount:
-    """What one filter removed of the videos that the filters before it had kept."""
+    """Number of videos that one filter removed from those that the previous filters kept."""
 
     column: str
     min: float | None
     max: float | None
     removed: int
     without_number: int
-    """Those of them that have no number in the column."""
+    """Removed videos that have no number in the column."""
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         named = (("at least", self.min), ("at most", self.max))
         bounds = [f"{word} {bound:g}" for word, bound in named if bound is not None]
         unknown = f" ({self.without_number} without a number)" if self.without_number else ""
@@ -70,10 +70,10 @@ def apply_filters(
         rows: Columns of each video.
         videos: Path of each video, and its frame rate if it is a folder of frames.
         filters: Ranges by column, applied in this order.
-        headers: Reads what no column says.
+        headers: Reader of file headers, for columns that the manifest does not have.
 
     Returns:
-        Numbers of the videos kept, and what each filter removed.
+        Positions of the videos kept, and counts for each filter.
 
     Raises:
         ConfigError: If no row has a filter's column.
@@ -95,14 +95,14 @@ def _column(
     kept: Sequence[int],
     headers: HeaderReader,
 ) -> dict[int, float]:
-    """A column's numbers for some videos; nan where there is none."""
+    """A column's numbers for some videos; NaN for videos without one."""
     if any(column in row for row in rows):
         return {k: _number(rows[k].get(column)) for k in kept}
     if column not in _HEADER_COLUMNS:
         numeric = sorted({name for row in rows[:100] for name, value in row.items() if not math.isnan(_number(value))})
         raise ConfigError(
-            f"filters name the column {column!r}, which no video has; columns with numbers are "
-            f"{', '.join(numeric) or 'none'}, and of the files {', '.join(_HEADER_COLUMNS)}"
+            f"filters: no video has column {column!r}; the manifest's numeric columns are "
+            f"{', '.join(numeric) or 'none'}, and file headers have {', '.join(_HEADER_COLUMNS)}"
         )
     found = headers.read([videos[k] for k in kept])
     return {k: math.nan if h is None else float(getattr(h, column)) for k, h in zip(kept, found, strict=True)}

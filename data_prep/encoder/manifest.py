@@ -1,8 +1,8 @@
-"""Which videos to encode: a source becomes a list of entries, in a fixed order, less what filters leave out.
+"""Reading a source into a list of videos to encode, in a fixed order, after filters.
 
-``source_format`` says how a source is laid out; each format is described where it is read (``manifests/``). What a data
-set lists and this copy lacks is counted and named, never silently passed over. Class names without numbers are
-numbered in alphabetical order, before filters.
+``source_format`` sets the layout of a source; the readers in ``manifests/`` describe each format. Videos that a data
+set lists but this copy lacks are counted and named, never silently skipped. Class names without numbers are numbered in
+alphabetical order, before filters.
 """
 
 from __future__ import annotations
@@ -45,44 +45,44 @@ class VideoEntry:
     """One video to encode."""
 
     key: str
-    """Start of the keys of the video's clips."""
+    """Prefix of the keys of the video's clips."""
     path: Path
-    """Where the file is."""
+    """Path of the file."""
     source: str
-    """The path as the manifest has it; written into the shards."""
+    """The path as written in the manifest; stored in the shards."""
     caption: str = ""
     class_label: int | None = None
     class_name: str | None = None
     start_s: float = 0.0
-    """Seconds from the video's first frame; what lies before is left out."""
+    """Seconds from the video's first frame; earlier frames are skipped."""
     end_s: float | None = None
-    """Likewise, what lies at or after it; None is the video's end."""
+    """Seconds from the video's first frame; frames at or after it are skipped. None is the video's end."""
     frame_folder_fps: float | None = None
     """Frames per second, if the video is a folder of frames."""
 
 
 @dataclass(frozen=True)
 class ManifestReport:
-    """What became of a source."""
+    """Counts of a source's videos: listed, missing, removed by filters, and kept."""
 
     source_format: str
     listed: int
     """Videos that the source lists."""
     missing: tuple[str, ...]
-    """Those that it lists and that are not there."""
+    """Listed videos whose files are missing."""
     filters: tuple[FilterCount, ...]
     kept: int
 
     def lines(self) -> list[str]:
-        """For people."""
-        said = [f"{self.source_format}: {self.listed} videos listed, {self.kept} to encode"]
+        """A summary for people."""
+        lines = [f"{self.source_format}: {self.listed} videos listed, {self.kept} to encode"]
         if self.missing:
             named = ", ".join(self.missing[:_NAMED_MISSING])
-            said.append(f"missing: {len(self.missing)}, such as {named}")
-        return said + [f"filter {count.describe()}" for count in self.filters]
+            lines.append(f"missing: {len(self.missing)}, such as {named}")
+        return lines + [f"filter {count.describe()}" for count in self.filters]
 
     def to_json(self) -> str:
-        """For machines; the missing are only counted."""
+        """The report as JSON, with the number of missing videos instead of their names."""
         return json.dumps({**asdict(self), "missing": len(self.missing)}, indent=2) + "\n"
 
 
@@ -92,11 +92,11 @@ class VideoManifest:
 
     entries: tuple[VideoEntry, ...]
     class_names: tuple[str, ...]
-    """Name of each class number; empty if no class has a name."""
+    """Name of each class; empty if no class has a name."""
     report: ManifestReport = field(compare=False)
 
     def sha256(self) -> str:
-        """Hash of everything that goes from the manifest into the shards."""
+        """Hash of everything from the manifest that the shards depend on."""
         rows = [
             [e.key, e.source, e.caption, e.class_label, e.start_s, e.end_s]
             + ([e.frame_folder_fps] if e.frame_folder_fps is not None else [])  # so that older sets keep their hash
@@ -117,19 +117,19 @@ def read_source(
 
     Args:
         source: Folder or file.
-        source_format: How it is laid out; ``auto`` takes a folder, a ``.csv`` or a ``.jsonl`` for what it is.
-        split: Which part of a data set; None is its training part.
+        source_format: Its layout; ``auto`` detects a folder, a ``.csv``, or a ``.jsonl``.
+        split: Split of a data set; None is its training split.
         filters: Ranges by column.
-        frame_folder_fps: Frames per second of folders of frames, where the source does not say.
-        headers: What reads the headers of files for filters; None reads them for this call alone.
+        frame_folder_fps: Frames per second of folders of frames for which the source has no rate.
+        headers: Reader of file headers for filters; None reads them for this call only.
 
     Returns:
-        The entries, in the source's own order (a folder's is sorted).
+        The entries, in the order of the source (sorted for a folder).
 
     Raises:
-        DataError: If the source does not exist, is malformed, names no video, or one video twice, or if a folder of
+        DataError: If the source does not exist, is malformed, has no videos, or has one video twice, or if a folder of
             frames has no frame rate.
-        ConfigError: If there is no such format, or no such column.
+        ConfigError: If the format, the split, or a filter's column does not exist.
     """
     source = Path(source)
     chosen = _guess_format(source) if source_format == "auto" else source_format
@@ -139,17 +139,18 @@ def read_source(
         for number, row in enumerate(found.rows, start=1)
     ]
     if not entries:
-        reason = f"all {len(found.missing)} that it lists are missing" if found.missing else "it names no video"
+        reason = f"all {len(found.missing)} listed videos are missing" if found.missing else "no videos found"
         raise DataError(
-            f"source {source}, read as {chosen}: {reason}; files must end in one of {' '.join(VIDEO_SUFFIXES)}; "
-            "folders of frames must lie below the source and need frame_folder_fps"
+            f"source {source} (read as {chosen}): {reason}; files must end in one of {' '.join(VIDEO_SUFFIXES)}; "
+            "folders of frames must be below the source and need frame_folder_fps"
         )
     _refuse_doubles(entries)
     entries, class_names = _number_classes(entries)
     videos = [(entry.path, entry.frame_folder_fps) for entry in entries]
     kept, counts = apply_filters(found.rows, videos, dict(filters or {}), headers or HeaderReader())
     if not kept:
-        raise DataError(f"filters leave no video of {source}: {'; '.join(count.describe() for count in counts)}")
+        reasons = "; ".join(count.describe() for count in counts)
+        raise DataError(f"the filters remove every video of {source} ({reasons}); widen a filter")
     listed = len(entries) + len(found.missing)
     report = ManifestReport(chosen, listed, tuple(found.missing), tuple(counts), len(kept))
     return VideoManifest(tuple(entries[k] for k in kept), found.class_names or class_names, report)
@@ -162,36 +163,36 @@ def _guess_format(source: Path) -> str:
         raise DataError(f"source {source} does not exist; give a folder of videos, a .csv or a .jsonl file")
     if source.suffix.lower() in _SUFFIXES:
         return _SUFFIXES[source.suffix.lower()]
-    raise DataError(f"source {source} is a {source.suffix or 'nameless'} file; give a folder, a .csv or a .jsonl")
+    raise DataError(f"source must be a folder of videos, a .csv or a .jsonl file, got {source}")
 
 
 def _read_rows(source: Path, source_format: str, split: str | None, frame_folder_fps: float | None) -> SourceRows:
     if not source.exists():
-        raise DataError(f"source {source} does not exist; give what source_format {source_format} describes")
+        raise DataError(f"source {source} does not exist; give the path of a {source_format} source")
     if source_format in _DATA_SETS:
         return _DATA_SETS[source_format](source, split)
     one_of(get_args(SourceFormat)).check("source_format", source_format)
     if split is not None:
-        raise ConfigError(f"split is {split!r} and source_format {source_format} has no splits; leave it out")
+        raise ConfigError(f"split must be null for source_format {source_format}, which has no splits, got {split!r}")
     if source.is_dir() != (source_format == _FOLDER):
-        kind = "folder" if source.is_dir() else "file"
-        raise DataError(f"source {source} is a {kind}, and source_format is {source_format}; give the other")
+        kind = "file" if source.is_dir() else "folder"
+        raise DataError(f"source must be a {kind} for source_format {source_format}, got {source}")
     return read_folder(source, frame_folder_fps) if source.is_dir() else _TABLES[source_format](source)
 
 
 def _entry(row: dict[str, Any], found: SourceRows, frame_folder_fps: float | None, where: str) -> VideoEntry:
     if not isinstance(row.get("path"), str):
-        raise DataError(f"{where} has path {row.get('path')!r}; give the video's file name")
+        raise DataError(f"{where}: path must be the video's file name, got {row.get('path')!r}")
     label = row.get("class_label")
     try:
         label = None if label is None else int(label)
     except (TypeError, ValueError):
         label = -1
     if label is not None and label < 0:
-        raise DataError(f"{where} has class_label {row['class_label']!r}; give a whole number from 0, or class_name")
+        raise DataError(f"{where}: class_label must be an integer >= 0, got {row['class_label']!r}; or give class_name")
     start_s, end_s = _number(row, "start_s", where) or 0.0, _number(row, "end_s", where)
     if start_s < 0 or (end_s is not None and end_s <= start_s):
-        raise DataError(f"{where} goes from start_s {start_s} to end_s {end_s}; give 0 <= start_s < end_s")
+        raise DataError(f"{where}: start_s and end_s must satisfy 0 <= start_s < end_s, got {start_s} and {end_s}")
     named = row["path"] if "start_s" not in row else f"{row['path']}@{start_s}"
     key = str(row.get("key") or make_key(row["path"], named))
     check_key(key + _CLIP_SUFFIX)
@@ -210,10 +211,10 @@ def _entry(row: dict[str, Any], found: SourceRows, frame_folder_fps: float | Non
 
 
 def _frame_rate(row: dict[str, Any], path: Path, is_folder: bool, given: float | None, where: str) -> float | None:
-    """The rate of a folder of frames; None for what is none as far as can be told without asking after every file."""
+    """Frame rate to use if the path is a folder of frames; None without one. Video files are recognized by suffix."""
     fps = _number(row, "frame_folder_fps", where, "frames per second")
     if fps is not None and not 0 < fps < math.inf:
-        raise DataError(f"{where} has frame_folder_fps {fps}; give a positive number of frames per second")
+        raise DataError(f"{where}: frame_folder_fps must be a number > 0 (frames per second), got {fps}")
     fps = given if fps is None else fps
     if fps is None and (is_folder or (path.suffix.lower() not in VIDEO_SUFFIXES and path.is_dir())):
         raise DataError(f"{where}: {no_rate(path)}")
@@ -224,11 +225,11 @@ def _number(row: dict[str, Any], name: str, where: str, unit: str = "seconds") -
     try:
         return None if row.get(name) is None else float(row[name])
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where} has {name} {row[name]!r}; give {unit}") from error
+        raise DataError(f"{where}: {name} must be a number ({unit}), got {row[name]!r}") from error
 
 
 def make_key(path: str, named: str | None = None) -> str:
-    """A legal key: what is readable of a path, and a hash of it (or of ``named``, where it says more) to keep apart."""
+    """A valid key: the readable part of a path, plus a hash of ``named`` or the path that makes it unique."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.rsplit(".", 1)[0])[-_MAX_STEM:]
     return f"{stem}-{hashlib.blake2b((named or path).encode(), digest_size=5).hexdigest()}"
 
@@ -238,15 +239,18 @@ def _refuse_doubles(entries: Iterable[VideoEntry]) -> None:
     for entry in entries:
         other = seen.setdefault(entry.key, entry)
         if other is not entry:
-            raise DataError(f"videos {other.source} and {entry.source} have the key {entry.key}; name each video once")
+            raise DataError(f"videos {other.source} and {entry.source} share key {entry.key}; list each video once")
 
 
 def _number_classes(entries: list[VideoEntry]) -> tuple[list[VideoEntry], tuple[str, ...]]:
-    """Give numbers to names where they are missing, and make the table of names."""
+    """Number the classes if they have names only, and make the list of class names."""
     if any(e.class_label is None and e.class_name is not None for e in entries):
         both = next((e for e in entries if e.class_label is not None), None)
         if both is not None:
-            raise DataError(f"{both.source} has a class_label and others have only a class_name; give all or none")
+            raise DataError(
+                f"{both.source} has a class_label, but other videos have only a class_name; give class_label to all "
+                "videos or to none"
+            )
         names = sorted({e.class_name for e in entries if e.class_name is not None})
         number = {name: label for label, name in enumerate(names)}
         entries = [replace(e, class_label=number[e.class_name]) if e.class_name else e for e in entries]
@@ -255,7 +259,9 @@ def _number_classes(entries: list[VideoEntry]) -> tuple[list[VideoEntry], tuple[
         if entry.class_label is not None and entry.class_name is not None:
             known = name_of.setdefault(entry.class_label, entry.class_name)
             if known != entry.class_name:
-                raise DataError(f"class_label {entry.class_label} is called both {known} and {entry.class_name}")
+                raise DataError(
+                    f"class_label {entry.class_label} must have one class_name, got {known} and {entry.class_name}"
+                )
     highest = max((e.class_label for e in entries if e.class_label is not None), default=-1)
     table = tuple(name_of.get(label, f"class_{label}") for label in range(highest + 1)) if name_of else ()
     return entries, table

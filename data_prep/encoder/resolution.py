@@ -1,7 +1,7 @@
-"""The size at which a video of any shape is encoded whole: multiples of the codec's stride, nothing cropped.
+"""The size at which to encode a video of any shape without cropping: multiples of the codec's stride.
 
-There is no list of buckets to choose: a pack holds clips of any height and width, so each video takes the nearest
-shape that fits. With LTX's 32 pixels and 256 x 384 pixels at most there are about 60 shapes.
+No list of aspect buckets is needed: a pack holds clips of any height and width, so each video takes the nearest shape
+that fits. With LTX's stride of 32 pixels and at most 256 x 384 pixels there are about 60 shapes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from itertools import product
 
 
 def fitted_size(height: int, width: int, multiple: int, max_pixels: int) -> tuple[int, int]:
-    """The shape of at most ``max_pixels`` that keeps the aspect ratio best, and is as large as the video where it can.
+    """Find the shape of at most ``max_pixels`` with the closest aspect ratio, as large as the video if possible.
 
     Args:
-        height: Pixels of the video.
-        width: Likewise.
-        multiple: Both sides of the result are multiples of it, at least one.
-        max_pixels: Height x width at most; one cell is always allowed.
+        height: Height of the video in pixels.
+        width: Width of the video in pixels.
+        multiple: Height and width of the result are multiples of this, at least one.
+        max_pixels: Largest height x width; one cell is always allowed.
 
     Returns:
-        Height and width.
+        Height and width in pixels.
     """
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
     sides = []

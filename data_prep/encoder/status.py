@@ -1,8 +1,8 @@
-"""How far a set is, from its folder alone: any machine that sees the folder can ask.
+"""Progress of an encoding job from the set's folder alone, on any machine that sees the folder.
 
-A shard is done when its part of the index is there, running while a job holds its lock, and failed if a job left it
-half written without one (it was killed, or stopped with an error that its log has); running the same job again does
-it. The speed is that of the last hour in which shards were finished.
+A shard is done when its part of the index exists, running while a job holds its lock, and failed if it is partially
+written and not locked. Then its job was killed, or stopped with an error that is in its log; running the same job again
+encodes it. The speed is measured over the last hour in which shards were finished.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _SHOWN_FAILED = 10
 
 @dataclass(frozen=True)
 class EncodeStatus:
-    """Counts over the whole set."""
+    """Counts over the complete set."""
 
     shards: int
     done: int
     running: tuple[int, ...]
     """Shards being written."""
     failed: tuple[int, ...]
-    """Shards that a job began and does not write any more."""
+    """Shards that a job started and no longer writes."""
     clips: int
-    """Clips in the shards that are done."""
+    """Clips in finished shards."""
     unreadable: int
-    """Videos that gave no clip, in the shards that are done."""
+    """Videos without a clip, in finished shards."""
     dropped: DroppedPieces
-    """Pieces of the other videos that are no clips, in the shards that are done."""
+    """Dropped pieces of the other videos, in finished shards."""
     clips_per_s: float | None
-    """None before two shards are done."""
+    """None until two shards are done."""
     seconds_left: float | None
-    """At that speed, for the shards that are not done."""
+    """Time for the remaining shards at that speed."""
     finished: bool
-    """Whether the set can be trained on."""
+    """Whether the set is ready for training."""
 
     def describe(self) -> str:
-        """A few lines for people."""
+        """A summary of a few lines."""
         waiting = self.shards - self.done - len(self.running) - len(self.failed)
         lines = [
             f"shards: {self.done} of {self.shards} done, {len(self.running)} running, {len(self.failed)} failed, "
@@ -58,13 +58,13 @@ class EncodeStatus:
         ]
         if self.failed:
             named = ", ".join(map(str, self.failed[:_SHOWN_FAILED]))
-            lines.append(f"failed: shards {named}; run the same command again, it does what is left")
+            lines.append(f"failed: shards {named}; run the same command again to encode them")
         if self.finished:
             lines.append("the set is finished")
         elif self.done == self.shards:
-            lines.append("every shard is done and the set is not closed; run the same command again")
+            lines.append("all shards are done but the set is not finished; run the same command again")
         elif self.clips_per_s is None or self.seconds_left is None:
-            lines.append("speed: not known before two shards are done")
+            lines.append("speed: unknown until two shards are done")
         else:
             idle = "" if self.running else "; nothing is running"
             lines.append(f"speed: {self.clips_per_s:.1f} clips/s, {_duration(self.seconds_left)} left{idle}")
@@ -72,16 +72,16 @@ class EncodeStatus:
 
 
 def read_status(folder: Path) -> EncodeStatus:
-    """Look at the folder of a set.
+    """Read the progress of a set from its folder.
 
     Raises:
-        DataError: If no job has begun there.
+        DataError: If no job was started there.
     """
     try:
         settings = json.loads((folder / SETTINGS_NAME).read_text())
         shards = -(-int(settings["videos"]) // int(settings["videos_per_shard"]))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} has no encoding job ({error}); start one, or give its out") from error
+        raise DataError(f"no encoding job found in {folder} ({error}); start one, or set out to its folder") from error
     finished_at, clips_in = dict[int, float](), dict[int, int]()
     running, failed = list[int](), list[int]()
     for shard in range(shards):
@@ -112,7 +112,7 @@ def read_status(folder: Path) -> EncodeStatus:
 
 
 def _clips_per_s(finished_at: dict[int, float], clips_in: dict[int, int]) -> float | None:
-    """Clips of all shards but the first of the window, over the time since that one was done."""
+    """Clips of all shards in the window except the first, divided by the time since the first was done."""
     newest = max(finished_at.values(), default=0.0)
     recent = sorted((when, shard) for shard, when in finished_at.items() if newest - when <= _SPEED_WINDOW_S)
     if len(recent) < 2 or newest <= recent[0][0]:

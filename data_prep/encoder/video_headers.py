@@ -1,8 +1,8 @@
-"""Headers of many video files, each opened once by all the tasks that encode one set.
+"""Headers of many video files, opened once for all tasks that encode one set.
 
-The first task that needs them reads them and keeps them in a file of the set's folder; the others wait for it and read
-that. A header is believed while its file has the size and the time of change that it had. One that cannot be read is
-kept too: a task that could read it later would have another list of videos than those before.
+The first task that needs headers reads them and stores them in a file in the set's folder. The other tasks wait for it
+and read that file. A stored header is valid while its video has the same size and modification time. Unreadable headers
+are stored too: a task that could read one later would have a different list of videos than the tasks before it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from flowception.shards.writer import refused_writes_named
 VideoSource = tuple[Path, float | None]
 """A file, or a folder of frames and its frame rate."""
 _Kept = dict[VideoSource, tuple[list[int] | None, list[Any] | None]]
-"""State and header of each video; None where it is not there, and where it cannot be read."""
+"""State and header of each video; the state is None if the file is missing, the header is None if it is unreadable."""
 _Result = TypeVar("_Result")
 HEADERS_NAME = "headers.jsonl"
 _THREADS = 8
 
 
 class HeaderReader:
-    """Reads headers, each once."""
+    """Reads each header once."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Read nothing yet.
+        """Create a reader; nothing is read yet.
 
         Args:
-            folder: Where what was read is kept, for all tasks; None keeps it in this process alone.
+            folder: Folder that stores the headers for all tasks; None stores them in this process only.
         """
         self._folder = folder
         self._read: dict[VideoSource, list[Any] | None] = {}
 
     def read(self, videos: Sequence[VideoSource]) -> list[VideoHeader | None]:
-        """The header of each video; None for one that cannot be read.
+        """Read the header of each video; None for a video that cannot be read.
 
         Raises:
             ConfigError: If the folder cannot be written.
@@ -57,14 +57,14 @@ class HeaderReader:
             ):
                 kept = _load(path)
                 if changed := _bring_up_to_date(kept, new):
-                    print(f"read the headers of {changed} videos", flush=True)
+                    print(f"read {changed} video headers", flush=True)
                     write_atomically(path, _dump(kept))
             self._read |= ((video, kept[video][1]) for video in new)
         return [None if (found := self._read[video]) is None else VideoHeader(*found) for video in videos]
 
 
 def _bring_up_to_date(kept: _Kept, videos: Sequence[VideoSource]) -> int:
-    """Read what is not kept, or of another state; how many these were."""
+    """Read headers that are not stored or whose file has changed; return their number."""
     states = dict(zip(videos, _in_threads(_state, videos), strict=True))
     new = [video for video in videos if video not in kept or kept[video][0] != states[video]]
     for video, header in zip(new, _in_threads(_header, new), strict=True):
@@ -73,7 +73,7 @@ def _bring_up_to_date(kept: _Kept, videos: Sequence[VideoSource]) -> int:
 
 
 def _load(path: Path) -> _Kept:
-    """What is kept; nothing of a damaged file, which is written anew."""
+    """Load the stored headers; none from a missing or damaged file, which will be rewritten."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return {(Path(name), fps): (state, header) for name, fps, state, header in lines}
@@ -86,7 +86,7 @@ def _dump(kept: _Kept) -> str:
 
 
 def _state(video: VideoSource) -> list[int] | None:
-    """What changes when a file does."""
+    """Size and modification time of a file, which change with it; None if it is missing."""
     try:
         found = video[0].stat()
     except OSError:

@@ -1,1 +1,1 @@
-"""The checkpoint format and its reading: safetensors and JSON files only, no process group and no pickle."""
+"""The checkpoint format, its reader and writer: only safetensors and JSON files, no process group, no pickle."""

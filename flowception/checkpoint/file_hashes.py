@@ -1,6 +1,7 @@
-"""The hashes of a checkpoint's file, one for each kind of slices in it, so that who reads one kind verifies no other.
+"""Hashes of a checkpoint file, one per tensor kind, so that a reader verifies only the kinds it loads.
 
-safetensors orders tensors of one dtype by name, and names begin with the kind: a kind is one run of bytes.
+safetensors orders tensors of one dtype by name, and names start with the kind, so each kind is one contiguous range of
+bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _BLOCK_BYTES = 1 << 22
 
 
 class Piece(NamedTuple):
-    """Bytes ``start`` to ``stop`` of a file and their hash."""
+    """A byte range of a file, ``start`` to ``stop``, and its hash."""
 
     kind: str
     """One of ``format.KINDS``, or ``HEADER``."""
@@ -27,7 +28,7 @@ class Piece(NamedTuple):
 
 
 def sha256_bytes(path: Path, start: int, stop: int) -> str:
-    """Hex sha256 of bytes ``start`` to ``stop`` of a file; of fewer, if it ends before."""
+    """Hex sha256 of bytes ``start`` to ``stop`` of a file; fewer if the file ends before ``stop``."""
     digest, left = hashlib.sha256(), stop - start
     with path.open("rb") as stream:
         stream.seek(start)
@@ -38,13 +39,13 @@ def sha256_bytes(path: Path, start: int, stop: int) -> str:
 
 
 def hash_pieces(path: Path) -> list[Piece]:
-    """Hash a safetensors file whose tensors are named ``KIND/PARAMETER``; every byte is read once.
+    """Hash a safetensors file with tensors named ``KIND/PARAMETER``, reading every byte once.
 
     Args:
-        path: A file just written.
+        path: The file.
 
     Returns:
-        Its pieces in order: the header, then its kinds. They cover the file exactly.
+        The header piece, then one piece per kind. Together they cover the file exactly.
     """
     with path.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -58,11 +59,11 @@ def hash_pieces(path: Path) -> list[Piece]:
 
 
 def is_read(piece: Piece, kinds: Sequence[str] | None) -> bool:
-    """Whether a piece must be right for who reads the given kinds; None is all of them."""
+    """Whether a reader of the given kinds must verify a piece; None means all kinds."""
     return kinds is None or piece.kind in (HEADER, *kinds)
 
 
 def cover(pieces: Sequence[Piece], size_bytes: int) -> bool:
-    """Whether pieces join from a file's first byte to its last."""
+    """Whether pieces cover a file from first to last byte without gaps."""
     edges = [0, *(piece.stop for piece in pieces)]
     return edges[:-1] == [piece.start for piece in pieces] and edges[-1] == size_bytes

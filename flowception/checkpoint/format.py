@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk; ``reader`` finds, verifies and reads it.
+"""The checkpoint format on disk; ``reader`` finds, verifies and reads checkpoints.
 
 ::
 
@@ -7,12 +7,11 @@
         rank_00001.safetensors    ...
         manifest.json             every parameter's shape and slices, every file's size and hashes, the run's state
 
-A slice holds elements ``start`` to ``stop`` of the flattened parameter, without padding; the slices of a parameter
-cover it exactly. So a checkpoint says nothing about ranks: any world size and any ZeRO stage reads the ranges it
-needs. A directory of this name is complete: it was written under another name, synced and renamed. Which checkpoint is
-the latest is found by verifying, never read from a pointer. Each kind in a file has a sha256 of its own
-(``file_hashes``): generation verifies and reads EMA weights alone. Nothing here needs a process group, and nothing is
-pickled.
+A slice holds elements ``start`` to ``stop`` of the flattened parameter, without padding, and the slices of a parameter
+cover it exactly. The format is therefore independent of ranks: any world size and any ZeRO stage reads the ranges it
+needs. A directory of this name is complete, because it is written under another name, synced and renamed. The latest
+checkpoint is found by verification, not read from a pointer. Each kind in a file has a separate sha256
+(``file_hashes``), so generation verifies and reads only EMA weights. Nothing here needs a process group or pickle.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
 
 
 class Slice(NamedTuple):
-    """Elements ``start`` to ``stop`` of a flattened parameter lie in ``file``."""
+    """Elements ``start`` to ``stop`` of a flattened parameter, stored in ``file``."""
 
     file: str
     start: int
@@ -45,7 +44,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's full shape and where its elements lie, in order."""
+    """A parameter's full shape and its slices, in order."""
 
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
@@ -53,11 +52,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """Expected size and hashes of a file."""
 
     size_bytes: int
     pieces: tuple[Piece, ...]
-    """They cover the file."""
+    """Pieces that cover the file."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Manifest:
     """The run's state: optimizer steps, cursor, quarantine, fingerprints, counters."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, with a checksum of its own."""
+        """Convert to JSON, with a checksum of the content."""
         order = sorted(self.files)
         number = {name: i for i, name in enumerate(order)}
         content = {
@@ -102,7 +101,7 @@ def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
 
 
 def list_steps(run_dir: str | Path) -> list[int]:
-    """Steps of a run's checkpoints in ascending order, whole or damaged.
+    """Steps of a run's checkpoints in ascending order, complete or damaged.
 
     Raises:
         CheckpointError: If the folder cannot be read.
@@ -111,7 +110,7 @@ def list_steps(run_dir: str | Path) -> list[int]:
     try:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror}); check the storage") from error
+        raise CheckpointError(f"cannot read {folder} ({error.strerror}); check the storage") from error
     return sorted(int(match[1]) for match in map(_STEP_NAME.fullmatch, names) if match)
 
 
@@ -119,7 +118,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
-        CheckpointError: If there is none, it was altered, or its slices do not cover their parameters.
+        CheckpointError: If it is missing or altered, or its slices do not cover their parameters.
     """
     path = Path(folder) / MANIFEST_NAME
     try:
@@ -127,9 +126,11 @@ def read_manifest(folder: str | Path) -> Manifest:
         checksum = content.pop("checksum")
         version = content["format_version"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: it is no complete checkpoint") from None
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint; use another"
+        ) from None
     except OSError as error:
-        raise CheckpointUnreadableError(f"{path} cannot be read ({error.strerror}); check the storage") from error
+        raise CheckpointUnreadableError(f"cannot read {path} ({error.strerror}); check the storage") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
     if checksum != _checksum(content):
@@ -141,7 +142,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     names = [name for name, _, _ in content["files"]]
     if bad := [name for name in names if not _FILE_NAME.fullmatch(name)]:
-        raise CheckpointError(f"{path} names the file {bad[0]!r}; only rank_NNNNN.safetensors is allowed")
+        raise CheckpointError(f"{path}: file names must be rank_NNNNN.safetensors, got {bad[0]!r}")
     parameters = {
         name: Parameter(tuple(p["shape"]), tuple(Slice(names[file], start, stop) for file, start, stop in p["slices"]))
         for name, p in content["parameters"].items()
@@ -160,7 +161,7 @@ def _check_cover(path: Path, name: str, parameter: Parameter) -> None:
     at = 0
     for piece in parameter.slices:
         if piece.start != at or piece.stop <= piece.start:
-            raise CheckpointError(f"{path}: the slices of {name} do not join at element {at}")
+            raise CheckpointError(f"{path}: the slices of {name} have a gap or overlap at element {at}")
         at = piece.stop
     if at != math.prod(parameter.shape):
-        raise CheckpointError(f"{path}: the slices of {name} hold {at} of {math.prod(parameter.shape)} elements")
+        raise CheckpointError(f"{path}: the slices of {name} cover {at} of {math.prod(parameter.shape)} elements")

@@ -1,4 +1,4 @@
-"""Reading checkpoints: which is the newest whole one, ranges of parameters, full parameters, hashes."""
+"""Read checkpoints: find the newest valid one, verify it, load ranges or full parameters, hash the contents."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 def verify(
     folder: str | Path, part: int = 0, parts: int = 1, contents: bool = True, kinds: Sequence[str] | None = None
 ) -> Manifest:
-    """Check a checkpoint's manifest, and every ``parts``-th file from ``part`` on, by size and sha256.
+    """Check a checkpoint's manifest, and the size and sha256 of every ``parts``-th file starting at ``part``.
 
     Args:
         folder: The checkpoint.
-        part: Which share of the files to read; the manifest is always read.
-        parts: Number of shares, so that ranks can share the reading.
-        contents: Whether to read the files; else their sizes alone are checked.
-        kinds: Of ``KINDS``, those that will be read, and so must be right; None for all.
+        part: Index of the share of files to read; the manifest is always read.
+        parts: Number of shares, so that ranks can split the work.
+        contents: Whether to read and hash the files; otherwise only their sizes are checked.
+        kinds: Members of ``KINDS`` to verify; None for all.
 
     Returns:
         The manifest.
@@ -54,7 +54,7 @@ def verify(
             raise CheckpointError(f"{folder / name} is missing; use an earlier checkpoint") from None
         except OSError as error:
             raise CheckpointUnreadableError(
-                f"{folder / name} cannot be read ({error.strerror}); check the storage"
+                f"cannot read {folder / name} ({error.strerror}); check the storage"
             ) from error
     return manifest
 
@@ -63,8 +63,8 @@ def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence
     size_bytes = path.stat().st_size
     if size_bytes != record.size_bytes:
         raise CheckpointError(
-            f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}: it was cut short or altered; use "
-            "an earlier checkpoint"
+            f"{path} must have {record.size_bytes} bytes, as in its manifest, got {size_bytes}: it was truncated or "
+            "altered; use an earlier checkpoint"
         )
     for piece in record.pieces if contents else ():
         if is_read(piece, kinds) and sha256_bytes(path, piece.start, piece.stop) != piece.sha256:
@@ -76,19 +76,19 @@ def _verify_file(path: Path, record: FileRecord, contents: bool, kinds: Sequence
 def latest_valid(
     run_dir: str | Path, *, steps: Sequence[int] | None = None, check: Callable[[Path], object] = verify
 ) -> Path | None:
-    """The newest checkpoint of a run that is whole; each damaged one that is passed over is warned of.
+    """Find the newest valid checkpoint of a run, with a warning for each damaged one that is skipped.
 
     Args:
-        run_dir: The run.
-        steps: The run's checkpoints in ascending order, where the caller listed them; None lists them.
-        check: Raises CheckpointError for a damaged checkpoint; ranks that share the reading give their own.
+        run_dir: The run directory.
+        steps: Steps of the run's checkpoints in ascending order, if already listed; None lists them.
+        check: Raises CheckpointError for a damaged checkpoint; ranks that split the reading pass their own.
 
     Returns:
-        Its folder, or None if the run has no checkpoint at all.
+        Its folder, or None if the run has no checkpoint.
 
     Raises:
-        CheckpointUnreadableError: If the newest that is not damaged cannot be read at present.
-        CheckpointError: If there are checkpoints and every one is damaged.
+        CheckpointUnreadableError: If the newest undamaged checkpoint cannot be read at present.
+        CheckpointError: If there are checkpoints and all are damaged.
     """
     steps = list_steps(run_dir) if steps is None else steps
     for step in reversed(steps):
@@ -97,19 +97,19 @@ def latest_valid(
         except CheckpointUnreadableError:
             raise
         except CheckpointError as error:
-            logger.warning("checkpoint of step %d is passed over: %s", step, error)
+            logger.warning("skipping the checkpoint of step %d: %s", step, error)
         else:
             return checkpoint_dir(run_dir, step)
     if steps:
         raise CheckpointError(
             f"all {len(steps)} checkpoints in {checkpoints_dir(run_dir)} are damaged; "
-            "remove the folder to start the run afresh, or restore one from a backup"
+            "remove the folder to start from scratch, or restore one from a backup"
         )
     return None
 
 
 class SliceReader:
-    """Reads ranges of parameters from one checkpoint; files stay open between reads."""
+    """Reads ranges of parameters from one checkpoint, keeping files open between reads."""
 
     def __init__(self, folder: str | Path, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
@@ -117,7 +117,7 @@ class SliceReader:
         self._open: dict[str, Any] = {}
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements ``start`` to ``stop`` of a flattened parameter.
+        """Read elements ``start`` to ``stop`` of a flattened parameter.
 
         Args:
             kind: One of ``KINDS``.
@@ -132,7 +132,7 @@ class SliceReader:
             CheckpointError: If the checkpoint lacks the parameter or the file cannot be read.
         """
         if name not in self.manifest.parameters:
-            raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
+            raise CheckpointError(f"{self.folder} has no parameter {name}: it is a checkpoint of another model")
         parameter = self.manifest.parameters[name]
         stop = math.prod(parameter.shape) if stop is None else stop
         result = torch.empty(stop - start)
@@ -143,7 +143,9 @@ class SliceReader:
                     stored = self._file(piece.file).get_slice(f"{kind}/{name}")
                     result[low - start : high - start] = stored[low - piece.start : high - piece.start]
                 except (OSError, SafetensorError, RuntimeError) as error:
-                    raise CheckpointError(f"{self.folder / piece.file}: cannot read {kind}/{name} ({error})") from error
+                    raise CheckpointError(
+                        f"cannot read {kind}/{name} of {self.folder / piece.file} ({error})"
+                    ) from error
         return result
 
     def _file(self, name: str) -> Any:
@@ -153,7 +155,7 @@ class SliceReader:
 
 
 def read_full(folder: str | Path, kind: Literal["weights", "ema"] = "ema") -> dict[str, Tensor]:
-    """All parameters of a checkpoint in their full shapes, float32 on the CPU."""
+    """Read all parameters of a checkpoint in their full shapes, float32 on the CPU."""
     return dict(_full(SliceReader(folder), "weight" if kind == "weights" else kind))
 
 
@@ -163,10 +165,10 @@ def _full(reader: SliceReader, kind: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def hashes(folder: str | Path) -> dict[str, str]:
-    """One sha256 each for weights, ema and optimizer; the same state has the same hashes however it was sharded.
+    """Compute one sha256 each for weights, ema and optimizer, independent of how the state is sharded.
 
-    A hash covers, for each parameter in the order of names, its name, shape and elements; the optimizer's covers both
-    moments and the number of its steps.
+    A hash covers the name, shape and elements of each parameter, in the order of names. The optimizer's covers both
+    moments and the number of optimizer steps.
     """
     reader = SliceReader(folder)
     contents = {"weights": ("weight",), "ema": ("ema",), "optimizer": ("exp_avg", "exp_avg_sq")}

@@ -1,9 +1,9 @@
-"""Writes a checkpoint so that it is complete or absent.
+"""Write checkpoints atomically: each is complete or absent.
 
-An attempt at a checkpoint is a folder ``step_NNNNNNNN.ATTEMPT.tmp``. Every writer puts its slices into one file there
-and then a receipt with the file's hash, or a note why it failed. When all receipts are there, one of them commits: it
-writes the manifest, syncs, and renames the folder. Files are the only channel between writers; nothing here needs a
-process group. The name of the attempt must be new in the run: so what an earlier attempt left is never joined to it.
+A save attempt is a folder ``step_NNNNNNNN.ATTEMPT.tmp``. Every writer stores its slices there in one file, followed by
+a receipt with the file's hashes or the reason of its failure. When all receipts exist, one writer commits: it writes
+the manifest, syncs, and renames the folder. Writers communicate only through files, without a process group. The name
+of the attempt must be new in the run, so that leftovers of an earlier attempt are never mixed in.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _REPLACED, _PRUNED = "replaced.tmp", "pruned.tmp"
 
 
 def attempt_dir(run_dir: str | Path, step: int, attempt: str) -> Path:
-    """Where an attempt at the checkpoint of a step is put together."""
+    """Folder of a save attempt for a step."""
     return checkpoints_dir(run_dir) / f"step_{step:08d}.{attempt}.tmp"
 
 
 def make(folder: Path) -> Path:
-    """Make the folder of an attempt; whichever writer comes first makes it."""
+    """Create the folder of an attempt, if no other writer has."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def discard(folder: Path) -> None:
-    """Remove an attempt, as far as that is possible."""
+    """Remove an attempt, ignoring errors."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -61,17 +61,17 @@ def write_slices(
     """Write one writer's file and its receipt.
 
     Args:
-        folder: The attempt's.
-        writer: Number of this writer, its rank.
-        tensors: ``KIND/PARAMETER`` to a flat float32 tensor, all kinds for every parameter in ``ranges``.
-        ranges: Parameter to (full shape, start, stop).
+        folder: Folder of the attempt.
+        writer: Rank of this writer.
+        tensors: Flat float32 tensors by ``KIND/PARAMETER``, with all kinds of every parameter in ``ranges``.
+        ranges: (full shape, start, stop) by parameter.
     """
     name = f"rank_{writer:05d}.safetensors"
     path = folder / name
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(f"cannot write {path}: {error}") from error
     _sync(path)
     receipt = {
         "file": name,
@@ -83,7 +83,7 @@ def write_slices(
 
 
 def write_failure(folder: Path, writer: int, reason: str) -> None:
-    """Say in place of a receipt why this writer failed; its file goes first, to make room for the words."""
+    """Write the reason of a failure instead of a receipt, after removing this writer's file to free disk space."""
     (folder / f"rank_{writer:05d}.safetensors").unlink(missing_ok=True)
     _write_json(folder / _receipt_name(writer), {"failure": reason})
 
@@ -96,28 +96,28 @@ def wait_for_receipts(
     clock_s: Callable[[], float] = time.monotonic,
     pause: Callable[[float], object] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """Wait until every writer has left its receipt.
+    """Wait until every writer has written its receipt.
 
     Args:
-        folder: The attempt's.
-        writers: How many receipts there must be.
-        timeout_s: How long to wait; asked again before each look.
-        clock_s: Seconds on a clock that never goes back.
-        pause: Waits for so many seconds.
+        folder: Folder of the attempt.
+        writers: Number of receipts to wait for.
+        timeout_s: Returns the time limit in seconds; called at every poll.
+        clock_s: Monotonic clock in seconds.
+        pause: Sleeps for the given number of seconds.
 
     Returns:
         The receipts, in the order of writers.
 
     Raises:
-        CheckpointError: If a writer failed, or some have not finished in time.
+        CheckpointError: If a writer failed or did not finish in time.
     """
-    began_s = clock_s()
+    start_s = clock_s()
     while missing := _missing(folder, writers):
-        if clock_s() - began_s > (limit_s := timeout_s()):
-            who = "rank" if len(missing) == 1 else "ranks"
+        if clock_s() - start_s > (limit_s := timeout_s()):
+            noun = "rank" if len(missing) == 1 else "ranks"
             raise CheckpointError(
-                f"{who} {', '.join(map(str, missing[:8]))}{' and more' * (len(missing) > 8)} did not finish within "
-                f"{limit_s:g} s; see to the storage, or raise checkpoint.save_timeout_s"
+                f"{noun} {', '.join(map(str, missing[:8]))}{' and more' * (len(missing) > 8)} did not finish within "
+                f"{limit_s:g} s; check the storage, or raise checkpoint.save_timeout_s"
             )
         pause(_POLL_S)
     receipts = [json.loads((folder / _receipt_name(writer)).read_text()) for writer in range(writers)]
@@ -128,8 +128,8 @@ def wait_for_receipts(
 
 
 def _missing(folder: Path, writers: int) -> list[int]:
-    there = set(os.listdir(folder))  # one listing: a look for each name would ask the metadata server once a rank
-    return [writer for writer in range(writers) if _receipt_name(writer) not in there]
+    present = set(os.listdir(folder))  # one listing, instead of one metadata request per rank
+    return [writer for writer in range(writers) if _receipt_name(writer) not in present]
 
 
 def _receipt_name(writer: int) -> str:
@@ -137,19 +137,19 @@ def _receipt_name(writer: int) -> str:
 
 
 def commit(folder: Path, step: int, receipts: list[dict[str, Any]], state: dict[str, Any]) -> Path:
-    """Join the receipts of all writers to a manifest and make the checkpoint appear.
+    """Join the receipts of all writers into a manifest and rename the attempt to its final name.
 
     Args:
-        folder: The attempt's.
+        folder: Folder of the attempt.
         step: Step of the checkpoint.
-        receipts: Of every writer.
-        state: JSON-able state of the run.
+        receipts: Receipts of all writers.
+        state: State of the run, JSON-serializable.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: If the files are not what the receipts say, or do not hold every parameter whole.
+        CheckpointError: If the files do not match the receipts or do not cover every parameter.
     """
     files = {r["file"]: FileRecord(r["size_bytes"], tuple(Piece(*piece) for piece in r["pieces"])) for r in receipts}
     manifest = Manifest(step, _join_ranges(receipts), files, state)
@@ -159,7 +159,7 @@ def commit(folder: Path, step: int, receipts: list[dict[str, Any]], state: dict[
         path.unlink()
     _sync(folder)
     target = folder.with_name(checkpoint_dir("", step).name)
-    if target.exists():  # a damaged one of the same step, or the same state saved again
+    if target.exists():  # a damaged checkpoint of the same step, or the same state saved again
         aside = target.with_name(f"{target.name}.{_REPLACED}")
         target.rename(aside)
         try:
@@ -185,9 +185,9 @@ def _join_ranges(receipts: list[dict[str, Any]]) -> dict[str, Parameter]:
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Remove what killed jobs left behind. Only for a job that holds the run, before its first attempt.
+    """Remove the leftovers of killed jobs. Call only while holding the run's lock, before the first attempt.
 
-    A checkpoint that was about to be replaced, and of which the replacement never came, is put back.
+    A checkpoint that was moved aside for a replacement that never completed is restored.
     """
     for replaced in checkpoints_dir(run_dir).glob(f"step_*.{_REPLACED}"):
         target = replaced.with_name(replaced.name.removesuffix(f".{_REPLACED}"))
@@ -198,14 +198,14 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 
 def set_aside(run_dir: str | Path, newer_than: int) -> list[Path]:
-    """Rename the checkpoints after a step, which resuming passed over, so that they are counted as none any more.
+    """Rename the checkpoints after a step, which resuming skipped, so that they are no longer listed.
 
     Args:
-        run_dir: The run.
-        newer_than: The step that the run resumes at.
+        run_dir: The run directory.
+        newer_than: Step at which the run resumes.
 
     Returns:
-        Their new names, ``step_NNNNNNNN.damaged`` or with a number behind.
+        Their new paths, ``step_NNNNNNNN.damaged``, with a number appended if that name is taken.
     """
     moved = []
     for step in list_steps(run_dir):
@@ -218,19 +218,19 @@ def set_aside(run_dir: str | Path, newer_than: int) -> list[Path]:
 
 
 def prune(run_dir: str | Path, step: int, keep_last: int | None, keep_every_steps: int | None = None) -> list[int]:
-    """Remove old checkpoints, once the newest is seen to be complete.
+    """Remove old checkpoints, after checking that the newest is complete.
 
     Args:
-        run_dir: The run.
-        step: The one just saved; newer ones, which can only be damaged, are neither counted nor removed.
-        keep_last: Newest ones kept; None removes nothing. Step 0 is kept besides.
-        keep_every_steps: Multiples of this are kept besides.
+        run_dir: The run directory.
+        step: Step just saved. Newer checkpoints can only be damaged; they are neither counted nor removed.
+        keep_last: Number of newest checkpoints to keep; None removes nothing. Step 0 is always kept.
+        keep_every_steps: Multiples of this step are kept too.
 
     Returns:
         Steps removed.
 
     Raises:
-        CheckpointError: If the one just saved is not complete by its manifest; then nothing is removed.
+        CheckpointError: If the checkpoint just saved is incomplete; nothing is removed in that case.
     """
     if keep_last is None:
         return []
@@ -243,20 +243,20 @@ def prune(run_dir: str | Path, step: int, keep_last: int | None, keep_every_step
 
 
 def discard_newer(run_dir: str | Path, step: int) -> None:
-    """Remove the checkpoints after a step, which the run has gone back before; the newest first."""
+    """Remove the checkpoints after a step to which the run was rolled back, newest first."""
     for found in reversed(list_steps(run_dir)):
         if found > step:
             _remove(run_dir, found)
 
 
 def _remove(run_dir: str | Path, step: int) -> None:
-    """Remove a checkpoint; a kill in between leaves no part of it that looks like one."""
+    """Remove a checkpoint; if killed midway, nothing is left that looks like a checkpoint."""
     folder = checkpoint_dir(run_dir, step)
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.{_PRUNED}")))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that appears whole, since others may be waiting for it."""
+    """Write a file atomically, since other writers may be polling for it."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content))
     _sync(partial)

@@ -1,4 +1,4 @@
-"""The codec that a configuration names."""
+"""Builds the codec named by a configuration."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from flowception.errors import ConfigError
 
 
 def build_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
-    """Make the codec that ``config`` names.
+    """Build the codec named by ``config``.
 
     Args:
-        config: Which codec.
-        device: Where a codec with weights computes.
+        config: The codec and its settings.
+        device: Device of a codec with weights.
 
     Returns:
         The codec, ready to use.
+
+    Raises:
+        ConfigError: If the codec is unknown or ``codec.model`` is missing.
+        CodecError: If the weights cannot be loaded.
     """
     if config.name == "patchify":
         from flowception.codecs.patchify import PatchifyCodec

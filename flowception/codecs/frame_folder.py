@@ -1,7 +1,7 @@
-"""A video as a folder of images, one a frame: which these are, in their order, and reading one.
+"""Videos stored as a folder of images, one per frame: lists the frames in order and reads them.
 
-Frames are in natural order of their names, so that ``frame_10.png`` follows ``frame_9.png``. Numbers that are left out
-between names are not noticed. Other files of the folder are passed over.
+Frames are in natural order of their names: ``frame_10.png`` follows ``frame_9.png``. Gaps in the numbering are not
+detected. Other files in the folder are ignored.
 
 Shape legend: a frame is a uint8 ``[H, W, 3]`` RGB array.
 """
@@ -19,48 +19,53 @@ from flowception.errors import DataError
 
 FRAME_SUFFIXES = (".jpeg", ".jpg", ".png")
 _READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises at a damaged image, depending on where it is damaged."""
+"""Errors that Pillow raises for damaged images, depending on the damage."""
 
 
 def is_frame(name: str) -> bool:
-    """Whether a file's name is that of a frame; hidden files are none."""
+    """Whether a file name is that of a frame; hidden files are not frames."""
     return name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
 
 
 def frame_paths(folder: Path) -> list[Path]:
-    """The frames of a folder in their order.
+    """The frames of a folder, in order.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are none or the folder cannot be listed.
     """
     try:
         names = [path.name for path in folder.iterdir() if is_frame(path.name)]
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed ({error.strerror})") from error
+        raise DataError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from error
     if not names:
-        raise DataError(f"{folder} is a folder without frames; a folder of frames holds {' '.join(FRAME_SUFFIXES)}")
+        raise DataError(f"{folder} contains no frames; put {' '.join(FRAME_SUFFIXES)} files in it")
     return [folder / name for name in sorted(names, key=_natural)]
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts digits as numbers; names that differ by leading zeros alone stay apart."""
+    """Sort key that orders digits as numbers; names that differ only in leading zeros stay distinct."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
 def read_frame(path: Path) -> NDArray[np.uint8]:
-    """One frame, uint8 [H, W, 3]; transparency is left out.
+    """Read a frame, uint8 [H, W, 3], dropping transparency.
 
     Raises:
-        DataError: If it cannot be read, or has no 8 bits a color.
+        DataError: If it cannot be read, or does not have 8 bits per channel.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise DataError(f"frame {path} has the pixel type {image.mode}; convert it to 8 bits a color")
+                raise DataError(f"frame {path} must have 8 bits per channel, got mode {image.mode}; convert it")
             return np.asarray(image.convert("RGB"))
     except _READ_ERRORS as error:
-        raise DataError(f"frame {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(unreadable(path, error)) from error
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The message for a frame that Pillow cannot read."""
+    return f"frame {path} cannot be read ({type(error).__name__}: {error}); replace the file"
 
 
 def read_frame_size(path: Path) -> tuple[int, int]:
@@ -73,4 +78,4 @@ def read_frame_size(path: Path) -> tuple[int, int]:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return image.height, image.width
     except _READ_ERRORS as error:
-        raise DataError(f"frame {path} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(unreadable(path, error)) from error

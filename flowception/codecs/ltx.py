@@ -1,14 +1,15 @@
 """LTX-Video's autoencoder (0.9.5) through diffusers' ``AutoencoderKLLTXVideo``.
 
-Latent frame 0 is pixel frame 0 alone; every further latent frame stands for 8 pixel frames, so a clip has ``1 + 8 k``
-pixel frames and ``1 + k`` latent frames, 32 x 32 px a cell. Raw latents are normalized by the statistics that the
-checkpoint carries: ``z_norm = (z - mean) * scaling_factor / std``.
+Latent frame 0 encodes pixel frame 0 alone; every other latent frame encodes 8 pixel frames. A clip has ``1 + 8 k``
+pixel frames and ``1 + k`` latent frames, with 32 x 32 px per cell. Raw latents are normalized with the checkpoint's
+statistics: ``z_norm = (z - mean) * scaling_factor / std``.
 
-The decoder is not causal, and padding changes every frame that it decodes, so each clip is decoded alone. It is
-conditioned on time: it expects a little noise (``decode_noise_scale``) at ``decode_timestep``, as in diffusers'
-pipeline. The noise comes from a fixed seed, so decoding is a function of the latents.
+The decoder is not causal, and padding would change every decoded frame, so each clip is decoded alone. It is
+conditioned on time: it expects a small amount of noise (``decode_noise_scale``) at ``decode_timestep``, as in the
+diffusers pipeline. The noise has a fixed seed, so decoding is a function of the latents.
 
-Shape legend: as in ``base``; diffusers has a batch in front and channels before frames, ``[1, C, n, h, w]``.
+Shape legend: as in ``base``. In diffusers, a batch dimension comes first and channels precede frames:
+``[1, C, n, h, w]``.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class LTXCodec(Codec):
         decode_timestep: float = 0.05,
         decode_noise_scale: float = 0.025,
     ) -> None:
-        """Take over an autoencoder.
+        """Wrap an autoencoder.
 
         Args:
             autoencoder: A diffusers ``AutoencoderKLLTXVideo`` with fp32 weights.
-            device: Where it computes.
-            dtype: Precision of the computation; the fingerprint is of the fp32 weights.
-            decode_timestep: Time shown to a time-conditioned decoder.
-            decode_noise_scale: Share of noise mixed into the latents for a time-conditioned decoder.
+            device: Device of the computation.
+            dtype: Precision of the computation. The fingerprint uses the fp32 weights.
+            decode_timestep: Time input of a time-conditioned decoder.
+            decode_noise_scale: Fraction of noise mixed into the latents for a time-conditioned decoder.
         """
         self._fingerprint = _fingerprint(autoencoder)
         config = autoencoder.config
@@ -67,14 +68,19 @@ class LTXCodec(Codec):
 
     @classmethod
     def from_config(cls, config: CodecConfig, device: torch.device | str = "cpu") -> LTXCodec:
-        """Load the autoencoder from a local folder or the hub."""
+        """Load the autoencoder from a local folder or the hub.
+
+        Raises:
+            ConfigError: If ``codec.model`` is not set.
+            CodecError: If it cannot be loaded.
+        """
         if config.model is None:
             raise ConfigError(
-                "codec.name is ltx and codec.model is not set; "
-                "give an autoencoder's folder, or a pipeline's folder or hub id"
+                "codec.model must be set for codec.name=ltx, got null; "
+                "set it to an autoencoder's folder, or a pipeline's folder or hub id"
             )
         diffusers = require("diffusers", extra="ltx")
-        # A pipeline (local, or on the hub as Lightricks publishes it) holds the autoencoder in the sub-folder `vae`.
+        # A pipeline (local, or as published by Lightricks on the hub) has the autoencoder in the sub-folder `vae`.
         subfolder = None if (Path(config.model) / "config.json").is_file() else "vae"
         try:
             autoencoder = diffusers.AutoencoderKLLTXVideo.from_pretrained(
@@ -82,8 +88,8 @@ class LTXCodec(Codec):
             )
         except (OSError, ValueError) as error:
             raise CodecError(
-                f"codec.model is {config.model!r} and no LTX autoencoder could be loaded from it ({error}); "
-                "give a folder with config.json and safetensors weights, or a pipeline's folder or hub id"
+                f"cannot load an LTX autoencoder from codec.model {config.model!r} ({error}); set it to "
+                "a folder with config.json and safetensors weights, or to a pipeline's folder or hub id"
             ) from error
         return cls(
             autoencoder,
@@ -101,7 +107,7 @@ class LTXCodec(Codec):
         """``1 + (pixel_frames - 1) / 8``."""
         if pixel_frames < 1 or (pixel_frames - 1) % self.temporal_stride:
             raise CodecError(
-                f"{pixel_frames} frames do not fit the ltx codec; give 1 + {self.temporal_stride} k frames, "
+                f"the number of frames must be 1 + {self.temporal_stride} k for the ltx codec, got {pixel_frames}; use "
                 f"for example {max(1, self.usable_frames(pixel_frames))}"
             )
         return 1 + (pixel_frames - 1) // self.temporal_stride
@@ -109,7 +115,7 @@ class LTXCodec(Codec):
     def pixel_frames(self, latent_frames: int) -> int:
         """``1 + 8 (latent_frames - 1)``."""
         if latent_frames < 1:
-            raise CodecError(f"{latent_frames} latent frames cannot be decoded; give at least 1")
+            raise CodecError(f"the number of latent frames must be >= 1, got {latent_frames}")
         return 1 + (latent_frames - 1) * self.temporal_stride
 
     def usable_frames(self, pixel_frames: int) -> int:
@@ -119,11 +125,11 @@ class LTXCodec(Codec):
         return 1 + (pixel_frames - 1) // self.temporal_stride * self.temporal_stride
 
     def encode(self, video: Tensor | NDArray[np.uint8]) -> Tensor:
-        """Pixels uint8 [1 + 8 k, H, W, 3] to the mean of the latents, normalized, float32 [1 + k, C, h, w]."""
+        """Pixels uint8 [1 + 8 k, H, W, 3] to the normalized mean of the latents, float32 [1 + k, C, h, w]."""
         return self._encode_batch([self._check_video(video)])[0]
 
     def encode_many(self, videos: Sequence[Tensor | NDArray[np.uint8]]) -> list[Tensor]:
-        """The same for many clips, those of equal shape in one batch: its memory grows with their number."""
+        """Encode many clips, those of equal shape in one batch. Memory grows with the size of a batch."""
         checked = [self._check_video(video) for video in videos]
         latents: list[Tensor] = list(checked)
         for shape in dict.fromkeys(video.shape for video in checked):
@@ -134,7 +140,7 @@ class LTXCodec(Codec):
 
     @torch.no_grad()
     def _encode_batch(self, videos: list[Tensor]) -> list[Tensor]:
-        """Clips of one shape."""
+        """Encode clips of one shape."""
         pixels = pixels_to_unit(torch.stack(videos).to(self.device)).permute(0, 4, 1, 2, 3).to(self.dtype)
         raw = self._autoencoder.encode(pixels).latent_dist.mode().float().transpose(1, 2)
         mean, std = self._statistics(raw)

@@ -1,7 +1,7 @@
 """The built-in codec: every patch of pixels becomes the channels of one latent cell.
 
-It is lossless, also through bf16: a pixel is ``k / 127.5 - 1``, and bf16 is off by at most 1/512 below 1, a quarter
-of the distance at which rounding would choose another ``k``. One pixel frame is one latent frame.
+It is lossless, even in bf16: a pixel is ``k / 127.5 - 1``, and the rounding error of bf16 below 1 is at most 1/512, a
+quarter of the distance between adjacent values. One pixel frame is one latent frame.
 
 Shape legend: ``n`` frames, ``p`` pixels along a patch, ``C = 3 p^2`` channels in the order (color, row, column).
 """
@@ -17,7 +17,7 @@ from flowception.codecs.base import Codec, hash_description, pixels_to_unit, uni
 
 
 class PatchifyCodec(Codec):
-    """Lossless space-to-depth of pixels in [-1, 1]; there is nothing to normalize."""
+    """Lossless space-to-depth of pixels in [-1, 1], without normalization."""
 
     name = "patchify"
     temporal_stride = 1
@@ -34,11 +34,11 @@ class PatchifyCodec(Codec):
         return hash_description({"codec": self.name, "layout": 1, "patch_size": self.patch_size})
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """One latent frame a pixel frame."""
+        """One latent frame per pixel frame."""
         return pixel_frames
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """One pixel frame a latent frame."""
+        """One pixel frame per latent frame."""
         return latent_frames
 
     def usable_frames(self, pixel_frames: int) -> int:

@@ -1,7 +1,7 @@
-"""Captions to text embeddings with a T5 encoder, ragged: a caption keeps only its own tokens.
+"""Captions to text embeddings with a T5 encoder. The embeddings are ragged, without padding tokens.
 
-LTX-Video conditions on T5-XXL (width 4096, up to 128 tokens). The embedding of a caption does not depend on what
-else is in the batch, since padding is masked inside T5 and cut off afterwards.
+LTX-Video conditions on T5-XXL (width 4096, up to 128 tokens). A caption's embedding does not depend on the rest of the
+batch, because padding is masked inside T5 and then removed.
 
 Shape legend: ``L`` tokens of a caption (end token included), ``D`` width of the encoder.
 """
@@ -21,12 +21,12 @@ from flowception.ranges import check_ranges, integer
 
 @dataclass(kw_only=True)
 class TextEncoderConfig:
-    """Which text encoder, if any."""
+    """The text encoder, if any."""
 
     model: str | None = None
-    """Folder or hub id of a T5 encoder (or of a pipeline with ``text_encoder`` and ``tokenizer``); None is no text."""
+    """Folder or hub id of a T5 encoder (or of a pipeline with ``text_encoder`` and ``tokenizer``); None for no text."""
     max_tokens: int = 128
-    """Longer captions are cut."""
+    """Longer captions are truncated."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the computation."""
 
@@ -49,9 +49,14 @@ class TextEncoder:
 
     @classmethod
     def from_config(cls, config: TextEncoderConfig, device: torch.device | str = "cpu") -> TextEncoder:
-        """Load encoder and tokenizer from a local folder or the hub."""
+        """Load encoder and tokenizer from a local folder or the hub.
+
+        Raises:
+            ConfigError: If ``text.model`` is not set.
+            CodecError: If no encoder can be loaded from it.
+        """
         if config.model is None:
-            raise ConfigError("text.model is not set; give a folder or hub id of a T5 encoder")
+            raise ConfigError("text.model must be set, got null; set it to a folder or hub id of a T5 encoder")
         transformers = require("transformers", extra="ltx")
         errors = []
         for in_pipeline in (False, True):
@@ -66,8 +71,8 @@ class TextEncoder:
             else:
                 return cls(tokenizer, model, max_tokens=config.max_tokens, device=device)
         raise CodecError(
-            f"text.model is {config.model!r} and no T5 encoder could be loaded from it ({' / '.join(errors)}); give a "
-            "folder with config.json, safetensors weights and a tokenizer, or a pipeline's folder or hub id"
+            f"cannot load a T5 encoder from text.model {config.model!r} ({' / '.join(errors)}); set it to a folder "
+            "with config.json, safetensors weights and a tokenizer, or to a pipeline's folder or hub id"
         )
 
     @torch.no_grad()
@@ -75,7 +80,7 @@ class TextEncoder:
         """Embed captions.
 
         Args:
-            captions: One string each; an empty one has its end token alone.
+            captions: The captions; an empty one has only the end token.
 
         Returns:
             float32 [L_i, D] on the CPU for each caption.

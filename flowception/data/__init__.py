@@ -1,5 +1,5 @@
-"""From shards to the network's input: which clips each step sees, and their packs.
+"""From shards to the network's input: the clips and packs of each step.
 
-``order`` shuffles the clips of an epoch, ``epoch`` and ``plan`` say which clips each step and each pack holds, ``pack``
-builds its tensors, and ``loader`` feeds them to a rank.
+``order`` shuffles the clips of an epoch, ``epoch`` and ``plan`` assign clips to steps and packs, ``pack`` builds a
+pack's tensors, and ``loader`` feeds packs to a rank.
 """

@@ -1,4 +1,4 @@
-"""What clips cost: tokens, FLOPs, attention and how many losses they bring, once their draws are known.
+"""Costs of clips for planning, once their draws are known: tokens, FLOPs, attention pairs, and numbers of losses.
 
 Shape legend: ``k`` clips.
 """
@@ -20,7 +20,7 @@ from flowception.shards.index import ClipIndex
 
 @dataclass
 class ClipCosts:
-    """What the plan needs to know of each of some clips."""
+    """Costs of some clips, one entry per clip."""
 
     tokens: NDArray[np.int64]
     """Visible tokens, text included."""
@@ -28,11 +28,11 @@ class ClipCosts:
     attention_pairs: NDArray[np.float64]
     """Attention pairs between visible latent and insertion tokens."""
     full_attention_pairs: NDArray[np.float64]
-    """The same with every frame visible."""
+    """Attention pairs if every frame were visible."""
     velocity: NDArray[np.float64]
-    """Expected elements with a velocity loss."""
+    """Expected number of elements with a velocity loss."""
     insertion: NDArray[np.float64]
-    """Expected sites with an insertion loss."""
+    """Expected number of sites with an insertion loss."""
 
     def __getitem__(self, which: slice | NDArray[np.int64]) -> ClipCosts:
         return ClipCosts(*(getattr(self, field.name)[which] for field in fields(self)))
@@ -41,13 +41,13 @@ class ClipCosts:
 def clip_costs(
     index: ClipIndex, rows: NDArray[np.int64], draws: PackDraws, process: ProcessConfig, spec: ModelSpec
 ) -> ClipCosts:
-    """The costs of some clips.
+    """Compute the costs of some clips.
 
     Args:
-        index: The set's.
+        index: The set's index.
         rows: [k] rows of the clips.
-        draws: Theirs.
-        process: The process that they were drawn by.
+        draws: The clips' draws.
+        process: The process of the draws.
         spec: Sizes of the network.
 
     Returns:

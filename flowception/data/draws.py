@@ -1,7 +1,7 @@
-"""What is drawn for the clips of an epoch: times, roles, delays, which lose their condition, their text.
+"""Random draws for the clips of an epoch: times, roles, delays, and which clips are trained without their condition.
 
-Everything is a function of the run's seed, the epoch, and a clip's identity and place, never of what else is asked for:
-a pack is drawn the same by the plan that balances it, by the rank that builds it, and by a test that asks again.
+Every draw is a function of the run's seed, the epoch, and the clip's id and place only. So the plan that balances a
+pack, the rank that builds it, and a test that repeats it all get the same draws.
 
 Shape legend: ``M`` clips of the index, ``k`` of a pack, ``B`` clips, ``B, N`` as in ``flow``.
 """
@@ -24,35 +24,35 @@ from flowception.shards.index import ClipIndex
 
 @dataclass(frozen=True, eq=False)
 class PackDraws:
-    """All that is drawn for the clips of a pack."""
+    """All draws for the clips of a pack."""
 
     clips: ClipDraws
     """Times, roles and delays, in the order of the pack."""
     keeps_condition: NDArray[np.bool_]
-    """[k]: trained with its class and text; the rest are trained without, for guidance."""
+    """[k]: trained with its class and text. The other clips are trained without, for guidance."""
     shows_caption: NDArray[np.bool_]
-    """[k]: trained with its own text; the rest with the null text, so that they look exactly like an unconditional clip
-    of the sampler."""
+    """[k]: trained with its own text. The other clips have the null text, exactly like an unconditional clip in
+    sampling."""
     text_tokens: NDArray[np.int64]
-    """[k]: text tokens that it brings; 0 for a network without text."""
+    """[k]: number of text tokens; 0 for a network without text."""
 
 
 class EpochDraws:
     """Draws of the clips of one index, for any epoch."""
 
     def __init__(self, index: ClipIndex, process: ProcessConfig, seed: int, null_text_tokens: int | None) -> None:
-        """Prepare nothing; every draw is made when it is asked for.
+        """Store the arguments; every draw is computed on request.
 
         Args:
-            index: The set's.
+            index: The set's index.
             process: The process.
-            seed: The run's.
+            seed: The run's seed.
             null_text_tokens: Length of the null text; None for a network without text.
         """
         self.index, self.process, self.seed, self.null_text_tokens = index, process, seed, null_text_tokens
 
     def of_clips(self, epoch: int, rows: NDArray[np.int64], u_time: NDArray[np.float64]) -> ClipDraws:
-        """Times, roles and delays of some clips, in the order given.
+        """Draw times, roles, and delays of some clips, in the given order.
 
         Args:
             epoch: Epoch number.
@@ -66,7 +66,7 @@ class EpochDraws:
         return draw_clips(self.process, frames, u_time, u_task, u_frame)
 
     def of_pack(self, epoch: int, rows: NDArray[np.int64], u_time: NDArray[np.float64]) -> PackDraws:
-        """All that is drawn for some clips; arguments as in ``of_clips``."""
+        """Draw everything for some clips; arguments as in ``of_clips``."""
         kept = self.keeps_condition(epoch, rows)
         own = self.index.clips["text_tokens"][rows].astype(np.int64)
         shown = kept & (own > 0)
@@ -81,21 +81,21 @@ class EpochDraws:
 
     @property
     def most_text_tokens(self) -> NDArray[np.int64]:
-        """The most text tokens that each clip of the index brings in any epoch, int64 [M]."""
+        """The most text tokens that each clip of the index has in any epoch, int64 [M]."""
         own = self.index.clips["text_tokens"].astype(np.int64)
         return np.zeros_like(own) if self.null_text_tokens is None else np.maximum(own, self.null_text_tokens)
 
 
 def pack_digests(packs: Sequence[PackPlan], draws: PackDraws, clip_ids: NDArray[np.uint64]) -> list[str]:
-    """SHA-256 of each pack: its clips in order, their times, roles and delays, and which lose their condition.
+    """SHA-256 of each pack: its clips in order, their times, roles, and delays, and which keep their condition.
 
     Args:
         packs: Packs of one epoch.
-        draws: Of all their clips, pack after pack.
-        clip_ids: Of all their clips.
+        draws: Draws of all clips of the packs, pack after pack.
+        clip_ids: Ids of the same clips.
 
     Returns:
-        One digest for each, hex.
+        One hex digest per pack.
     """
     clips = draws.clips
     inside = np.arange(clips.roles.shape[1]) < clips.num_frames.numpy()[:, None]

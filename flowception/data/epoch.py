@@ -1,17 +1,17 @@
-"""The steps of one epoch: which clips each step takes and which pack each goes to.
+"""The steps of one epoch: which clips each step takes and which pack each clip goes to.
 
-An epoch's order is cut into segments. Each is planned alone and gives the same number of steps, all full; what its
-steps leave over is planned at the epoch's end, with the places behind the last segment. So any step is known without
-the steps before it: only its own segment is planned, and the cuts follow from what clips are expected to cost, which
-the index tells. A segment holds about ``SEGMENT_CLIPS`` clips, and four standard deviations and half a percent more
-tokens than its steps can take (one to three percent of it), so that it does not run short. An epoch smaller than two
-segments has none.
+An epoch's order is cut into segments. Each segment is planned independently and yields the same number of steps, all
+full. The clips that its steps do not take are planned at the end of the epoch, together with the places after the last
+segment. So any step is known without the steps before it: only its own segment is planned. The cuts follow from the
+expected costs of the clips, which the index determines. A segment holds about ``SEGMENT_CLIPS`` clips. Its expected
+tokens exceed what its steps can take by four standard deviations and half a percent (one to three percent in all), so
+that it does not run short. An epoch smaller than two segments has no segments.
 
-Inside a segment steps are made in order. A step is offered the clips carried over and then the next in order, up to
-and with the clip that crosses the limit of ``(1 - headroom) G T`` tokens. All are packed longest first; what finds no
-room is carried, and is packed before all others only once ``PATIENCE_STEPS`` steps left it over. Both raise the fill
-where packs are small, because the clip too many leaves a choice of clips to fill the last gaps with, and a small clip
-fills a gap best when it comes last.
+Inside a segment, steps are made in order. A step is offered the clips carried over, then the next clips in order, up to
+and including the clip that crosses the limit of ``(1 - headroom) G T`` tokens. All are packed longest first. A clip
+that does not fit is carried to the next step, and is packed before all others only after ``PATIENCE_STEPS`` steps
+carried it. Both rules raise the fill where packs are small: the extra clip gives a choice for the last gaps, and a
+small clip fills a gap best when it comes last.
 
 Shape legend: ``K`` clips of the epoch by place, ``k`` clips of a step, ``m`` of a segment, ``G`` packs of a step.
 """
@@ -36,15 +36,15 @@ SEGMENT_CLIPS = 65536
 _CHUNK_CLIPS = 4096
 _MARGIN_DEVIATIONS = 4.0
 _MARGIN_BIAS = 5e-3
-"""Share by which expected tokens may be off for every clip alike (``expected_tokens.py``)."""
+"""Relative error of expected tokens that all clips may share (``expected_tokens.py``)."""
 _KEPT_SEGMENTS = 2
 PATIENCE_STEPS = 2
-"""A clip that so many steps left over is packed before all others, so none waits for ever. Not earlier: packing is
-best when the smallest clips come last, and those are the ones left over."""
+"""A clip carried over by this many steps is packed before all others, so no clip waits forever. Not earlier: packing is
+best when the smallest clips come last, and those are the ones carried over."""
 
 
 CostsOf = Callable[[NDArray[np.int64]], ClipCosts]
-"""Gives the costs of the clips at given places."""
+"""Returns the costs of the clips at the given places."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class StepClips:
 
 
 class StepMaker:
-    """Makes steps of given places, in their order, as far as asked; nothing is read from shards."""
+    """Makes steps from given places, in order and on request, without reading shards."""
 
     def __init__(self, places: NDArray[np.int64], costs_of: CostsOf, sizes: PlanConfig) -> None:
-        """Begin.
+        """Start before the first step.
 
         Args:
             places: [m] places of the epoch.
-            costs_of: Their costs.
-            sizes: What a step holds.
+            costs_of: Costs of clips by place.
+            sizes: Sizes of steps and packs.
         """
         self._places, self._costs_of, self._sizes = places, costs_of, sizes
         num_places = len(places)
@@ -77,7 +77,7 @@ class StepMaker:
         self._steps: list[list[NDArray[np.int64]]] = []
 
     def step(self, number: int) -> StepClips | None:
-        """A step; None if the places are used up before it."""
+        """A step by its number; None if the places are used up before it."""
         while len(self._steps) <= number and self._is_left():
             self._make_step()
         if number >= len(self._steps):
@@ -86,7 +86,7 @@ class StepMaker:
         return StepClips([self._places[pack] for pack in packs], self._costs[np.concatenate(packs)])
 
     def count(self) -> int:
-        """Steps until all places are used up."""
+        """Number of steps until all places are used up."""
         while self._is_left():
             self._make_step()
         return len(self._steps)
@@ -107,9 +107,9 @@ class StepMaker:
         self._drawn = chunk.stop
 
     def _take(self) -> NDArray[np.int64]:
-        """What is offered to the next step: what was carried over, then the next in order, with the one that crosses.
+        """Clips offered to the next step: those carried over, then the next in order through the one over the limit.
 
-        Positions in ``places``, as everywhere in this class.
+        These are positions in ``places``, as everywhere in this class.
         """
         room = self._sizes.limit - int(self._costs.tokens[self._carried].sum())
         while True:
@@ -139,7 +139,7 @@ class StepMaker:
 
 
 class EpochSteps:
-    """The steps of one epoch, each computed when asked for."""
+    """The steps of one epoch, computed on request."""
 
     def __init__(
         self,
@@ -152,11 +152,11 @@ class EpochSteps:
         """Cut an epoch into segments.
 
         Args:
-            expected_units: [K] visible tokens that each clip has on average, at least 1, in parts of ``TOKEN_UNITS``.
-            variance_per_token: The most, over clips, that the variance of a clip's tokens is times their mean.
+            expected_units: [K] expected visible tokens of each clip, at least 1, in units of ``1 / TOKEN_UNITS`` token.
+            variance_per_token: Largest ratio, over clips, of the variance of a clip's tokens to their mean.
             largest_clip: Most tokens that a clip can have.
             costs_of: Costs of clips by place.
-            sizes: What a step holds.
+            sizes: Sizes of steps and packs.
         """
         self._costs_of, self._sizes, self._num_places = costs_of, sizes, len(expected_units)
         total = np.cumsum(expected_units, dtype=np.int64) / TOKEN_UNITS
@@ -177,41 +177,41 @@ class EpochSteps:
 
     @property
     def num_segments(self) -> int:
-        """How many segments there are; their steps come first."""
+        """Number of segments; their steps come first."""
         return len(self._starts) - 1
 
     def step(self, number: int) -> StepClips | None:
-        """A step; None if the epoch has ended before."""
+        """A step by its number; None if the epoch ends before it."""
         segment, inside = divmod(number, self._steps_per_segment)
         self._reached = max(self._reached, segment)
         if segment >= self.num_segments:
             return self._remainder().step(number - self.num_segments * self._steps_per_segment)
         found = self._segment(segment).step(inside)
         if found is None:
-            raise PlanError(f"segment {segment} of an epoch ends before its step {inside}: the plan is at fault")
+            raise PlanError(f"segment {segment} of an epoch ends before its step {inside}; this is a bug in the plan")
         if inside == self._steps_per_segment - 1:
             self.plan_segment(segment)
         return found
 
     def has(self, number: int) -> bool:
-        """Whether the epoch has a step of this number."""
+        """Whether the epoch has a step with this number."""
         return number < self.num_segments * self._steps_per_segment or self.step(number) is not None
 
     def count(self) -> int:
-        """Steps of the whole epoch. Plans all of it."""
+        """Number of steps of the epoch. Plans all of it."""
         return self.num_segments * self._steps_per_segment + self._remainder().count()
 
-    def plan_left_over(self) -> None:
-        """Plan one segment whose left-over clips are not known yet, the last such first, if there is one."""
+    def plan_leftovers(self) -> None:
+        """Plan one segment whose leftover clips are still unknown, if any, starting from the last."""
         unknown = [segment for segment in range(min(self._reached, self.num_segments)) if segment not in self._left]
         if unknown:
             self.plan_segment(unknown[-1])
 
     def plan_segment(self, segment: int) -> None:
-        """Find what a segment leaves over for the epoch's end, if that is not known yet."""
+        """Find the clips that a segment leaves for the end of the epoch, unless they are known already."""
         if segment not in self._left:
             self._left[segment] = self._segment(segment).left_after(self._steps_per_segment)
-            give_back_freed_memory()
+            return_freed_memory()
 
     def _segment(self, segment: int) -> StepMaker:
         if segment not in self._segments:
@@ -232,11 +232,11 @@ class EpochSteps:
         return self._rest
 
 
-def give_back_freed_memory() -> None:
-    """Give back what glibc keeps of freed memory; elsewhere nothing.
+def return_freed_memory() -> None:
+    """Return freed memory to the OS where glibc keeps it; elsewhere do nothing.
 
-    Making an epoch's order of millions of clips takes five times what stays of it, and glibc keeps blocks of such
-    sizes for later once some were freed: for good, and in each of a node's ranks.
+    Making the order of an epoch of millions of clips takes five times the memory of the result. After a few frees,
+    glibc keeps blocks of such sizes permanently, in each rank of a node.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

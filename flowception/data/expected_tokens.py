@@ -1,10 +1,11 @@
-"""How many tokens clips are expected to have in a pack: what the index and the process say before anything is drawn.
+"""Expected tokens of clips in a pack, from the index and the process, before anything is drawn.
 
-A large epoch is cut into segments by it (``epoch.py``). Numbers are whole, so that every rank cuts alike.
+A large epoch is cut into segments by these numbers (``epoch.py``). They are integers, so that every rank makes the same
+cuts.
 
-A mean must be right to a fraction of a percent: whatever it is off by is so for every clip of the length, and a set may
-have clips of one length only. So the samples are not independent but a Kronecker sequence, the multiples of square
-roots of primes modulo 1, whose error falls with ``1 / S`` and not with its root.
+A mean must be accurate to a fraction of a percent: its error is the same for every clip of a length, and a set may have
+clips of one length only. So the samples are not independent. They form a Kronecker sequence, the multiples of square
+roots of primes modulo 1, whose error falls as ``1 / S`` instead of ``1 / sqrt(S)``.
 
 Shape legend: ``M`` clips, ``K`` different lengths, ``S`` samples.
 """
@@ -18,21 +19,21 @@ from flowception.flow.extended_time import ProcessConfig, draw_clips
 from flowception.shards.index import ClipIndex
 
 TOKEN_UNITS = 64
-"""Mean tokens are counted in parts of so many of a token."""
+"""Mean tokens are integers in units of ``1 / TOKEN_UNITS`` token."""
 _SAMPLES = 2048
 
 
 def visible_moments(
     process: ProcessConfig, lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and variance of the number of visible frames of clips of some lengths, from samples that never change.
+    """Estimate mean and variance of the number of visible frames by clip length, from fixed samples.
 
     Args:
-        process: The process, with any tasks and any law of delays.
+        process: The process, with any tasks and any delay law.
         lengths: [K] latent frames, at least 1.
 
     Returns:
-        [K] and [K].
+        Mean [K] and variance [K].
     """
     mean, variance = np.empty(len(lengths)), np.empty(len(lengths))
     u_time = (np.arange(_SAMPLES) + 0.5) / _SAMPLES
@@ -58,15 +59,15 @@ def _kronecker(dimensions: int) -> NDArray[np.float64]:
 def token_moments(
     process: ProcessConfig, index: ClipIndex, null_text_tokens: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Mean, in parts of ``TOKEN_UNITS``, and variance of the visible tokens of every clip of a set.
+    """Estimate mean and variance of the visible tokens of every clip of a set.
 
     Args:
         process: The process.
-        index: The set's.
-        null_text_tokens: Tokens of the text that stands in for none; None for a network without text.
+        index: The set's index.
+        null_text_tokens: Length of the null text; None for a network without text.
 
     Returns:
-        [M], at least one token, and [M].
+        Mean [M] in units of ``1 / TOKEN_UNITS`` token, at least one token, and variance [M] in tokens squared.
     """
     lengths, which = np.unique(index.clips["frames"].astype(np.int64), return_inverse=True)
     mean, variance = visible_moments(process, lengths)

@@ -1,8 +1,8 @@
-"""Feeding one rank: its packs of every step of an epoch, from any cursor, with or without worker processes.
+"""Loading one rank's packs for every step of an epoch, from any cursor, with or without worker processes.
 
 Rank r of W runs ``ceil(G / W)`` micro-steps; its micro-step a is pack ``a W + r``, so packs that run at the same time
-are neighbors in FLOPs. Packs that do not exist are padding. A thread plans ahead; workers only read and build what
-they are told, so nothing about them has to be saved: a cursor is the whole state, that of the last step handed out.
+have similar FLOPs. Missing packs are padding. A thread plans ahead. Workers only read and build the packs they receive,
+so none of their state needs saving: the cursor of the last step returned is the complete state.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from flowception.errors import ConfigError
 from flowception.shards.reader import ClipReader
 
 _WORKER_TIMEOUT_S = 1800
-"""A worker that gives nothing for so long is dead or its storage is."""
+"""Time without a batch after which a worker, or its storage, counts as dead."""
 
 _CLIPS_NAMED = 3
-"""Clips that ``waiting_for`` names."""
+"""Most clips that ``waiting_for`` names."""
 
 
 @dataclass
 class StepBatch:
-    """What one rank does in one optimizer step."""
+    """One rank's share of one optimizer step."""
 
     step_plan: StepPlan
     packs: list[Pack]
@@ -42,47 +42,47 @@ class StepBatch:
     cursor: Cursor
     """This step."""
     next_cursor: Cursor
-    """Where to go on after it; save this one."""
+    """The step to continue with; save this one."""
     quarantined: list[BadClip]
-    """Clips of this rank's packs found bad in this step, or left out."""
+    """Clips of this rank's packs that were found bad in this step, or skipped on request."""
 
 
 def packs_of_rank(packs: Sequence[PackPlan], rank: int, world_size: int) -> list[PackPlan | None]:
-    """A rank's share of a step, one entry for each micro-step; None where there is only padding to run."""
+    """A rank's share of a step, one entry per micro-step; None for a micro-step of padding."""
     micro_steps = -(-len(packs) // world_size)
     numbers = [micro_step * world_size + rank for micro_step in range(micro_steps)]
     return [packs[number] if number < len(packs) else None for number in numbers]
 
 
 class _PackBuilder(Dataset[list[Pack] | SentPacks]):
-    """Builds packs that are named by their plans, and gathers them for sending when it runs in a worker."""
+    """Builds packs from their plans; in a worker, also gathers them into shared memory."""
 
-    def __init__(self, plan: Plan, reader: ClipReader, left_out: Mapping[str, str]) -> None:
-        self._plan, self._reader, self._left_out = plan, reader, left_out
+    def __init__(self, plan: Plan, reader: ClipReader, skipped: Mapping[str, str]) -> None:
+        self._plan, self._reader, self._skipped = plan, reader, skipped
 
     def __getitem__(self, share: Any) -> list[Pack] | SentPacks:
         packs = [self._build(pack) for pack in share]
         return packs if get_worker_info() is None else SentPacks.of(packs)
 
     def _build(self, pack: PackPlan | None) -> Pack:
-        return empty_pack(self._plan) if pack is None else build_pack(self._plan, pack, self._reader, self._left_out)
+        return empty_pack(self._plan) if pack is None else build_pack(self._plan, pack, self._reader, self._skipped)
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _begin_worker(worker: int) -> None:
-    """Leave the signals that ask a run to stop to the training process.
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore the signals that request a run to stop; the training process handles them.
 
-    Slurm sends them to every process of a task, and that one still needs the worker to finish its step and save.
+    Slurm sends them to every process of a task, and the training process still needs its workers to finish the step.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class PackLoader:
-    """The steps of one epoch for one rank, from a cursor to the epoch's end."""
+    """Iterates over the steps of one epoch for one rank, from a cursor to the end of the epoch."""
 
     def __init__(
         self,
@@ -93,27 +93,30 @@ class PackLoader:
         cursor: Cursor | None = None,
         num_workers: int = 0,
         prefetch: int = 2,
-        left_out: Mapping[str, str] = MappingProxyType({}),
+        skipped: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Make a loader; nothing is read before it is iterated.
+        """Make a loader; nothing is read before iteration.
 
         Args:
             plan: The plan, the same on every rank.
-            reader: Where clips are read.
+            reader: Reader of the clips.
             rank: This rank.
             world_size: Number of ranks.
-            cursor: The first step; None for the first of epoch 0.
-            num_workers: Processes that read ahead; 0 for none.
-            prefetch: Steps that each worker keeps ready.
-            left_out: Keys of clips that become padding in their places, with the reason.
+            cursor: The first step; None for the first step of epoch 0.
+            num_workers: Reader processes; 0 reads in this process.
+            prefetch: Steps that each worker prefetches.
+            skipped: Keys of clips to replace with padding, with the reason.
+
+        Raises:
+            ConfigError: If there are more ranks than packs per step, or no such rank.
         """
         check_world_size(plan.sizes.packs_per_step, world_size)
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank is {rank}; with {world_size} ranks it is from 0 to {world_size - 1}")
+            raise ConfigError(f"rank must be an integer from 0 to {world_size - 1}, got {rank}")
         self._plan, self._reader = plan, reader
         self._rank, self._world_size = rank, world_size
         self._first = cursor or Cursor()
-        self._num_workers, self._prefetch, self._left_out = num_workers, prefetch, left_out
+        self._num_workers, self._prefetch, self._skipped = num_workers, prefetch, skipped
         self._planned: deque[Planned] = deque()
         self._handed_out = 0
 
@@ -131,12 +134,12 @@ class PackLoader:
         self._planned.clear()
         self._handed_out = 0
         built = DataLoader(
-            _PackBuilder(self._plan, self._reader, self._left_out),
+            _PackBuilder(self._plan, self._reader, self._skipped),
             batch_size=None,
             sampler=self._shares(),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_ignore_stop_signals,
             timeout=_WORKER_TIMEOUT_S if self._num_workers else 0,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
@@ -150,11 +153,11 @@ class PackLoader:
             yield StepBatch(step_plan, packs, Cursor(step_plan.epoch, step_plan.step), next_cursor, found)
 
     def waiting_for(self) -> str:
-        """What the next batch needs, for a person who waits for it; may be called from another thread."""
+        """Describe what the next batch is waiting for; may be called from another thread."""
         try:
             step_plan, _ = self._planned[0]
         except IndexError:
-            return "the plan of the next step"
+            return "the plan for the next step"
         share = packs_of_rank(step_plan.packs, self._rank, self._world_size)
         rows = [int(row) for pack in share if pack is not None for row in pack.rows]
         where = ", ".join(self._reader.describe(row) for row in rows[:_CLIPS_NAMED])

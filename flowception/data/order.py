@@ -1,6 +1,6 @@
 """The order of an epoch and the stratified global times of its places.
 
-Both are keyed, so any part can be computed alone: there is no generator to wind forward.
+Both use keyed random numbers, so any part can be computed on its own, without advancing a generator.
 
 Shape legend: ``K`` clips of the epoch; a *place* is a position 0..K-1 in the epoch's order.
 """
@@ -27,21 +27,21 @@ def epoch_order(
     epoch: int,
     shuffle_block_shards: int,
 ) -> NDArray[np.int64]:
-    """A permutation with locality: shards are permuted, clips are shuffled inside blocks of shards.
+    """Permute with locality: shards are permuted, clips are shuffled inside blocks of shards.
 
-    Removing clips, even all those of a shard, leaves the order of all others as it was: the set's shards are permuted,
-    whether or not the epoch has clips of them.
+    Removing clips, even all clips of a shard, does not change the order of the others: all shards of the set are
+    permuted, whether or not the epoch has clips of them.
 
     Args:
         clip_ids: [K] ids of the epoch's clips.
-        shards: [K] the shard of each.
-        num_shards: Shards of the whole set, of which the epoch may have only some.
+        shards: [K] shard of each clip.
+        num_shards: Number of shards in the set; the epoch may have clips of only some.
         seed: The run's seed.
         epoch: Epoch number.
-        shuffle_block_shards: Shards in a block: how many are read at one time.
+        shuffle_block_shards: Shards per block, which is how many are read at a time.
 
     Returns:
-        [K] which clip has place 0, 1, ...
+        [K] the clip at place 0, 1, ...
     """
     shard_place = np.empty(num_shards, dtype=np.int64)
     shard_place[rng.permutation(seed, Stream.ORDER, num_shards, epoch=epoch)] = np.arange(num_shards)
@@ -53,17 +53,17 @@ def epoch_order(
 def stratified_uniforms(
     places: NDArray[np.int64], num_places: int, *, seed: int, epoch: int, block_clips: int
 ) -> NDArray[np.float64]:
-    """Uniforms for global times, one in each stratum of each block of consecutive places.
+    """Draw uniforms for global times, one per stratum of each block of consecutive places.
 
-    In a block of m places, place i gets ``(pi(i) + U) / m`` with a random permutation pi: uniform on [0, 1) for every
-    place exactly, while any whole block covers [0, 1) evenly. The last block may be smaller than the others.
+    In a block of m places, place i gets ``(pi(i) + U) / m`` with a random permutation pi. This is exactly uniform on
+    [0, 1) for every place, and a complete block covers [0, 1) evenly. The last block may be smaller than the others.
 
     Args:
         places: [k] places to draw for.
         num_places: K.
         seed: The run's seed.
         epoch: Epoch number.
-        block_clips: Places in a block.
+        block_clips: Places per block.
 
     Returns:
         [k] in [0, 1).
@@ -82,28 +82,28 @@ def stratified_uniforms(
 
 
 def times_shown(weights: NDArray[np.float64], uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many times an epoch shows each clip: the weight, rounded up with the probability of what rounding adds.
+    """Number of times an epoch shows each clip: its weight, rounded up with the probability of its fraction.
 
     Args:
-        weights: [K] expected times.
+        weights: [K] mean number of times.
         uniforms: [K] in [0, 1).
 
     Returns:
         int64 [K].
     """
-    whole = np.floor(weights)
-    return (whole + (uniforms < weights - whole)).astype(np.int64)
+    floor = np.floor(weights)
+    return (floor + (uniforms < weights - floor)).astype(np.int64)
 
 
 def repeat_ids(clip_ids: NDArray[np.uint64], times: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Each id as often as its clip is shown, the first as it is and the others apart, so that they are shuffled apart.
+    """Repeat each id as often as its clip is shown. Repeats get different ids, so that they are shuffled independently.
 
     Args:
-        clip_ids: [K].
-        times: [K].
+        clip_ids: [K] ids.
+        times: [K] times that each clip is shown.
 
     Returns:
-        [sum of times].
+        [sum of times] ids; the first of each clip is its own.
     """
     first = np.cumsum(times) - times
     number = (np.arange(int(times.sum())) - np.repeat(first, times)).astype(np.uint64)
@@ -114,19 +114,19 @@ class EpochOrder:
     """The order of the clips of any epoch, and the global times of its places."""
 
     def __init__(self, index: ClipIndex, rows: NDArray[np.int32], sizes: PlanConfig, seed: int) -> None:
-        """Prepare nothing; an order is made when it is asked for.
+        """Store the arguments; orders are made on request.
 
         Args:
-            index: The set's; its weights say how often an epoch shows each clip, once where it has none.
+            index: The set's index. Its weights set how often an epoch shows each clip; without weights, once.
             rows: Rows to show.
-            sizes: Of the blocks of shards and of places.
-            seed: The run's.
+            sizes: Sizes of the blocks of shards and of places.
+            seed: The run's seed.
         """
         self._index, self._rows, self._sizes, self._seed = index, rows, sizes, seed
         self._counted: tuple[int, int] | None = None
 
     def _times_shown(self, epoch: int) -> NDArray[np.int64]:
-        """How often an epoch shows each row: once, or what the weights of a mixture say."""
+        """How often an epoch shows each row: once, or as drawn from the weights of a mixture."""
         if self._index.weights is None:
             return np.ones(len(self._rows), np.int64)
         ids = self._index.clips["clip_id"][self._rows]
@@ -141,7 +141,7 @@ class EpochOrder:
         return self._counted[1]
 
     def rows_by_place(self, epoch: int) -> NDArray[np.int32]:
-        """[K] rows of the epoch's clips in its order."""
+        """[K] rows of the epoch's clips, in order."""
         clips, times = self._index.clips, self._times_shown(epoch)
         rows, shards = np.repeat(self._rows, times), clips["shard"]
         by_place = epoch_order(
@@ -155,6 +155,6 @@ class EpochOrder:
         return rows[by_place]
 
     def u_time(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[k] uniforms for the global times of places [k], stratified over blocks of places."""
+        """[k] uniforms for the global times of the given [k] places, stratified over blocks of places."""
         block_clips, num_places = self._sizes.time_block_clips, self._num_places(epoch)
         return stratified_uniforms(places, num_places, seed=self._seed, epoch=epoch, block_clips=block_clips)

@@ -1,13 +1,13 @@
 """Building one pack: the visible frames of its clips, noised, with everything the losses need.
 
-The same pack is built on any rank, in any worker and after any resume: it is a function of the plan and the shards.
-A clip whose bytes are bad becomes padding in its place: it keeps its tokens, which then are zero and have no loss, so
-that no other clip moves; it is listed with the reason, and the next epoch's plan leaves it out. The same is done to
-clips that the caller names, unread.
+A pack is a function of the plan and the shards, so it is the same on any rank, in any worker, and after any resume. A
+clip with bad bytes becomes padding in place: it keeps its tokens, which are then zero and have no loss, so that no
+other clip moves. It is listed with the reason, and the next epoch's plan skips it. Clips that the caller names are
+treated the same way without being read.
 
 A clip without a caption, or drawn to be trained without its condition, has the null class and the set's null text, at
-that text's own length: to the last token what the sampler shows for an unconditional clip (``generation.predictor``).
-Text stays in bfloat16, as the shards hold it; the network converts it on its device.
+the length of that text. This equals, to the last token, the sampler's unconditional clip (``generation.predictor``).
+Text stays in bfloat16, as stored in the shards; the network converts it on its device.
 
 Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C h w`` a latent frame, ``D`` text
 width, ``k`` visible frames of a clip, ``N`` frames of the longest clip.
@@ -41,7 +41,7 @@ from flowception.shards.schema import NO_CLASS
 
 @dataclass(frozen=True)
 class BadClip:
-    """A clip that could not be read, or was left out."""
+    """A clip that could not be read or was skipped on request."""
 
     key: str
     reason: str
@@ -51,7 +51,7 @@ class BadClip:
 
 @dataclass
 class Pack(PackInput):
-    """A network's input together with what its losses compare it to."""
+    """A network's input together with the targets of its losses."""
 
     velocity_target: Tensor
     """[T, C]: x_1 - x_0 at tokens with a velocity loss, zero elsewhere."""
@@ -73,7 +73,7 @@ class Pack(PackInput):
 
 @dataclass
 class _ClipContent:
-    """What reading and noising one clip gives."""
+    """One clip after reading and noising."""
 
     noisy: Tensor
     """[k h w, C]."""
@@ -92,13 +92,13 @@ def _clip_shapes(plan: Plan, rows: NDArray[np.int64], draws: PackDraws) -> list[
 def _read_clip(plan: Plan, row: int, epoch: int, draws: ClipDraws, slot: int, reader: ClipReader) -> _ClipContent:
     """Read the visible frames of one clip and noise them.
 
-    Noise is drawn for frames in flow state; context and terminal frames are clean and need none.
+    Noise is drawn for frames in flow state. Context and terminal frames are clean and need none.
     """
     frames = torch.nonzero(draws.visible[slot]).flatten()
     latents, text = reader.read_clip(row, frames.numpy())
     x_1 = latents.float()
     if not (torch.isfinite(x_1).all() and (text is None or torch.isfinite(text).all())):
-        raise DataError(f"clip {plan.index.key(row)} holds numbers that are not finite; encode it again")
+        raise DataError(f"clip {plan.index.key(row)} contains NaN or infinity; encode it again")
     in_flow = draws.flow_mask[slot, frames]
     x_0, identity = torch.zeros_like(x_1), int(plan.index.clips["clip_id"][row])
     for position in torch.nonzero(in_flow).flatten().tolist():
@@ -141,12 +141,12 @@ def _blank_pack(plan: Plan, shapes: list[ClipShape], keys: tuple[str, ...], text
 
 
 def empty_pack(plan: Plan) -> Pack:
-    """A pack of padding alone, for a micro-step that a rank has no pack for."""
+    """A pack of padding only, for a micro-step where a rank has no pack."""
     return _blank_pack(plan, [], (), plan.spec.text_dim)
 
 
 def _fill_frames(pack: Pack, draws: ClipDraws) -> None:
-    """What is known of frames without reading: visible frames of all clips, in order, are the first frame slots."""
+    """Fill in frame values that need no reading. Visible frames of all clips, in order, are the first frame slots."""
     visible = draws.visible
     used = slice(0, int(visible.sum()))
     pack.time[used] = draws.shown_time[visible].float()
@@ -164,7 +164,7 @@ def _fill_frames(pack: Pack, draws: ClipDraws) -> None:
 
 
 def _silence(pack: Pack, slot: int) -> None:
-    """Turn a clip into padding in its place."""
+    """Turn a clip into padding in place."""
     frames = pack.layout.frame_valid & (pack.layout.frame_clip == slot)
     start = sum(pack.layout.segment_lengths[:slot])
     tokens = slice(start, start + pack.layout.segment_lengths[slot])
@@ -174,26 +174,29 @@ def _silence(pack: Pack, slot: int) -> None:
 
 
 def build_pack(
-    plan: Plan, pack_plan: PackPlan, reader: ClipReader, left_out: Mapping[str, str] = MappingProxyType({})
+    plan: Plan, pack_plan: PackPlan, reader: ClipReader, skipped: Mapping[str, str] = MappingProxyType({})
 ) -> Pack:
-    """Read a pack's clips and make the network's input of them.
+    """Read a pack's clips and build the network's input from them.
 
     Args:
         plan: The plan that made ``pack_plan``.
-        pack_plan: Which clips.
-        reader: Where to read them.
-        left_out: Keys of clips to take for bad without reading them, with the reason.
+        pack_plan: The clips of the pack.
+        reader: Reader of the clips.
+        skipped: Keys of clips to treat as bad without reading them, with the reason.
 
     Returns:
-        The pack, on the CPU; ``bad_clips`` lists those that could not be read or are left out.
+        The pack, on the CPU; ``bad_clips`` lists clips that could not be read or were skipped.
 
     Raises:
-        ConfigError: If the set has other channels or another text width than the network.
+        ConfigError: If channels or text width of the set and the network differ, or the null text is not the plan's.
     """
     check_widths(plan.spec, reader)
     uses_text = plan.spec.text_dim is not None
     if uses_text and (reader.null_text is None or len(reader.null_text) != plan.null_text_tokens):
-        raise ConfigError(f"the plan counts {plan.null_text_tokens} tokens of null text, the set has another number")
+        raise ConfigError(
+            f"the plan's null_text_tokens must be the length of the set's null text, got {plan.null_text_tokens} and "
+            f"{None if reader.null_text is None else len(reader.null_text)}"
+        )
     draws, rows = plan.clip_draws(pack_plan), pack_plan.rows.tolist()
     shapes = _clip_shapes(plan, pack_plan.rows, draws)
     pack = _blank_pack(plan, shapes, tuple(plan.index.key(row) for row in rows), plan.spec.text_dim)
@@ -203,8 +206,8 @@ def build_pack(
         shape = shapes[slot]
         latent = torch.nonzero(pack.layout.token_kind[at : at + shape.tokens] == 0).flatten() + at
         try:
-            if pack.keys[slot] in left_out:
-                raise DataError(left_out[pack.keys[slot]])
+            if pack.keys[slot] in skipped:
+                raise DataError(skipped[pack.keys[slot]])
             clip = _read_clip(plan, row, pack_plan.epoch, draws.clips, slot, reader)
         except DataError as error:
             bad.append(BadClip(plan.index.key(row), str(error), shape.tokens))
@@ -223,7 +226,7 @@ def build_pack(
 
 
 def model_role(roles: Tensor) -> Tensor:
-    """What the network is told: ``ModelRole`` numbers, int64. It cannot tell a start frame from a free one.
+    """The roles that the network receives, as ``ModelRole`` numbers. Start frames and free frames share one role.
 
     Args:
         roles: ``Role`` numbers, any shape. ABSENT becomes GENERATED, the neutral value of unused slots.
@@ -237,27 +240,27 @@ def model_role(roles: Tensor) -> Tensor:
 
 
 def check_widths(spec: ModelSpec, reader: ClipReader) -> None:
-    """Refuse a network that cannot take a set's clips.
+    """Check that a network fits a set's clips.
 
     Args:
         spec: Sizes of the network.
-        reader: The set.
+        reader: Reader of the set.
 
     Raises:
-        ConfigError: If channels or text widths differ, or the network wants text that the set lacks.
+        ConfigError: If channels or text widths differ, or the network needs text and the set has none.
     """
     if reader.latent_channels != spec.in_channels:
         raise ConfigError(
-            f"the set has {reader.latent_channels} latent channels and the model in_channels={spec.in_channels}; "
+            f"the set has {reader.latent_channels} latent channels, but model.in_channels is {spec.in_channels}; "
             f"set model.in_channels={reader.latent_channels}"
         )
     if spec.text_dim is not None and reader.text_width is None:
         raise ConfigError(
-            f"the set has no text and the model text_dim={spec.text_dim}; encode with captions (text.model), or set "
+            f"the set has no text, but model.text_dim is {spec.text_dim}; encode with captions (text.model), or set "
             "model.text_dim=0"
         )
     if spec.text_dim is not None and reader.text_width != spec.text_dim:
         raise ConfigError(
-            f"the set has text of width {reader.text_width} and the model text_dim={spec.text_dim}; "
+            f"the set has text of width {reader.text_width}, but model.text_dim is {spec.text_dim}; "
             f"set model.text_dim={reader.text_width}"
         )

@@ -1,4 +1,4 @@
-"""The static sizes of a run's packs, from the index: what no pack can exceed, and whether every clip fits a pack.
+"""Static sizes of a run's packs, from the index, and the check that every clip fits into a pack.
 
 Shape legend: ``M`` clips of the index.
 """
@@ -19,11 +19,11 @@ def _full_tokens(index: ClipIndex, text_tokens: NDArray[np.int64]) -> NDArray[np
 
 
 def static_shape(index: ClipIndex, text_tokens: NDArray[np.int64], token_budget: int) -> PackShape:
-    """Sizes that hold every pack of a run: a pack of T tokens has room for frames of the smallest grid alone.
+    """Sizes that fit every pack of a run. The most frames of T tokens are those of the smallest grid alone.
 
     Args:
-        index: The set's.
-        text_tokens: [M], the most text that each clip can bring.
+        index: The set's index.
+        text_tokens: [M] most text tokens that each clip can have.
         token_budget: T.
 
     Returns:
@@ -39,10 +39,10 @@ def static_shape(index: ClipIndex, text_tokens: NDArray[np.int64], token_budget:
 
 
 def check_clips_fit(index: ClipIndex, text_tokens: NDArray[np.int64], token_budget: int) -> None:
-    """Refuse a set with a clip longer than a pack; arguments as in ``static_shape``.
+    """Check that every clip fits into a pack; arguments as in ``static_shape``.
 
     Raises:
-        PlanError: It names the longest clip.
+        PlanError: If a clip is longer than a pack; names the longest.
     """
     full = _full_tokens(index, text_tokens)
     worst = int(np.argmax(full))
@@ -50,6 +50,6 @@ def check_clips_fit(index: ClipIndex, text_tokens: NDArray[np.int64], token_budg
         tokens, text = int(index.tokens_per_frame[worst]), int(text_tokens[worst])
         raise PlanError(
             f"clip {index.key(worst)} has {full[worst]} tokens ({index.clips['frames'][worst]} frames of {tokens}, "
-            f"{text} of text) and token_budget is {token_budget}; set token_budget={full[worst]} or more, or encode "
+            f"{text} of text), but token_budget is {token_budget}; set token_budget={full[worst]} or more, or encode "
             f"clips of at most {max(0, token_budget - text) // tokens} latent frames"
         )

@@ -1,12 +1,12 @@
-"""The plan: which clips every step sees, in which packs, with which draws.
+"""The plan: the clips of every step, their packs, and their draws.
 
-A pure function of its fingerprint (seed, index, sizes, process, quarantine list) and the epoch. Every rank computes
-the same plan without communication, for any world size, and a resumed run computes its own step instead of replaying
-those before: the only state is a ``Cursor``. A step is offered the clips that the one before carried over and the next
-clips in the epoch's order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip
-that crosses this limit is the last one offered), and spreads them over its packs. A clip that finds no room is carried
-into the next step (``epoch.py`` says with which precedence, and how a large epoch is planned in segments). No clip is
-dropped, cut or repeated in an epoch, and only its last step may be short.
+It is a pure function of its fingerprint (seed, index, sizes, process, quarantine list) and the epoch. Every rank
+computes the same plan without communication, for any world size. A resumed run computes its next step without replaying
+earlier ones: the only state is a ``Cursor``. A step is offered the clips carried over from the step before, then the
+next clips in order, until they reach ``(1 - headroom) * packs_per_step * token_budget`` visible tokens (the clip that
+crosses this limit is the last one offered). It spreads them over its packs, and carries clips that do not fit into the
+next step (``epoch.py`` has the precedence, and the segments of a large epoch). No clip is dropped, cut, or repeated in
+an epoch, and only its last step may be short.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from flowception.data.clip_costs import ClipCosts, clip_costs
 from flowception.data.draws import EpochDraws, PackDraws, pack_digests
-from flowception.data.epoch import EpochSteps, give_back_freed_memory
+from flowception.data.epoch import EpochSteps, return_freed_memory
 from flowception.data.expected_tokens import TOKEN_UNITS, token_moments
 from flowception.data.order import EpochOrder
 from flowception.data.pack_shape import check_clips_fit, static_shape
@@ -64,55 +64,55 @@ class Plan:
 
         Args:
             index: The set's index.
-            rows: Rows to train on (a part of ``index.split``); None for all.
-            process: What is drawn for a clip.
-            sizes: Of packs and steps.
-            spec: Sizes of the network, for balancing and to know whether text is used.
+            rows: Rows to train on (one side of ``index.split``); None for all.
+            process: The process that clips are drawn from.
+            sizes: Sizes of packs and steps.
+            spec: Sizes of the network, for balancing and for whether text is used.
             seed: The run's seed.
-            quarantine: Keys of clips left out, found bad in earlier epochs.
-            null_text_tokens: Length of the set's null text, which a clip without a caption or condition brings.
+            quarantine: Keys of clips to skip, found bad in earlier epochs.
+            null_text_tokens: Length of the set's null text, used by clips without a caption or condition.
 
         Raises:
-            DataError: If there is no clip.
+            DataError: If there are no clips.
             PlanError: If a clip is longer than a pack, or has a class the network lacks.
         """
         self.index, self.process, self.sizes, self.spec, self.seed = index, process, sizes, spec, seed
         self.null_text_tokens = null_text_tokens
         self._draws = EpochDraws(index, process, seed, null_text_tokens if spec.text_dim is not None else None)
         self.quarantine = tuple(sorted(set(quarantine)))
-        # 32 bits here and below: every rank of a node keeps such arrays of the whole set.
+        # 32 bits here and below, because every rank of a node keeps such arrays for all clips of the set.
         self._all_rows = np.arange(len(index), dtype=np.int32) if rows is None else np.asarray(rows, dtype=np.int32)
-        left_out = index.rows_of(self.quarantine)
-        self.rows = self._all_rows[~np.isin(self._all_rows, left_out)] if len(left_out) else self._all_rows
+        skipped = index.rows_of(self.quarantine)
+        self.rows = self._all_rows[~np.isin(self._all_rows, skipped)] if len(skipped) else self._all_rows
         self._check()
         self._order = EpochOrder(index, self.rows, sizes, seed)
         self._epochs: OrderedDict[int, tuple[NDArray[np.int32], EpochSteps]] = OrderedDict()
-        self._lock = threading.RLock()  # a thread plans ahead of the one that trains
+        self._lock = threading.RLock()  # another thread plans ahead of training
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
-        """The same plan without the given clips as well; for the next epoch."""
+        """The same plan with more clips skipped, for the next epoch."""
         what, null = (self.process, self.sizes, self.spec, self.seed), self.null_text_tokens
         return Plan(self.index, self._all_rows, *what, {*self.quarantine, *keys}, null_text_tokens=null)
 
     def _check(self) -> None:
         if not len(self.rows):
             raise DataError(
-                f"there is no clip to train on: the set has {len(self.index)}, this part {len(self._all_rows)}, "
-                f"{len(self.quarantine)} are quarantined; encode more clips or lower data.heldout_fraction"
+                f"no clips to train on: {len(self.index)} in the set, {len(self._all_rows)} in this split, "
+                f"{len(self.quarantine)} quarantined; encode more clips or lower data.heldout_fraction"
             )
         check_clips_fit(self.index, self._draws.most_text_tokens, self.sizes.token_budget)
         classes, label = self.spec.num_classes, int(self.index.clips["class_label"].max())
         if classes and label >= classes:
-            raise PlanError(f"the set has class label {label}; set the model's num_classes={label + 1} or more")
+            raise PlanError(f"model.num_classes must be at least {label + 1} for the set's class labels, got {classes}")
 
     @cached_property
     def pack_shape(self) -> PackShape:
-        """Static sizes of every pack, from the whole index: the same for training and held-out parts."""
+        """Static sizes of every pack, from the complete index, so training and held-out packs have the same."""
         return static_shape(self.index, self._draws.most_text_tokens, self.sizes.token_budget)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that the plan depends on, hex."""
+        """SHA-256, in hex, of everything that the plan depends on."""
         process = {f.name: getattr(self.process, f.name) for f in fields(self.process) if f.name not in _NOT_PLANNED}
         content = {
             "version": 5,
@@ -129,11 +129,11 @@ class Plan:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def clip_draws(self, pack: PackPlan) -> PackDraws:
-        """All that is drawn for the clips of a pack; a clip's draws are the same in any company."""
+        """All draws for the clips of a pack. A clip's draws do not depend on the other clips."""
         return self._draws.of_pack(pack.epoch, pack.rows, self._u_time(pack))
 
     def pack_digests(self, packs: Sequence[PackPlan]) -> list[str]:
-        """SHA-256 of each of some packs of one epoch: their clips and all that is drawn for them."""
+        """SHA-256 of each of some packs of one epoch, over their clips and draws."""
         if not packs:
             return []
         rows, u_time = np.concatenate([p.rows for p in packs]), np.concatenate([self._u_time(p) for p in packs])
@@ -141,7 +141,7 @@ class Plan:
         return pack_digests(packs, draws, self.index.clips["clip_id"][rows])
 
     def order_hash(self, step: StepPlan) -> str:
-        """SHA-256 of a step's clips, their draws and their packs. Knows nothing of ranks."""
+        """SHA-256 of a step's clips, draws, and packs. Independent of the number of ranks."""
         return combine_digests(self.pack_digests(step.packs))
 
     def keys(self, step: StepPlan) -> list[str]:
@@ -157,12 +157,12 @@ class Plan:
 
     @cached_property
     def _token_moments(self) -> tuple[NDArray[np.int32], float]:
-        """Mean of the visible tokens of each clip of the index, in parts of ``TOKEN_UNITS``; most variance a token."""
+        """Mean visible tokens of each clip, in units of ``1 / TOKEN_UNITS`` token; largest variance per token."""
         mean, variance = token_moments(self.process, self.index, self._draws.null_text_tokens)
         return mean.astype(np.int32), TOKEN_UNITS * float((variance / mean).max())
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int32], EpochSteps]:
-        """Rows by place, and steps, of an epoch; the last few are kept."""
+        """Rows by place, and steps, of an epoch; the last few epochs are cached."""
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
@@ -178,7 +178,7 @@ class Plan:
         self._epochs[epoch] = (order, steps)
         if len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
-        give_back_freed_memory()
+        return_freed_memory()
         return order, steps
 
     def __getstate__(self) -> dict[str, object]:
@@ -187,18 +187,18 @@ class Plan:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update({**state, "_lock": threading.RLock()})
 
-    def plan_left_over(self, epoch: int) -> None:
-        """Do a little of the work that an epoch's end needs of its earlier segments, if any is left to do."""
+    def plan_leftovers(self, epoch: int) -> None:
+        """Plan one earlier segment whose leftover clips the end of the epoch needs, if any remains."""
         with self._lock:
-            self._epoch(epoch)[1].plan_left_over()
+            self._epoch(epoch)[1].plan_leftovers()
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """How many steps an epoch has."""
+        """Number of steps in an epoch."""
         with self._lock:
             return self._epoch(epoch)[1].count()
 
     def mean_step_flops(self, epoch: int) -> float:
-        """FLOPs of forward and backward of an epoch's steps, the mean: every clip counts once."""
+        """Mean FLOPs of forward and backward over an epoch's steps."""
         with self._lock:
             order, steps = self._epoch(epoch)
             count = steps.count()
@@ -210,7 +210,7 @@ class Plan:
         """Plan one step.
 
         Args:
-            cursor: Which.
+            cursor: The step.
 
         Returns:
             Its packs and figures.
@@ -219,12 +219,12 @@ class Plan:
             PlanError: If the epoch has no such step.
         """
         if min(cursor.epoch, cursor.step) < 0:
-            raise PlanError(f"there is no step {cursor.step} of epoch {cursor.epoch}; both are counted from 0")
+            raise PlanError(f"epoch and step must be >= 0, got epoch {cursor.epoch} and step {cursor.step}")
         with self._lock:
             order, steps = self._epoch(cursor.epoch)
             found = steps.step(cursor.step)
         if found is None:
-            raise PlanError(f"epoch {cursor.epoch} has {steps.count()} steps, there is no step {cursor.step}")
+            raise PlanError(f"step of epoch {cursor.epoch} must be less than {steps.count()}, got {cursor.step}")
         costs = found.costs
         tokens, edges = int(costs.tokens.sum()), np.cumsum([0, *map(len, found.packs)])
         divisors = denominators(costs.velocity, costs.insertion)
@@ -245,5 +245,5 @@ class Plan:
     def next(self, cursor: Cursor) -> Cursor:
         """The step after ``cursor``: in the same epoch, or the first of the next."""
         with self._lock:
-            goes_on = self._epoch(cursor.epoch)[1].has(cursor.step + 1)
-        return Cursor(cursor.epoch, cursor.step + 1) if goes_on else Cursor(cursor.epoch + 1, 0)
+            continues = self._epoch(cursor.epoch)[1].has(cursor.step + 1)
+        return Cursor(cursor.epoch, cursor.step + 1) if continues else Cursor(cursor.epoch + 1, 0)

@@ -1,4 +1,4 @@
-"""What a plan will do, step by step, as each rank would see it (``flowception plan``)."""
+"""A table of a plan's steps, computed as each rank would compute them (``flowception plan``)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ def cursor_at(plan: Plan, step: int) -> Cursor:
 
 
 def hash_from_ranks(plan: Plan, step_plan: StepPlan, world_size: int) -> str:
-    """A step's order hash, put together from what the ranks hold: each draws only its own packs.
+    """A step's order hash, combined from the ranks' packs, where each rank draws only its own.
 
     Args:
         plan: The plan.
-        step_plan: Its step.
+        step_plan: A step of the plan.
         world_size: Number of ranks.
 
     Returns:
         The hash.
 
     Raises:
-        PlanError: If the ranks' packs together are not the step's.
+        PlanError: If the ranks' packs combined are not the step's packs.
     """
     digests: dict[int, str] = {}
     for rank in range(world_size):
         share = [pack for pack in packs_of_rank(step_plan.packs, rank, world_size) if pack is not None]
         for pack, digest in zip(share, plan.pack_digests(share)):
             if pack.number in digests:
-                raise PlanError(f"pack {pack.number} of step {step_plan.step} went to two ranks of {world_size}")
+                raise PlanError(f"pack {pack.number} of step {step_plan.step} is on two ranks of {world_size}")
             digests[pack.number] = digest
     if sorted(digests) != list(range(len(step_plan.packs))):
-        raise PlanError(f"step {step_plan.step} has {len(step_plan.packs)} packs, {world_size} ranks hold {digests}")
+        raise PlanError(
+            f"step {step_plan.step} has {len(step_plan.packs)} packs, but {world_size} ranks have {digests}"
+        )
     return combine_digests([digests[number] for number in sorted(digests)])
 
 
@@ -52,10 +54,10 @@ def plan_table(plan: Plan, world_size: int, start: int, steps: int) -> list[dict
         plan: The plan.
         world_size: Number of ranks to share the packs among.
         start: First step, counted from 0 over epochs.
-        steps: How many.
+        steps: Number of steps.
 
     Returns:
-        For each step ``{step, order_hash, clips, tokens, fill, flops_imbalance, attention_ratio}``.
+        Per step ``{step, order_hash, clips, tokens, fill, flops_imbalance, attention_ratio}``.
     """
     check_world_size(plan.sizes.packs_per_step, world_size)
     table, cursor = [], cursor_at(plan, start)

@@ -1,4 +1,4 @@
-"""Planning steps in a thread, ahead of the one that trains, so that planning costs a step no time."""
+"""Planning steps in a background thread ahead of training, so that planning adds no time to a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Planned = tuple[StepPlan, Cursor]
 
 
 class _PlanningThread(threading.Thread):
-    """Plans the steps of an epoch from a cursor on into a queue; the last item is None, or what went wrong."""
+    """Plans the steps of an epoch, from a cursor on, into a queue. The last item is None or an exception."""
 
     def __init__(self, plan: Plan, first: Cursor, depth: int) -> None:
         super().__init__(name="plan ahead", daemon=True)
@@ -34,7 +34,7 @@ class _PlanningThread(threading.Thread):
             if not self.abandoned.is_set():
                 self._plan.step(cursor)  # the next epoch's order takes a second or two for millions of clips
             self._put(None)
-        except BaseException as error:  # raised again in the thread that trains
+        except BaseException as error:  # raised again in the training thread
             self._put(error)
 
     def _put(self, item: Planned | BaseException | None) -> None:
@@ -43,22 +43,22 @@ class _PlanningThread(threading.Thread):
                 self.queue.put(item, timeout=_POLL_S)
                 break
             except Full:
-                self._plan.plan_left_over(self._first.epoch)
+                self._plan.plan_leftovers(self._first.epoch)
 
 
 def steps_ahead(plan: Plan, first: Cursor, depth: int) -> Iterator[Planned]:
-    """The steps of an epoch from a cursor on, planned in a thread.
+    """The steps of an epoch from a cursor on, planned in a background thread.
 
-    While it is ahead, the thread also finds out what the epoch's earlier segments leave over, which a run that resumed
-    behind them needs at the epoch's end, and at the end makes the next epoch's order.
+    While the queue is full, the thread also plans the leftover clips of the epoch's earlier segments, which a resumed
+    run needs at the end of the epoch. After the last step it makes the order of the next epoch.
 
     Args:
         plan: The plan.
         first: The first step.
-        depth: Steps to be ahead by.
+        depth: Steps to plan ahead.
 
     Yields:
-        Each step and the cursor after it, which for the last is the next epoch's first.
+        Each step and the cursor after it; for the last step, the first cursor of the next epoch.
     """
     thread = _PlanningThread(plan, first, depth)
     thread.start()

@@ -1,7 +1,7 @@
-"""Packs on their way from a worker to the training process: the tensors of a step in one block of shared memory.
+"""Sending packs from a worker to the training process, with all tensors of a step in one block of shared memory.
 
-torch's default hands shared memory over by file descriptor: the memory has no name, so whatever is killed leaves
-nothing in /dev/shm. That takes a descriptor for each block, and a step has thousands of tensors; hence one block.
+torch by default passes shared memory by file descriptor. The memory has no name, so a killed process leaves nothing in
+/dev/shm. But each block takes a descriptor, and a step has thousands of tensors, so they share one block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies in the block."""
+    """Position of a tensor in the block."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -29,16 +29,16 @@ class _Place(NamedTuple):
 
 @dataclass
 class SentPacks:
-    """The packs of one rank's step as a worker sends them."""
+    """The packs of one rank's step, as sent by a worker."""
 
     block: Tensor
-    """uint8, all their elements."""
+    """uint8, the bytes of all tensors."""
     frames: list[Pack]
-    """The packs with a ``_Place`` for every tensor."""
+    """The packs, with a ``_Place`` instead of each tensor."""
 
     @classmethod
     def of(cls, packs: Sequence[Pack]) -> SentPacks:
-        """Gather packs, for a queue between processes."""
+        """Gather packs into one block."""
         tensors: list[Tensor] = []
         ends = [0]
 
@@ -56,11 +56,11 @@ class SentPacks:
         return cls(block, frames)
 
     def packs(self) -> list[Pack]:
-        """The packs again; their tensors are views of the block."""
+        """Rebuild the packs; their tensors are views of the block."""
         return [frame.with_leaves(_Place, self._tensor) for frame in self.frames]
 
     def pin_memory(self) -> list[Pack]:
-        """The packs in page-locked memory; the DataLoader's thread calls it where there is a GPU."""
+        """The packs in page-locked memory. The DataLoader's thread calls this if there is a GPU."""
         return [pack.pin_memory() for pack in self.packs()]
 
     def _tensor(self, place: _Place) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a plan is made from and what it hands out: sizes, cursors, packs and steps.
+"""Types of the plan: the configured sizes, cursors, packs, and steps.
 
 Shape legend: ``k`` clips of a pack, ``G`` packs of a step.
 """
@@ -21,19 +21,19 @@ class PlanConfig:
     """The sizes of steps and packs."""
 
     token_budget: int
-    """Tokens of a pack: latent, insertion, text and padding."""
+    """Tokens of a pack: latent, insertion, text, and padding."""
     packs_per_step: int
-    """Packs of an optimizer step, over all ranks. Not fewer than ranks; a multiple of them wastes nothing."""
+    """Packs of an optimizer step, over all ranks. At least the number of ranks; a multiple of it wastes nothing."""
     headroom: float = 0.01
-    """A step is offered no further clip once this share of its tokens, or less, would be left free: offered much more
-    than fits, it would carry many clips over."""
+    """A step stops taking clips once at most this fraction of its tokens is free. A step offered far more clips than
+    fit would carry many over."""
     shuffle_block_shards: int = 16
-    """Clips are shuffled inside blocks of this many shards; more mixes better and reads more widely."""
+    """Clips are shuffled inside blocks of this many shards. More shards mix better, but reads are more scattered."""
     time_block_clips: int = 32
     """Global times are stratified over blocks of this many clips; 1 draws them independently."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be."""
+        """Check the ranges."""
         rules = {
             "token_budget": integer(at_least=1),
             "packs_per_step": integer(at_least=1),
@@ -50,12 +50,12 @@ class PlanConfig:
 
     @property
     def limit(self) -> int:
-        """Tokens that a step is offered, the last clip not counted."""
+        """Tokens offered to a step, not counting the last clip."""
         return int((1.0 - self.headroom) * self.capacity)
 
 
 def check_world_size(packs_per_step: int, world_size: int) -> None:
-    """Refuse more ranks than packs: some would never see data."""
+    """Raise ``ConfigError`` if there are more ranks than packs per step, as some ranks would never see data."""
     if packs_per_step < world_size:
         raise ConfigError(
             f"packs_per_step must be at least the number of ranks, got {packs_per_step} and {world_size} ranks; set "
@@ -65,7 +65,7 @@ def check_world_size(packs_per_step: int, world_size: int) -> None:
 
 @dataclass(frozen=True, order=True)
 class Cursor:
-    """A step's place in a run; all that resuming needs."""
+    """A step's position in a run, which is all that resuming needs."""
 
     epoch: int = 0
     step: int = 0
@@ -73,17 +73,17 @@ class Cursor:
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """One pack, before anything is read."""
+    """One pack before reading."""
 
     epoch: int
     number: int
-    """Its number in the step, 0 to G - 1; packs with more FLOPs come first."""
+    """Index in the step, 0 to G - 1; packs with more FLOPs come first."""
     rows: NDArray[np.int64]
     """[k] rows of its clips in the index."""
     places: NDArray[np.int64]
     """[k] places of its clips in the epoch's order."""
     u_time: NDArray[np.float64] | None = None
-    """[k] uniforms for global times, where they are prescribed (validation); None for the plan's own."""
+    """[k] uniforms for global times, if prescribed (validation); None for the plan's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +97,17 @@ class StepPlan:
     insertion_denominator: float
     clips: int
     tokens: int
-    """Tokens of all packs, padding left out."""
+    """Tokens of all packs, without padding."""
     fill: float
     """``tokens`` over the step's capacity."""
     flops_imbalance: float
     """FLOPs of the fullest pack over the mean, minus 1."""
     flops: float
-    """FLOPs of forward and backward over all packs, padding and recomputation left out."""
+    """FLOPs of forward and backward over all packs, without padding and recomputation."""
     attention_ratio: float
-    """Attention pairs between visible frames' tokens over those of full clips."""
+    """Attention pairs between tokens of visible frames, divided by those of full clips."""
 
 
 def combine_digests(digests: Sequence[str]) -> str:
-    """The hash of a step from those of its packs, in pack order."""
+    """The hash of a step from the digests of its packs, in pack order."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Packs on their way from the host to the device, the next one while the one before computes."""
+"""Copying packs from host to device, overlapped with the computation of the previous pack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def packs_on_device(packs: Sequence[Pack], device: torch.device) -> Iterator[Pack]:
-    """The packs of a step on a device, in order.
+    """Move the packs of a step to a device, in order.
 
-    On a GPU each is copied on a stream of its own, asked for before the one ahead of it begins to compute. A step's
-    first pack has none ahead of it.
+    On a GPU, a separate stream copies each pack, starting before the previous pack computes. The copy of a step's first
+    pack overlaps with nothing.
 
     Args:
-        packs: On the host, in page-locked memory if the copy is not to hold up the host.
-        device: Where they go.
+        packs: Packs on the host, in page-locked memory so that the copy does not block the host.
+        device: Target device.
 
     Yields:
         Each pack, ready for the current stream.
@@ -33,16 +33,16 @@ def packs_on_device(packs: Sequence[Pack], device: torch.device) -> Iterator[Pac
             yield pack.to(device)
         return
     copying, computing = _copy_stream(device), torch.cuda.current_stream(device)
-    coming = _begin_copy(packs[0], device, copying)
+    copied = _start_copy(packs[0], device, copying)
     for upcoming in [*packs[1:], None]:
         computing.wait_stream(copying)
-        ready = coming
+        ready = copied
         ready.record_stream(computing)
         if upcoming is not None:
-            coming = _begin_copy(upcoming, device, copying)
+            copied = _start_copy(upcoming, device, copying)
         yield ready
 
 
-def _begin_copy(pack: Pack, device: torch.device, stream: torch.cuda.Stream) -> Pack:
+def _start_copy(pack: Pack, device: torch.device, stream: torch.cuda.Stream) -> Pack:
     with torch.cuda.stream(stream):
         return pack.to(device, non_blocking=True)

@@ -1,1 +1,1 @@
-"""Measures of generated video: the toy world's exact laws and the length law."""
+"""Metrics of generated video: exact laws of the toy world, length laws, Fréchet distance."""

@@ -1,17 +1,17 @@
-"""The law of what a task gives: ``p(context | n)``, and how many frames are there when the clock begins.
+"""The distribution of context frames, ``p(context | n)``, and of the number of frames present at clock 0.
 
-The sampler is shown the given frames in their order and not their places. So what it knows of the length is
-``p(n) p(context | n)``, normalized, and that is the length law it should show (DESIGN.md section 2). Closed forms of
-the laws that ``task.draw_roles`` draws from:
+The sampler sees the order of the context frames but not their positions. Its posterior over the length is therefore
+``p(n) p(context | n)``, normalized, and its samples should follow that law (DESIGN.md section 2). Closed forms of the
+laws that ``task.draw_roles`` samples from:
 
 * ``v2v``, c context frames: ``1 / M``, M = ``min(max_context_frames, n - 1)``, for c = 1 to M.
 * ``interpolation``, m keyframes between the ends: ``1 / (1 + M)``, M = ``min(max_keyframes, n - 3)``, for m = 0 to M.
-* ``completion``, k cuts, G generated pieces of g frames together, and runs of given lengths:
-  ``C(g - 1, G - 1) / (2 M C(n - 1, k))``, M = ``min(max_cuts, n - 1)``: of the ``C(n - 1, k)`` ways to cut, those that
-  leave the runs as they are only share the g frames out over the G pieces.
+* ``completion``, k cuts, G generated pieces with g frames in total, and context runs of known lengths:
+  ``C(g - 1, G - 1) / (2 M C(n - 1, k))``, M = ``min(max_cuts, n - 1)``. Of the ``C(n - 1, k)`` ways to cut, those
+  that keep the runs differ only in how they distribute the g frames over the G pieces.
 
-A start frame's presence is certain and its place is hidden, so with ``num_start_frames = s`` a length of fewer than s
-frames right of the context is not what such a sampler was asked for.
+Start frames are always present and only their positions are unknown. With ``num_start_frames = s``, a clip with fewer
+than s frames right of the context is therefore outside the law of such a sampler.
 
 Shape legend: ``n`` frames of a clip.
 """
@@ -24,11 +24,11 @@ from math import comb
 from flowception.flow.task import TASKS, Role, RoleConfig, task_number
 
 Given = Sequence[Role]
-"""What a sampler begins with and knows the order of: the role of every context frame, and before them START where the
-clip begins with its only start frame (``completion``). Random start frames are left out."""
+"""The ordered part of a sampler's initial state: the role of every context frame, preceded by START if the clip starts
+with its only start frame (``completion``). Random start frames are excluded."""
 
 PresentLaw = Mapping[tuple[int, int], float]
-"""Numbers of context and of start frames, which are present when the clock begins, and their probability."""
+"""Probability of each (context frames, start frames) pair at clock 0."""
 
 ACTIVE, PASSIVE = Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE
 
@@ -54,7 +54,7 @@ def _interpolation(given: Given, n: int, config: RoleConfig) -> float:
 
 
 def _pieces(given: Given) -> tuple[int, int] | None:
-    """Number of runs and of generated pieces of a completion; None if it is none."""
+    """Numbers of context runs and generated pieces; None if this is not a completion."""
     starts_first = bool(given) and given[0] == Role.START
     context = list(given)[starts_first:]
     if not context or any(role not in (ACTIVE, PASSIVE) for role in context):
@@ -82,31 +82,31 @@ CONTEXT_LAWS: dict[str, Callable[[Given, int, RoleConfig], float]] = {
     "interpolation": _interpolation,
     "completion": _completion,
 }
-"""``(given, n, config) -> p(context | n)`` of each task, for a clip that is long enough for it."""
+"""``(given, n, config) -> p(context | n)`` of each task, for a clip long enough for the task."""
 
 
 def _played(task: str, n: int) -> str:
-    """The task that a clip of n frames plays."""
+    """The task of a clip of n frames, after the fallback to text-to-video."""
     return task if n >= TASKS[task_number(task)].min_frames else "t2v"
 
 
 def context_probability(task: str, given: Given, num_frames: int, config: RoleConfig) -> float:
-    """Probability that a task gives a clip just these context frames, wherever they lie.
+    """Probability that a task selects exactly these context frames, at any positions.
 
     Args:
         task: Name of the task.
-        given: Roles of the context frames in their order, after START where frame 0 is completion's start frame.
+        given: Roles of the context frames in order, preceded by START if frame 0 is completion's start frame.
         num_frames: n, latent frames of the clip, at least 1.
         config: Numbers of start and context frames.
 
     Returns:
-        ``p(context | n)``. A clip too short for its task has the context of text-to-video, none.
+        ``p(context | n)``. A clip too short for its task falls back to text-to-video and has no context.
     """
     return CONTEXT_LAWS[_played(task, num_frames)](given, num_frames, config)
 
 
 def length_law(task: str, given: Given, lengths: Mapping[int, float], config: RoleConfig) -> dict[int, float]:
-    """The length law that a task's sampler should show: ``p(n) p(context | n)``, normalized.
+    """The length law that a task's sampler should follow: ``p(n) p(context | n)``, normalized.
 
     Args:
         task: Name of the task.
@@ -115,20 +115,23 @@ def length_law(task: str, given: Given, lengths: Mapping[int, float], config: Ro
         config: Numbers of start and context frames.
 
     Returns:
-        Probability of each length that is possible.
+        Probability of each possible length.
 
     Raises:
-        ValueError: If no length goes with this context.
+        ValueError: If no length is compatible with this context.
     """
     joint = {n: share * context_probability(task, given, n, config) for n, share in lengths.items()}
     total = sum(joint.values())
     if not total > 0:
-        raise ValueError(f"task {task} gives no clip of {sorted(lengths)} frames the context {list(given)}")
+        raise ValueError(
+            f"given must be a context that task {task} can produce in clips of {sorted(lengths)} frames, got "
+            f"{list(given)}"
+        )
     return {n: share / total for n, share in joint.items() if share > 0}
 
 
 def present_law(task: str, num_frames: int, config: RoleConfig) -> PresentLaw:
-    """How many frames of a clip are present when the clock begins.
+    """The number of frames of a clip present at clock 0.
 
     Args:
         task: Name of the task.
@@ -136,7 +139,7 @@ def present_law(task: str, num_frames: int, config: RoleConfig) -> PresentLaw:
         config: Numbers of start and context frames.
 
     Returns:
-        Probability of each pair of numbers, context frames and start frames.
+        Probability of each (context frames, start frames) pair.
     """
     n, played = num_frames, _played(task, num_frames)
     if played == "t2v":
@@ -148,7 +151,7 @@ def present_law(task: str, num_frames: int, config: RoleConfig) -> PresentLaw:
 
 
 def _context_counts(task: str, n: int, config: RoleConfig) -> list[tuple[int, int, float]]:
-    """Context frames, start frames and probability of every case of a task with context."""
+    """(Context frames, start frames, probability) for every case of a task with context."""
     if task == "i2v":
         return [(1, min(n - 1, config.num_start_frames), 1.0)]
     if task == "v2v":

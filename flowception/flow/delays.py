@@ -1,20 +1,20 @@
-"""Delay laws: when each frame of a clip comes into being. Baselines are delay laws, never a second engine.
+"""Delay laws: when each frame of a clip appears. Every baseline is a delay law; there is no second engine.
 
-A frame with delay ``u`` has time ``tau_g - u`` when the global time is ``tau_g`` (DESIGN.md section 2, "Extended
-time" and "Baselines are delay laws"):
+A frame with delay ``u`` has time ``tau_g - u`` at global time ``tau_g`` (DESIGN.md section 2, "Extended time" and
+"Baselines are delay laws"):
 
 * ``uniform``: Flowception. The model learns where frames are missing.
-* ``random``, ``left_to_right``, ``hierarchical``: the same delays, in any order, left to right, or coarse to fine. A
-  clip has as many visible frames as under ``uniform`` at every time; only which ones differs.
+* ``random``, ``left_to_right``, ``hierarchical``: the same delays, assigned randomly, left to right, or coarse to
+  fine. The number of visible frames at any time is distributed as under ``uniform``; only the choice of frames differs.
 * ``full_sequence``: all frames at once.
-* ``autoregressive``: one frame after the other.
+* ``autoregressive``: one frame after another.
 
-All but the first are prescribed: the length is given, there is no insertion loss, and the sampler replays delays drawn
-from the law. Context frames have delay 0 under every law and are shown ``clip(tau_g, 0, 1)``: the clock matters to
-insertion alone, which a prescribed law leaves out, so under ``autoregressive`` it may stand at 1 from the second frame
-on.
+All but the first are prescribed: the length is an input, there is no insertion loss, and the sampler replays delays
+drawn from the law. Context frames have delay 0 under every law, and their time input is ``clip(tau_g, 0, 1)``. Only
+insertion depends on the clock, and prescribed laws do not insert, so under ``autoregressive`` the clock may stay at 1
+from the second frame on.
 
-To add a law, subclass ``DelayLaw``, name it in ``DELAY_LAWS`` and test its delays, its visible frames and its counts.
+To add a law, subclass ``DelayLaw``, register it in ``DELAY_LAWS``, and test its delays, visible frames and counts.
 
 Shape legend: ``B`` clips, ``N`` frames of the longest of them, ``c`` context and ``g`` generated frames of a clip.
 """
@@ -33,24 +33,25 @@ from flowception.ranges import one_of
 
 
 class DelayLaw(ABC):
-    """How delays are drawn, and over which global times."""
+    """Distribution of delays, and the range of global times."""
 
     inserts: bool = False
-    """Whether frames are inserted by the model's rate; a prescribed law has no insertion loss."""
+    """Whether the model's rate inserts frames. A prescribed law has no insertion loss."""
     two_part: bool = False
-    """Whether the clock ends at 2 and its prior has two parts (``insertion_share``); else it is uniform, unweighted."""
+    """Whether the clock ends at 2 with a two-part prior (``insertion_share``). Otherwise the prior is uniform, with
+    weight 1."""
 
     @abstractmethod
     def clock_end(self, roles: Tensor) -> Tensor:
-        """Global time at which every frame of a clip is at 1, float64 [B] for adapted roles [B, N]."""
+        """Global time at which every frame of a clip reaches 1, float64 [B], for adapted roles [B, N]."""
 
     def adapt_roles(self, roles: Tensor) -> Tensor:
-        """The roles under this law, int64 [B, N], from those of the task."""
+        """Roles under this law, int64 [B, N], from the task's roles."""
         return roles
 
     @abstractmethod
     def delays(self, roles: Tensor, u_delay: Tensor, schedule: InsertionSchedule) -> Tensor:
-        """Delay of each frame, float64 [B, N]; infinite where there is no frame.
+        """Delay of each frame, float64 [B, N]; infinite for padding.
 
         Args:
             roles: int64 [B, N], after ``adapt_roles``.
@@ -78,7 +79,7 @@ class DelayLaw(ABC):
         Args:
             u_time: float64 [B], uniforms in [0, 1).
             roles: int64 [B, N], after ``adapt_roles``.
-            insertion_share: Share of times below 1; laws without a two-part prior ignore it.
+            insertion_share: Fraction of times below 1; laws without a two-part prior ignore it.
 
         Returns:
             ``tau_g`` [B] and weights [B].
@@ -88,21 +89,21 @@ class DelayLaw(ABC):
         return u_time * self.clock_end(roles), torch.ones_like(u_time)
 
     def uniform_of(self, global_time: Tensor, roles: Tensor, insertion_share: float) -> Tensor:
-        """The uniforms that ``global_time`` turns into given times, [B]; at least 1 for times it never gives."""
+        """Inverse of ``global_time``: the uniforms for given times, [B]; >= 1 for times outside its range."""
         if self.two_part:
             return two_part_uniform(global_time, insertion_share)
         return global_time / self.clock_end(roles)
 
 
 def rank_among(mask: Tensor, key: Tensor) -> Tensor:
-    """Rank of each frame among those of its clip that ``mask`` keeps, by ascending key; ties go to the left.
+    """Rank of each frame among the masked frames of its clip, by ascending key; ties are ordered left to right.
 
     Args:
         mask: bool [B, N].
         key: [B, N].
 
     Returns:
-        int64 [B, N]; has no meaning where ``mask`` is false.
+        int64 [B, N]; undefined where ``mask`` is false.
     """
     order = torch.argsort(torch.where(mask, key.double(), torch.inf), dim=1, stable=True)
     return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
@@ -113,13 +114,13 @@ def _present(roles: Tensor) -> Tensor:
 
 
 class Uniform(DelayLaw):
-    """Flowception: free frames get ``kappa^-1(U)``, all others 0."""
+    """Flowception: free frames have delay ``kappa^-1(U)``, all others 0."""
 
     inserts = True
     two_part = True
 
     def clock_end(self, roles: Tensor) -> Tensor:
-        """2: the last frame may be inserted at 1 and then takes 1."""
+        """2: the last frame may be inserted at 1 and takes 1 to denoise."""
         return torch.full((len(roles),), 2.0, dtype=torch.float64)
 
     def delays(self, roles: Tensor, u_delay: Tensor, schedule: InsertionSchedule) -> Tensor:
@@ -138,33 +139,33 @@ class Uniform(DelayLaw):
 
 
 class RandomOrder(Uniform):
-    """The uniform law's delays, prescribed: the model is trained on the same states, and never asked for a rate."""
+    """The uniform law's delays, prescribed: the model trains on the same states without a rate."""
 
     inserts = False
 
 
 class Ordered(RandomOrder):
-    """The uniform law's delays dealt out in an order: the frame that is n-th in it gets the n-th least delay."""
+    """The uniform law's delays assigned in an order: the n-th frame in the order gets the n-th smallest delay."""
 
     @abstractmethod
     def place_in_order(self, frames: Tensor) -> Tensor:
-        """Whole number for each frame index, int64, any shape; frames of equal number come in random order."""
+        """Sort key of each frame index, int64, any shape; frames with equal keys are ordered randomly."""
 
     def _places(self, roles: Tensor) -> Tensor:
         return self.place_in_order(torch.arange(roles.shape[1])).expand_as(roles).double()
 
     def adapt_roles(self, roles: Tensor) -> Tensor:
-        """As many start frames as the task has, the first generated ones of the order."""
+        """The same number of start frames as the task, moved to the first generated frames in the order."""
         generated, starts = is_generated(roles), (roles == Role.START).sum(dim=1, keepdim=True)
-        begins = rank_among(generated, self._places(roles)) < starts
-        return torch.where(generated, torch.where(begins, int(Role.START), int(Role.FREE)), roles)
+        is_start = rank_among(generated, self._places(roles)) < starts
+        return torch.where(generated, torch.where(is_start, int(Role.START), int(Role.FREE)), roles)
 
     def delays(self, roles: Tensor, u_delay: Tensor, schedule: InsertionSchedule) -> Tensor:
-        """Order statistics of ``kappa^-1(U)``; the same uniforms break ties of the order, independently of them."""
-        own, free = super().delays(roles, u_delay, schedule), roles == Role.FREE
-        ascending = torch.where(free, own, torch.inf).sort(dim=1).values
+        """Order statistics of ``kappa^-1(U)``. The same uniforms break ties in the order, independently of them."""
+        unordered, free = super().delays(roles, u_delay, schedule), roles == Role.FREE
+        ascending = torch.where(free, unordered, torch.inf).sort(dim=1).values
         rank = rank_among(free, self._places(roles) + u_delay.double())
-        return torch.where(free, ascending.gather(1, rank), own)
+        return torch.where(free, ascending.gather(1, rank), unordered)
 
 
 class LeftToRight(Ordered):
@@ -179,20 +180,20 @@ class Hierarchical(Ordered):
     """Coarse to fine: frame 0, then multiples of the largest power of 2, of the next, ..., odd frames last."""
 
     def place_in_order(self, frames: Tensor) -> Tensor:
-        """Minus the number of times that 2 divides the index; frame 0 before all."""
+        """Minus the number of times 2 divides the index; frame 0 comes first."""
         twos = torch.log2((frames & -frames).double())
         return torch.where(frames == 0, -64, -twos).to(torch.int64)
 
 
 class FullSequence(DelayLaw):
-    """Full-sequence flow matching: every frame that is not context is a start frame."""
+    """Full-sequence flow matching: every generated frame is a start frame."""
 
     def clock_end(self, roles: Tensor) -> Tensor:
-        """1: all frames run together."""
+        """1: all frames denoise together."""
         return torch.ones(len(roles), dtype=torch.float64)
 
     def adapt_roles(self, roles: Tensor) -> Tensor:
-        """Free frames start."""
+        """Free frames become start frames."""
         return torch.where(roles == Role.FREE, int(Role.START), roles)
 
     def delays(self, roles: Tensor, u_delay: Tensor, schedule: InsertionSchedule) -> Tensor:
@@ -207,20 +208,20 @@ class FullSequence(DelayLaw):
 
 
 class Autoregressive(DelayLaw):
-    """Frame by frame: a generated frame begins when the one before it has finished (``u_i = i`` without context)."""
+    """Frame by frame: each generated frame appears when the previous one reaches 1 (``u_i = i`` without context)."""
 
     def clock_end(self, roles: Tensor) -> Tensor:
         """g: each generated frame takes 1."""
         return is_generated(roles).sum(dim=1).double()
 
     def adapt_roles(self, roles: Tensor) -> Tensor:
-        """Only the first generated frame starts."""
+        """Only the first generated frame is a start frame."""
         generated = is_generated(roles)
         first = generated & (generated.cumsum(dim=1) == 1)
         return torch.where(generated, torch.where(first, int(Role.START), int(Role.FREE)), roles)
 
     def delays(self, roles: Tensor, u_delay: Tensor, schedule: InsertionSchedule) -> Tensor:
-        """Number of generated frames on the left."""
+        """Number of generated frames to the left."""
         generated = is_generated(roles)
         delay = torch.where(generated, generated.cumsum(dim=1) - 1, 0).double()
         return torch.where(_present(roles), delay, torch.inf)
@@ -247,10 +248,10 @@ PRESCRIBED_LAWS = tuple(name for name, law in DELAY_LAWS.items() if not law.inse
 
 
 def build_delay_law(name: str) -> DelayLaw:
-    """The law that config key ``delay_law`` names.
+    """The delay law for config key ``delay_law``.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If the name is unknown.
     """
     one_of(DELAY_LAWS).check("delay_law", name)
     return DELAY_LAWS[name]

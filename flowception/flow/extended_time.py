@@ -1,11 +1,11 @@
-"""Extended time: one global time and a delay for each frame say which frames are visible, and how noisy each is.
+"""Extended time: a global time and one delay per frame determine which frames are visible, and how noisy each is.
 
 ``tau_i = tau_g - u_i``. ``tau_i < 0``: deleted, not in the input. ``0 <= tau_i < 1``: flow. ``tau_i >= 1``: terminal.
-The delay law says how long the clock runs and how ``tau_g`` is drawn on it (``delays``, ``prior``).
+The delay law sets the range of the clock and the prior of ``tau_g`` (``delays``, ``prior``).
 
-Everything here is a deterministic function of uniforms that the caller draws, vectorized over clips.
+Everything here is a deterministic function of uniforms drawn by the caller, vectorized over clips.
 
-Shape legend: ``B`` clips, ``N`` frames of the longest of them. Tensors lie on the CPU, floats are float64.
+Shape legend: ``B`` clips, ``N`` frames of the longest clip. Tensors are on the CPU, floats are float64.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from flowception.ranges import check_ranges, number
 
 @dataclass(kw_only=True)
 class ProcessConfig(RoleConfig):
-    """The process that a model learns."""
+    """The generative process that a model learns."""
 
     tasks: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0}, metadata={"replaced": True})
     """Probability of each task (``t2v``, ``i2v``, ``v2v``, ``interpolation``, ``completion``); need not sum to 1."""
@@ -48,24 +48,24 @@ class ProcessConfig(RoleConfig):
     insertion_exponent: float = 2.0
     """Exponent of the ``power`` schedule."""
     insertion_share: float = 0.5
-    """Share of global times below 1, in (0, 1]. 0.5 is the sampler's own law; more saves FLOPs and costs variance;
-    1 trains no state after the clock's end and is another objective. ``full_sequence`` and ``autoregressive`` have
-    another clock and ignore it."""
+    """Fraction of global times below 1, in (0, 1]. 0.5 matches the sampler. Larger values save FLOPs but increase
+    variance. 1 trains no state after the end of the clock, which is a different objective. ``full_sequence`` and
+    ``autoregressive`` have a different clock and ignore it."""
     time_shift: float = 1.0
     """s of the time shift, at least 1 (3 for LTX latents)."""
     delay_law: str = "uniform"
-    """``uniform`` is Flowception. Baselines, given the length: ``full_sequence`` (all frames at once),
-    ``autoregressive`` (one after the other), and insertion in a prescribed order: ``left_to_right``, ``hierarchical``
-    or ``random``."""
+    """``uniform`` is Flowception. Baselines with a given length: ``full_sequence`` (all frames at once),
+    ``autoregressive`` (one frame after another), and insertion in a prescribed order: ``left_to_right``,
+    ``hierarchical`` or ``random``."""
     insertion_loss_weight: float = 0.1
-    """Weight of the insertion loss. The velocity loss is a mean per element, about 1; the insertion loss is a sum over
-    a count, with a gradient of ``lambda - k``, several frames wide: 0.1 brings both to one scale. It does not move the
-    optimum where the network can fit both."""
+    """Weight of the insertion loss. The velocity loss is a mean per element, about 1. The insertion loss has gradient
+    ``lambda - k``, which is several frames in magnitude, so 0.1 puts both on the same scale. The weight does not move
+    the optimum if the network can fit both."""
     condition_dropout: float = 0.1
-    """Probability that a clip is trained without its class and text, for guidance."""
+    """Probability of dropping a clip's class and text in training, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         super().__post_init__()
         self.task_probabilities()
         build_schedule(self.insertion_schedule, self.insertion_exponent)
@@ -89,13 +89,13 @@ class ProcessConfig(RoleConfig):
             number(at_least=0).check(f"tasks.{name}", value)
             share[task_number(name)] = value
         if not share.sum() > 0:
-            raise ConfigError(f"tasks must give a task a probability > 0, got {dict(self.tasks)}")
+            raise ConfigError(f"tasks must contain a probability > 0, got {dict(self.tasks)}")
         return share / share.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipDraws:
-    """Everything drawn for a batch of clips. Made by ``draw_clips``."""
+    """All random draws of a batch of clips, made by ``draw_clips``."""
 
     num_frames: Tensor
     """int64 [B]."""
@@ -104,19 +104,19 @@ class ClipDraws:
     weight: Tensor
     """[B], importance weight of the clip's losses."""
     task: Tensor
-    """int64 [B], number of the task the clip plays, after any fallback to t2v."""
+    """int64 [B], task number of each clip, after any fallback to t2v."""
     roles: Tensor
     """int64 [B, N], a ``Role`` for each frame."""
     delay: Tensor
-    """[B, N], u; infinite behind a clip's last frame."""
+    """[B, N], u; infinite for padding."""
     time_shift: float
     """s of the time shift."""
     inserts: bool
-    """Whether the delay law has insertions to learn."""
+    """Whether the delay law has an insertion loss."""
 
     @cached_property
     def frame_time(self) -> Tensor:
-        """[B, N], ``tau_g - u``; minus infinity behind a clip's last frame."""
+        """[B, N], ``tau_g - u``; minus infinity for padding."""
         return self.global_time[:, None] - self.delay
 
     @cached_property
@@ -131,7 +131,7 @@ class ClipDraws:
 
     @cached_property
     def missing(self) -> Tensor:
-        """int64 [B, N], deleted frames between a visible frame and the next visible one or the end; 0 elsewhere."""
+        """int64 [B, N], deleted frames between a visible frame and the next visible one, or the end; 0 elsewhere."""
         place = torch.arange(self.roles.shape[1]).expand_as(self.roles)
         end = self.num_frames[:, None]
         following = torch.where(self.visible, place, end)
@@ -141,19 +141,19 @@ class ClipDraws:
 
     @cached_property
     def flow_mask(self) -> Tensor:
-        """Visible generated frames in flow state, those with a velocity loss, bool [B, N]."""
+        """Frames with a velocity loss: visible generated frames in flow state, bool [B, N]."""
         return self.visible & is_generated(self.roles) & (self.frame_time < 1)
 
     @cached_property
     def insertion_mask(self) -> Tensor:
-        """Visible frames that may insert while ``tau_g < 1``, those with an insertion loss, bool [B, N]."""
+        """Frames with an insertion loss: visible frames that may insert, while ``tau_g < 1``, bool [B, N]."""
         if not self.inserts:
             return torch.zeros_like(self.visible)
         return self.visible & may_insert(self.roles) & (self.global_time < 1)[:, None]
 
     @cached_property
     def shown_time(self) -> Tensor:
-        """[B, N], the time a frame is shown: its own, shifted, which is its noise level; the clock for context."""
+        """[B, N], time input of each frame: its shifted time (noise level) if generated, the clock if context."""
         own = shift_time(self.frame_time.clamp(0, 1), self.time_shift)
         return torch.where(is_context(self.roles), self.global_time.clamp(0, 1)[:, None], own)
 
@@ -180,10 +180,10 @@ def draw_clips(
         u_frame: [B, N, 2], uniforms of each frame: column 0 for its delay, column 1 for its role.
 
     Returns:
-        The draws; a clip's depend on its own numbers only.
+        The draws. Those of a clip depend only on its own uniforms.
 
     Raises:
-        ValueError: If shapes do not agree or a clip has no frame.
+        ValueError: If the shapes are inconsistent or a clip has no frame.
     """
     frames = torch.as_tensor(num_frames, dtype=torch.int64)
     time, which = torch.as_tensor(u_time, dtype=torch.float64), torch.as_tensor(u_task, dtype=torch.float64)
@@ -191,12 +191,13 @@ def draw_clips(
     longest = int(frames.max()) if len(frames) else 0
     if time.shape != frames.shape or which.shape != frames.shape or per_frame.shape[::2] != (len(frames), 2):
         raise ValueError(
-            f"num_frames {tuple(frames.shape)}, u_time {tuple(time.shape)}, u_task {tuple(which.shape)} and u_frame "
-            f"{tuple(per_frame.shape)} do not agree; they must be [B], [B], [B] and [B, N, 2]"
+            "num_frames, u_time, u_task and u_frame must have shapes [B], [B], [B] and [B, N, 2], got "
+            f"{tuple(frames.shape)}, {tuple(time.shape)}, {tuple(which.shape)} and {tuple(per_frame.shape)}"
         )
     if len(frames) and (longest > per_frame.shape[1] or int(frames.min()) < 1):
         raise ValueError(
-            f"clips have {int(frames.min())} to {longest} frames; u_frame allows for 1 to {per_frame.shape[1]}"
+            f"num_frames must be in [1, {per_frame.shape[1]}] (the upper bound is N of u_frame), got values from "
+            f"{int(frames.min())} to {longest}"
         )
     law = build_delay_law(config.delay_law)
     task = _draw_tasks(config, which)
@@ -219,22 +220,27 @@ def expected_attention_ratio(
     num_frames: Tensor | NDArray[np.int64] | Mapping[int, int],
     tokens_per_frame: Tensor | NDArray[np.signedinteger] | None = None,
 ) -> float:
-    """Expected pairs of visible frames, relative to full-sequence training of the same clips.
+    """Expected pairs of visible frames, relative to full-sequence training on the same clips.
 
-    That is what attention of the full pattern costs; other patterns have fewer pairs on both sides.
+    This is the relative cost of full attention. Other patterns have fewer pairs in both numerator and denominator.
 
     Args:
         config: The process.
-        num_frames: [B], latent frames of each clip, or how many clips there are of each length.
-        tokens_per_frame: [B], tokens of a frame of each clip; None if all clips have frames of one size.
+        num_frames: [B], latent frames of each clip, or a map from length to number of clips.
+        tokens_per_frame: [B], tokens per frame of each clip; None if all clips have the same frame size.
 
     Returns:
-        ``E[sum (visible p)^2] / sum (n p)^2``, p tokens of a frame, under the prior in use. Exact: summed over the law
-        of the number of frames present when the clock begins (``context_law.present_law``).
+        ``E[sum (visible p)^2] / sum (n p)^2``, with p tokens per frame, under the configured prior. Exact: summed over
+        the distribution of the number of frames present at clock 0 (``context_law.present_law``).
+
+    Raises:
+        ValueError: If there are no clips, or ``tokens_per_frame`` is given with a map.
     """
     if isinstance(num_frames, Mapping):
         if tokens_per_frame is not None:
-            raise ValueError("tokens_per_frame goes with the length of each clip, not with clips of each length")
+            raise ValueError(
+                "tokens_per_frame must be None if num_frames maps lengths to counts; pass the length of each clip"
+            )
         lengths, pairs_weight = torch.tensor(list(num_frames.keys())), torch.tensor(list(num_frames.values()))
     else:
         frames = torch.as_tensor(num_frames, dtype=torch.int64)
@@ -242,7 +248,7 @@ def expected_attention_ratio(
         size = torch.ones(len(frames)) if tokens_per_frame is None else torch.as_tensor(tokens_per_frame)
         pairs_weight = torch.zeros(len(lengths), dtype=torch.float64).index_add(0, which, size.double() ** 2)
     if not len(lengths):
-        raise ValueError("the attention ratio of no clips is not defined; give at least one length")
+        raise ValueError("num_frames must contain at least one clip, got none")
     law, schedule, share = build_delay_law(config.delay_law), config.schedule(), config.insertion_share
     full = lengths.double() ** 2
     expected = torch.zeros_like(full)

@@ -1,7 +1,7 @@
 """Classifier-free guidance (arXiv 2207.12598) of both heads.
 
-The velocity is extrapolated from the unconditional to the conditional one; the insertion rate likewise in log space,
-with a scale of its own, so that it stays positive. Scale 1 is the conditional prediction, 0 the unconditional.
+Extrapolates the velocity from the unconditional to the conditional prediction. The insertion rate has a separate scale
+and is extrapolated in log space, so it stays positive. Scale 1 is the conditional prediction, 0 the unconditional one.
 
 Shape legend: ``F`` frames, ``C H W`` a latent frame.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What a model says of a set of frames."""
+    """A model's output for a set of frames."""
 
     velocity: Tensor
     """[F, C, H, W]."""
     log_rate: Tensor
-    """[F], log of the expected number of missing frames right of each."""
+    """[F], log of the expected number of missing frames to the right of each frame."""
 
 
 def guide(conditional: Prediction, unconditional: Prediction, scale: float, insertion_scale: float = 1.0) -> Prediction:
@@ -33,8 +33,8 @@ def guide(conditional: Prediction, unconditional: Prediction, scale: float, inse
         insertion_scale: Guidance of the log-rate.
 
     Returns:
-        ``unconditional + scale * (conditional - unconditional)``, head by head. A head whose scale is 1 is returned
-        as it came.
+        ``unconditional + scale * (conditional - unconditional)`` for each head. A head with scale 1 is returned
+        unchanged.
     """
 
     def mix(with_condition: Tensor, without: Tensor, by: float) -> Tensor:

@@ -1,18 +1,18 @@
-"""Insertion rules of the sampler: from rates to the number of frames inserted right of each frame in one step.
+"""Insertion rules of the sampler: from rates to the number of frames inserted to the right of each frame in one step.
 
-A rate is the expected number of frames still missing right of a frame; ``p`` is the probability that one of them
-appears in this step (``InsertionSchedule.appearance_probability``). All rules have mean ``rate * p``:
+A rate is the expected number of frames still missing to the right of a frame. ``p`` is the probability that a missing
+frame appears in this step (``InsertionSchedule.appearance_probability``). All rules have mean ``rate * p``:
 
 * ``bernoulli`` (the paper's): one frame with probability ``min(1, rate * p)``.
 * ``poisson``: ``Poisson(rate * p)`` frames.
-* ``thinning`` (the default): turn the rates into whole counts by systematic sampling (Madow 1949) with one uniform
-  U per clip, ``c_i = floor(S_i + U) - floor(S_{i-1} + U)`` with S the running sum of the clip's rates; then insert
-  ``Binomial(c_i, p)`` frames. Each count, and their total, is its expectation rounded up or down, so no noise is added
-  that the data does not have.
+* ``thinning`` (the default): turn the rates into integer counts by systematic sampling (Madow 1949) with one uniform
+  U per clip, ``c_i = floor(S_i + U) - floor(S_{i-1} + U)``, where S is the cumulative sum of the clip's rates. Then
+  insert ``Binomial(c_i, p)`` frames. Each count, and their total, is its expectation rounded up or down, so the rule
+  adds no noise beyond that of the data.
 
-Rules are pure functions of the uniforms they are given, and a clip's counts depend on its own sites only.
+Rules are pure functions of their uniforms, and a clip's counts depend only on its own sites.
 
-Shape legend: ``B`` clips, ``F`` frames of all clips one after another, clip b at ``cu_frames[b] : cu_frames[b + 1]``.
+Shape legend: ``B`` clips, ``F`` frames of all clips, concatenated: clip b is ``cu_frames[b] : cu_frames[b + 1]``.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Counts = NDArray[np.int64]
 InsertionRule = Callable[[Floats, Counts, NDArray[np.bool_], float, Floats], Counts]
 """``(rates [F], cu_frames [B + 1], may_insert [F], p, uniforms [F, 2]) -> counts [F]``, zero where not ``may_insert``.
 
-Column 1 of the uniforms serves each site; column 0 of a clip's first frame serves the clip."""
+Each site uses column 1 of its uniforms; each clip uses column 0 of its first frame."""
 
 
 def _invert(uniforms: Floats, log_mass: Floats, step: Callable[[int], Floats], last: int) -> Counts:
-    """Smallest k with ``uniforms < P(count <= k)``, by adding up the distribution's mass.
+    """Smallest k with ``uniforms < P(count <= k)``, by accumulating the probability mass.
 
     Args:
         uniforms: [K].
@@ -78,7 +78,7 @@ def binomial_quantile(trials: Counts, p: float, uniforms: Floats) -> Counts:
         uniforms: [K], in [0, 1).
 
     Returns:
-        [K], at most ``trials``.
+        [K], each at most its ``trials``.
     """
     if p <= 0 or p >= 1:
         return trials.copy() if p >= 1 else np.zeros_like(trials)
@@ -93,41 +93,41 @@ def binomial_quantile(trials: Counts, p: float, uniforms: Floats) -> Counts:
 
 
 def bernoulli(rates: Floats, cu_frames: Counts, may_insert: NDArray[np.bool_], p: float, uniforms: Floats) -> Counts:
-    """At most one frame right of each (the paper's rule). Arguments as in ``InsertionRule``."""
+    """At most one new frame to the right of each frame (the paper's rule). Arguments as in ``InsertionRule``."""
     return (may_insert & (uniforms[:, 1] < rates * p)).astype(np.int64)
 
 
 def poisson(rates: Floats, cu_frames: Counts, may_insert: NDArray[np.bool_], p: float, uniforms: Floats) -> Counts:
-    """Poisson many frames right of each. Arguments as in ``InsertionRule``."""
+    """A Poisson number of new frames to the right of each frame. Arguments as in ``InsertionRule``."""
     counts = np.zeros(len(rates), dtype=np.int64)
     counts[may_insert] = poisson_quantile(rates[may_insert] * p, uniforms[may_insert, 1])
     return counts
 
 
 def whole_counts(rates: Floats, cu_frames: Counts, may_insert: NDArray[np.bool_], clip_uniforms: Floats) -> Counts:
-    """Rates turned into whole counts with the same mean, by systematic sampling.
+    """Turn rates into integer counts with the same mean, by systematic sampling.
 
     Args:
         rates: [F].
         cu_frames: [B + 1].
         may_insert: bool [F].
-        clip_uniforms: [B], one for each clip.
+        clip_uniforms: [B], one per clip.
 
     Returns:
-        [F]: each rate rounded up or down, and so is each clip's total.
+        [F]: each rate rounded up or down. Each clip's total is also its expectation rounded up or down.
     """
     clip_frames = np.diff(cu_frames)
     clip = np.repeat(np.arange(len(clip_frames)), clip_frames)
     rank = np.arange(len(rates)) - cu_frames[clip]
     dense = np.zeros((len(clip_frames), int(clip_frames.max(initial=0)) + 1))
     dense[clip, rank + 1] = np.where(may_insert, rates, 0.0)
-    # A running sum per row, not one over all clips: rounding must not depend on a clip's neighbors.
+    # One cumulative sum per clip, not one over the batch: rounding must not depend on other clips.
     level = np.floor(np.cumsum(dense, axis=1) + clip_uniforms[:, None])
     return np.diff(level, axis=1)[clip, rank].astype(np.int64)
 
 
 def thinning(rates: Floats, cu_frames: Counts, may_insert: NDArray[np.bool_], p: float, uniforms: Floats) -> Counts:
-    """Draw the missing frames, then let each appear with probability ``p``. Arguments as in ``InsertionRule``."""
+    """Draw the missing counts, then insert each frame with probability ``p``. Arguments as in ``InsertionRule``."""
     counts = whole_counts(rates, cu_frames, may_insert, uniforms[cu_frames[:-1], 0])
     sites = counts > 0
     counts[sites] = binomial_quantile(counts[sites], p, uniforms[sites, 1])

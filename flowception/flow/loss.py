@@ -1,8 +1,8 @@
-"""Both training losses as weighted sums, and the counts they are divided by.
+"""Both training losses as weighted sums, and the counts that normalize them.
 
-A micro-step's loss is ``S_v / N_v + insertion_loss_weight * S_i / N_i``. ``S`` are the sums below; ``N`` are the
-counts that the step's clips have in expectation over ``tau_g ~ U(0, 2)`` and the delays, known from the roles alone.
-So they are the same on every rank and need no communication (DESIGN.md section 2, "Losses").
+A micro-step's loss is ``S_v / N_v + insertion_loss_weight * S_i / N_i``. ``S`` are the sums below. ``N`` are the
+expected counts of the step's clips over ``tau_g ~ U(0, 2)`` and the delays, computed from the roles alone. They are
+therefore identical on every rank without communication (DESIGN.md section 2, "Losses").
 
 Shape legend: ``T`` tokens of a pack, ``C`` channels, ``F`` frame slots, ``B`` clips, ``N`` frames of the longest.
 """
@@ -27,25 +27,25 @@ MAX_LOG_RATE = 9.0
 
 
 def rate_from_log(log_rate: Tensor) -> Tensor:
-    """The insertion rate: expected number of frames missing to the right of a frame.
+    """The insertion rate: expected number of missing frames to the right of a frame.
 
     Args:
         log_rate: The rate head's output, any shape.
 
     Returns:
-        ``exp(log_rate)`` in float32 at least, exponent clamped.
+        ``exp(log_rate)`` in float32 or float64, with a clamped exponent.
     """
     log_rate = log_rate if log_rate.dtype == torch.float64 else log_rate.float()
     return torch.exp(log_rate.clamp(MIN_LOG_RATE, MAX_LOG_RATE))
 
 
 def velocity_loss_sum(velocity: Tensor, target: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Weighted squared error, summed over the tokens that ``mask`` keeps and their channels.
+    """Weighted squared error, summed over masked tokens and their channels.
 
     Args:
-        velocity: [T, C], the model's.
+        velocity: [T, C], the model's output.
         target: [T, C], ``x_1 - x_0``.
-        mask: bool [T], tokens of generated frames in flow state. What lies elsewhere, even NaN, has no effect.
+        mask: bool [T], tokens of generated frames in flow state. Other values have no effect, even NaN.
         weight: [T], the clip's importance weight.
 
     Returns:
@@ -58,13 +58,13 @@ def velocity_loss_sum(velocity: Tensor, target: Tensor, mask: Tensor, weight: Te
 def insertion_loss_sum(log_rate: Tensor, missing: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """Weighted Poisson negative log-likelihood ``lambda - k log lambda``, summed over sites.
 
-    Above ``MAX_LOG_RATE`` the exponential goes on as its tangent, so that a rate which overshot still gets a
-    (bounded) gradient back; a plain clamp would leave it there for ever.
+    Above ``MAX_LOG_RATE`` the exponential continues as its tangent, so a rate that overshoots still has a (bounded)
+    gradient. With a plain clamp the gradient would vanish and the rate could never recover.
 
     Args:
         log_rate: [F], log lambda.
         missing: [F], k, the number of deleted frames to the right of each frame.
-        mask: bool [F], visible frames that may insert while ``tau_g < 1``. The rest, even NaN, has no effect.
+        mask: bool [F], visible frames that may insert while ``tau_g < 1``. Other values have no effect, even NaN.
         weight: [F], the clip's importance weight.
 
     Returns:
@@ -78,7 +78,7 @@ def insertion_loss_sum(log_rate: Tensor, missing: Tensor, mask: Tensor, weight: 
 
 
 class Denominators(NamedTuple):
-    """What a step's loss sums are divided by."""
+    """Normalizers of a step's loss sums."""
 
     velocity: float
     """Expected latent elements in flow state."""
@@ -89,14 +89,14 @@ class Denominators(NamedTuple):
 def expected_counts(
     roles: Tensor, elements_per_frame: Tensor, schedule: InsertionSchedule, delay_law: DelayLaw | str = "uniform"
 ) -> tuple[Tensor, Tensor]:
-    """Expected loss terms of each clip under global times uniform over the whole clock.
+    """Expected loss terms of each clip, for global times uniform over the full clock.
 
-    Each generated frame is in flow state for one unit of the clock: half of them where it ends at 2, all under
-    full-sequence, one under autoregression. Sites: active context and start frames are there whenever ``tau_g < 1``,
-    a free frame with probability kappa; a prescribed law has none.
+    Each generated frame is in flow state for one unit of the clock. On average that is half of the frames if the clock
+    ends at 2, all of them for full-sequence, and one for autoregression. Insertion sites: active context and start
+    frames are present whenever ``tau_g < 1``, a free frame with probability kappa. A prescribed law has no sites.
 
     Args:
-        roles: int64 [B, N], a ``Role`` for each frame, as the law adapted them.
+        roles: int64 [B, N], a ``Role`` for each frame, after ``DelayLaw.adapt_roles``.
         elements_per_frame: [B], latent elements (channels x height x width) of a frame.
         schedule: The insertion schedule.
         delay_law: The delay law or its name.
@@ -115,7 +115,7 @@ def expected_counts(
 
 
 def denominators(velocity: Tensor | NDArray[np.float64], insertion: Tensor | NDArray[np.float64]) -> Denominators:
-    """A step's denominators: the ``expected_counts`` of its clips, summed; 1 for a term that it cannot have.
+    """A step's denominators: the sum of its clips' ``expected_counts``; 1 for a term with an expected count of 0.
 
     Args:
         velocity: [B], expected elements of each clip.

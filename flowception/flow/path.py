@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """``t / (t + s (1 - t))``: spends more of the way near noise, for large latents (DESIGN.md section 2).
+    """``t / (t + s (1 - t))``: spends more steps near noise, for large latents (DESIGN.md section 2).
 
     Args:
         t: Times in [0, 1], any shape.
-        shift: s >= 1; 1 changes nothing.
+        shift: s >= 1; 1 is the identity.
 
     Returns:
-        Shifted times; 0 stays 0 and 1 stays 1 exactly.
+        Shifted times. 0 and 1 are mapped to themselves exactly.
     """
     if shift == 1:
         return t
@@ -39,13 +39,16 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
 
     Returns:
         ``x_t``, same shape as ``x_0``; exactly ``x_1`` at t = 1.
+
+    Raises:
+        ValueError: If the shapes of ``x_0`` and ``x_1`` differ.
     """
     if x_0.shape != x_1.shape:
-        raise ValueError(f"noise has shape {tuple(x_0.shape)} and data {tuple(x_1.shape)}; they must be equal")
+        raise ValueError(f"noise and data must have the same shape, got {tuple(x_0.shape)} and {tuple(x_1.shape)}")
     time = _like(t, x_0)
     return (1 - time) * x_0 + time * x_1
 
 
 def velocity_target(x_0: Tensor, x_1: Tensor) -> Tensor:
-    """``x_1 - x_0``, the derivative of the path, same at every time."""
+    """``x_1 - x_0``, the derivative of the path, constant in time."""
     return torch.sub(x_1, x_0)

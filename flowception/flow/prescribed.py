@@ -1,11 +1,10 @@
-"""Prescribed orders at sampling: the length is given, and delays drawn from a law say when each frame is born.
+"""Sampling in a prescribed order: the length is an input, and delays drawn from a law set when each frame is born.
 
-A clip is laid out in full, roles and delays are drawn as in training, and each delay ``u`` becomes a whole step: a
-frame is born at the end of step ``ceil(u N)``, where a frame of the learned order with that delay would be. So ages
-stay whole steps and times exact. Under ``autoregressive`` a frame is born in the step in which the one before it
-finishes. Draws are keyed by clip seed and frame.
+Roles and delays are drawn for the complete clip, as in training. A frame with delay ``u`` is born at the end of step
+``ceil(u N)``, as in the learned order, so ages are integer steps and times are exact. Under ``autoregressive`` a frame
+is born in the step in which the previous frame finishes. Draws are keyed by clip seed and frame.
 
-Shape legend: ``n`` frames of a finished clip, ``K`` of them given, ``P`` frames of all finished clips, ``F`` visible
+Shape legend: ``n`` frames of a finished clip, ``K`` of them context, ``P`` frames of all finished clips, ``F`` visible
 frames of all clips, ``N`` is ``num_inference_steps``.
 """
 
@@ -27,21 +26,21 @@ from flowception.rng import Stream, uniforms
 
 
 class ClipPlan(NamedTuple):
-    """A clip before it is sampled."""
+    """Roles and birth steps of a clip, drawn before sampling."""
 
     roles: Tensor
     """int64 [n], a ``Role`` for each frame."""
     born_step: Tensor
-    """int64 [n], step at whose end it is born; 0 for frames there from the beginning."""
+    """int64 [n], step at the end of which each frame is born; 0 for context and start frames."""
 
 
 def _roles(num_frames: int, context_roles: Tensor, places: Sequence[int], num_start_frames: int, u: Tensor) -> Tensor:
-    """Roles as a task gives them, int64 [1, n]: context, start frames at random (frame 0 if it is not given), free."""
+    """Roles as drawn by a task, int64 [1, n]: context, random start frames (always frame 0 if generated), free."""
     roles = torch.full((1, num_frames), int(Role.FREE))
     roles[0, list(places)] = context_roles
     generated = roles == Role.FREE
     key = u.clone()
-    key[:, 0] = -1.0  # frame 0, where it is generated, comes before all others
+    key[:, 0] = -1.0  # frame 0, if generated, ranks first
     starts = max(num_start_frames, int(bool(generated[0, 0])))
     return torch.where(generated & (rank_among(generated, key) < starts), int(Role.START), roles)
 
@@ -49,17 +48,20 @@ def _roles(num_frames: int, context_roles: Tensor, places: Sequence[int], num_st
 def _check(num_frames: int, context_roles: Tensor, places: Sequence[int]) -> None:
     given = len(context_roles)
     if given >= num_frames:
-        raise ConfigError(f"num_frames is {num_frames} and {given} frames are given; nothing is left to generate")
+        raise ConfigError(
+            f"num_frames must be greater than the number of context frames, got {num_frames} and {given}; raise "
+            "num_frames"
+        )
     in_order = list(places) == sorted(set(places))
     if len(places) != given or not in_order or not all(0 <= place < num_frames for place in places):
         raise ConfigError(
-            f"places of the context are {list(places)}; give {given} ascending ones from 0 to {num_frames - 1}"
+            f"context places must be {given} ascending frame indices from 0 to {num_frames - 1}, got {list(places)}"
         )
     for place, role in zip(places, context_roles.tolist()):
         if role == Role.CONTEXT_PASSIVE and place + 1 < num_frames and place + 1 not in places:
             raise ConfigError(
-                f"context frame {place} of {num_frames} is passive and a frame would be generated right of it; mark "
-                "it active"
+                f"context frame {place} of {num_frames} must be active because the frame to its right is generated; "
+                "mark it in Context.active"
             )
 
 
@@ -74,23 +76,23 @@ def plan_clip(
     context_roles: Tensor,
     places: Sequence[int] | None = None,
 ) -> ClipPlan:
-    """Draw when each frame of a clip is born.
+    """Draw the birth step of each frame of a clip.
 
     Args:
         law: The prescribed law.
         num_frames: n.
         num_inference_steps: N.
-        num_start_frames: Start frames asked for; frame 0 is one where it is not given.
+        num_start_frames: Requested start frames; frame 0 is always one if it is generated.
         schedule: kappa, as in training.
-        seed: The clip's.
-        context_roles: int64 [K], roles of the given frames.
-        places: [K], their places in the clip; None for the first K.
+        seed: Seed of the clip.
+        context_roles: int64 [K], roles of the context frames.
+        places: [K], their indices in the clip; None for the first K.
 
     Returns:
         Roles and birth steps.
 
     Raises:
-        ConfigError: If length, context and places do not go together.
+        ConfigError: If length, context and places are inconsistent.
     """
     where = range(len(context_roles)) if places is None else [int(place) for place in places]
     _check(num_frames, context_roles, where)
@@ -102,11 +104,11 @@ def plan_clip(
 
 
 def due_counts(births: Tensor, step: int) -> NDArray[np.int64]:
-    """Frames born at the end of a step right of each visible frame, int64 [F].
+    """Number of frames born at the end of a step to the right of each visible frame, int64 [F].
 
     Args:
-        births: int64 [P], birth step of every frame of the finished clips, clip by clip; a clip's first is 0.
-        step: Steps made before; frames born up to it are visible.
+        births: int64 [P], birth step of every frame of the finished clips, clip by clip; 0 for a clip's first frame.
+        step: Steps already made; frames born up to this step are visible.
     """
     visible = np.flatnonzero(births.numpy() <= step)
     due = np.cumsum(births.numpy() == step + 1)

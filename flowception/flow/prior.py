@@ -1,7 +1,7 @@
-"""The prior of the global time ``tau_g`` over clocks that end at 2, and what its weights cost.
+"""The prior of the global time ``tau_g`` for clocks that end at 2, and the variance cost of its weights.
 
-A share ``insertion_share`` of it lies on (0, 1), where frames are inserted and few are visible, the rest on (1, 2).
-Importance weights bring it back to U(0, 2), the sampler's own law (DESIGN.md section 2, "p(tau_g)").
+A fraction ``insertion_share`` of its mass is on (0, 1), where frames are inserted and few are visible; the rest is on
+(1, 2). Importance weights correct it to U(0, 2), the sampler's law (DESIGN.md section 2, "p(tau_g)").
 
 Shape legend: ``B`` clips.
 """
@@ -18,10 +18,10 @@ def two_part_prior(u_time: Tensor, insertion_share: float) -> tuple[Tensor, Tens
 
     Args:
         u_time: [B], uniforms in [0, 1).
-        insertion_share: w, share of times below 1.
+        insertion_share: w, fraction of times below 1.
 
     Returns:
-        ``tau_g`` [B] in [0, 2) and weights [B], ``0.5 / w`` below 1 and ``0.5 / (1 - w)`` above; 1 where w is 1.
+        ``tau_g`` [B] in [0, 2) and weights [B]: ``0.5 / w`` below 1 and ``0.5 / (1 - w)`` above, or 1 if w is 1.
     """
     if insertion_share == 1:
         return u_time, torch.ones_like(u_time)
@@ -34,7 +34,7 @@ def two_part_prior(u_time: Tensor, insertion_share: float) -> tuple[Tensor, Tens
 
 
 def two_part_uniform(global_time: Tensor, insertion_share: float) -> Tensor:
-    """The uniforms that ``two_part_prior`` turns into given global times; at least 1 where it never gives that time.
+    """Inverse of ``two_part_prior``: the uniforms for given global times; >= 1 for times outside its range.
 
     Args:
         global_time: [B], at least 0.
@@ -50,7 +50,7 @@ def two_part_uniform(global_time: Tensor, insertion_share: float) -> Tensor:
 
 
 def effective_sample_ratio(insertion_share: float) -> float:
-    """Effective over real sample size under the importance weights: ``1 / (0.25 / w + 0.25 / (1 - w))``; 1 at w = 1."""
+    """Effective sample size ratio of the importance weights: ``1 / (0.25 / w + 0.25 / (1 - w))``; 1 at w = 1."""
     if insertion_share == 1:
         return 1.0
     return 1 / (0.25 / insertion_share + 0.25 / (1 - insertion_share))

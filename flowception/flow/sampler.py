@@ -1,16 +1,16 @@
-"""The sampler: denoises the frames that exist and inserts new ones, with any predictor (DESIGN.md section 2).
+"""The sampler: denoises existing frames and inserts new ones, with any predictor (DESIGN.md section 2).
 
-Clocks are whole steps since birth: after k steps a frame's unshifted time is ``min(1, k / N)``, so the last step lands
-on 1 exactly at any N. Each step evaluates the predictor once, moves every generated frame by
-``(shift(s + h) - shift(s)) velocity``, and while the clock is below 1 inserts frames right of those that may. It ends
-when the clock and all frames are at 1, after N to 2 N evaluations. A prescribed order (``prescribed``) replaces the
-rates by delays drawn beforehand::
+Frame ages are integer steps: after k steps a frame's unshifted time is ``min(1, k / N)``, so the last step reaches
+exactly 1 for any N. Each step evaluates the predictor once, moves every generated frame by
+``(shift(s + h) - shift(s)) velocity``, and, while the clock is below 1, inserts frames to the right of frames that may
+insert. Sampling ends when the clock and all frames are at 1, after N to 2 N evaluations. A prescribed order
+(``prescribed``) replaces the rates with delays drawn in advance::
 
     result = sample(predict, frame_shape=(C, H, W), batch_size=B, config=SamplerConfig(), seed=0)
     # predict(state) -> (velocity [F, C, H, W], rate [F])
-    result.evaluations, result.flops  # what it cost; FLOPs if the predictor counts them
+    result.evaluations, result.flops  # the cost; FLOPs if the predictor counts them
 
-Noise and insertion are keyed by clip seed, step and slot, so a clip comes out the same alone or in a batch.
+Noise and insertion are keyed by clip seed, step and slot, so a clip is the same when sampled alone or in a batch.
 
 Shape legend: as in ``sampler_state``.
 """
@@ -45,36 +45,36 @@ from flowception.rng import Stream, uniforms
 logger = logging.getLogger(__name__)
 
 Predictor = Callable[[SamplerState], tuple[Tensor, Tensor]]
-"""``state -> (velocity [F, C, H, W], rate [F])``; the rate is the expected number of frames missing right of each."""
+"""``state -> (velocity [F, C, H, W], rate [F])``. The rate is the expected number of missing frames to the right."""
 
 
 @runtime_checkable
 class CountedPredictor(Protocol):
-    """A predictor that knows what it costs."""
+    """A predictor that counts its FLOPs."""
 
     def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
-        """As any predictor."""
+        """Predict, as ``Predictor``."""
 
     def flops(self, state: SamplerState) -> Tensor:
-        """FLOPs that evaluating the state takes for each clip, float64 [B]."""
+        """FLOPs of evaluating the state, per clip, float64 [B]."""
 
 
 def _move(state: SamplerState, velocity: Tensor) -> Tensor:
-    """Frames after the next step, [F, C, H, W]; frames that do not move stay to the bit, whatever their velocity."""
+    """Frames after the next step, [F, C, H, W]; frames that do not move are bitwise unchanged for any velocity."""
     device = state.frames.device
     sizes = step_sizes(state).to(device, torch.float32)[:, None, None, None]
-    # A product and a sum, not one fused operation: its rounding could depend on a frame's place in memory.
+    # Separate multiply and add: the rounding of a fused operation could depend on a frame's position in memory.
     change = sizes * velocity.to(state.frames.dtype)
     return torch.where(state.moving.to(device)[:, None, None, None], state.frames + change, state.frames)
 
 
 def _insertion_counts(state: SamplerState, rate: Tensor, config: SamplerConfig) -> Counts:
-    """Frames to insert right of each in this step, before the cap, [F]."""
+    """Frames to insert to the right of each frame in this step, before the cap, [F]."""
     rates = rate.detach().to("cpu", torch.float64).numpy()
     active = may_insert(state.roles).numpy()
     if not np.all(np.isfinite(rates[active]) & (rates[active] >= 0)):
         bad = rates[active][~(np.isfinite(rates[active]) & (rates[active] >= 0))][0]
-        raise ValueError(f"the predictor's rate is {bad} at step {state.step}; rates must be finite and at least 0")
+        raise ValueError(f"the predictor's rates must be finite and >= 0, got {bad} at step {state.step}")
     chances = uniforms(
         0,
         Stream.SAMPLER,
@@ -88,7 +88,7 @@ def _insertion_counts(state: SamplerState, rate: Tensor, config: SamplerConfig) 
 
 
 def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, Tensor]:
-    """Counts without those beyond ``max_frames``, a clip's leftmost kept, and whether each clip was cut, bool [B]."""
+    """Counts limited to ``max_frames``, keeping a clip's leftmost, and whether each clip was limited, bool [B]."""
     clip, cu_frames = state.frame_clip.numpy(), state.cu_frames.numpy()
     running = np.concatenate([[0], np.cumsum(counts)])
     before = running[:-1] - running[cu_frames[clip]]
@@ -99,7 +99,7 @@ def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, 
     if len(newly):
         shown = ", ".join(map(str, newly[:8])) + (", ..." if len(newly) > 8 else "")
         logger.warning(
-            "max_frames = %d cut the insertions of %d clips (%s) at step %d; raise it if such lengths are wanted",
+            "max_frames = %d limited insertions in %d clips (%s) at step %d; raise max_frames to allow longer clips",
             max_frames,
             len(newly),
             shown,
@@ -110,7 +110,7 @@ def _cap(state: SamplerState, counts: Counts, max_frames: int) -> tuple[Counts, 
 
 
 def _insert(state: SamplerState, counts: Counts) -> SamplerState:
-    """The state with ``counts[i]`` new frames right of frame i, born at this step's end."""
+    """The state with ``counts[i]`` new frames to the right of frame i, born at the end of this step."""
     born = state.step + 1
     source = np.repeat(np.arange(len(counts)), counts + 1)
     is_new = np.ones(len(source), dtype=bool)
@@ -123,7 +123,7 @@ def _insert(state: SamplerState, counts: Counts) -> SamplerState:
     take, new = torch.from_numpy(source), torch.from_numpy(is_new)
     device = state.frames.device
     take_there = take.to(device)
-    new_there = torch.nonzero(new).flatten().to(device)  # places; a mask there would be waited for
+    new_there = torch.nonzero(new).flatten().to(device)  # indices: indexing with a device mask would synchronize
     frames = state.frames[take_there].index_copy_(0, new_there, torch.from_numpy(noise).to(device))
     condition = state.condition[take_there].index_fill_(0, new_there, 0.0)
     return replace(
@@ -140,18 +140,21 @@ def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: Sampler
     """Make one step: move, then insert.
 
     Args:
-        state: The state that the prediction is of.
+        state: The state that was evaluated.
         velocity: [F, C, H, W].
-        rate: [F], expected number of frames missing right of each.
-        config: The sampler's.
+        rate: [F], expected number of missing frames to the right of each frame.
+        config: The sampler configuration.
 
     Returns:
         The next state.
+
+    Raises:
+        ValueError: If a shape is wrong or a rate is negative or not finite.
     """
     if velocity.shape != state.frames.shape or rate.shape != state.roles.shape:
         raise ValueError(
-            f"the predictor gave velocity {tuple(velocity.shape)} and rate {tuple(rate.shape)} for frames "
-            f"{tuple(state.frames.shape)}; it must give [F, C, H, W] and [F]"
+            f"the predictor must return velocity {tuple(state.frames.shape)} and rate {tuple(state.roles.shape)}, got "
+            f"{tuple(velocity.shape)} and {tuple(rate.shape)}"
         )
     moved = replace(state, frames=_move(state, velocity))
     if state.births is not None:
@@ -166,20 +169,20 @@ def advance(state: SamplerState, velocity: Tensor, rate: Tensor, config: Sampler
 
 
 class SampleArguments(TypedDict, total=False):
-    """What ``sample`` and ``sample_states`` take beside the predictor and the config."""
+    """Arguments of ``sample`` and ``sample_states`` besides the predictor and the config."""
 
     frame_shape: Required[tuple[int, int, int]]
     """(C, H, W)."""
     batch_size: Required[int]
     """B."""
     context: Sequence[Context | None] | None
-    """One entry for each clip; None where, or if, nothing is given (the default)."""
+    """One entry per clip, None for a clip without context. Default None: no clip has context."""
     seed: int | Sequence[int]
-    """Clip i has seed ``seed + i``, or the i-th where a seed is given for each. Default 0."""
+    """Clip i has seed ``seed + i``, or ``seed[i]`` for a sequence. Default 0."""
     device: torch.device | str
-    """Where frames live and ``predict`` works. Default ``cpu``."""
+    """Device of the frames and of ``predict``. Default ``cpu``."""
     num_frames: Sequence[int] | None
-    """Length of each clip under a prescribed order; None takes the config's (the default)."""
+    """Length of each clip, for a prescribed order. Default None: the config's ``num_frames``."""
 
 
 def sample_states(
@@ -194,10 +197,10 @@ def sample_states(
             ``SampleArguments`` describes them.
 
     Yields:
-        Every state, from clock 0 to the finished one; its ``step`` is the number of evaluations so far.
+        Every state from clock 0 to the finished one. Its ``step`` is the number of evaluations so far.
 
     Raises:
-        ConfigError: If the arguments contradict each other; at the first state.
+        ConfigError: If the arguments are inconsistent; raised before the first state.
     """
     state = initial_state(config=config, **arguments)
     if isinstance(predict, CountedPredictor):
@@ -226,7 +229,7 @@ def sample(predict: Predictor, *, config: SamplerConfig, **arguments: Unpack[Sam
         The finished clips.
 
     Raises:
-        ConfigError: If the arguments contradict each other.
+        ConfigError: If the arguments are inconsistent.
     """
     history: list[StepRecord] | None = [] if config.record_history else None
     for state in sample_states(predict, config=config, **arguments):

@@ -1,7 +1,7 @@
-"""What the sampler is told, what a predictor sees of it, and what it gives back.
+"""The sampler's inputs, the state that a predictor sees, and the result.
 
-Shape legend: ``B`` clips, ``F`` frames of all clips one after another, clip b at ``cu_frames[b] : cu_frames[b + 1]``,
-``C H W`` a latent frame. ``N`` is ``num_inference_steps``. Frames lie on the sampler's device, all else on the CPU.
+Shape legend: ``B`` clips, ``F`` frames of all clips, concatenated: clip b is ``cu_frames[b] : cu_frames[b + 1]``;
+``C H W`` a latent frame. ``N`` is ``num_inference_steps``. Frames are on the sampler's device, all else on the CPU.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ class SamplerConfig:
     """How clips are sampled."""
 
     num_inference_steps: int = 50
-    """N, steps from clock 0 to clock 1; a clip takes at most 2 N."""
+    """N, steps from clock 0 to clock 1; a clip takes at most 2 N steps (more for ``autoregressive``)."""
     num_start_frames: int = 3
-    """Generated frames that are there from the beginning; without context at least one is."""
+    """Generated frames present at clock 0; at least one without context."""
     insertion: str | None = "thinning"
-    """``thinning``, ``bernoulli`` (the paper's) or ``poisson``. None inserts nothing: full-sequence sampling of
+    """``thinning``, ``bernoulli`` (the paper's) or ``poisson``. None disables insertion: full-sequence sampling of
     ``num_start_frames`` frames."""
     order: str = "learned"
-    """``learned``: the predictor's rates insert frames. Or a prescribed delay law, whose delays are replayed:
+    """``learned``: the predictor's rates insert frames. Otherwise a prescribed delay law, whose delays are replayed:
     ``random``, ``hierarchical``, ``left_to_right``, ``full_sequence``, ``autoregressive`` (N evaluations a frame)."""
     num_frames: int | None = None
-    """Length of every clip, given frames included, for a prescribed order; None for the learned one, which chooses."""
+    """Length of every clip, context included, for a prescribed order; None for the learned order, where the model
+    chooses the length."""
     insertion_schedule: str = "linear"
-    """kappa: ``linear``, ``power`` or ``cosine``; that of training."""
+    """kappa: ``linear``, ``power`` or ``cosine``; the same as in training."""
     insertion_exponent: float = 2.0
     """Exponent of the ``power`` schedule."""
     max_frames: int = 64
-    """Cap on a clip's frames; what would lie beyond it is not inserted, with a warning."""
+    """Maximum frames of a clip. Insertions beyond it are dropped with a warning."""
     time_shift: float = 1.0
-    """s of the time shift; that of training."""
+    """s of the time shift; the same as in training."""
     record_history: bool = False
     """Whether the result holds a ``StepRecord`` of every state."""
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         build_schedule(self.insertion_schedule, self.insertion_exponent)
         rules = {
             "num_inference_steps": integer(at_least=1),
@@ -73,31 +74,37 @@ class SamplerConfig:
 
 @dataclass(kw_only=True)
 class Context:
-    """The frames that are given of one clip, in their order."""
+    """The context frames of one clip, in order."""
 
     frames: Tensor
     """[K, C, H, W], clean latents, K at least 1."""
     active: Sequence[bool] | Tensor | None = None
-    """[K], whether frames may be inserted right of each. None: of the last one only, which is continuation, and
-    image-to-video where K is 1."""
+    """[K], whether frames may be inserted to the right of each frame. None: only right of the last frame, as in
+    continuation, or image-to-video if K is 1."""
     num_start_frames: int | None = None
-    """Start frames right of the context; None takes the sampler's."""
+    """Start frames to the right of the context; None uses the sampler's."""
     begins_with_start: bool = False
-    """Whether one more start frame stands left of the context: scene completion of which frame 0 is not given."""
+    """Whether there is an additional start frame left of the context: scene completion without frame 0."""
     places: Sequence[int] | None = None
-    """[K], place of each frame in the finished clip, for prescribed orders; None: the first K. The learned order does
-    not read it: there the model chooses how many frames come between."""
+    """[K], index of each frame in the finished clip, for prescribed orders; None: the first K. The learned order
+    ignores it, because the model chooses how many frames to insert between context frames."""
 
     def roles(self) -> Tensor:
-        """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K]."""
+        """CONTEXT_ACTIVE or CONTEXT_PASSIVE for each frame, int64 [K].
+
+        Raises:
+            ConfigError: If ``frames`` or ``active`` has the wrong shape.
+        """
         if self.frames.ndim != 4 or not len(self.frames):
-            raise ConfigError(f"context frames have shape {tuple(self.frames.shape)}; give [K, C, H, W] with K >= 1")
+            raise ConfigError(f"context frames must have shape [K, C, H, W], K >= 1, got {tuple(self.frames.shape)}")
         if self.active is None:
             active = torch.arange(len(self.frames)) == len(self.frames) - 1
         else:
             active = torch.as_tensor(self.active, dtype=torch.bool)
         if len(active) != len(self.frames):
-            raise ConfigError(f"context has {len(self.frames)} frames and {len(active)} marks in active; give as many")
+            raise ConfigError(
+                f"Context.active must have one entry per context frame, got {len(active)} for {len(self.frames)} frames"
+            )
         return torch.where(active, int(Role.CONTEXT_ACTIVE), int(Role.CONTEXT_PASSIVE))
 
 
@@ -114,19 +121,19 @@ class SamplerState:
     cu_frames: Tensor
     """int64 [B + 1]."""
     born_step: Tensor
-    """int64 [F], step at whose end the frame was inserted; 0 for those there from the beginning."""
+    """int64 [F], step at the end of which the frame was inserted; 0 for context and start frames."""
     seeds: Tensor
     """int64 [B], seed of each clip."""
     capped: Tensor
-    """bool [B], clips that the cap on frames has cut so far."""
+    """bool [B], clips that ``max_frames`` has limited so far."""
     step: int
-    """Steps made, and so evaluations of the predictor."""
+    """Steps made so far, equal to the number of predictor evaluations."""
     num_inference_steps: int
     """N."""
     time_shift: float
     """s of the time shift."""
     births: Tensor | None = None
-    """int64 [P], ``born_step`` of every frame of the finished clips, for a prescribed order; None for the learned."""
+    """int64 [P], ``born_step`` of every frame of the finished clips, for a prescribed order; None for ``learned``."""
     clip_flops: Tensor | None = None
     """float64 [B], exact FLOPs spent on each clip so far; None if the predictor does not count."""
 
@@ -140,12 +147,12 @@ class SamplerState:
 
     @property
     def age(self) -> Tensor:
-        """Whole steps since birth, at most N, int64 [F]."""
+        """Steps since birth, at most N, int64 [F]."""
         return (self.step - self.born_step).clamp(max=self.num_inference_steps)
 
     @property
     def times(self) -> Tensor:
-        """Time shown to each frame, float64 [F], as in training: its own, shifted; the clock for a context frame."""
+        """Time input of each frame, float64 [F], as in training: its shifted time, or the clock for context."""
         own = shift_time(self.age.double() / self.num_inference_steps, self.time_shift)
         return torch.where(is_context(self.roles), self._clock(), own)
 
@@ -156,7 +163,7 @@ class SamplerState:
 
     @property
     def open_gaps(self) -> Tensor:
-        """Whether frames may still be inserted right of each frame, bool [F]."""
+        """Whether frames may still be inserted to the right of each frame, bool [F]."""
         if self.births is None:
             return may_insert(self.roles) & (self.step < self.num_inference_steps)
         visible = self.births <= self.step
@@ -165,18 +172,18 @@ class SamplerState:
 
     @property
     def unfinished_clips(self) -> Tensor:
-        """Clips that may still grow or have a frame below 1, bool [B]; a predictor may pass over the others."""
+        """Clips that may still grow or have a frame below 1, bool [B]; a predictor may skip the others."""
         changing = self.moving | self.open_gaps
         return torch.bincount(self.frame_clip[changing], minlength=len(self.clip_frames)) > 0
 
     @property
     def finished(self) -> bool:
-        """Whether the clock shows 1, no birth is to come and all frames are at 1."""
+        """Whether the clock is at 1, all frames are at 1, and no frame remains to be born."""
         return not bool(self.unfinished_clips.any())
 
     @property
     def last_birth_step(self) -> int:
-        """Step after whose end no frame is born: N, or later under a prescribed order."""
+        """Last step at the end of which a frame may be born: N, or later under a prescribed order."""
         latest = 0 if self.births is None else int(self.births.max())
         return max(self.num_inference_steps, latest)
 
@@ -198,15 +205,16 @@ class SamplerState:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One moment of a sampling run, for pictures of growth.
+    """One state of a sampling run, for growth plots.
 
-    Its frames are those of the result with ``born_at <= clock``, in the same order: frames never leave or swap.
+    Its frames are the result's frames with ``born_at <= clock``, in the same order: frames are never removed or
+    reordered.
     """
 
     clock: float
     """Insertion clock; stays at 1 while the last frames finish (``autoregressive``: at its last birth)."""
     times: Tensor
-    """float64 [F], as shown to the predictor."""
+    """float64 [F], the predictor's time inputs."""
     cu_frames: Tensor
     """int64 [B + 1]."""
 
@@ -220,7 +228,7 @@ class SampleResult:
     cu_frames: Tensor
     """int64 [B + 1]: clip b is ``frames[cu_frames[b] : cu_frames[b + 1]]``."""
     born_at: Tensor
-    """float64 [F], clock at insertion; 0 for frames there from the beginning."""
+    """float64 [F], clock at insertion; 0 for context and start frames."""
     roles: Tensor
     """int64 [F], a ``Role`` for each frame."""
     evaluations: int
@@ -228,9 +236,9 @@ class SampleResult:
     clip_flops: Tensor | None
     """float64 [B], exact FLOPs spent on each clip; None if the predictor does not count (``CountedPredictor``)."""
     capped: Tensor
-    """bool [B], clips that ``max_frames`` cut short."""
+    """bool [B], clips limited by ``max_frames``."""
     history: list[StepRecord] | None
-    """Every state from the first to the last, where the config asked for it."""
+    """Every state from first to last; None unless ``record_history`` is set."""
 
     @classmethod
     def of(cls, state: SamplerState, history: list[StepRecord] | None = None) -> SampleResult:
@@ -257,40 +265,47 @@ class SampleResult:
 
 
 def _opening_roles(context: Context | None, config: SamplerConfig) -> Tensor:
-    """Roles of the frames that a clip begins with under the learned order: context, then starts; one may come first."""
+    """Roles of a clip's frames at clock 0, for the learned order: an optional start frame, context, start frames."""
     if context is None:
         return torch.full((max(1, config.num_start_frames),), int(Role.START))
     starts = config.num_start_frames if context.num_start_frames is None else context.num_start_frames
     given = context.roles()
     can_grow = config.insertion is not None and bool((given == Role.CONTEXT_ACTIVE).any())
     if starts == 0 and not can_grow and not context.begins_with_start:
-        raise ConfigError("this context leaves nothing to generate: no active frame to insert by and 0 start frames")
-    leading, behind = (torch.full((count,), int(Role.START)) for count in (int(context.begins_with_start), starts))
-    return torch.cat([leading, given, behind])
+        raise ConfigError(
+            "nothing to generate: the context has no active frame that can insert, and num_start_frames is 0; mark a "
+            "frame active or raise num_start_frames"
+        )
+    leading, trailing = (torch.full((count,), int(Role.START)) for count in (int(context.begins_with_start), starts))
+    return torch.cat([leading, given, trailing])
 
 
 def _plans(
     contexts: Sequence[Context | None], config: SamplerConfig, num_frames: Sequence[int] | None, seeds: Tensor
 ) -> list[ClipPlan] | None:
-    """Every clip of a prescribed order; None for the learned one."""
+    """Plans of all clips for a prescribed order; None for the learned order."""
     if config.order == "learned":
         if num_frames is not None or config.num_frames is not None:
-            raise ConfigError("num_frames is for prescribed orders; the learned order chooses the length itself")
+            raise ConfigError(
+                "num_frames must be null for order=learned, where the model chooses the length; remove it"
+            )
         return None
     lengths = [config.num_frames] * len(contexts) if num_frames is None else list(num_frames)
     if len(lengths) != len(contexts) or None in lengths:
-        raise ConfigError(f"order is {config.order}, which is given the lengths; set num_frames, one for each clip")
+        raise ConfigError(f"order={config.order} needs the length of every clip; set num_frames")
     longest = max((int(length or 0) for length in lengths), default=0)
     if longest > config.max_frames:
-        raise ConfigError(f"num_frames is {longest}, more than max_frames, now {config.max_frames}; raise max_frames")
+        raise ConfigError(
+            f"num_frames must be at most max_frames, got {longest} and {config.max_frames}; raise max_frames"
+        )
     plans = []
     for context, length, seed in zip(contexts, lengths, seeds.tolist()):
-        own = None if context is None else context.num_start_frames
+        starts = None if context is None else context.num_start_frames
         plan = plan_clip(
             build_delay_law(config.order),
             int(length or 0),
             num_inference_steps=config.num_inference_steps,
-            num_start_frames=config.num_start_frames if own is None else own,
+            num_start_frames=config.num_start_frames if starts is None else starts,
             schedule=config.schedule(),
             seed=seed,
             context_roles=torch.empty(0, dtype=torch.int64) if context is None else context.roles(),
@@ -304,10 +319,13 @@ def _check(contexts: Sequence[Context | None], frame_shape: tuple[int, ...], siz
     for clip, context in enumerate(contexts):
         if context is not None and tuple(context.frames.shape[1:]) != frame_shape:
             raise ConfigError(
-                f"context of clip {clip} has frames {tuple(context.frames.shape[1:])}, frame_shape is {frame_shape}"
+                f"context frames of clip {clip} must have shape {frame_shape}, got {tuple(context.frames.shape[1:])}"
             )
     if len(sizes) and int(sizes.max()) > max_frames:
-        raise ConfigError(f"a clip begins with {int(sizes.max())} frames; raise max_frames, now {max_frames}")
+        raise ConfigError(
+            f"max_frames must be at least the number of frames a clip starts with, got {max_frames} and "
+            f"{int(sizes.max())}; raise max_frames"
+        )
 
 
 def initial_state(
@@ -319,20 +337,23 @@ def initial_state(
     device: torch.device | str = "cpu",
     num_frames: Sequence[int] | None = None,
 ) -> SamplerState:
-    """The state at clock 0: each clip's context frames and its start frames as noise.
+    """The state at clock 0: each clip's context frames, and its start frames as noise.
 
     Arguments as in ``flowception.flow.sampler.SampleArguments``.
 
     Returns:
         The state.
+
+    Raises:
+        ConfigError: If the arguments are inconsistent.
     """
     frame_shape = tuple(frame_shape)
     contexts = list(context) if context is not None else [None] * batch_size
     if len(contexts) != batch_size:
-        raise ConfigError(f"got {len(contexts)} contexts for batch_size {batch_size}; give as many")
+        raise ConfigError(f"context must have one entry per clip, got {len(contexts)} for batch_size {batch_size}")
     seeds = seed + torch.arange(batch_size) if isinstance(seed, int) else torch.tensor(list(seed), dtype=torch.int64)
     if len(seeds) != batch_size or bool((seeds < 0).any()):
-        raise ConfigError(f"seed is {seed} for batch_size {batch_size}; give one of at least 0, or one for each clip")
+        raise ConfigError(f"seed must be an integer >= 0, or one per clip, got {seed} for batch_size {batch_size}")
     plans = _plans(contexts, config, num_frames, seeds)
     if plans is None:
         opening = [_opening_roles(item, config) for item in contexts]
@@ -369,7 +390,7 @@ def initial_state(
 
 
 def step_sizes(state: SamplerState) -> Tensor:
-    """How far each frame's shifted time moves in the next step, float64 [F]; 0 for frames that stay."""
+    """Change of each frame's shifted time in the next step, float64 [F]; 0 for frames that do not move."""
     grid = torch.arange(state.num_inference_steps + 1, dtype=torch.float64) / state.num_inference_steps
     sizes = torch.cat([shift_time(grid, state.time_shift).diff(), torch.zeros(1, dtype=torch.float64)])
     return torch.where(is_generated(state.roles), sizes[state.age], 0.0)

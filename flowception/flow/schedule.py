@@ -1,10 +1,10 @@
-"""Insertion schedules: the fraction ``kappa(t)`` of free frames that exist when the clock shows ``t``.
+"""Insertion schedules: the fraction ``kappa(t)`` of free frames that exist at clock ``t``.
 
-``kappa`` maps [0, 1] onto [0, 1], increasing, ``kappa(0) = 0`` and ``kappa(1) = 1``. A free frame's delay is
-``kappa^-1(U)`` with ``U ~ Unif(0, 1)``, so it is visible at clock ``t`` with probability ``kappa(t)``; one still
-missing appears at rate ``kappa'(t) / (1 - kappa(t))``, the hazard (DESIGN.md section 2, "Schedule").
+``kappa`` is an increasing map of [0, 1] onto [0, 1] with ``kappa(0) = 0`` and ``kappa(1) = 1``. A free frame's delay
+is ``kappa^-1(U)`` with ``U ~ Unif(0, 1)``, so it is visible at clock ``t`` with probability ``kappa(t)``. A frame that
+is still missing appears at rate ``kappa'(t) / (1 - kappa(t))``, the hazard (DESIGN.md section 2, "Schedule").
 
-All methods take and return tensors of any shape, elementwise.
+All methods are elementwise on tensors of any shape.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class InsertionSchedule(ABC):
         """The clock at which ``kappa`` is ``u``."""
 
     def hazard(self, t: Tensor) -> Tensor:
-        """Rate at which a missing frame appears at ``t``; infinite from ``t = 1`` on."""
+        """Rate at which a missing frame appears at ``t``; infinite for ``t >= 1``."""
         return torch.where(t < 1, self.kappa_dot(t) / (1 - self.kappa(t)), torch.inf)
 
     @abstractmethod
@@ -54,9 +54,14 @@ class InsertionSchedule(ABC):
 
         Returns:
             ``(kappa(t + h) - kappa(t)) / (1 - kappa(t))``, exactly 1 in the last step.
+
+        Raises:
+            ValueError: If ``step`` is out of range.
         """
         if not 0 <= step < num_steps:
-            raise ValueError(f"step is {step}; insertion happens in steps 0 to {num_steps - 1}")
+            raise ValueError(
+                f"step must be in [0, {num_steps - 1}], got {step}; frames are inserted in these steps only"
+            )
         if step == num_steps - 1:
             return 1.0
         now, then = self.kappa(torch.tensor([step / num_steps, (step + 1) / num_steps], dtype=torch.float64)).tolist()
@@ -131,10 +136,10 @@ class CosineSchedule(InsertionSchedule):
         return 2 / math.pi * torch.asin(torch.sqrt(u))
 
     def hazard(self, t: Tensor) -> Tensor:
-        """``pi tan(pi t / 2)``, free of the cancellation in ``1 - kappa``.
+        """``pi tan(pi t / 2)``, which avoids the cancellation in ``1 - kappa``.
 
-        In the later half it is taken from the other end, ``pi / tan(pi (1 - t) / 2)``: rounded to float32, pi / 2 lies
-        beyond the pole, and the tangent there is negative.
+        The second half uses ``pi / tan(pi (1 - t) / 2)`` instead: pi / 2 rounded to float32 is past the pole, where the
+        tangent is negative.
         """
         early, late = torch.tan(math.pi / 2 * t), 1 / torch.tan(math.pi / 2 * (1 - t).clamp(min=0))
         return math.pi * torch.where(t < 0.5, early, late)
@@ -152,11 +157,11 @@ INSERTION_SCHEDULES = ("linear", "power", "cosine")
 
 
 def build_schedule(name: str, exponent: float = 2.0) -> InsertionSchedule:
-    """The schedule of a configuration.
+    """Build an insertion schedule by name.
 
     Args:
         name: One of ``INSERTION_SCHEDULES`` (config key ``insertion_schedule``).
-        exponent: a of the power schedule (config key ``insertion_exponent``); others ignore it.
+        exponent: a of the power schedule (config key ``insertion_exponent``); other schedules ignore it.
 
     Returns:
         The schedule.

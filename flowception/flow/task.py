@@ -1,12 +1,12 @@
-"""Tasks: which frames of a clip are given, which are there from the beginning, which are inserted later.
+"""Tasks: which frames of a clip are context, which are present at clock 0, and which are inserted later.
 
-A task is one small function that gives every frame of a clip a ``Role`` (table in DESIGN.md section 2), from one
-uniform a frame: frame 0's decides how many frames are context, the others' decide which, and which start. The law
-of what is given is stated in each function, and in closed form in ``context_law``. To add a task, write the function
-and its law, append them to ``TASKS`` and ``context_law.CONTEXT_LAWS`` and test both; a task's number is its index, so
-never reorder the table.
+A task is a small function that assigns a ``Role`` to every frame of a clip (table in DESIGN.md section 2) from one
+uniform per frame. Frame 0's uniform sets the number of context frames; the others select the context and start frames.
+Each function documents its context distribution, and ``context_law`` has it in closed form. To add a task, write the
+function and its law, append them to ``TASKS`` and ``context_law.CONTEXT_LAWS``, and test both. A task's number is its
+index, so never reorder the table.
 
-Shape legend: ``B`` clips (``K`` of one task), ``N`` frames of the longest of them, ``n`` frames of a clip.
+Shape legend: ``B`` clips (``K`` of one task), ``N`` frames of the longest clip, ``n`` frames of a clip.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flowception.ranges import check_ranges, integer, one_of
 
 
 class Role(IntEnum):
-    """What a latent frame of a clip is to the process."""
+    """Role of a latent frame in the process."""
 
     ABSENT = -1
-    """Padding behind a clip's last frame."""
+    """Padding after a clip's last frame."""
     START = 0
-    """Present from the beginning, as noise."""
+    """Generated; present at clock 0, as noise."""
     FREE = 1
-    """Inserted later."""
+    """Generated; inserted later."""
     CONTEXT_ACTIVE = 2
     """Given clean; frames may be inserted to its right."""
     CONTEXT_PASSIVE = 3
@@ -53,21 +53,22 @@ def may_insert(roles: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class RoleConfig:
-    """How many frames of a clip start and how many are given."""
+    """Numbers of start and context frames."""
 
     num_start_frames: int = 3
-    """Generated frames that are there from the beginning."""
+    """Generated frames present at clock 0."""
     max_context_frames: int = 8
-    """``v2v``: most context frames. Their number is uniform from 1 to this, or to one less than the clip has."""
+    """``v2v``: maximum context frames. Their number is uniform from 1 to the smaller of this and n - 1, where n is the
+    clip's length."""
     max_keyframes: int = 3
-    """``interpolation``: most keyframes between the first frame and the last. Their number is uniform from 0 to this,
-    or to three less than the clip has."""
+    """``interpolation``: maximum keyframes between the first and last frame. Their number is uniform from 0 to the
+    smaller of this and n - 3."""
     max_cuts: int = 4
-    """``completion``: most changes from given to generated or back. Their number is uniform from 1 to this, or to one
-    less than the clip has."""
+    """``completion``: maximum switches between context and generated frames. Their number is uniform from 1 to the
+    smaller of this and n - 1."""
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         rules = {
             "num_start_frames": integer(at_least=0),
             "max_context_frames": integer(at_least=1),
@@ -78,7 +79,7 @@ class RoleConfig:
 
 
 RoleLaw = Callable[[Tensor, Tensor, RoleConfig], Tensor]
-"""``(num_frames [K], u_role [K, N], config) -> roles [K, N]`` for K clips of one task, none too short for it."""
+"""``(num_frames [K], u_role [K, N], config) -> roles [K, N]`` for K clips of one task, all long enough for it."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,24 @@ class Task:
     name: str
     draw: RoleLaw
     min_frames: int
-    """A shorter clip would have nothing to generate and falls back to text-to-video."""
+    """Shorter clips would have nothing to generate and fall back to text-to-video."""
 
 
 def _blank_roles(num_frames: Tensor, u_role: Tensor) -> Tensor:
-    """FREE at a clip's frames, ABSENT behind them."""
+    """FREE for a clip's frames, ABSENT after them."""
     inside = torch.arange(u_role.shape[1]) < num_frames[:, None]
     return torch.where(inside, int(Role.FREE), int(Role.ABSENT))
 
 
 def _uniform_count(u: Tensor, least: int, most: Tensor) -> Tensor:
-    """Integers uniform from ``least`` to ``most`` [K], int64 [K], from uniforms [K]."""
+    """Integers uniform in ``[least, most]``, int64 [K], from uniforms [K]."""
     return least + (u * (most - least + 1)).long()
 
 
 def _set_least(roles: Tensor, among: Tensor, u_role: Tensor, count: Tensor | int, role: Role) -> Tensor:
-    """Give ``role`` to ``count`` of each clip's frames in ``among`` (or all there are): those of least ``u_role``.
+    """Assign ``role`` to the ``count`` frames of each clip with the smallest ``u_role`` in ``among``, or to all.
 
-    Any subset of that size is as likely as any other. ``among`` is bool [K, N], ``count`` an int or int64 [K, 1].
+    All subsets of that size are equally likely. ``among`` is bool [K, N], ``count`` an int or int64 [K, 1].
     """
     order = torch.argsort(torch.where(among, u_role, torch.inf), dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
@@ -113,28 +114,28 @@ def _set_least(roles: Tensor, among: Tensor, u_role: Tensor, count: Tensor | int
 
 
 def _start_random(roles: Tensor, u_role: Tensor, count: int) -> Tensor:
-    """Make ``count`` random ones of each clip's FREE frames START (or all there are)."""
+    """Turn ``count`` random FREE frames of each clip into START, or all of them if there are fewer."""
     return _set_least(roles, roles == Role.FREE, u_role, count, Role.START)
 
 
 def _text_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """No context; frame 0 and ``num_start_frames - 1`` random others start."""
+    """No context; frame 0 and ``num_start_frames - 1`` random other frames are start frames."""
     roles = _blank_roles(num_frames, u_role)
     roles[:, 0] = int(Role.START)
     return _start_random(roles, u_role, config.num_start_frames - 1)
 
 
 def _image_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """Frame 0 is active context; ``num_start_frames`` random others start."""
+    """Frame 0 is active context; ``num_start_frames`` random other frames are start frames."""
     roles = _blank_roles(num_frames, u_role)
     roles[:, 0] = int(Role.CONTEXT_ACTIVE)
     return _start_random(roles, u_role, config.num_start_frames)
 
 
 def _video_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """Continuation: the first c frames are context, passive except the last; ``num_start_frames`` random others start.
+    """Continuation: the first c frames are context, passive except the last.
 
-    c is uniform from 1 to ``min(max_context_frames, n - 1)``.
+    c is uniform from 1 to ``min(max_context_frames, n - 1)``. ``num_start_frames`` random others are start frames.
     """
     roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
     given = _uniform_count(u_role[:, 0], 1, (num_frames - 1).clamp(max=config.max_context_frames))[:, None]
@@ -144,9 +145,10 @@ def _video_to_video(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> T
 
 
 def _interpolation(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """The first frame, the last and m random keyframes between them are context, active except the last; none starts.
+    """The first frame, the last frame and m random keyframes between them are context, active except the last.
 
-    m is uniform from 0 to ``min(max_keyframes, n - 3)``, any m places between the ends are as likely as any others.
+    m is uniform from 0 to ``min(max_keyframes, n - 3)``; all choices of m keyframes are equally likely. There are no
+    start frames.
     """
     roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
     last = num_frames[:, None] - 1
@@ -158,15 +160,16 @@ def _interpolation(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Te
 
 
 def _completion(num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """Scene completion: random runs are context, inside a run passive, its last frame active, or passive at the end.
+    """Scene completion: random runs of frames are context.
 
-    The clip is cut at k places into pieces that are given and generated in turn. k is uniform from 1 to
-    ``min(max_cuts, n - 1)``, any k places are as likely as any others, and the first piece is given with probability
-    1/2. Frame 0 starts when it is not context, and nothing else does.
+    The clip is cut at k positions into pieces that are alternately context and generated. k is uniform from 1 to
+    ``min(max_cuts, n - 1)``, all choices of k positions are equally likely, and the first piece is context with
+    probability 1/2. The frames of a context run are passive except its last, which is active unless it ends the clip.
+    Frame 0 is the only start frame, if it is not context.
     """
     roles, place = _blank_roles(num_frames, u_role), torch.arange(u_role.shape[1])
     most = (num_frames - 1).clamp(max=config.max_cuts)
-    choice = _uniform_count(u_role[:, 0], 0, 2 * most - 1)  # twice the number of cuts, and which piece is first
+    choice = _uniform_count(u_role[:, 0], 0, 2 * most - 1)  # encodes the number of cuts and whether context is first
     cuts, first_is_given = 1 + choice // 2, choice % 2
     inside = place < num_frames[:, None]
     is_cut = _set_least(torch.zeros_like(roles), inside & (place > 0), u_role, cuts[:, None], Role.FREE) == Role.FREE
@@ -191,16 +194,20 @@ _FALLBACK = TASK_NUMBERS["t2v"]
 
 
 def task_number(name: str) -> int:
-    """The number of a task, or an error that lists the known ones."""
+    """The number of a task.
+
+    Raises:
+        ConfigError: If the name is unknown; the message lists the known tasks.
+    """
     one_of(TASK_NUMBERS).check("task", name)
     return TASK_NUMBERS[name]
 
 
 def played_task(task: Tensor, num_frames: Tensor) -> Tensor:
-    """The task that each clip plays: ``task``, or text-to-video where a clip is too short for it.
+    """The effective task of each clip: ``task``, or text-to-video if the clip is too short for it.
 
     Args:
-        task: int64 [B], the tasks asked for.
+        task: int64 [B], the requested tasks.
         num_frames: int64 [B].
 
     Returns:
@@ -211,10 +218,9 @@ def played_task(task: Tensor, num_frames: Tensor) -> Tensor:
 
 
 def draw_roles(task: Tensor, num_frames: Tensor, u_role: Tensor, config: RoleConfig) -> Tensor:
-    """Give every frame of a batch of clips its role.
+    """Draw the role of every frame of a batch of clips.
 
-    A clip that its task would leave with nothing to generate gets the roles of text-to-video
-    (``played_task`` tells which).
+    A clip too short for its task gets the roles of text-to-video (see ``played_task``).
 
     Args:
         task: int64 [B], task numbers.

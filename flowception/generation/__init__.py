@@ -1,1 +1,1 @@
-"""From a run directory to clips: the network as a predictor, context from files, videos and pictures of growth."""
+"""Sampling from a run directory: the network as a predictor, context from files, output videos and growth plots."""

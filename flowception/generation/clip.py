@@ -1,4 +1,4 @@
-"""One generated clip: its pixels, its latents, and how it came about."""
+"""One generated clip: its pixels, its latents, and how it was generated."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from flowception.generation.video import Video, write_mp4, write_preview
 class Clip:
     """A generated clip.
 
-    Shape legend: ``n`` pixel frames of ``H x W`` pixels, ``m`` latent frames ``C, h, w``. A codec that compresses time
-    makes several pixel frames of a latent one. Clips come from ``Run.sample``.
+    Shape legend: ``n`` pixel frames of ``H x W`` pixels, ``m`` latent frames of ``C, h, w``. With a codec that
+    compresses time, one latent frame decodes to several pixel frames. ``Run.sample`` returns clips.
     """
 
     frames: Video = field(repr=False)
     """uint8 ``[n, H, W, 3]``, RGB: decoded pixels."""
     latents: Tensor = field(repr=False)
-    """float32 ``[m, C, h, w]`` on the CPU, normalized as the codec's."""
+    """float32 ``[m, C, h, w]`` on the CPU, normalized by the codec."""
     born_at: Tensor = field(repr=False)
-    """float64 ``[m]``: clock from 0 to 1 at which each latent frame was inserted; 0 for those there from the start."""
+    """float64 ``[m]``: clock from 0 to 1 at which each latent frame was inserted; 0 for initial frames."""
     roles: tuple[Role, ...] = field(repr=False)
     """Role of each latent frame: ``start``, ``free`` (inserted), ``context_active`` or ``context_passive`` (given)."""
     task: str
-    """Such as ``t2v``."""
+    """Task name, such as ``t2v``."""
     prompt: str | None
-    """Caption that was asked for."""
+    """Requested caption."""
     class_label: int | None
-    """Class that was asked for; None for none."""
+    """Requested class; None for none."""
     class_name: str | None
-    """Its name, where the training set has names."""
+    """Name of the class, if the training set names its classes."""
     seed: int
-    """The same seed, options and run make the same clip."""
+    """The same seed, options and run reproduce the clip."""
     evaluations: int
-    """Evaluations of the network until the clip was finished."""
+    """Network evaluations until the clip was finished."""
     flops: float | None
-    """Exact FLOPs spent on it; None if they were not counted."""
+    """Exact FLOPs spent on the clip; None if not counted."""
     capped: bool
-    """Whether ``max_frames`` cut insertions."""
+    """Whether ``max_frames`` stopped insertions."""
     fps: float
     """Frames per second of the training clips."""
     num_inference_steps: int
-    """Steps that a frame took from noise to data, N."""
+    """N, the number of steps each frame took from noise to data."""
     time_shift: float
     """The run's time shift s."""
     step: int
-    """Optimizer steps of the weights."""
+    """Optimizer step of the weights."""
 
     def save(self, path: str | Path, *, fps: float | None = None) -> None:
         """Write the pixels as a video file.
@@ -60,26 +60,26 @@ class Clip:
         Args:
             path: File to write: ``.mp4`` (H.264) or ``.gif`` (an animated preview, small clips enlarged). Its folder
                 must exist.
-            fps: Frames per second; None takes the clip's own.
+            fps: Frames per second; None uses the clip's.
 
         Raises:
-            ConfigError: If the suffix is another one.
+            ConfigError: If the suffix is neither of these.
             DataError: If an mp4 cannot be written there.
         """
         path = Path(path)
         writers = {".mp4": write_mp4, ".gif": write_preview}
         if path.suffix.lower() not in writers:
-            raise ConfigError(f"a clip cannot be saved as {path.name}; give a name that ends in .mp4 or .gif")
+            raise ConfigError(f"the file name of a clip must end in .mp4 or .gif, got {path.name}")
         writers[path.suffix.lower()](path, self.frames, fps=fps or self.fps)
 
     def growth(self) -> Growth:
-        """The picture of how the clip grew: its latent frames against the clock, insertions marked.
+        """Plot how the clip grew: its latent frames against the clock, with insertions marked.
 
         Returns:
-            A picture with ``save(path)``.
+            The plot, with ``save(path)``.
         """
-        asked = condition_of(self.prompt, self.class_name, self.class_label)
-        parts = [self.task, asked, f"seed {self.seed}", f"{len(self.latents)} latent frames"]
+        condition = condition_of(self.prompt, self.class_name, self.class_label)
+        parts = [self.task, condition, f"seed {self.seed}", f"{len(self.latents)} latent frames"]
         return Growth(
             born_at=tuple(self.born_at.tolist()),
             roles=self.roles,
@@ -90,6 +90,6 @@ class Clip:
 
 
 def condition_of(prompt: str | None, class_name: str | None, class_label: int | None) -> str:
-    """What a clip was asked to show, in words; empty if nothing."""
+    """The requested prompt or class as text; empty if there is none."""
     numbered = "" if class_label is None else f"class {class_label}"
     return " ".join((prompt or class_name or numbered).split())

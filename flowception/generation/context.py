@@ -1,15 +1,15 @@
-"""Context from files: images and videos become the clean latents that a clip is generated from.
+"""Encode context images and videos to the clean latents that a clip is generated from.
 
 | task | files | ``--keep``: latent frames of a video, counted from 0 |
 |---|---|---|
-| ``i2v`` | images, or videos of which the first frame is taken | |
-| ``v2v`` | videos | the run that is continued; without it the end, as much as training gave at most |
-| ``interpolation`` | images, keyframes in order; or videos | the keyframes; without it the first and the last |
-| ``completion`` | videos | what is kept; without it the first and the last quarter |
+| ``i2v`` | images, or videos (first frame only) | |
+| ``v2v`` | videos | consecutive frames to continue; default: the end, up to the longest context of training |
+| ``interpolation`` | images (keyframes in order), or videos | the keyframes; default: the first and last |
+| ``completion`` | videos | the frames to keep; default: the first and last quarter |
 
-Images of ``interpolation`` together are one context; otherwise each file is one, and clips cycle over them. Videos are
-brought to the frame rate of training. An image in the middle of a clip fills one latent by being repeated to that
-latent's pixel frames (the first latent is one pixel frame).
+All images of ``interpolation`` form one context. Otherwise each file is a context, and clips cycle over them. Videos
+are resampled to the training frame rate. An image in the middle of a clip is repeated to the number of pixel frames
+that one latent covers (the first latent covers one).
 
 Shape legend: ``n`` pixel frames, ``H`` and ``W`` pixels, ``L`` latent frames of a video, ``C, h, w`` of one.
 """
@@ -31,41 +31,43 @@ from flowception.generation.context_source import ContextSource
 from flowception.generation.video import Video
 
 VIDEO_TASKS = ("v2v", "interpolation", "completion")
-"""Tasks whose context can be a video of which frames are kept."""
+"""Tasks that can keep selected frames of a context video."""
 
 
 def parse_keep(word: str) -> tuple[int, ...]:
-    """The frames that ``--keep`` names.
+    """Parse the value of ``--keep``.
 
     Args:
-        word: Numbers and ranges with both ends included, such as ``0-3,8-11``.
+        word: Numbers and inclusive ranges, such as ``0-3,8-11``.
 
     Returns:
-        Frame numbers in order, each once.
+        Unique frame numbers in ascending order.
 
     Raises:
-        ConfigError: If the word is anything else.
+        ConfigError: If the value has any other form.
     """
     kept: set[int] = set()
     for part in word.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ConfigError(f"--keep is {word!r}; write latent frames and ranges, counted from 0, such as 0-3,8-11")
+            raise ConfigError(
+                f"--keep must be latent frames and ranges, counted from 0, such as 0-3,8-11, got {word!r}"
+            )
         kept.update(range(first, last + 1))
     return tuple(sorted(kept))
 
 
 def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, ...] | None) -> None:
-    """Refuse sources and frames that cannot be a task's context, before anything is loaded.
+    """Check that sources and kept frames fit the task, before anything is loaded.
 
     Raises:
         ConfigError: If sources are missing or too many, or ``keep`` does not fit the task.
-        DataError: If a file is not there or holds no picture.
+        DataError: If a file is missing or has no image.
     """
     if task == "t2v" and sources:
         raise ConfigError(
-            "`context` was given and the task is t2v; choose `task` i2v, v2v, interpolation or completion"
+            "`task` t2v takes no `context`; drop it, or set `task` to i2v, v2v, interpolation or completion"
         )
     if task != "t2v" and not sources:
         raise ConfigError(f"`task` {task} needs `context` with at least one {'video' if task != 'i2v' else 'image'}")
@@ -74,27 +76,29 @@ def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, 
     images = sum(source.is_image for source in sources) if task in VIDEO_TASKS else 0
     if task == "interpolation" and 0 < images < max(2, len(sources)):
         raise ConfigError(
-            f"`task` interpolation got {images} images and {len(sources) - images} videos; give at least two images, "
-            "the keyframes in order, or videos alone"
+            "`context` of `task` interpolation must be two or more images (keyframes in order) or only videos, got "
+            f"{images} images and {len(sources) - images} videos"
         )
     if task == "completion" and images:
-        raise ConfigError("`task` completion needs videos; `context` has an image")
+        raise ConfigError("`context` of `task` completion must be only videos, got an image")
     if keep is not None:
         _check_keep(task, keep, images)
 
 
 def _check_keep(task: str, keep: tuple[int, ...], images: int) -> None:
     if not keep or keep[0] < 0:
-        raise ConfigError(f"`keep` is {list(keep)}; give at least one latent frame, counted from 0")
+        raise ConfigError(f"`keep` must be one or more latent frames, counted from 0, got {list(keep)}")
     if task not in VIDEO_TASKS or (task == "interpolation" and images):
-        raise ConfigError("`keep` chooses frames of a video for `task` v2v, interpolation or completion; leave it out")
+        raise ConfigError(
+            "`keep` selects frames of context videos for `task` v2v, interpolation or completion; drop it"
+        )
     if task == "v2v" and len(keep) != keep[-1] - keep[0] + 1:
-        raise ConfigError(f"`keep` has a hole after frame {_hole(keep)}; `task` v2v continues one run, such as 0-3")
+        raise ConfigError(f"`keep` must be consecutive for `task` v2v, such as 0-3, got a gap after frame {_gap(keep)}")
     if task == "interpolation" and len(keep) < 2:
-        raise ConfigError(f"`keep` names frame {keep[0]} alone; `task` interpolation needs two keyframes at least")
+        raise ConfigError(f"`keep` must be at least two keyframes for `task` interpolation, got only frame {keep[0]}")
 
 
-def _hole(keep: tuple[int, ...]) -> int:
+def _gap(keep: tuple[int, ...]) -> int:
     return next(a for a, b in zip(keep, keep[1:]) if b != a + 1)
 
 
@@ -107,25 +111,25 @@ class ContextReader:
     height: int
     """Pixel height of the clips to generate."""
     width: int
-    """Pixel width of them."""
+    """Pixel width of the clips to generate."""
     fps: float | None
-    """Frame rate of training; None takes a video's frames as they are."""
+    """Training frame rate; None keeps a video's own."""
     max_context_frames: int
-    """Most latent frames that training continued."""
+    """Longest context of training, in latent frames."""
     keep: tuple[int, ...] | None = None
-    """Latent frames of a video; None takes the task's default."""
+    """Latent frames of a video to keep; None uses the task's default."""
 
     def read(self, sources: Sequence[ContextSource]) -> list[Context]:
-        """The contexts that clips cycle over.
+        """Read the contexts that clips cycle over.
 
         Args:
-            sources: As ``check_context`` accepts them.
+            sources: Sources accepted by ``check_context``.
 
         Returns:
-            A context for each source, or one of all images for interpolation.
+            One context per source, or a single context of all images for interpolation.
 
         Raises:
-            DataError: If a source cannot be read, is too short, or leaves nothing to generate.
+            DataError: If a source cannot be read, is too short, or leaves no frame to generate.
         """
         if self.task == "i2v":
             return [Context(frames=self._image(source, first=True)) for source in sources]
@@ -136,30 +140,31 @@ class ContextReader:
         return [read[self.task](source, self._video(source)) for source in sources]
 
     def _image(self, source: ContextSource, *, first: bool) -> Tensor:
-        """[1, C, h, w]: an image as a clip's first latent, or as one of its others."""
+        """Encode an image as the first or a later latent of a clip, [1, C, h, w]."""
         image = cover_and_crop(source.first_frame(), self.height, self.width)
         repeats = 1 if first else self.codec.pixel_frames(2)
         return self.codec.encode(np.repeat(image[None], repeats, axis=0))[-1:].float()
 
     def _video(self, source: ContextSource) -> Video:
-        """uint8 [n, H, W, 3] at the frame rate and size of training."""
+        """Read a video at the training frame rate and size, uint8 [n, H, W, 3]."""
         frames = source.frames(self.fps)
         return np.stack([cover_and_crop(frame, self.height, self.width) for frame in frames])
 
     def _latent_frames(self, source: ContextSource, video: Video) -> int:
-        """L, checked against ``keep``."""
+        """Number of latent frames L, checked against ``keep``."""
         usable = self.codec.usable_frames(len(video))
         count = self.codec.latent_frames(usable) if usable else 0
         if count == 0 or (self.keep is not None and self.keep[-1] >= count):
-            wish = "" if self.keep is None else f" and `keep` asks for frame {self.keep[-1]}"
+            requested = "" if self.keep is None else f", but `keep` requests latent frame {self.keep[-1]} (from 0)"
+            change = "" if self.keep is None else " or change `keep`"
             raise DataError(
-                f"{source.name} has {len(video)} frames, which make latent frames 0 to {count - 1}{wish}; give a "
-                "longer video or other frames"
+                f"{source.name} has {len(video)} frames, which encode to {count} latent frames{requested}; give a "
+                f"longer video{change}"
             )
         return count
 
     def _run(self, video: Video, first: int, last: int) -> Tensor:
-        """Latents ``first`` to ``last`` of a video, encoded as a clip of their own: its first is one pixel frame."""
+        """Latents ``first`` to ``last``, encoded as a separate clip whose first latent is one pixel frame."""
         end = self.codec.pixel_frames(last + 1)
         return self.codec.encode(video[end - self.codec.pixel_frames(last - first + 1) : end]).float()
 
@@ -174,7 +179,7 @@ class ContextReader:
         count = self._latent_frames(source, video)
         keep = self.keep or (0, count - 1)
         if count < 2:
-            raise DataError(f"{source.name} has one latent frame; `task` interpolation needs two at least")
+            raise DataError(f"{source.name} has one latent frame, `task` interpolation needs two; give a longer video")
         return _keyframes(self._run(video, keep[0], keep[-1])[[k - keep[0] for k in keep]])
 
     def _completion(self, source: ContextSource, video: Video) -> Context:
@@ -182,7 +187,9 @@ class ContextReader:
         quarter = max(1, count // 4)
         keep = self.keep or (*range(quarter), *range(count - quarter, count))
         if len(set(keep)) >= count:
-            raise DataError(f"{source.name} has {count} latent frames and all would be kept; leave some out of `keep`")
+            raise DataError(
+                f"{source.name} has {count} latent frames, all of them kept; give a longer video or shorten `keep`"
+            )
         latents = self._run(video, 0, count - 1)
         return Context(
             frames=latents[list(keep)],
@@ -193,28 +200,28 @@ class ContextReader:
 
 
 def _keyframes(latents: Tensor) -> Context:
-    """Interpolation: active except the last, no start frames."""
+    """Context of keyframes: all active except the last, no start frames."""
     return Context(frames=latents, active=[True] * (len(latents) - 1) + [False], num_start_frames=0)
 
 
 def untrained(task: str, contexts: Sequence[Context], process: ProcessConfig, max_frames: int) -> str | None:
-    """What training never showed a network of that which it is asked for; None where it did.
+    """Describe how a request differs from anything seen in training; None if it does not.
 
     Args:
         task: Name of the task.
-        contexts: What the clips are given.
-        process: The process of the run.
-        max_frames: Longest clip to think of.
+        contexts: Contexts of the clips.
+        process: The run's process.
+        max_frames: Longest clip to consider.
     """
     shares = process.task_probabilities()
     if not shares[task_number(task)]:
         trained = ", ".join(law.name for law, share in zip(TASKS, shares) if share)
-        return f"the run was not trained on {task}, only on {trained}; expect little"
+        return f"the run was not trained on {task}, only on {trained}; expect poor clips"
     for context in contexts:
         given = [Role.START] * context.begins_with_start + [Role(role) for role in context.roles().tolist()]
         if not any(context_probability(task, given, n, process) for n in range(1, max_frames + 1)):
             return (
-                f"training never showed {task} such a context of {len(context.frames)} frames (max_context_frames, "
-                "max_keyframes and max_cuts in the run's config.yaml say what it showed)"
+                f"{task} was never trained with a context like this, of {len(context.frames)} frames; see "
+                "max_context_frames, max_keyframes and max_cuts in the run's config.yaml"
             )
     return None

@@ -1,4 +1,4 @@
-"""Where context comes from: image and video files, arrays, tensors and PIL images, all read the same way.
+"""Context sources: image and video files, arrays, tensors and PIL images behind one interface.
 
 Shape legend: ``n`` pixel frames, ``H`` and ``W`` pixels. Pixels are uint8 RGB.
 """
@@ -21,18 +21,18 @@ from flowception.errors import DataError
 from flowception.generation.video import Video, read_first_frame
 
 ContextItem = str | os.PathLike[str] | NDArray[np.uint8] | Tensor | Image.Image
-"""What a caller may give: the path of an image or a video; uint8 ``[H, W, 3]`` or ``[n, H, W, 3]``; a PIL image."""
+"""Path of an image or video; array or tensor, uint8 ``[H, W, 3]`` or ``[n, H, W, 3]``; or PIL image."""
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """An image or a video in a file."""
+    """An image or video file."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return f"context file {self.path}"
 
     @property
@@ -48,7 +48,7 @@ class FileSource:
         """The image, or the video's first frame, uint8 ``[H, W, 3]``.
 
         Raises:
-            DataError: If the file is missing or is neither.
+            DataError: If the file is missing, or is neither an image nor a video.
         """
         return read_first_frame(self.path)
 
@@ -56,17 +56,17 @@ class FileSource:
         """The video's frames, uint8 ``[H, W, 3]`` each.
 
         Args:
-            fps: Frames per second to bring it to; None takes its frames as they are.
+            fps: Frames per second to resample to; None keeps all frames.
         """
         return (frame.image for frame in resample(decode_frames(self.path), fps))
 
 
 @dataclass(frozen=True)
 class PixelSource:
-    """An image or a video in memory; a video has the frame rate of training."""
+    """An image or video in memory; a video is assumed to have the training frame rate."""
 
     name: str
-    """For messages."""
+    """Name for messages."""
     is_image: bool
     pixels: Video = field(repr=False)
     """uint8 ``[n, H, W, 3]``."""
@@ -76,7 +76,7 @@ class PixelSource:
         return self.pixels[0]
 
     def frames(self, fps: float | None) -> Iterator[NDArray[np.uint8]]:
-        """The video's frames, uint8 ``[H, W, 3]`` each; they are not brought to another rate."""
+        """The video's frames, uint8 ``[H, W, 3]`` each, never resampled."""
         return iter(self.pixels)
 
 
@@ -84,16 +84,16 @@ ContextSource = FileSource | PixelSource
 
 
 def context_sources(context: ContextItem | Sequence[ContextItem] | None) -> list[ContextSource]:
-    """What a caller gave, as sources.
+    """Wrap context items as sources.
 
     Args:
-        context: One item or several; None for nothing.
+        context: One item or several; None for no context.
 
     Returns:
-        A source for each item. Files are not opened yet.
+        One source per item. Files are not opened yet.
 
     Raises:
-        DataError: If an item is not a path, an image or a video.
+        DataError: If an item is not a path, image or video.
     """
     if context is None:
         return []
@@ -110,11 +110,11 @@ def _source(item: Any, number: int) -> ContextSource:
         item = item.detach().cpu().numpy()
     name = f"context item {number}"
     if not isinstance(item, np.ndarray):
-        raise DataError(f"{name} has type {type(item).__name__}; give a path, an array, a tensor or a PIL image")
+        raise DataError(f"{name} must be a path, an array, a tensor or a PIL image, got {type(item).__name__}")
     if item.dtype != np.uint8 or item.ndim not in (3, 4) or item.shape[-1] != 3 or not item.size:
         raise DataError(
-            f"{name} is {item.dtype} {list(item.shape)}; give uint8 RGB, [H, W, 3] for an image or [n, H, W, 3] for a "
-            "video"
+            f"{name} must be uint8 RGB, [H, W, 3] for an image or [n, H, W, 3] for a video, got {item.dtype} "
+            f"{list(item.shape)}"
         )
     is_image = item.ndim == 3
     return PixelSource(f"{name} (uint8 {list(item.shape)})", is_image, item[None] if is_image else item)

@@ -1,7 +1,7 @@
-"""The ``flowception generate`` job: options become clips on disk, by the code that ``Run.sample`` uses.
+"""The ``flowception generate`` job: sample clips with the code of ``Run.sample`` and write them to disk.
 
 Writes ``clip_0000.mp4``, ``clip_0000.gif`` and ``clip_0000_growth.png`` ... , ``contact.png`` and ``clips.jsonl``
-(``generation.outputs``, also for one set made by several jobs).
+(``generation.outputs``, which also handles a set split over several jobs).
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(SampleOptions):
-    """What to generate, and where it goes."""
+    """What to generate, and where to write it."""
 
     run_dir: Path
     out_dir: Path
     prompts_file: Path | None = None
-    """A prompt a line (``generation.prompt``), in place of ``prompt``."""
+    """File with one prompt per line (``generation.prompt``), instead of ``prompt``."""
     checkpoint_step: int | None = None
-    """None takes the newest valid checkpoint."""
+    """None uses the newest valid checkpoint."""
     part: int = 0
-    """Which task this is of the ``num_parts`` that together make the set (``generation.outputs``)."""
+    """Index of this job among the ``num_parts`` jobs of the set (``generation.outputs``)."""
     num_parts: int = 1
     fps: float | None = None
-    """Of the written files; None takes the training clips'."""
+    """Frame rate of the files written; None uses that of the training clips."""
     device: str | None = None
-    """None takes CUDA where there is one."""
+    """None uses CUDA if available."""
 
     def __post_init__(self) -> None:
-        """Refuse options that contradict each other, before anything is loaded."""
+        """Check options against each other, before anything is loaded."""
         super().__post_init__()
         check_part(self.part, self.num_parts)
         if self.prompt is not None and self.prompts_file is not None:
-            raise ConfigError("`prompt` and `prompts` were both given; give one of the two")
+            raise ConfigError("`prompt` and `prompts` cannot be combined; drop one of them")
         if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ConfigError(f"`out` is {self.out_dir}, which is a file; give a folder")
+            raise ConfigError(f"`out` must be a folder, got the file {self.out_dir}")
 
 
 def generate(options: GenerateOptions) -> list[dict[str, Any]]:
@@ -60,10 +60,10 @@ def generate(options: GenerateOptions) -> list[dict[str, Any]]:
         options: What to generate.
 
     Returns:
-        The lines of ``clips.jsonl``.
+        Records of ``clips.jsonl``.
 
     Raises:
-        FlowceptionError: If the run or the options do not allow it; nothing is written then.
+        FlowceptionError: If the run does not support the options; nothing is written in that case.
     """
     if options.prompts_file is not None:
         options = replace(options, prompt=read_prompts(options.prompts_file), prompts_file=None)
@@ -92,24 +92,24 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"`out` {path} cannot be made ({error.strerror}); give another folder") from error
+        raise ConfigError(f"cannot create `out` {path} ({error.strerror}); choose another folder") from error
 
 
 def _sample(sampler: ClipSampler, numbers: range, progress: Progress) -> list[Clip]:
-    """Sample a batch; it counts as ``most_evaluations`` units of progress, however few it takes."""
-    begun = progress.done
+    """Sample a batch, always counted as ``most_evaluations`` units of progress."""
+    start = progress.done
 
     def watch(state: SamplerState) -> None:
         if state.step:
             progress.advance(note=f"{len(state.frames)} frames in {len(state.cu_frames) - 1} clips")
 
     clips = sampler.sample(numbers, watch)
-    progress.advance(sampler.most_evaluations - (progress.done - begun))
+    progress.advance(sampler.most_evaluations - (progress.done - start))
     return clips
 
 
 def _write(options: GenerateOptions, number: int, clip: Clip) -> dict[str, Any]:
-    """Write a clip's files; its line of ``clips.jsonl``."""
+    """Write a clip's files and return its record for ``clips.jsonl``."""
     path = options.out_dir / f"clip_{number:04d}.mp4"
     clip.save(path, fps=options.fps)
     clip.save(path.with_suffix(".gif"), fps=options.fps)

@@ -1,6 +1,6 @@
-"""A picture of how a clip grew: its frames against the clock, noise level by shade, insertions marked.
+"""Plot of how a clip grew: its frames against the clock, noise level by shade, insertions marked.
 
-A frame's whole history follows from the clock at its birth, because every frame ages with the clock: its time is
+A frame's history follows from the clock at its insertion, because all frames advance with the clock: its time is
 ``min(1, clock - born_at)`` (DESIGN.md section 2), and its noise level is one minus the shifted time.
 
 Shape legend: ``n`` frames of the finished clip, ``S`` evaluations of the sampler.
@@ -27,9 +27,9 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 CONTEXT_COLOR = "#56b4e9"
 START_COLOR = "#009e73"
 INSERTION_COLOR = "#d55e00"
-"""Three of Okabe and Ito's colors that can be told apart without red or green cones."""
+"""Okabe-Ito colors, distinguishable with red-green color blindness."""
 NOISE_COLORS = LinearSegmentedColormap.from_list("noise_level", ["#1f2937", "#d5d9df"])
-"""Clean is dark, noise is light; shades of gray, so nothing but brightness has to be read."""
+"""Clean is dark, noise is light. Grayscale, so that only brightness carries meaning."""
 
 
 def noise_levels(
@@ -38,14 +38,14 @@ def noise_levels(
     """Noise level of every frame at every step.
 
     Args:
-        born_at: Clock at which each of the n frames appeared (0 for context and start frames).
+        born_at: Clock at which each of the n frames was inserted (0 for context and start frames).
         is_context: Whether each frame was given.
-        num_inference_steps: Steps that a frame needs from noise to data, N.
+        num_inference_steps: N, steps from noise to data of a frame.
         time_shift: The sampler's time shift s.
 
     Returns:
-        Shape ``[n, S]``, column k at clock ``k / N``: 1 is noise, 0 is clean, NaN where the frame does not exist yet.
-        S is the number of columns until every frame is clean, counting that last state.
+        Shape ``[n, S]``, column k at clock ``k / N``: 1 is noise, 0 is clean, NaN before the frame is inserted.
+        S counts the states up to and including the one where every frame is clean.
     """
     birth = np.rint(np.asarray(born_at, dtype=np.float64) * num_inference_steps).astype(int)
     given = np.asarray(is_context, dtype=bool)
@@ -59,38 +59,38 @@ def noise_levels(
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """The picture of one clip's growth. ``Clip.growth`` makes it.
+    """Plot of one clip's growth, made by ``Clip.growth``.
 
     Shape legend: ``n`` latent frames of the finished clip.
     """
 
     born_at: Sequence[float]
-    """Clock from 0 to 1 at which each of the n frames appeared."""
+    """Clock from 0 to 1 at which each of the n frames was inserted."""
     roles: Sequence[Role]
-    """Role of each of them."""
+    """Role of each frame."""
     num_inference_steps: int
     """The sampler's N."""
     time_shift: float = 1.0
     """The sampler's time shift s."""
     title: str = ""
-    """What to write above the picture."""
+    """Title of the plot."""
 
     def save(self, path: str | Path) -> None:
-        """Draw the picture and write it.
+        """Draw the plot and write it.
 
         Args:
             path: File to write: ``.png``, ``.svg`` or ``.pdf``. Its folder must exist.
 
         Raises:
-            ConfigError: If the suffix is another one.
+            ConfigError: If the suffix is none of these.
         """
         path = Path(path)
         if path.suffix.lower() not in PICTURE_SUFFIXES:
-            raise ConfigError(f"a picture cannot be saved as {path.name}; give a name that ends in .png, .svg or .pdf")
+            raise ConfigError(f"the file name of a picture must end in .png, .svg or .pdf, got {path.name}")
         self.figure().savefig(path)
 
     def figure(self) -> Figure:
-        """The picture as a matplotlib figure, 8 inches wide."""
+        """The plot as a matplotlib figure, 8 inches wide."""
         return draw_growth(
             self.born_at,
             self.roles,
@@ -108,7 +108,7 @@ def draw_growth(
     time_shift: float = 1.0,
     title: str = "",
 ) -> Figure:
-    """Draw the picture of one clip's growth; arguments as ``Growth`` has them."""
+    """Draw one clip's growth; arguments as in ``Growth``."""
     number = len(born_at)
     context = [Role(role) in (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE) for role in roles]
     level = noise_levels(born_at, context, num_inference_steps=num_inference_steps, time_shift=time_shift)
@@ -134,7 +134,7 @@ def draw_growth(
     axes.axvline(last, color="black", linewidth=1, linestyle="--")
     axes.text(last, -0.6, "insertion ends", ha="center", va="bottom", fontsize=8)
     axes.set_xlim(-4 * half - 0.02, end + half)
-    axes.set_xlabel("clock: 1 is a frame's way from noise to data; blank means not inserted yet")
+    axes.set_xlabel("clock: a frame goes from noise to data in 1; blank means not inserted yet")
     axes.set_ylabel("frame of the finished clip")
     axes.set_yticks(range(number))
     axes.tick_params(axis="y", labelsize=8)
@@ -147,7 +147,7 @@ def draw_growth(
 
 
 def _mark_births(axes: object, born_at: Sequence[float], roles: Sequence[int]) -> None:
-    """A mark where each frame appears: square for context, circle for start, triangle for inserted frames."""
+    """Mark where each frame appears: square for context, circle for start, triangle for inserted frames."""
     kinds = (
         ("given (context)", (Role.CONTEXT_ACTIVE, Role.CONTEXT_PASSIVE), "s", CONTEXT_COLOR),
         ("start frame", (Role.START,), "o", START_COLOR),

@@ -1,17 +1,17 @@
-"""Fewer evaluations: once the clock has ended, finished frames are no longer queries.
+"""Cached keys and values: after the clock has ended, finished frames are no longer queries.
 
-From clock 1 on no frame is inserted, and one frame after another reaches time 1. The plain sampler goes on computing
-the finished ones, only so that the others can attend to them. Here their keys and values in every block are kept, the
-text's and the context's too: only the live frames, those not finished, run through the linear layers and as queries,
-and they attend to kept and fresh keys and values together.
+From clock 1 on no frame is inserted, and frames reach time 1 one after another. The plain sampler keeps computing
+finished frames only so that the others can attend to them. This one caches their keys and values in every block, and
+those of text and context. Only live (unfinished) frames run through the linear layers and serve as queries. They attend
+to cached and new keys and values together.
 
-It is an approximation, since attention is bidirectional and a finished frame's keys would still change with the live
-ones. So every ``refresh_steps`` steps, counted from the last step of the clock, all frames are computed anew; 1 is the
-plain sampler. A frame that finishes between two refreshes keeps the keys and values of its last step. The error and the
-saving are measured in ``benchmarks/sampling.py``.
+This is an approximation: attention is bidirectional, so the keys of a finished frame would still change with the live
+frames. Every ``refresh_steps`` steps, counted from the last step of the clock, all frames are therefore recomputed; 1
+is the plain sampler. A frame that finishes between two refreshes keeps the keys and values of its last step.
+``benchmarks/sampling.py`` measures the error and the savings.
 
-Shape legend: ``T`` tokens of the whole pack, ``Q`` live tokens, ``F`` frames, ``B`` clips, ``H`` heads, ``d`` width of
-a head.
+Shape legend: ``T`` tokens of the full pack, ``Q`` live tokens, ``F`` frames, ``B`` clips, ``H`` heads, ``d`` head
+width.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class KeyValueCache:
     """Keys and values of all tokens of a pack, in every block."""
 
     def __init__(self, num_blocks: int, attention: Callable[..., Tensor]) -> None:
-        """An empty cache; the first evaluation through ``attend`` must have every token live.
+        """Start empty; the first evaluation through ``attend`` must have every token live.
 
         Args:
-            num_blocks: Blocks of the network.
+            num_blocks: Number of blocks of the network.
             attention: The network's own attention, ``flowception.nn.attention.attention`` with its backend.
         """
         self.keys: list[Tensor] = [torch.empty(0)] * num_blocks
@@ -57,16 +57,16 @@ class KeyValueCache:
         whole: PackLayout,
         live_token: Tensor,
     ) -> Tensor:
-        """Renew the live tokens' keys and values, then attend to all of the clip.
+        """Update the keys and values of the live tokens, then attend to the full clip.
 
         Args:
             query: ``[Q, H, d]``.
             key: ``[Q, H, d]``.
             value: ``[Q, H, d]``.
-            layout: Of the live tokens.
-            block: Number of the block.
+            layout: Layout of the live tokens.
+            block: Index of the block.
             whole: Layout of all tokens.
-            live_token: int64 ``[Q]``: places of the live tokens among all.
+            live_token: int64 ``[Q]``: indices of the live tokens among all tokens.
 
         Returns:
             ``[Q, H, d]``.
@@ -79,12 +79,12 @@ class KeyValueCache:
         return self.attention(query, self.keys[block], self.values[block], layout, key_layout=whole)
 
     def keep(self, tokens: Tensor) -> None:
-        """Drop all tokens but those at the places, int64."""
+        """Keep only the tokens at these indices, int64."""
         self.keys = [key[tokens] for key in self.keys]
         self.values = [value[tokens] for value in self.values]
 
     def make_room(self, places: Tensor, tokens: int) -> None:
-        """Lay the kept tokens at their places, int64, among more tokens; the others must be live next."""
+        """Move the cached tokens to new indices, int64, among more tokens; the others must be live next."""
 
         def spread(kept: Tensor) -> Tensor:
             return kept.new_zeros(tokens, *kept.shape[1:]).index_copy_(0, places, kept)
@@ -93,7 +93,7 @@ class KeyValueCache:
 
 
 def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[PackInput, Tensor]:
-    """The part of a tight pack that belongs to its live frames; ranks and numbers of frames stay those of the whole.
+    """Restrict a tight pack to its live frames; frame ranks and frame counts remain those of the full pack.
 
     Args:
         pack: On the CPU, without padding.
@@ -101,7 +101,7 @@ def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[Pack
         with_text: Whether text tokens are live.
 
     Returns:
-        The narrow pack, and the places of its tokens in the whole one, int64 ``[Q]``.
+        The restricted pack, and the indices of its tokens in the full pack, int64 ``[Q]``.
     """
     layout = pack.layout
     is_text = layout.token_kind == TokenKind.TEXT
@@ -144,7 +144,7 @@ def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[Pack
 
 
 class FrozenFramePredictor(NetworkPredictor):
-    """A ``NetworkPredictor`` that computes finished frames only every ``refresh_steps`` steps."""
+    """A ``NetworkPredictor`` that recomputes finished frames only every ``refresh_steps`` steps."""
 
     def __init__(
         self, model: FlowceptionDiT, class_labels: Sequence[int], *, refresh_steps: int, **settings: Any
@@ -154,14 +154,14 @@ class FrozenFramePredictor(NetworkPredictor):
         Args:
             model: In evaluation mode.
             class_labels: Class of each of the B clips; -1 for none.
-            refresh_steps: Steps from one evaluation of all frames to the next, from the clock's end on.
+            refresh_steps: Steps between evaluations of all frames, from the end of the clock on.
             **settings: As for ``NetworkPredictor``.
         """
         integer(at_least=1).or_null("no cache").check("`cache_refresh`", refresh_steps)
         if model.config.attention_pattern != "full":
             raise ConfigError(
-                f"the network has attention_pattern={model.config.attention_pattern}; keys and values of finished "
-                "frames can be kept with full attention only: leave `cache_refresh` out"
+                "`cache_refresh` requires a model with attention_pattern=full, got "
+                f"attention_pattern={model.config.attention_pattern}; drop it"
             )
         super().__init__(model, class_labels, **settings)
         self.dit = model
@@ -177,7 +177,7 @@ class FrozenFramePredictor(NetworkPredictor):
         return steps_after_last < 0 or steps_after_last % self.refresh_steps == 0
 
     def live_frames(self, state: SamplerState) -> Tensor:
-        """Frames that are computed in this evaluation, bool [F]."""
+        """Frames computed in this evaluation, bool [F]."""
         return super().live_frames(state) if self.refreshes(state) else state.moving
 
     def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
@@ -193,21 +193,21 @@ class FrozenFramePredictor(NetworkPredictor):
         return Prediction(velocity_frames(output.velocity, narrow.layout, state.frames), output.log_rate.float())
 
     def _begin_step(self, layout: PackLayout, state: SamplerState, refresh: bool) -> KeyValueCache:
-        """The cache for this step: an empty one at a refresh, else the last one's without the clips that finished."""
+        """The cache for this step: empty at a refresh, otherwise the last one without finished clips."""
         clips = state.unfinished_clips
         if refresh:
             self._cache = KeyValueCache(len(self.dit.blocks), self.dit.attend)
         elif self._cache is None or self._layout is None or self._step != state.step - 1:
             raise ValueError(
-                f"step {state.step} needs the keys and values of step {state.step - 1}, the last was {self._step}; "
-                f"evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
+                f"step {state.step} needs the keys and values of step {state.step - 1}, the cache has those of step "
+                f"{self._step}; evaluate every step from the clock's last ({state.last_birth_step - 1}) on"
             )
         else:
             halves = 2 if self.guided else 1
             if not torch.equal(clips, self._clips):
                 stays = clips[self._clips].repeat(halves)
                 self._cache.keep(torch.nonzero(stays[self._layout.token_clip]).flatten().to(self.device))
-            if state.step == state.last_birth_step:  # frames may just have been born, the last ones
+            if state.step == state.last_birth_step:  # the last insertions may just have happened
                 old = (state.born_step < state.step)[clips[state.frame_clip]].repeat(halves)
                 is_text = layout.token_kind == TokenKind.TEXT
                 known = torch.nonzero(is_text | old[layout.token_frame]).flatten()

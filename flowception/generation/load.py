@@ -1,4 +1,4 @@
-"""A run directory becomes what generation needs: configuration, network with EMA weights, codec, sizes and classes."""
+"""Load what generation needs from a run directory: configuration, network with EMA weights, codec, sizes, classes."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ from flowception.shards.schema import ShardMeta
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A run, ready to generate from."""
+    """A loaded run, ready for sampling."""
 
     run_dir: Path
     step: int
-    """Optimizer steps of the weights."""
+    """Optimizer step of the weights."""
     config: RunConfig
     model: nn.Module
-    """In evaluation mode, EMA weights, on the device asked for."""
+    """The network in evaluation mode with EMA weights, on the requested device."""
     codec: Codec
     meta: ShardMeta
     """Description of the shard set that the run was trained on."""
     null_text: torch.Tensor | None
-    """bfloat16 [L, D]: the text of a clip without a prompt; None for a model without text."""
+    """bfloat16 [L, D]: text embedding of a clip without a prompt; None for a model without text."""
 
     @property
     def sizes_pixels(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of the clips of the training set, the most frequent first."""
+        """Height and width in pixels of the training clips, most frequent first."""
         grids = sorted(self.meta.tokens_per_frame, key=lambda grid: -grid.get("clips", 0))
         stride = self.codec.spatial_stride
         return [(grid["height"] * stride, grid["width"] * stride) for grid in grids]
 
     @cached_property
     def fps(self) -> float | None:
-        """Frames per second of the training clips; None where the shards are out of reach or do not say."""
+        """Frames per second of the training clips; None if the shards are unreachable or do not record it."""
         return data_fps(self.config.data)
 
 
 def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """Folder of the checkpoint to use, its EMA weights verified; nothing else of it is read.
+    """Find the checkpoint to use and verify its EMA weights; nothing else of it is read.
 
     Args:
-        run_dir: The run.
-        step: Its step; None for the newest valid one.
+        run_dir: The run directory.
+        step: Step of the checkpoint; None for the newest valid one.
 
     Raises:
-        CheckpointError: If there is none, or the one asked for is missing or damaged.
+        CheckpointError: If there is none, or the requested one is missing or damaged.
     """
     if step is None:
         newest = latest_valid(run_dir, check=_verify_weights)
@@ -71,8 +71,8 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
         return newest
     folder = checkpoint_dir(run_dir, step)
     if not folder.is_dir():
-        have = ", ".join(map(str, list_steps(run_dir))) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has {have}")
+        steps = ", ".join(map(str, list_steps(run_dir))) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; available: {steps}")
     _verify_weights(folder)
     return folder
 
@@ -82,31 +82,31 @@ def _verify_weights(folder: Path) -> None:
 
 
 def codec_of(meta: ShardMeta, device: torch.device | str = "cpu") -> Codec:
-    """The codec that a shard set was made with, checked by its fingerprint."""
+    """Build the codec that made a shard set, and check its fingerprint."""
     known = {field.name for field in fields(CodecConfig)}
     settings = {name: value for name, value in meta.codec_config.items() if name in known}
     codec = build_codec(CodecConfig(**{**settings, "name": meta.codec}), device)
     if codec.fingerprint() != meta.codec_fingerprint:
         raise DataError(
-            f"the codec {meta.codec} built here has fingerprint {codec.fingerprint()[:12]}, the run was trained on "
-            f"{meta.codec_fingerprint[:12]}: other weights or settings; give the codec that made the shards"
+            f"the codec {meta.codec} must have fingerprint {meta.codec_fingerprint[:12]}, as in the shards, got "
+            f"{codec.fingerprint()[:12]}: its weights or settings differ; use the codec that made the shards"
         )
     return codec
 
 
 def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | str = "cpu") -> LoadedRun:
-    """Read a run: the EMA weights of a checkpoint in a network on ``device``, and what decodes its latents.
+    """Load a run: the network with EMA weights on ``device``, and the codec that decodes its latents.
 
     Args:
-        run_dir: The run.
+        run_dir: The run directory.
         step: Step of the checkpoint; None for the newest valid one.
-        device: Where network and codec compute.
+        device: Device of network and codec.
 
     Returns:
-        The run.
+        The loaded run.
 
     Raises:
-        FlowceptionError: If anything is missing, damaged, or of another model.
+        FlowceptionError: If anything is missing, damaged, or from another model.
     """
     shards = run_directory.read_begun(run_dir)["shards"]
     config = load(RunConfig, [run_dir / "config.yaml"], others_allowed=True)
@@ -130,23 +130,25 @@ def _null_text(meta: ShardMeta, config: RunConfig, run_dir: Path) -> torch.Tenso
         return None
     null_text = meta.null_embedding()
     if null_text is None:
-        raise DataError(f"the model of {run_dir} takes text and its shard set has none; the run directory was changed")
+        raise DataError(
+            f"the model of {run_dir} takes text, but its manifest.json describes shards without; restore it"
+        )
     return null_text
 
 
 def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "cpu") -> nn.Module:
-    """The network of a checkpoint, with its EMA weights, which are the only ones it ever has in memory.
+    """Load a checkpoint's network with its EMA weights; no other weights are ever allocated.
 
     Args:
         folder: The checkpoint, from ``find_checkpoint``.
-        config: The run's network, ``in_channels`` known.
-        device: Where it computes.
+        config: The run's network, with ``in_channels`` set.
+        device: Device of the network.
 
     Returns:
         The network in evaluation mode.
 
     Raises:
-        CheckpointError: If the checkpoint holds another network.
+        CheckpointError: If the checkpoint is of another network.
     """
     weights = read_full(folder, "ema")
     with torch.device("meta"):
@@ -155,14 +157,14 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
     if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
         differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
         raise CheckpointError(
-            f"{folder} holds another model than the run's configuration describes; first difference: {differing[0]}"
+            f"{folder} does not match the model in the run's config.yaml, first at {differing[0]}; restore config.yaml"
         )
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 
 def data_fps(data: DataConfig) -> float | None:
-    """Frames per second of the training clips, from the first of them; None where the shards are out of reach."""
+    """Frames per second of the first training clip; None if the shards are unreachable or do not record it."""
     try:
         return float(open_set(data.sets[0].path, data.cache).read_metadata(0).get("fps") or 0) or None
     except (FlowceptionError, OSError, IndexError):

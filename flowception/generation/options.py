@@ -1,6 +1,6 @@
-"""What can be asked of a run: the options of ``Run.sample`` and, with the same names, of ``flowception generate``.
+"""Sampling options, shared by ``Run.sample`` and ``flowception generate`` under the same names.
 
-Messages name an option in backticks, such as `num_frames`; the command line shows it as the flag ``--num-frames``.
+Messages put option names in backticks, such as `num_frames`; the command line prints them as flags, ``--num-frames``.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from flowception.generation.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What to sample; all that a run's configuration decides is taken from the run."""
+    """What to sample. Everything that the run's configuration decides comes from the run."""
 
     task: str = "t2v"
     """``t2v``, ``i2v``, ``v2v``, ``interpolation`` or ``completion``."""
     context: ContextItem | Sequence[ContextItem] | None = None
-    """Images or videos, as the task takes them (``generation.context``); clips cycle over them."""
+    """Images or videos, depending on the task (``generation.context``); clips cycle over them."""
     keep: Sequence[int] | None = None
-    """Latent frames of a context video that are given, counted from 0; None takes the task's default."""
+    """Latent frames of a context video to keep, counted from 0; None uses the task's default."""
     prompt: str | Sequence[str | Prompt] | None = None
-    """One caption, or several that clips cycle over; None for clips without one."""
+    """One caption, or several that clips cycle over; None for clips without a caption."""
     class_label: int | str | None = None
-    """Number or name of a class, or ``null`` for none; None cycles over the classes for t2v, and is none for the other
-    tasks, where the context says what is seen."""
+    """Class number or name, or ``null`` for none. None cycles over the classes for t2v and means no class for the other
+    tasks, where the context determines the content."""
     text_encoder: str | None = None
-    """Folder or hub id of the T5 encoder for prompts; None takes the one that made the shards."""
+    """Folder or hub id of the T5 encoder for prompts; None uses the one that made the shards."""
     num: int = 1
-    """Clips; of each prompt, where there are several."""
+    """Number of clips; with several prompts, clips per prompt."""
     seed: int = 0
-    """Clip i has seed ``seed + i``, unless its prompt has its own."""
+    """Clip i has seed ``seed + i``, unless its prompt sets one."""
     num_inference_steps: int = 50
-    """N, steps that a frame needs from noise to data; a clip takes at most 2 N evaluations."""
+    """N, steps of a frame from noise to data; a clip takes at most 2 N evaluations."""
     guidance: float | None = None
     """Scale of classifier-free guidance on the velocity; None is off."""
     rate_guidance: float | None = None
-    """Its scale on the insertion rate, in log space; None is off."""
+    """Guidance scale on the insertion rate, in log space; None is off."""
     insertion: str = "thinning"
     """Insertion rule: ``thinning``, ``bernoulli`` or ``poisson``."""
     max_frames: int = 64
-    """Cap on latent frames of a clip, those of its context included."""
+    """Cap on latent frames of a clip, context included."""
     num_frames: int | None = None
-    """Latent frames of a clip, given ones included, for a run whose delay law is prescribed; None otherwise."""
+    """Latent frames of a clip, context included, for a run with a prescribed delay law; None otherwise."""
     cache_refresh: int | None = None
-    """Once the clock has ended, keep the keys and values of finished frames and compute them anew every so many steps
-    only (``generation.kv_cache``); None computes every frame in every step."""
+    """After the clock has ended, cache the keys and values of finished frames and recompute them only every this many
+    steps (``generation.kv_cache``); None computes every frame in every step."""
     batch_size: int = 16
-    """Clips sampled at once; a clip is the same at any."""
+    """Clips sampled at once; a clip does not depend on it."""
     size: tuple[int, int] | None = None
-    """Height and width in pixels; None takes the training clips'."""
+    """Height and width in pixels; None uses the size of the training clips."""
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range or contradict each other, before anything is loaded.
+        """Check ranges and contradictions, before anything is loaded.
 
         Raises:
             ConfigError: Naming the option.
-            DataError: If a context file cannot be read, or an item is not a picture.
+            DataError: If a context file cannot be read, or an item is not an image or video.
         """
         task_number(self.task)
         least = {"num": 1, "seed": 0, "num_inference_steps": 1, "max_frames": 1, "batch_size": 1}
@@ -72,25 +72,25 @@ class SampleOptions:
                 raise ConfigError(f"`{name}` must be an integer >= {smallest}, got {value!r}")
         check_context(self.task, self.sources(), self.kept_frames())
         if self.prompt is not None and not self.prompts():
-            raise ConfigError("`prompt` is an empty list; give at least one caption, or leave it out")
+            raise ConfigError("`prompt` must be at least one caption, got an empty list; drop it for no prompt")
 
     def sources(self) -> list[ContextSource]:
-        """The context's items."""
+        """The context items as sources."""
         return context_sources(self.context)
 
     def kept_frames(self) -> tuple[int, ...] | None:
-        """``keep`` in order, each frame once."""
+        """``keep`` sorted, without duplicates."""
         return None if self.keep is None else tuple(sorted(set(self.keep)))
 
     def prompts(self) -> list[Prompt]:
-        """What clips cycle over; none for clips without prompt."""
+        """Prompts that clips cycle over; empty for clips without a prompt."""
         if self.prompt is None:
             return []
         given = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return [Prompt(text=item) if isinstance(item, str) else item for item in given]
 
     def class_word(self) -> str | None:
-        """The class as a word: its number or name, ``null`` for none, None to cycle over all."""
+        """The class as a string: number or name, ``null`` for none; None to cycle over all."""
         if self.class_label is None:
             return "null" if self.sources() else None
         return str(self.class_label)

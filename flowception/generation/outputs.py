@@ -1,8 +1,8 @@
-"""What a job leaves beside its clips: ``clips.jsonl`` and ``contact.png``, or a part of them.
+"""Files that a job writes next to its clips: ``clips.jsonl`` and ``contact.png``, or its part of them.
 
-Several tasks can make one set (``slurm/generate.sh``). Task k of n makes batches k, k + n, k + 2 n ... and writes
-``part_0000_of_0004.jsonl`` and ``part_0000_of_0004.png``; the last task to end joins the parts to ``clips.jsonl``.
-Until then there is no ``clips.jsonl``, unless the folder still holds the parts of an earlier set.
+Several jobs can make one set (``slurm/generate.sh``). Job k of n makes batches k, k + n, k + 2 n, ... and writes
+``part_0000_of_0004.jsonl`` and ``part_0000_of_0004.png``. The last job to finish joins the parts into ``clips.jsonl``,
+which does not exist before, unless the folder still contains the parts of an earlier set.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ LIST_NAME = "clips.jsonl"
 
 
 def first_clips(num_clips: int, batch_size: int, part: int, num_parts: int) -> range:
-    """Number of the first clip of every batch that a task makes.
+    """Number of the first clip of every batch that a job makes.
 
-    Whole batches are divided, not clips: a clip's batch has the same clips in it at any number of tasks, so the clip is
-    the same to the bit.
+    Jobs share batches, not clips: a batch contains the same clips for any number of jobs, so every clip is bitwise the
+    same.
     """
     return range(part * batch_size, num_clips, num_parts * batch_size)
 
 
 def check_part(part: int, num_parts: int) -> None:
-    """Refuse a task that is none of the tasks.
+    """Check that ``part`` is one of ``num_parts`` jobs.
 
     Raises:
         ConfigError: Naming both numbers.
     """
     if num_parts < 1 or not 0 <= part < num_parts:
-        raise ConfigError(f"`part` is {part} of `num_parts` {num_parts}; give a part from 0 to num-parts - 1")
+        raise ConfigError(f"`part` must be >= 0 and less than `num_parts`, got {part} and {num_parts}")
 
 
 def _part_path(folder: Path, part: int, num_parts: int) -> Path:
@@ -44,7 +44,7 @@ def _part_path(folder: Path, part: int, num_parts: int) -> Path:
 
 
 def begin_lists(folder: Path, part: int, num_parts: int) -> None:
-    """Take away the lists of an earlier job in the folder that a task is about to write anew."""
+    """Delete the lists of an earlier job that this job will write again."""
     for path in (folder / LIST_NAME, _part_path(folder, part, num_parts)):
         path.unlink(missing_ok=True)
 
@@ -52,17 +52,17 @@ def begin_lists(folder: Path, part: int, num_parts: int) -> None:
 def write_lists(
     folder: Path, part: int, num_parts: int, records: Sequence[dict[str, Any]], videos: Sequence[Video]
 ) -> Path:
-    """List a task's clips and draw them on a contact sheet; if all tasks have, list the whole set.
+    """Write a job's clip list and contact sheet; once all jobs have done so, write the list of the set.
 
     Args:
-        folder: Where the clips are.
-        part: Which task, from 0.
-        num_parts: How many tasks make the set.
-        records: A line for each clip, in the order of clips.
-        videos: Their pixels.
+        folder: Folder of the clips.
+        part: Index of the job, from 0.
+        num_parts: Number of jobs that make the set.
+        records: One record per clip, in the order of clips.
+        videos: Pixels of the clips.
 
     Returns:
-        The contact sheet, which a task without clips does not write.
+        Path of the contact sheet; a job without clips does not write one.
     """
     path = folder / LIST_NAME if num_parts == 1 else _part_path(folder, part, num_parts)
     sheet = folder / "contact.png" if num_parts == 1 else path.with_suffix(".png")
@@ -76,7 +76,7 @@ def write_lists(
 
 
 def _join(folder: Path, num_parts: int) -> None:
-    """Write the list of the whole set, in the order of clips, if every part is there."""
+    """Write the list of the set, in the order of clips, if every part exists."""
     parts = [_part_path(folder, part, num_parts) for part in range(num_parts)]
     if all(path.is_file() for path in parts):
         lines = [line for path in parts for line in path.read_text().splitlines(keepends=True)]
@@ -89,5 +89,5 @@ def _number(record: dict[str, Any]) -> int:
 
 
 def _contact_label(record: dict[str, Any]) -> str:
-    asked = condition_of(record["prompt"], record["class_name"], record["class_label"])
-    return f"{_number(record):04d} {record['task']} {asked}".rstrip()
+    condition = condition_of(record["prompt"], record["class_name"], record["class_label"])
+    return f"{_number(record):04d} {record['task']} {condition}".rstrip()

@@ -1,10 +1,10 @@
-"""The network as a sampler's predictor: a state becomes a tight pack, the model's answer becomes velocity and rate.
+"""The network as a predictor: pack a sampler state, run the model, return velocity and insertion rate.
 
-With classifier-free guidance the conditional and the unconditional form of every clip lie in one pack, so that a
-step is one call of the model. Clips that are finished are passed over, and FLOPs are counted (``flops``).
+With classifier-free guidance, one pack holds the conditional and the unconditional version of every clip, so that a
+step is a single model call. Finished clips are skipped, and FLOPs are counted (``flops``).
 
-Shape legend: ``F`` visible frames of all clips, ``B`` clips, ``T`` tokens, ``C, H, W`` of a latent frame, ``L, D``
-text tokens and their width.
+Shape legend: ``F`` visible frames of all clips, ``B`` clips, ``T`` tokens, ``C, H, W`` shape of a latent frame,
+``L, D`` text tokens and their width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowception.shards.schema import NO_CLASS
 
 
 class NetworkPredictor:
-    """Answers the states of one batch of clips."""
+    """Predicts velocity and insertion rate for the states of one batch of clips."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class NetworkPredictor:
         """Bind a model to the conditions of a batch.
 
         Args:
-            model: ``model(pack) -> ModelOutput``, in evaluation mode; its ``spec`` are the sizes that FLOPs depend on.
+            model: ``model(pack) -> ModelOutput``, in evaluation mode; its ``spec`` has the sizes that determine FLOPs.
             class_labels: Class of each of the B clips; -1 for none.
-            texts: [L, D] of each clip, for a model with text; None for one without.
-            null_text: [L, D] of a clip without its condition, for guidance of a model with text.
+            texts: [L, D] per clip, for a model with text; None otherwise.
+            null_text: [L, D] of an unconditional clip, for guidance of a model with text.
             guidance: Scale of classifier-free guidance on the velocity; None is off.
-            rate_guidance: Its scale on the insertion rate, in log space; None is off.
-            autocast_dtype: Lower precision to run the model in; None keeps its own.
+            rate_guidance: Guidance scale on the insertion rate, in log space; None is off.
+            autocast_dtype: Lower precision for the model; None keeps its own.
         """
         self.model = model
         self.class_labels = torch.tensor(list(class_labels), dtype=torch.int64)
@@ -58,11 +58,11 @@ class NetworkPredictor:
         self.autocast_dtype = autocast_dtype
         self.device = next(model.parameters()).device
         if self.guided and texts is not None and null_text is None:
-            raise ValueError("guidance of a model with text needs null_text, the text of a clip without its condition")
+            raise ValueError("guidance of a text model needs null_text, the text of an unconditional clip")
 
     @property
     def guided(self) -> bool:
-        """Whether a step evaluates the unconditional clips too."""
+        """Whether a step also evaluates the unconditional clips."""
         return (self.guidance, self.rate_guidance) != (1.0, 1.0)
 
     @torch.no_grad()
@@ -73,10 +73,10 @@ class NetworkPredictor:
             state: The sampler's state of all B clips.
 
         Returns:
-            Velocity [F, C, H, W] and rate [F], on the state's device; zero for frames that were not computed.
+            Velocity [F, C, H, W] and rate [F], on the state's device; zero for skipped frames.
         """
         pack = self.build_pack(state)
-        # a sampler's packs have another shape at every step, for which compiled blocks would be compiled anew
+        # Packs change shape at every step, and compiled blocks would recompile for each.
         with self._autocast(), torch.compiler.set_stance("force_eager"):
             prediction = self._evaluate(pack, state)
         if self.guided:
@@ -88,24 +88,24 @@ class NetworkPredictor:
                 self.rate_guidance,
             )
         velocity, rate = torch.zeros_like(state.frames), state.frames.new_zeros(len(state.frames))
-        live = torch.nonzero(self.live_frames(state)).flatten().to(velocity.device)  # a mask would be waited for there
+        live = torch.nonzero(self.live_frames(state)).flatten().to(velocity.device)  # a mask would force a device sync
         velocity[live] = prediction.velocity.to(velocity)
         rate[live] = rate_from_log(prediction.log_rate).to(rate)
         return velocity, rate
 
     def _evaluate(self, pack: PackInput, state: SamplerState) -> Prediction:
-        """The model's answer for the live frames, twice as many when guided, on its device."""
+        """The model's prediction for the live frames (twice as many when guided), on its device."""
         output = self.model(pack.to(self.device))
         return Prediction(velocity_frames(output.velocity, pack.layout, state.frames), output.log_rate.float())
 
     def live_frames(self, state: SamplerState) -> Tensor:
-        """Frames that are computed in this evaluation, bool [F]: those of unfinished clips."""
+        """Frames computed in this evaluation, bool [F]: those of unfinished clips."""
         return state.unfinished_clips[state.frame_clip]
 
     def flops(self, state: SamplerState) -> Tensor:
-        """Exact FLOPs of evaluating the state for each clip, float64 [B]; both halves when guided.
+        """Exact FLOPs per clip of evaluating the state, float64 [B]; both halves when guided.
 
-        The text's tokens are computed in evaluations that compute every frame of their clip.
+        Text tokens are computed only in evaluations that compute every frame of their clip.
         """
         spec = cast(ModelSpec, self.model.spec)
         live = torch.bincount(state.frame_clip[self.live_frames(state)], minlength=len(state.clip_frames))
@@ -128,14 +128,17 @@ class NetworkPredictor:
         return total
 
     def build_pack(self, state: SamplerState) -> PackInput:
-        """The state as a tight pack on the CPU: its unfinished clips, then these without condition when guided.
+        """Pack the state tightly on the CPU: unfinished clips, followed by their unconditional versions when guided.
 
-        A context frame is clean in both halves of the input; ``state.times`` shows it the clock (DESIGN.md section 3).
-        Without condition means as in training (``data.pack``): the null class, and the null text at its own length.
+        A context frame is clean in both halves of the input, and its entry of ``state.times`` is the clock (DESIGN.md
+        section 3). Unconditional means the same as in training (``data.pack``): null class, and null text at its
+        actual length.
         """
         clips = state.unfinished_clips
         if len(clips) != len(self.class_labels):
-            raise ValueError(f"the state has {len(clips)} clips, the predictor {len(self.class_labels)} labels")
+            raise ValueError(
+                f"the state has {len(clips)} clips, the predictor has {len(self.class_labels)} class labels"
+            )
         here, clip_frames = clips[state.frame_clip], state.clip_frames[clips]
         frames, condition = state.frames.cpu().float()[here], state.condition.cpu().float()[here]
         time, role = state.times.float()[here], model_role(state.roles[here])
@@ -167,14 +170,14 @@ class NetworkPredictor:
 
 
 def _frame_tokens(frames: Tensor, layout: PackLayout) -> Tensor:
-    """Latent frames [F, C, H, W] at the latent tokens of a pack, [T, C]; zero elsewhere."""
+    """Place latent frames [F, C, H, W] at the latent tokens of a pack, [T, C]; zero elsewhere."""
     tokens = frames.new_zeros(len(layout.token_kind), frames.shape[1])
     tokens[layout.latent_mask] = latent_tokens(frames)
     return tokens
 
 
 def velocity_frames(velocity: Tensor, layout: PackLayout, like: Tensor) -> Tensor:
-    """The latent tokens of a pack [T, C], laid out on the CPU, as frames [F, C, H, W]."""
+    """Convert the latent tokens of a pack [T, C], with its layout on the CPU, to frames [F, C, H, W]."""
     _, channels, height, width = like.shape
     latent = torch.nonzero(layout.latent_mask).flatten()
     tokens = velocity[latent.to(velocity.device)].float()

@@ -1,4 +1,4 @@
-"""Prompts of a job: read from a file, and made text embeddings by the encoder that made the run's shards.
+"""Read the prompts of a job, and embed them with the text encoder that made the run's shards.
 
 Shape legend: ``L, D`` text tokens and their width.
 """
@@ -23,7 +23,7 @@ from flowception.shards.schema import same_text
 logger = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "seed", "class_label")
-_MOST_SEED = 2**62
+_MAX_SEED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,39 +31,39 @@ class Prompt:
     """A line of a prompts file."""
 
     text: str
-    """The caption; an empty one is the null text, as in training."""
+    """The caption; an empty one means the null text, as in training."""
     seed: int | None = None
-    """Of the prompt's first clip, the next ones count on from it; None: clip i of the job has the job's seed + i."""
+    """Seed of the prompt's first clip; its later clips count up from it. None: clip i has the job's seed + i."""
     class_label: str | None = None
-    """Number or name of a class, or ``null``; None: as for the job."""
+    """Class number or name, or ``null``; None uses the job's class."""
     place: str = "`prompt`"
-    """Where it stands, for messages."""
+    """Where the prompt comes from, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a prompts file, in UTF-8, without its blank lines.
+    """Read a UTF-8 prompts file, skipping blank lines.
 
     Args:
-        path: With the suffix ``.jsonl`` every line is an object of ``prompt`` and, where wanted, ``seed`` and
-            ``class_label``, as in a ``clips.jsonl``; otherwise every line is a caption.
+        path: With suffix ``.jsonl``, every line is an object with ``prompt`` and optionally ``seed`` and
+            ``class_label``, as in ``clips.jsonl``. Otherwise every line is a caption.
 
     Returns:
         The prompts in order, at least one.
 
     Raises:
-        ConfigError: If the file cannot be read, has no prompt, or a line is no such object.
+        ConfigError: If the file cannot be read, has no prompt, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error.strerror}); give a text file") from error
+        raise ConfigError(f"cannot read --prompts {path} ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {path} is not UTF-8 ({error}); save it as UTF-8") from error
     numbered = [(f"--prompts {path}, line {number}", line.strip()) for number, line in enumerate(lines, 1)]
     parse = _from_json if path.suffix == ".jsonl" else _from_text
     prompts = [parse(line, place) for place, line in numbered if line]
     if not prompts:
-        raise ConfigError(f"--prompts {path} has no prompt; write one a line")
+        raise ConfigError(f"--prompts {path} has no prompt; write one per line")
     return prompts
 
 
@@ -75,17 +75,17 @@ def _from_json(line: str, place: str) -> Prompt:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON ({error}); a .jsonl file has an object a line") from error
+        raise ConfigError(f"{place} is not JSON ({error}); write one object per line") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        raise ConfigError(f'{place} is {line[:80]}; give an object with a text named prompt, {{"prompt": "..."}}')
+        raise ConfigError(f'{place} must be an object with a prompt, such as {{"prompt": "..."}}, got {line[:80]}')
     if unknown := sorted(content.keys() - set(_KEYS)):
-        raise ConfigError(f"{place} has the unknown key {unknown[0]!r}; keys are {', '.join(_KEYS)}")
+        raise ConfigError(f"{place} has unknown key {unknown[0]!r}; allowed keys are {', '.join(_KEYS)}")
     seed = content.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MOST_SEED):
-        raise ConfigError(f"{place} has seed {seed!r}; give an integer from 0 to {_MOST_SEED}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED):
+        raise ConfigError(f"{place}: seed must be an integer from 0 to {_MAX_SEED}, got {seed!r}")
     label = content.get("class_label")
     if label is not None and (not isinstance(label, str | int) or isinstance(label, bool)):
-        raise ConfigError(f"{place} has class_label {label!r}; give a number, a name or null")
+        raise ConfigError(f"{place}: class_label must be a number, a name or null, got {label!r}")
     word = str("null" if label is None else label) if "class_label" in content else None
     return Prompt(text=content["prompt"].strip(), seed=seed, class_label=word, place=place)
 
@@ -93,28 +93,28 @@ def _from_json(line: str, place: str) -> Prompt:
 def encode_prompts(
     run: LoadedRun, prompts: Iterable[str | None], text_encoder: str | None, device: torch.device
 ) -> dict[str | None, Tensor]:
-    """Embed the prompts of clips; warn where a model with text gets none.
+    """Embed prompts; warn if a model with text gets none.
 
     Args:
         run: The run.
-        prompts: Caption of each clip; an empty one and None are the null text, as in training. Each is encoded by
-            itself, so that it comes out the same to the bit whatever others there are.
-        text_encoder: Folder or hub id of the T5 encoder; None takes the one that the shard set names.
-        device: Where the encoder computes.
+        prompts: Caption of each clip; empty or None means the null text, as in training. Captions are encoded one by
+            one, so that an embedding does not depend on the other captions, to the bit.
+        text_encoder: Folder or hub id of the T5 encoder; None uses the one named in the shard set.
+        device: Device of the encoder.
 
     Returns:
-        bfloat16 [L, D] for each caption, on the CPU, as shards hold it; nothing for a model without text.
+        bfloat16 [L, D] for each caption, on the CPU, as stored in shards; empty for a model without text.
 
     Raises:
-        ConfigError: If the model takes no text, or the encoder is not the one that made the shards.
+        ConfigError: If the model was trained without text, or the encoder is not the one that made the shards.
     """
     wanted = dict.fromkeys(prompts)
     if run.null_text is None:
         if any(prompt is not None for prompt in wanted):
-            raise ConfigError("a prompt was given and the model was trained without text; leave it out")
+            raise ConfigError("the model was trained without text and takes no prompt; drop it")
         return {}
     if set(wanted) == {None}:
-        logger.warning("clips are unconditional: the model takes text; give a prompt")
+        logger.warning("clips are unconditional: the model was trained with text, but got no prompt")
     null_text = run.null_text
     captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
     embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
@@ -125,21 +125,23 @@ def encode_prompts(
 
 
 def _matching_encoder(run: LoadedRun, null_text: Tensor, text_encoder: str | None, device: torch.device) -> TextEncoder:
-    """The encoder, checked by the embedding of the empty caption."""
+    """Build the encoder and check its embedding of the empty caption against the shards."""
     known = {field.name for field in fields(TextEncoderConfig)}
     settings: dict[str, Any] = {name: value for name, value in run.meta.text_config.items() if name in known}
     config = TextEncoderConfig(**settings)
     if text_encoder is not None:
         config = replace(config, model=text_encoder)
     if config.model is None:
-        raise ConfigError("prompts need `text_encoder`, a folder or hub id of the T5 encoder that made the shards")
+        raise ConfigError("prompts need `text_encoder`: the folder or hub id of the T5 encoder that made the shards")
     encoder = TextEncoder.from_config(config, device)
     width = null_text.shape[1]
     if encoder.text_dim != width:
-        raise ConfigError(f"{config.model} gives text of width {encoder.text_dim}, the model was trained with {width}")
+        raise ConfigError(
+            f"text encoder {config.model} must have width {width}, as in training, got {encoder.text_dim}"
+        )
     if not same_text(null_text, encoder.encode([""])[0]):
         raise ConfigError(
-            f"{config.model} embeds the empty caption otherwise than the encoder that made the shards; "
-            "give that encoder with `text_encoder`"
+            f"text encoder {config.model} embeds the empty caption differently from the encoder that made the shards; "
+            "set `text_encoder` to that encoder"
         )
     return encoder

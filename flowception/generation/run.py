@@ -1,9 +1,9 @@
-"""A trained run as an object: load it, sample clips, or stream frames while they become final.
+"""A trained run: load it, sample clips, or stream frames as they become final.
 
     run = flowception.load("runs/demo")
     clips = run.sample(task="i2v", context=["first.png"], num=4)
 
-The command line is a thin layer on it (``generation.generate``).
+The command line is a thin layer on top (``generation.generate``).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ContextArgument = ContextItem | Sequence[ContextItem] | None
 
 
 class Run:
-    """A trained network and all that its run says of it. ``flowception.load`` makes it.
+    """A trained network with its run's settings, returned by ``flowception.load``.
 
-    A clip depends on the run, the options and its seed alone: it is the same alone or in a batch (to rounding), and
-    the same to the bit when asked for again.
+    A clip depends only on the run, the options and its seed. It is the same alone or in a batch (up to rounding), and
+    repeating a call reproduces it to the bit.
     """
 
     def __init__(self, loaded: LoadedRun) -> None:
-        """Wrap what ``generation.load.load_run`` gives."""
+        """Wrap the result of ``generation.load.load_run``."""
         self.loaded = loaded
         """Configuration, network with EMA weights, codec, description of the training set."""
 
@@ -51,27 +51,27 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the weights."""
+        """Optimizer step of the weights."""
         return self.loaded.step
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """Device of the network."""
         return next(self.loaded.model.parameters()).device
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; empty if they have none."""
+        """Class names in the order of class numbers; empty if the classes are unnamed."""
         return list(self.loaded.meta.class_names)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of the training clips, the most frequent first."""
+        """Height and width in pixels of the training clips, most frequent first."""
         return self.loaded.sizes_pixels
 
     @property
     def fps(self) -> float:
-        """Frames per second of the training clips; 16 where the shards are out of reach or do not say."""
+        """Frames per second of the training clips; 16 if the shards are unreachable or do not record it."""
         return self.loaded.fps or DEFAULT_FPS
 
     def sample(
@@ -97,42 +97,42 @@ class Run:
     ) -> list[Clip]:
         """Sample clips (arXiv 2512.11438; DESIGN.md section 2 has the sampler).
 
-        Time shift, start frames, insertion schedule, codec, frame rate and, if there is only one, the size are the
-        run's.
+        Time shift, start frames, insertion schedule, codec and frame rate come from the run, and so does the size if
+        there is only one.
 
         Args:
             task: ``t2v``, ``i2v``, ``v2v`` (continuation), ``interpolation`` or ``completion``.
-            context: What clips are given, one item or a list that clips cycle over: paths of images or videos, uint8
-                arrays or tensors [H, W, 3] (an image) or [n, H, W, 3] (a video at the run's frame rate), PIL images.
-                ``i2v`` takes images (or first frames of videos); ``v2v`` and ``completion`` videos; ``interpolation``
-                two or more images, which are one clip's keyframes in order, or videos. Pictures are resized and
-                cropped to the clip's size.
-            keep: Latent frames of a context video that are given, counted from 0; None takes the task's default
-                (``v2v`` the end, ``interpolation`` the first and the last, ``completion`` both outer quarters).
-            prompt: A caption, or several: clip i has prompt ``i % len(prompt)``. For a run trained with text.
-            class_label: Number or name of a class, or ``"null"`` for none. None cycles over all classes for ``t2v``
-                and is none for the other tasks.
-            text_encoder: Folder or hub id of the T5 encoder; None takes the one that the training set names.
-            num: Clips; of each prompt, where several are given.
+            context: One item or a list that clips cycle over: paths of images or videos, uint8 arrays or tensors
+                [H, W, 3] (an image) or [n, H, W, 3] (a video at the run's frame rate), PIL images. ``i2v`` takes images
+                (or the first frames of videos); ``v2v`` and ``completion`` take videos; ``interpolation`` takes videos,
+                or two or more images: the keyframes of one clip, in order. Images are resized and cropped to the
+                clip's size.
+            keep: Latent frames of a context video to keep, counted from 0; None uses the task's default (``v2v`` the
+                end, ``interpolation`` the first and last, ``completion`` the first and last quarter).
+            prompt: One or more captions, for a run trained with text: clip i has prompt ``i % len(prompt)``.
+            class_label: Class number or name, or ``"null"`` for none. None cycles over all classes for ``t2v`` and
+                means no class for the other tasks.
+            text_encoder: Folder or hub id of the T5 encoder; None uses the one named in the training set.
+            num: Number of clips; with several prompts, clips per prompt.
             seed: Clip i has seed ``seed + i``.
-            num_inference_steps: N, steps that a frame needs from noise to data; a clip takes N to 2 N evaluations.
-            guidance: Scale of classifier-free guidance on the velocity, 1 is none; None is off.
-            rate_guidance: The same for the insertion rate, in log space.
+            num_inference_steps: N, steps of a frame from noise to data; a clip takes N to 2 N evaluations.
+            guidance: Scale of classifier-free guidance on the velocity; None or 1 is off.
+            rate_guidance: The same for the insertion rate, in log space; None or 1 is off.
             insertion: ``thinning``, ``bernoulli`` (the paper's) or ``poisson``.
-            max_frames: Cap on latent frames of a clip, given ones included.
-            num_frames: Latent frames of a clip, given ones included, for a run of a prescribed delay law only: other
-                runs choose the length themselves.
-            cache_refresh: After the clock's end, compute the keys and values of finished frames anew only every so
-                many steps: faster, an approximation. None is exact.
+            max_frames: Cap on latent frames of a clip, context included.
+            num_frames: Latent frames of a clip, context included. Only for runs with a prescribed delay law; other
+                models choose the length themselves.
+            cache_refresh: After the clock has ended, recompute the keys and values of finished frames only every this
+                many steps: a faster approximation. None is exact.
             batch_size: Clips sampled at once.
-            size: Height and width in pixels; None takes the run's.
+            size: Height and width in pixels; None uses the run's.
 
         Returns:
-            ``num`` clips, or ``num`` for each prompt, in the order of their numbers i.
+            ``num`` clips, or ``num`` per prompt, in the order of i.
 
         Raises:
-            ConfigError: If an option is out of range, contradicts another, or the run does not allow it.
-            DataError: If context cannot be read, or is not a picture.
+            ConfigError: If an option is out of range, contradicts another, or the run does not support it.
+            DataError: If context cannot be read, or is not an image or video.
         """
         options = SampleOptions(
             task=task,
@@ -175,23 +175,23 @@ class Run:
         cache_refresh: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Iterator[Frame]:
-        """Sample one clip and hand out its frames from left to right, each as soon as it is final.
+        """Sample one clip and yield its frames from left to right, each as soon as it is final.
 
-        A frame is final when it and every frame to its left are finished and no insertion can come left of it. So with
-        the learned order nothing but leading context comes before the clock's end, after N of up to 2 N evaluations;
-        a run of delay law ``autoregressive`` hands out frame by frame.
+        A frame is final when it and all frames to its left are finished and no insertion can happen left of it. With
+        the learned order, only leading context is therefore final before the clock ends, after N of up to 2 N
+        evaluations. With delay law ``autoregressive``, frames become final one by one.
 
-        A codec whose decoder mixes neighboring frames, such as LTX-Video's, can decode a clip exactly only as a whole:
-        with such a run all frames come at the end.
+        If the codec's decoder mixes neighboring frames, such as LTX-Video's, only the complete clip can be decoded
+        exactly, and all frames come at the end.
 
         Args:
-            task: This and all others as for ``sample``; the frames are those of ``sample(num=1, ...)[0].frames``.
+            task: All arguments are as for ``sample``; the frames equal ``sample(num=1, ...)[0].frames``.
             context: As for ``sample``.
             keep: As for ``sample``.
             prompt: One caption.
-            class_label: As for ``sample``; None is class 0 for ``t2v`` with a run that has classes.
+            class_label: As for ``sample``; None means class 0 for ``t2v`` if the run has classes.
             text_encoder: As for ``sample``.
-            seed: The clip's.
+            seed: Seed of the clip.
             num_inference_steps: As for ``sample``.
             guidance: As for ``sample``.
             rate_guidance: As for ``sample``.
@@ -205,8 +205,9 @@ class Run:
             An iterator of uint8 [H, W, 3] RGB frames.
 
         Raises:
-            ConfigError: If an option is out of range, contradicts another, or the run does not allow it; at once.
-            DataError: If context cannot be read, or is not a picture.
+            ConfigError: If an option is out of range, contradicts another, or is not supported by the run. Raised by
+                the call, not by the iterator.
+            DataError: If context cannot be read, or is not an image or video.
         """
         options = SampleOptions(
             task=task,
@@ -229,7 +230,7 @@ class Run:
 
 
 def _stream(sampler: ClipSampler) -> Iterator[Frame]:
-    """Frames of the first clip, in runs that the codec decodes as in the whole clip."""
+    """Decoded frames of the first clip, split only where the codec decodes them as in the full clip."""
     codec, waiting = sampler.run.codec, []
     for final in stream_frames(sampler.states([0])):
         if codec.decodes_frame_by_frame:
@@ -241,38 +242,38 @@ def _stream(sampler: ClipSampler) -> Iterator[Frame]:
 
 
 def load(path: str | PathLike[str], *, step: int | None = None, device: str | torch.device | None = None) -> Run:
-    """Load a trained run: its EMA weights, verified by their hashes, its codec and its configuration.
+    """Load a trained run: EMA weights (verified by their hashes), codec and configuration.
 
     Args:
-        path: A run directory, as ``train/main.py`` writes it.
-        step: Optimizer step of the checkpoint; None takes the newest valid one.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes CUDA where there is one.
+        path: A run directory written by ``train/main.py``.
+        step: Optimizer step of the checkpoint; None uses the newest valid one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None uses CUDA if available.
 
     Returns:
         The run, ready to sample.
 
     Raises:
         RunDirectoryError: If the folder does not exist or is not a run directory.
-        CheckpointError: If there is no valid checkpoint, or not that step's.
-        ConfigError: If this machine does not have the device.
-        DataError: If the codec here is not the one that made the run's latents.
+        CheckpointError: If no checkpoint is valid, or none has that step.
+        ConfigError: If the device does not exist.
+        DataError: If the codec is not the one that made the run's latents.
     """
     place = choose_device(device)
-    # The one place to tell kinds of folders apart: an exported folder (DESIGN_2.md section 10) will be recognized here.
+    # Kinds of folders are told apart only here; an exported folder (DESIGN_2.md section 10) will be recognized here.
     return Run(load_run(Path(path), step=step, device=place))
 
 
 def choose_device(wanted: str | torch.device | None) -> torch.device:
-    """The device that was asked for, or CUDA where there is one.
+    """The requested device, or CUDA if available.
 
     Raises:
-        ConfigError: If this machine does not have it.
+        ConfigError: If the device does not exist.
     """
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"`device` is {wanted}, which torch does not know; give cpu or cuda") from error
+        raise ConfigError(f"`device` must be a torch device such as cpu or cuda, got {wanted}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"`device` is {wanted} and this machine has {count} CUDA devices; give cpu, or leave it out")
+        raise ConfigError(f"`device` is {wanted}, but this machine has {count} CUDA devices; use cpu, or drop it")
     return device

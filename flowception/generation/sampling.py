@@ -1,7 +1,7 @@
-"""Clips of one run, sampled batch by batch: what ``Run.sample``, ``Run.stream`` and the command line have in common.
+"""Batch-by-batch sampling of one run, shared by ``Run.sample``, ``Run.stream`` and the command line.
 
-What a clip is asked to show and its seed follow from its number (``generation.requests``), so it comes out the same
-whatever the batch size.
+A clip's class, prompt and seed follow from its number (``generation.requests``), so clips do not depend on the batch
+size.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 class ClipSampler:
-    """Samples the clips that options ask for."""
+    """Samples the clips that the options describe."""
 
     def __init__(self, run: LoadedRun, options: SampleOptions, *, part: int = 0, num_parts: int = 1) -> None:
-        """Read the context and encode the prompts; what the run does not allow is refused here.
+        """Check the options against the run, read the context and encode the prompts.
 
         Args:
             run: The run.
             options: What to sample.
-            part: Which of the jobs this is that share the batches.
-            num_parts: How many they are.
+            part: Index of this job among the jobs that share the batches.
+            num_parts: Number of jobs.
 
         Raises:
-            FlowceptionError: If the run does not allow it.
+            FlowceptionError: If the run does not support the options.
         """
         self.run, self.options = run, options
         self.process = run.config.process
@@ -74,7 +74,7 @@ class ClipSampler:
 
     @property
     def most_evaluations(self) -> int:
-        """Evaluations that a batch can take: N for each unit of its clock."""
+        """Upper bound on the evaluations of a batch: N per unit of its clock."""
         generated = torch.full((1, self.options.num_frames or 1), int(Role.FREE))
         return round(float(self.law.clock_end(generated))) * self.options.num_inference_steps
 
@@ -82,11 +82,11 @@ class ClipSampler:
         """Sample and decode a batch.
 
         Args:
-            numbers: Of its clips.
-            watch: Is shown every state, to report progress.
+            numbers: Clip numbers of the batch.
+            watch: Called with every state, to report progress.
 
         Returns:
-            A clip for each number.
+            One clip per number.
         """
         for state in self.states(numbers):
             if watch is not None:
@@ -94,7 +94,7 @@ class ClipSampler:
         return self._clips(numbers, SampleResult.of(state))
 
     def states(self, numbers: Sequence[int]) -> Iterator[SamplerState]:
-        """The sampler's states of a batch, from clock 0 to the finished one."""
+        """Yield the sampler states of a batch, from clock 0 to the final one."""
         stride = self.run.codec.spatial_stride
         return sample_states(
             self._predictor(numbers),
@@ -109,17 +109,15 @@ class ClipSampler:
     def _sampler_config(self) -> SamplerConfig:
         process, options = self.process, self.options
         if not self.law.inserts and options.num_frames is None:
-            raise ConfigError(
-                f"the run was trained with delay_law {process.delay_law}, which is given the length; give `num_frames`"
-            )
+            raise ConfigError(f"delay_law {process.delay_law} of this run needs a clip length; set `num_frames`")
         if self.law.inserts and options.num_frames is not None:
             raise ConfigError(
-                "`num_frames` is for runs of a prescribed delay law; this model chooses the length itself"
+                "`num_frames` applies only to prescribed delay laws; this model chooses the length itself, so drop it"
             )
         if not self.law.inserts and options.task == "completion":
             raise ConfigError(
-                f"`task` completion leaves open how many frames fill a gap and the run was trained with delay_law "
-                f"{process.delay_law}, which is given where frames lie; use a run of delay_law uniform"
+                "`task` completion needs a run with delay_law uniform, which chooses how many frames fill a gap, got "
+                f"delay_law {process.delay_law}"
             )
         return SamplerConfig(
             num_inference_steps=options.num_inference_steps,
@@ -134,7 +132,7 @@ class ClipSampler:
         )
 
     def _read_contexts(self) -> list[Context]:
-        """What clips cycle over; none for a task without context."""
+        """Contexts that clips cycle over; empty for a task without context."""
         sources, num_frames = self.options.sources(), self.options.num_frames
         if not sources:
             return []
@@ -152,13 +150,13 @@ class ClipSampler:
             return contexts
         given = max(len(context.frames) for context in contexts)
         if given >= num_frames:
-            raise ConfigError(f"`num_frames` is {num_frames} and the context has {given}; give more")
+            raise ConfigError(f"`num_frames` must exceed the {given} frames of the context, got {num_frames}")
         if self.options.task != "interpolation":
             return contexts
         return [replace(item, places=_spread(len(item.frames), num_frames - 1)) for item in contexts]
 
     def _predictor(self, numbers: Sequence[int]) -> NetworkPredictor:
-        """The network for clips of the given numbers."""
+        """The network as a predictor for these clips."""
         model, options = self.run.model, self.options
         requests = [self.requests[number] for number in numbers]
         class_labels, null_text = [request.class_label for request in requests], self.run.null_text
@@ -173,11 +171,11 @@ class ClipSampler:
         if options.cache_refresh is None:
             return NetworkPredictor(model, class_labels, **settings)
         if not isinstance(model, FlowceptionDiT):
-            raise ConfigError(f"`cache_refresh` works with FlowceptionDiT only, the run has {type(model).__name__}")
+            raise ConfigError(f"`cache_refresh` requires FlowceptionDiT, got {type(model).__name__}; drop it")
         return FrozenFramePredictor(model, class_labels, refresh_steps=options.cache_refresh, **settings)
 
     def _clips(self, numbers: Sequence[int], result: SampleResult) -> list[Clip]:
-        """Decode a batch."""
+        """Decode a batch to clips."""
         latents = [frames.cpu() for frames in result.clips()]
         edges = result.cu_frames.tolist()
         clips = []
@@ -211,27 +209,27 @@ class ClipSampler:
 
 
 def _spread(count: int, last: int) -> list[int]:
-    """Places of keyframes from 0 to ``last``, evenly apart: they name no places, and a prescribed law needs some."""
+    """Spread keyframes evenly from 0 to ``last``, because a prescribed law needs their positions."""
     return [round(k * last / (count - 1)) for k in range(count)]
 
 
 def choose_size(run: LoadedRun, wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width in pixels: those asked for, or the only ones of the training set.
+    """The requested height and width in pixels, or the only size of the training set.
 
     Raises:
-        ConfigError: If there are several, or the codec cannot make those asked for.
+        ConfigError: If the training set has several sizes, or the codec cannot decode to the requested one.
     """
     stride, known = run.codec.spatial_stride, run.sizes_pixels
     named = ", ".join(f"{height}x{width}" for height, width in known) or "unknown"
     if wanted is None:
         if len(known) != 1:
             raise ConfigError(
-                f"the run was trained at {len(known)} sizes ({named}); choose one with `size`, height and width"
+                f"the run was trained at {len(known)} sizes ({named}); choose one with `size` (height and width)"
             )
         return known[0]
     if any(side < 1 or side % stride for side in wanted):
         raise ConfigError(
-            f"`size` is {wanted[0]}x{wanted[1]}; the codec {run.codec.name} needs multiples of {stride} pixels "
+            f"`size` must be multiples of {stride} pixels for codec {run.codec.name}, got {wanted[0]}x{wanted[1]} "
             f"(trained sizes: {named})"
         )
     return wanted

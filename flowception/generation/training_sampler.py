@@ -1,7 +1,7 @@
-"""Clips sampled while a run trains: held-out clips say what is given, the network in training does the rest.
+"""Samples drawn during training, conditioned on held-out clips.
 
-Each clip has the task, context frames, class and text that the run's own laws draw for one held-out clip, the same
-every time, so pictures of different steps can be compared. Clip i comes out the same at any number of ranks.
+Each sample uses the task, context frames, class and text that the run's laws draw for one held-out clip. They are the
+same every time, so samples of different steps can be compared. Clip i is the same for any number of ranks.
 
 Shape legend: ``n`` latent frames of a held-out clip, ``C, h, w`` of one.
 """
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Given(NamedTuple):
-    """What a clip that exists gives to one that is sampled."""
+    """Condition that a held-out clip provides for a sample."""
 
     row: int
     task: str
@@ -47,7 +47,7 @@ class _Given(NamedTuple):
 
 
 class TrainingSampler:
-    """One rank's part in sampling."""
+    """One rank's share of the samples."""
 
     def __init__(
         self,
@@ -64,23 +64,23 @@ class TrainingSampler:
         world_size: int,
         device: torch.device,
     ) -> None:
-        """Choose the clips that say what is given.
+        """Choose the held-out clips that provide the conditions.
 
         Args:
-            config: The run's.
-            reader: The set.
-            plan: Of the clips to take tasks, context and conditions from.
-            folder: Where a folder is made for each step's clips.
-            num_clips: Clips of all ranks.
-            num_inference_steps: Evaluations that a frame takes from noise to data.
+            config: Configuration of the run.
+            reader: Reader of the shard set.
+            plan: Plan of the clips that provide tasks, context and conditions.
+            folder: Folder in which each step gets a folder for its clips.
+            num_clips: Number of clips over all ranks.
+            num_inference_steps: Evaluations of a frame from noise to data.
             max_frames: Cap on latent frames of a clip.
             guidance: Classifier-free guidance on the velocity; None is off.
-            rank: This process among ``world_size``.
-            world_size: Processes.
-            device: Where the network computes.
+            rank: Rank of this process.
+            world_size: Number of ranks.
+            device: Device of the network.
 
         Raises:
-            DataError: If no clip that could give context can be read.
+            DataError: If none of the clips can be read.
         """
         self.config, self.reader, self.device, self.folder = config, reader, device, folder
         self.num_clips, self.num_inference_steps = num_clips, num_inference_steps
@@ -100,16 +100,18 @@ class TrainingSampler:
         self.labels = [int(clips["class_label"][given.row]) if labeled else NO_CLASS for given in self.given]
 
     def _first_readable(self, plan: Plan, rows: NDArray[np.int64]) -> _Given:
-        """What the first of some clips that can be read gives."""
+        """Condition from the first readable clip."""
         for row in rows.tolist():
             try:
                 return self._read(plan, row)
             except DataError as error:
-                logger.warning("samples take another clip (%s)", error, extra=EVERY_RANK)
-        raise DataError(f"no clip can be read to sample from, of {len(rows)}; check the storage, or set samples off")
+                logger.warning("cannot read a held-out clip for samples, trying the next (%s)", error, extra=EVERY_RANK)
+        raise DataError(
+            f"cannot read any of {len(rows)} clips for samples; check the storage, or unset samples.every_steps"
+        )
 
     def _read(self, plan: Plan, row: int) -> _Given:
-        """What one clip gives: context frames by the roles drawn for it, and its text."""
+        """Condition from one clip: context frames by the roles drawn for it, and its text."""
         draws = plan.clip_draws(PackPlan(0, 0, np.array([row]), np.zeros(1, dtype=np.int64))).clips
         roles = draws.roles[0, : int(plan.index.clips["frames"][row])]
         task = TASKS[int(draws.task[0])].name
@@ -129,14 +131,14 @@ class TrainingSampler:
         return _Given(row, task, context, text)
 
     def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
-        """Sample and write this rank's clips; every rank calls ``model`` equally often.
+        """Sample and write this rank's clips; every rank calls ``model`` the same number of times.
 
         Args:
             model: The network in evaluation mode.
-            step: Steps done.
+            step: Completed optimizer steps.
 
         Returns:
-            A line of ``clips.jsonl`` for each clip written; none where decoding or writing failed, which is reported.
+            One record of ``clips.jsonl`` per clip written; empty if decoding or writing failed, which is logged.
         """
         predictor = _EqualEvaluations(NetworkPredictor(model, self.labels, **self._conditions()))
         result = sample(
@@ -154,7 +156,7 @@ class TrainingSampler:
         try:
             return self._write(result, mine, step)
         except (FlowceptionError, OSError, torch.OutOfMemoryError) as error:
-            text = "samples of step %d could not be written (%s); training goes on"
+            text = "cannot write the samples of step %d (%s); training continues"
             logger.warning(text, step, error, extra=EVERY_RANK)
             return []
 
@@ -178,7 +180,7 @@ class TrainingSampler:
         )
 
     def _most_evaluations(self) -> int:
-        """Evaluations that a batch of any rank can take, from the longest clip of the whole set."""
+        """Upper bound on the evaluations of any rank's batch, from the longest clip of the set."""
         longest = int(self.reader.index.clips["frames"].max())
         clock_end = float(self.law.clock_end(torch.full((1, longest), int(Role.FREE))))
         return round(clock_end * self.num_inference_steps)
@@ -213,7 +215,7 @@ class TrainingSampler:
         """Write ``clips.jsonl`` and ``contact.png`` of all ranks' clips.
 
         Returns:
-            The picture; None if there is no clip, or it could not be written, which is reported.
+            The contact sheet; None if there is no clip or writing failed, which is logged.
         """
         if not records:
             return None
@@ -224,13 +226,13 @@ class TrainingSampler:
             labels = [f"{record['seed']} {record['task']} of {record['of']}" for record in records]
             write_contact_sheet(folder / "contact.png", videos, labels)
         except (FlowceptionError, OSError) as error:
-            logger.warning("samples of step %d could not be joined (%s); training goes on", step, error)
+            logger.warning("cannot join the samples of step %d (%s); training continues", step, error)
             return None
         return folder / "contact.png"
 
 
 class _EqualEvaluations:
-    """A predictor that can be brought to a number of evaluations: what is missing evaluates the first state again."""
+    """A predictor that can be padded to a number of evaluations by evaluating its first state again."""
 
     def __init__(self, predictor: Callable[[SamplerState], tuple[Tensor, Tensor]]) -> None:
         self._predictor, self.evaluations = predictor, 0

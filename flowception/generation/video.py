@@ -1,4 +1,4 @@
-"""Clips to be looked at: H.264 mp4, an animated preview, a contact sheet; and the first frame of a context file.
+"""Write clips as H.264 mp4, animated preview or contact sheet, and read the first frame of a context file.
 
 Shape legend: ``n`` frames, ``H`` and ``W`` pixels. A video is uint8 ``[n, H, W, 3]``, RGB.
 """
@@ -18,30 +18,30 @@ from flowception.errors import DataError
 Video = NDArray[np.uint8]
 
 DEFAULT_FPS = 16.0
-"""Of written files, where neither the options nor the training clips say."""
+"""Frame rate of written files if neither the options nor the training clips set one."""
 
 SMALL_SIDE_PIXELS = 128
-"""Below this, chroma is kept at full resolution (yuv444p): halving it would smear a toy clip's colors."""
+"""Below this, chroma is stored at full resolution (yuv444p); halving it would smear the colors of a toy clip."""
 PREVIEW_SIDE_PIXELS = 160
-"""A preview or a contact sheet's frame is enlarged by whole factors to about this side."""
+"""Frames of a preview are enlarged by an integer factor to about this side."""
 CONTACT_SIDE_PIXELS = 64
 CONTACT_FRAMES = 16
-"""Most frames shown of one clip on the contact sheet; of longer clips they are spread evenly."""
+"""Maximum number of frames per clip on the contact sheet; longer clips are subsampled evenly."""
 
 
 def _check_video(video: Video) -> None:
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or not video.shape[0]:
-        raise DataError(f"a video is uint8 [n, H, W, 3] with n >= 1; got {video.dtype} {list(video.shape)}")
+        raise DataError(f"a video must be uint8 [n, H, W, 3] with n >= 1, got {video.dtype} {list(video.shape)}")
 
 
 def pad_to_even(video: Video) -> Video:
-    """The video with its last row or column repeated where height or width is odd (4:2:0 needs even sizes)."""
+    """Repeat the last row or column if height or width is odd, because 4:2:0 needs even sizes."""
     _, height, width, _ = video.shape
     return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def write_mp4(path: Path, video: Video, *, fps: float) -> None:
-    """Write an H.264 file: small frames with color at full resolution, large ones as every player shows them.
+    """Write an H.264 file: small frames with full-resolution color, large ones in the format every player supports.
 
     Args:
         path: File to write.
@@ -54,10 +54,10 @@ def write_mp4(path: Path, video: Video, *, fps: float) -> None:
 
 
 def read_first_frame(path: Path) -> NDArray[np.uint8]:
-    """First frame of a video file, or the image of an image file, as uint8 ``[H, W, 3]``.
+    """Read an image, or the first frame of a video, as uint8 ``[H, W, 3]``.
 
     Raises:
-        DataError: If the file is missing or is neither.
+        DataError: If the file is missing, or is neither an image nor a video.
     """
     if not path.is_file():
         raise DataError(f"context file {path} does not exist; give an image or a video")
@@ -68,18 +68,18 @@ def read_first_frame(path: Path) -> NDArray[np.uint8]:
         pass
     first = next(decode_frames(path), None)
     if first is None:
-        raise DataError(f"context file {path} holds no video frame; give an image or a video")
+        raise DataError(f"context file {path} has no video frame; give an image or a video")
     return first.image
 
 
 def enlarge(images: NDArray[np.uint8], side_pixels: int) -> NDArray[np.uint8]:
-    """Images ``[..., H, W, 3]`` enlarged by the largest whole factor that keeps both sides within ``side_pixels``."""
+    """Enlarge images ``[..., H, W, 3]`` by the largest integer factor that keeps both sides within ``side_pixels``."""
     factor = max(1, side_pixels // max(images.shape[-3:-1]))
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def write_preview(path: Path, video: Video, *, fps: float) -> None:
-    """Write an animated gif that repeats for ever, enlarged by whole pixels."""
+    """Write an animated gif that loops forever, enlarged by an integer factor."""
     _check_video(video)
     images = [Image.fromarray(image) for image in enlarge(video, PREVIEW_SIDE_PIXELS)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(1000 / fps)), loop=0)
@@ -92,12 +92,12 @@ def _thumbnail(image: NDArray[np.uint8]) -> Image.Image:
 
 
 def write_contact_sheet(path: Path, videos: Sequence[Video], labels: Sequence[str]) -> None:
-    """Write one picture of all clips: a row per clip, its label, then its frames from left to right.
+    """Write one image of all clips: a row per clip, its label, then its frames from left to right.
 
     Args:
         path: File to write.
         videos: Clips of any length.
-        labels: What to write before each clip.
+        labels: Label of each clip.
     """
     rows = []
     for video in videos:

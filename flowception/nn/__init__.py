@@ -1,4 +1,4 @@
-"""The network: attention, rotary positions, the Flowception DiT, its sizes, and what may be compiled."""
+"""The network: attention, rotary positions, the Flowception DiT, its presets, and its compiled functions."""
 
 from flowception.nn.attention import attention, choose_backend
 from flowception.nn.build import BACKBONES, build_backbone, count_parameters

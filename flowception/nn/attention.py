@@ -1,23 +1,23 @@
-"""Attention: every clip of a pack attends to itself, by the pattern, and to nothing else.
+"""Attention within the clips of a pack: a clip attends only to itself, following the attention pattern.
 
 Backends, all equal up to rounding:
 
-* ``sdpa``: ``scaled_dot_product_attention`` segment by segment, every pattern. The reference, and the way on a CPU;
-  neighboring segments of equal length go through one call. A pattern other than ``full`` is a boolean mask inside the
-  segment, which saves nothing.
-* ``flex``: FlexAttention, every pattern, CUDA (on a CPU it has no backward). Blocks of pairs that the pattern leaves
-  out are skipped.
+* ``sdpa``: ``scaled_dot_product_attention``, one segment at a time, every pattern. The reference, and the default on a
+  CPU. Adjacent segments of equal length share one call. Patterns other than ``full`` use a boolean mask within the
+  segment, which saves no computation.
+* ``flex``: FlexAttention, every pattern, CUDA (it has no backward on a CPU). Blocks of pairs that the pattern masks
+  entirely are skipped.
 * ``varlen``: ``torch.nn.attention.varlen``, ``full`` only, CUDA in half precision. FlashAttention-2 is built into
-  torch; where the package of FlashAttention-3 is installed on a Hopper GPU, torch is told to use that.
-* ``flash``: the kernels of an installed flash-attn package, ``full`` only, CUDA in half precision: version 3 is
-  ``varlen``, version 2 its own ``flash_attn_varlen_func``. Its window is of tokens, not of frames.
+  torch. If the FlashAttention-3 package is installed on a Hopper GPU, torch is switched to it.
+* ``flash``: the kernels of an installed flash-attn package, ``full`` only, CUDA in half precision. Version 3 runs
+  through ``varlen``; version 2 is called through ``flash_attn_varlen_func``. Its window counts tokens, not frames.
 
-Masks are made once for each pack and kept in its layout.
+Masks are built once per pack and cached in its layout.
 
-A compiled block takes its attention from ``bind``: the backend is chosen outside of it, and what differs from pack to
-pack reaches it as contents of tensors, or as sizes that are marked as varying.
+Compiled blocks get their attention from ``bind``. The backend is chosen outside the graph, and whatever differs between
+packs enters the graph as tensor contents, or as sizes marked dynamic.
 
-Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` width of a head, ``S`` segments.
+Shape legend: ``T`` tokens of the pack, ``H`` heads, ``d`` head width, ``S`` segments.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from flowception.ranges import one_of
 AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
 FLEX_BLOCK_TOKENS = 128
-"""Side of a block of FlexAttention's, its own default."""
+"""FlexAttention's block size, its default."""
 _FULL_ONLY = ("varlen", "flash")
 _HALF = (torch.bfloat16, torch.float16)
 logger = logging.getLogger(__name__)
@@ -56,27 +56,27 @@ class BoundAttention(NamedTuple):
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Queries, keys and values ``[T, H, d]`` to ``[T, H, d]``."""
     in_graph: bool
-    """Whether a compiled block may hold it; else it interrupts the block's graph."""
+    """Whether it can be part of a compiled block's graph; otherwise it breaks the graph."""
 
 
 class Attend(Protocol):
-    """Attention of a network: queries, keys and values ``[T, H, d]`` and the layout, giving ``[T, H, d]``."""
+    """Attention of a network: queries, keys and values ``[T, H, d]`` and the layout to ``[T, H, d]``."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
         """Attend within each segment."""
 
 
 def check_backend(requested: str, pattern: AttentionPattern) -> None:
-    """Refuse a backend that does not exist or lacks the pattern.
+    """Check that a backend exists and supports the pattern.
 
     Raises:
-        ConfigError: Saying which backends can.
+        ConfigError: If not; the message lists the backends that do.
     """
     one_of(BACKENDS).check("model.attention_backend", requested)
     if requested in _FULL_ONLY and pattern != FULL:
         raise ConfigError(
-            f"attention_backend={requested} has no attention_pattern={pattern.name}, only full; sdpa and flex (CUDA) "
-            "have every pattern, or use attention_backend=auto"
+            f"attention_backend={requested} supports only attention_pattern=full, got {pattern.name}; use "
+            "attention_backend=auto, or sdpa or flex (CUDA), which support every pattern"
         )
 
 
@@ -84,39 +84,39 @@ def check_backend(requested: str, pattern: AttentionPattern) -> None:
 def choose_backend(
     device: torch.device, dtype: torch.dtype, requested: str = "auto", pattern: AttentionPattern = FULL
 ) -> str:
-    """Choose the backend for a device, dtype and pattern; the choice and its reason are logged once.
+    """Choose the backend for a device, dtype and pattern, and log the choice and its reason once.
 
     Args:
-        device: Where the tensors are.
+        device: Device of the tensors.
         dtype: Their dtype.
-        requested: ``auto``, or a backend that must be used.
+        requested: ``auto``, or the backend to use.
         pattern: Which tokens see each other.
 
     Returns:
-        ``sdpa``, ``flex``, ``varlen`` or ``flash``; of ``flash`` with FlashAttention-3, ``varlen``.
+        ``sdpa``, ``flex``, ``varlen`` or ``flash``; ``varlen`` for ``flash`` with FlashAttention-3.
 
     Raises:
-        ConfigError: If the requested backend is unknown, cannot run there or lacks the pattern.
+        ConfigError: If the requested backend is unknown, cannot run on the device or does not support the pattern.
     """
     check_backend(requested, pattern)
     half_on_cuda = device.type == "cuda" and dtype in _HALF
     if requested in _FULL_ONLY and not half_on_cuda:
         raise ConfigError(
-            f"attention_backend={requested} needs CUDA in bfloat16 or float16, this is {device.type} in {dtype}; "
+            f"attention_backend={requested} needs CUDA in bfloat16 or float16, got {device.type} in {dtype}; "
             "use attention_backend=auto"
         )
     if requested == "flex" and device.type != "cuda":
         raise ConfigError(
-            f"attention_backend=flex needs CUDA, this is {device.type}, where FlexAttention has no backward; "
+            f"attention_backend=flex needs CUDA, got {device.type}, where FlexAttention has no backward; "
             "use attention_backend=auto"
         )
     if requested in _FULL_ONLY or (requested == "auto" and half_on_cuda and pattern == FULL):
         fa3 = flash.activate_fa3()
         choice = "flash" if requested == "flash" and not fa3 else "varlen"
         fa2 = "FlashAttention-2 " + ("of the flash-attn package" if choice == "flash" else "built into torch")
-        reason = "FlashAttention-3, which is installed" if fa3 else fa2
+        reason = "FlashAttention-3 is installed" if fa3 else fa2
     elif requested != "auto":
-        choice, reason = requested, "it was asked for"
+        choice, reason = requested, f"requested by attention_backend={requested}"
     elif pattern != FULL and device.type == "cuda":
         choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
     elif pattern != FULL:
@@ -136,29 +136,28 @@ def attention(
     backend: str = "auto",
     key_layout: PackLayout | None = None,
 ) -> Tensor:
-    """Attention inside each segment of a pack.
+    """Attention within each segment of a pack.
 
     Args:
         query: ``[T, H, d]``.
-        key: ``[T, H, d]``, or as many tokens as ``key_layout`` has.
+        key: ``[T, H, d]``, or the number of tokens of ``key_layout``.
         value: As ``key``.
-        layout: Where the segments are.
+        layout: Segments of the queries.
         pattern: Which tokens of a clip see each other.
         backend: ``auto`` or the backend to use.
-        key_layout: Where the segments of keys and values are, where they are other tokens than the queries: segment i
-            of the queries attends to segment i of these (by ``sdpa`` where ``flex`` was asked for). None for the same
-            tokens.
+        key_layout: Segments of keys and values, if they differ from the queries': segment i of the queries attends to
+            segment i of the keys (with ``sdpa`` if ``flex`` was requested). None if they are the same.
 
     Returns:
         ``[T, H, d]``.
 
     Raises:
-        ConfigError: If the backend is unknown, cannot run here or lacks the pattern, or the keys are other tokens than
-            the queries and the pattern is not full.
+        ConfigError: If the backend is unknown, cannot run here or does not support the pattern, or ``key_layout`` is
+            given and the pattern is not full.
     """
     if key_layout is not None and pattern != FULL:
         raise ConfigError(
-            f"attention_pattern is {pattern.name}; keys of other tokens than the queries need the full pattern"
+            f"attention_pattern must be full when keys and queries have different layouts, got {pattern.name}"
         )
     choice = choose_backend(query.device, query.dtype, backend, pattern)
     return _attention(query, key, value, layout, layout if key_layout is None else key_layout, pattern, choice)
@@ -182,7 +181,7 @@ def _attention(
 
 
 _outside_of_graphs = torch.compiler.disable(_attention)
-"""The same where a compiled block calls it: its graph ends before and another begins behind."""
+"""The same for compiled blocks: breaks the graph before and after the call."""
 
 
 def bind(
@@ -190,18 +189,18 @@ def bind(
 ) -> BoundAttention:
     """Attention of one pack for compiled blocks, compiled once for all packs of a shape.
 
-    How many segments a pack has and how long the longest is differ from pack to pack. They are sizes of tensors that
-    are marked as varying: ``mark_dynamic`` makes the compiler fail where it would fix one of them.
+    The number of segments and the longest segment vary between packs. Both are passed as tensor sizes marked with
+    ``mark_dynamic``, which makes the compiler fail instead of specializing on one of them.
 
     Args:
-        layout: Of the pack, on its device.
-        device: Where the blocks compute.
-        dtype: Of queries, keys and values.
+        layout: Layout of the pack, on its device.
+        device: Device of the blocks.
+        dtype: Dtype of queries, keys and values.
         pattern: Which tokens of a clip see each other.
         backend: ``auto`` or the backend to use.
 
     Returns:
-        The attention. It is ``in_graph`` by ``varlen``, and by ``sdpa`` on a CPU with the full pattern.
+        The attention. It is ``in_graph`` for ``varlen``, and for ``sdpa`` on a CPU with the full pattern.
 
     Raises:
         ConfigError: As ``attention``.
@@ -224,13 +223,13 @@ def bind(
 def _varlen_of_sizes(
     query: Tensor, key: Tensor, value: Tensor, kernel: VarlenKernel, boundaries: Tensor, longest: Tensor
 ) -> Tensor:
-    """The longest segment is the size of ``longest``, a view that holds nothing of its own."""
+    """``longest`` is an expanded view without storage; its size is the longest segment."""
     most = longest.shape[0]
     return kernel(query, key, value, boundaries, boundaries, most, most)
 
 
 def _runs(layout: PackLayout, keys: PackLayout) -> list[tuple[tuple[int, int], int]]:
-    """Query and key lengths of neighboring segments that are alike in both, and how many they are."""
+    """(Query length, key length) of each run of adjacent equal segments, and the number of segments in it."""
     lengths = zip(layout.segment_lengths, keys.segment_lengths, strict=True)
     return [(alike, len(list(run))) for alike, run in groupby(lengths)]
 
@@ -252,7 +251,7 @@ def _run_masks(layout: PackLayout, pattern: AttentionPattern) -> list[Tensor]:
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, keys: PackLayout, pattern: AttentionPattern
 ) -> Tensor:
-    """Runs of equally long segments become a batch: a view, nothing is copied."""
+    """Each run of segments of equal length becomes a batch: a view, without a copy."""
     runs = _runs(layout, keys)
     masks: Sequence[Tensor | None] = [None] * len(runs)
     if pattern != FULL:
@@ -268,9 +267,9 @@ def _sdpa(
 
 
 def _block_mask(layout: PackLayout, pattern: AttentionPattern) -> BlockMask:
-    """Which blocks of token pairs FlexAttention must compute, and which pairs of those count.
+    """The blocks of token pairs that FlexAttention must compute, and the mask within them.
 
-    ``create_block_mask`` would first make the table of all pairs: 268 MB at 16,384 tokens, and 2 GB for ``window``.
+    ``create_block_mask`` would first build the table of all pairs: 268 MB at 16,384 tokens, and 2 GB for ``window``.
     """
     segment, rank = token_segments(layout), token_ranks(layout)
 
@@ -278,12 +277,12 @@ def _block_mask(layout: PackLayout, pattern: AttentionPattern) -> BlockMask:
         return (segment[query] == segment[key]) & pattern.sees(rank[query], rank[key])
 
     some, every = visible_blocks(layout, pattern, FLEX_BLOCK_TOKENS)
-    (number, places), (whole_number, whole_places) = _in_rows(some & ~every), _in_rows(every)
+    (count, columns), (full_count, full_columns) = _in_rows(some & ~every), _in_rows(every)
     return BlockMask.from_kv_blocks(
-        number,
-        places,
-        whole_number,
-        whole_places,
+        count,
+        columns,
+        full_count,
+        full_columns,
         BLOCK_SIZE=FLEX_BLOCK_TOKENS,
         mask_mod=seen,
         seq_lengths=(len(rank), len(rank)),
@@ -291,7 +290,7 @@ def _block_mask(layout: PackLayout, pattern: AttentionPattern) -> BlockMask:
 
 
 def _in_rows(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are set, int32 ``[1, 1, N]``, and every column, theirs first, ``[1, 1, N, N]``."""
+    """Number of set blocks per row, int32 ``[1, 1, N]``, and all columns, set ones first, ``[1, 1, N, N]``."""
     table = blocks.to(torch.int32)[None, None]
     return table.sum(-1, dtype=torch.int32), table.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
@@ -305,14 +304,14 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, pattern: AttentionPattern) -> Tensor:
     block_mask = _once(layout, ("flex", pattern), lambda: _block_mask(layout, pattern))
     q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-    with torch.compiler.set_stance("default"):  # also where a sampler lets all else be eager: eager flex is dense
+    with torch.compiler.set_stance("default"):  # also if a sampler forces eager mode: eager flex is dense
         output = _compiled_flex()(q, k, v, block_mask=block_mask)
     return output.squeeze(0).transpose(0, 1)
 
 
 @lru_cache(maxsize=2)
 def _varlen_kernel(choice: str) -> VarlenKernel:
-    """The function behind ``varlen`` or ``flash``, found and imported once."""
+    """The kernel of ``varlen`` or ``flash``, imported once."""
     if choice == "flash":
         return flash.fa2_kernel()
     kernel: VarlenKernel = require("torch.nn.attention.varlen").varlen_attn

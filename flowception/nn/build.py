@@ -1,8 +1,8 @@
-"""Networks by name: a configuration becomes the backbone it names.
+"""Builds the backbone named by a configuration.
 
-A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) whose ``spec`` is its
-``ModelSpec`` and whose parts say how their weights begin (``nn.init``). Trainer, generation and export build it
-here and nowhere else.
+A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) and an attribute ``spec``
+(``ModelSpec``), whose submodules define their initial weights (``nn.init``). Training, generation and export all build
+it here.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ BACKBONES: dict[str, Callable[[DiTConfig], nn.Module]] = {"dit": FlowceptionDiT}
 
 
 def build_backbone(config: DiTConfig) -> nn.Module:
-    """The network of a configuration, its weights not yet initialized.
+    """Build the network of a configuration, with uninitialized weights.
 
     Raises:
-        ConfigError: If there is no backbone of that name.
+        ConfigError: If the backbone is unknown.
     """
     one_of(BACKBONES).check("model.backbone", config.backbone)
     return BACKBONES[config.backbone](config)
 
 
 def count_parameters(config: DiTConfig) -> int:
-    """Parameters of a network, counted on the meta device: nothing is allocated."""
+    """Number of parameters of a network, counted on the meta device without allocating memory."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_backbone(config).parameters())

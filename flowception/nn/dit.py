@@ -2,12 +2,11 @@
 
     velocity, log_rate = model(pack)
 
-Each token is modulated by its own frame's time (AdaLN before attention, before the MLP and before the output), each
-frame ends in an insertion token that predicts how many frames are missing to its right, and text tokens share the
-attention and the MLP with a modulation of their own (DESIGN.md section 3; Flowception, arXiv 2512.11438).
+Each token is modulated by its frame's time (AdaLN before attention, the MLP and the output). Each frame ends with an
+insertion token that predicts the number of missing frames to its right. Text tokens share attention and MLP with the
+latent tokens but have a separate modulation (DESIGN.md section 3; Flowception, arXiv 2512.11438).
 
-Under ZeRO-3 every module runs on every rank at every forward, with whatever a pack holds: one without text tokens,
-or all padding, still runs them all.
+Every module runs in every forward on every rank, as ZeRO-3 requires, even for a pack without text or of padding only.
 
 Shape legend: ``T`` tokens, ``F`` frame slots, ``B`` clip slots, ``R`` text rows, ``C`` latent channels, ``d`` hidden
 size, ``H`` heads.
@@ -49,10 +48,10 @@ MODULATIONS = 6
 
 
 class TokenEmbedding(nn.Module):
-    """A pack's tokens at the network's entry.
+    """The input tokens of a pack.
 
-    A latent token is a linear map of its noisy latent, its condition latent and its place in the grid, plus its frame's
-    role; an insertion token is learned, plus counts and role; a text token is a linear map of its embedding.
+    A latent token is a linear map of its noisy latent, condition latent and grid position, plus its frame's role. An
+    insertion token is a learned vector plus counts and role. A text token is a linear map of its embedding.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -65,7 +64,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, pack: PackInput, text: Tensor | None, rows: Rows) -> Tensor:
         """Pack, embedded text ``[R, d]`` and the rows of frames (and clips) to tokens ``[T, d]``.
 
-        In the dtype of the arithmetic: bfloat16 under autocast too, where the weights are float32.
+        The dtype is that of the computation, so bfloat16 under autocast, even with float32 weights.
         """
         layout = pack.layout
         inputs = [pack.noisy, pack.condition]
@@ -81,7 +80,7 @@ class TokenEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Text embeddings as tokens, and a clip's mean of them as the condition of its text modulation."""
+    """Text embeddings as tokens, and their mean per clip as the condition of text modulation."""
 
     def __init__(self, text_dim: int, size: int) -> None:
         super().__init__()
@@ -89,7 +88,7 @@ class TextEmbedding(nn.Module):
         self.pooled = Linear(size, size)
 
     def forward(self, text: Tensor, layout: PackLayout) -> tuple[Tensor, Tensor]:
-        """Text ``[R, D]`` to tokens ``[R, d]`` and pooled ``[B, d]`` (of nothing where a clip has no text)."""
+        """Text ``[R, D]`` to tokens ``[R, d]`` and pooled ``[B, d]`` (of zeros for clips without text)."""
         tokens = self.tokens(text.to(self.tokens.weight.dtype))
         clips = torch.arange(layout.clip_frames.shape[0], device=text.device).unsqueeze(1)
         member = (layout.token_clip[layout.text_token] == clips).to(tokens.dtype)
@@ -98,7 +97,7 @@ class TextEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each behind AdaLN with a gate that starts at zero."""
+    """Attention and SwiGLU, each preceded by AdaLN and scaled by a gate that starts at zero."""
 
     def __init__(self, spec: ModelSpec, ops: FusedOps, compiled: bool) -> None:
         super().__init__()
@@ -127,9 +126,9 @@ class Block(nn.Module):
             tokens: ``[T, d]``.
             frame_condition: ``[F, d]``.
             text_condition: ``[B, d]``; None for a network without text.
-            rows: Row of (frames, then clips if there is text) whose modulation a token takes.
+            rows: Modulation row of each token, among frames and, with text, clips.
             rotations: float32 ``[T, 1, d / H / 2, 2]``, from ``VideoRoPE``.
-            attention: Within the pack's segments.
+            attention: Attention within the pack's segments.
 
         Returns:
             ``[T, d]``.
@@ -146,7 +145,7 @@ class Block(nn.Module):
         rotations: Tensor,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """What ``forward`` does, compiled or not."""
+        """The computation of ``forward``, eager or compiled."""
         table = self.frame_modulation(frame_condition)
         if self.text_modulation is not None:
             table = torch.cat([table, self.text_modulation(text_condition)])
@@ -164,22 +163,22 @@ class Block(nn.Module):
 
 @lru_cache(maxsize=2)
 def compiled_block(one_graph: bool) -> Callable[..., Tensor]:
-    """``Block.compute`` behind ``torch.compile``: all blocks of a process share one graph for training, one without.
+    """``Block.compute`` under ``torch.compile``. All blocks of a process share one graph with gradients, one without.
 
-    It is the function and not the module that is compiled: a module's hooks, with which DeepSpeed gathers weights at
-    ZeRO-3, stay outside (the block must be one of its leaf modules, ``training.distributed.zero``).
+    The function is compiled rather than the module, so that module hooks, which DeepSpeed uses to gather weights at
+    ZeRO-3, stay outside the graph (blocks must be its leaf modules, ``training.distributed.zero``).
 
     Args:
-        one_graph: Whether anything that would interrupt the graph is an error.
+        one_graph: Whether a graph break is an error.
     """
     compiled: Callable[..., Tensor] = torch.compile(Block.compute, fullgraph=one_graph)
     return compiled
 
 
 class OutputHeads(nn.Module):
-    """AdaLN by each frame's own time, then velocity of latent tokens and log-rate of insertion tokens.
+    """AdaLN by each frame's time, then the velocity of latent tokens and the log-rate of insertion tokens.
 
-    Modulation and rate compute in float32: a log-rate near 3 in bfloat16 has a spacing of 2^-6, 1.6 % of the rate, and
+    Modulation and rate are computed in float32: bfloat16 values near 3 are 2^-6 apart, which is 1.6 % of the rate, and
     the rate must resolve counts.
     """
 
@@ -192,7 +191,7 @@ class OutputHeads(nn.Module):
         self.rate = Float32Linear(size, 1, zero=True, bias_value=initial_log_rate)
 
     def forward(self, tokens: Tensor, frame_condition: Tensor, layout: PackLayout) -> ModelOutput:
-        """Tokens ``[T, d]`` and conditions ``[F, d]`` to the network's output; zero where it has no meaning."""
+        """Tokens ``[T, d]`` and conditions ``[F, d]`` to the network's output; zero at unused positions."""
         shift, scale = self.frame_modulation(frame_condition).chunk(2, dim=-1)
         tokens = modulate(tokens.float(), shift, scale, frame_rows(layout, with_text=False))
         velocity = self.velocity(tokens.to(self.velocity.weight.dtype)).float()
@@ -204,10 +203,10 @@ class OutputHeads(nn.Module):
 
 
 class FlowceptionDiT(nn.Module):
-    """The network. Construct it, then call ``initialize`` (constructors leave no meaningful weights).
+    """The network. Construct it, then call ``initialize``: constructors do not set weights.
 
     Args:
-        config: Its sizes and settings.
+        config: Sizes and settings.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -227,7 +226,7 @@ class FlowceptionDiT(nn.Module):
         self.heads = OutputHeads(spec, config.initial_log_rate or 0.0)
 
     def initialize(self, seed: int, gather: Gather | None = None) -> Self:
-        """Set all weights from the seed and their names; see ``flowception.nn.init``."""
+        """Set all weights from the seed and the parameter names; see ``flowception.nn.init``."""
         initialize(self, seed, gather)
         return self
 
@@ -236,15 +235,15 @@ class FlowceptionDiT(nn.Module):
 
         Args:
             pack: On the device of the weights; latents in any float dtype.
-            attends: Attention of each block, where keys and values of other tokens join in
-                (``flowception.generation.kv_cache``); None for the pack's own alone.
+            attends: Attention of each block, if cached keys and values are included
+                (``flowception.generation.kv_cache``); None to attend only within the pack.
 
         Returns:
-            float32 velocity ``[T, C]`` (zero but at latent tokens) and float32 log_rate ``[F]`` (zero in unused
+            float32 velocity ``[T, C]`` (zero except at latent tokens) and float32 log_rate ``[F]`` (zero in unused
             slots).
 
         Raises:
-            DataError: If the pack has text and the network none, or the other way round.
+            DataError: If exactly one of pack and network has text.
         """
         layout = pack.layout
         self._check_text(pack)
@@ -270,7 +269,7 @@ class FlowceptionDiT(nn.Module):
         return self.heads(tokens, frame_condition, layout)
 
     def _bind(self, layout: PackLayout, tokens: Tensor, attends: Sequence[Attend] | None) -> Sequence[BoundAttention]:
-        """Attention of every block; its backend is chosen here, outside of compiled code."""
+        """Attention of every block. The backend is chosen here, outside compiled code."""
         if attends is not None:
             return [BoundAttention(partial(attend, layout=layout), in_graph=False) for attend in attends]
         config = self.config
@@ -282,8 +281,8 @@ class FlowceptionDiT(nn.Module):
     def _check_text(self, pack: PackInput) -> None:
         if pack.text is None and self.spec.text_dim is not None:
             raise DataError(
-                f"the network was built with text_dim={self.spec.text_dim} and the pack has no text; "
-                "give text of shape [R, D] (R may be 0), or build it with text_dim=0"
+                f"the network was built with text_dim={self.spec.text_dim} but the pack has no text; "
+                "pass text of shape [R, D] (R may be 0), or set model.text_dim=0"
             )
         if pack.text is not None and self.spec.text_dim is None:
-            raise DataError("the pack has text and the network was built without; set model.text_dim")
+            raise DataError("the pack has text but the network was built without it; set model.text_dim")

@@ -1,9 +1,9 @@
-"""Which FlashAttention is installed: the packages share a name, and what one holds the other lacks.
+"""Detects the installed FlashAttention packages, which share a name but have different modules.
 
-* Version 2 is built into torch; the package ``flash-attn`` brings it a second time (``flash_attn_varlen_func``).
-* Version 3, for Hopper GPUs, is a package of its own (module ``flash_attn_interface``). torch calls it in place of its
-  own version 2 once it is activated (``torch.nn.attention.activate_flash_attention_impl``).
-* Version 4 (``flash-attn-4``) puts ``flash_attn.cute`` alone into the same place as version 2.
+* Version 2 is built into torch. The package ``flash-attn`` also provides it (``flash_attn_varlen_func``).
+* Version 3, for Hopper GPUs, is a separate package (module ``flash_attn_interface``). torch uses it instead of the
+  built-in version 2 once it is activated (``torch.nn.attention.activate_flash_attention_impl``).
+* Version 4 (``flash-attn-4``) installs only ``flash_attn.cute``, under the same top-level name as version 2.
 
 Shape legend: ``T`` tokens, ``H`` heads, ``d`` width of a head, ``S`` segments.
 """
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 
 class VarlenKernel(Protocol):
-    """Attention within segments by a kernel for variable lengths."""
+    """A variable-length attention kernel."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, /
     ) -> Tensor:
-        """``[T, H, d]`` three times, boundaries int32 ``[S + 1]`` and longest segments, to ``[T, H, d]``."""
+        """Three tensors ``[T, H, d]``, boundaries int32 ``[S + 1]`` and longest segments to ``[T, H, d]``."""
 
 
 @lru_cache(maxsize=1)
 def activate_fa3() -> bool:
-    """Let torch use FlashAttention-3 where its package is installed and the GPU is one that it is for.
+    """Switch torch to FlashAttention-3 if its package is installed and the GPU is a Hopper.
 
     Returns:
-        Whether torch does so now.
+        Whether torch uses it.
     """
     if find_spec(_FA3_MODULE) is None or not torch.cuda.is_available():
         return False
@@ -51,23 +51,23 @@ def activate_fa3() -> bool:
     try:
         activate_flash_attention_impl("FA3")
     except (ImportError, RuntimeError, ValueError) as error:
-        logger.warning("FlashAttention-3 is installed and torch cannot use it (%s); FlashAttention-2 goes on", error)
+        logger.warning("torch cannot use the installed FlashAttention-3 (%s); falling back to FlashAttention-2", error)
         return False
     return True
 
 
 def fa2_kernel() -> VarlenKernel:
-    """The kernel of the flash-attn package, version 2; deterministic where torch is asked to be.
+    """The kernel of flash-attn version 2; deterministic if torch's deterministic algorithms are enabled.
 
     Raises:
-        MissingDependencyError: If there is no package of that name.
-        ConfigError: If it is another version.
+        MissingDependencyError: If no flash_attn package is installed.
+        ConfigError: If only another version is installed.
     """
     function = getattr(require("flash_attn", extra="flash"), "flash_attn_varlen_func", None)
     if function is None:
-        only = "flash_attn.cute, which is FlashAttention-4" if find_spec("flash_attn.cute") else "other modules"
+        only = "only flash_attn.cute (FlashAttention-4)" if find_spec("flash_attn.cute") else "neither"
         raise ConfigError(
-            f"attention_backend=flash needs FlashAttention-2 or 3, and the flash_attn that is installed has {only}; "
+            f"attention_backend=flash needs FlashAttention-2 or 3, but the installed flash_attn has {only}; "
             "pip install 'flowception[flash]', or use attention_backend=auto, which needs no package"
         )
     return partial(_call_fa2, function)
@@ -78,11 +78,11 @@ def _call_fa2(function: Callable[..., Tensor], *tensors_and_sizes: Any) -> Tenso
 
 
 def check_installed() -> None:
-    """Refuse ``attention_backend=flash`` where neither version 2 nor version 3 is installed.
+    """Check that flash-attn version 2 or 3 is installed, as ``attention_backend=flash`` requires.
 
     Raises:
-        MissingDependencyError: If there is none.
-        ConfigError: If there is another version.
+        MissingDependencyError: If no version is installed.
+        ConfigError: If only another version is installed.
     """
     if find_spec(_FA3_MODULE) is None:
         fa2_kernel()

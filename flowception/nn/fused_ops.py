@@ -1,7 +1,7 @@
-"""What a block computes between its matrix products, as functions of tensors alone: these may be compiled.
+"""The operations of a block between its matrix products, as pure tensor functions that can be compiled.
 
-Eager PyTorch runs each of them as several kernels that read and write whole activations; ``torch.compile`` makes one
-or two of them. They own no weights, so the hooks with which ZeRO-3 gathers a module's weights never run inside
+Eager PyTorch runs each of them as several kernels that read and write full activations; ``torch.compile`` fuses them
+into one or two kernels. They own no weights, so ZeRO-3's hooks, which gather a module's weights, never run inside
 compiled code.
 
 Shape legend: ``T`` tokens, ``R`` rows of a modulation table (frames, then clips for their text), ``d`` hidden size,
@@ -34,32 +34,32 @@ class FusedOps(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    """Norm without weights, then each token's own scale and shift (AdaLN).
+    """RMS norm without weights, then a scale and shift per token (AdaLN).
 
     Args:
         x: ``[T, d]``.
         shift: ``[R, d]``, zero for none.
         scale: ``[R, d]``, zero for none.
-        rows: Which row of the tables each token takes.
+        rows: The row of the tables for each token.
 
     Returns:
         ``[T, d]``.
     """
-    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON).to(x.dtype)  # CUDA's autocast gives float32
+    normed = F.rms_norm(x, (x.shape[-1],), eps=NORM_EPSILON).to(x.dtype)  # float32 under CUDA autocast
     return torch.addcmul(take_rows(shift, rows), normed, take_rows(1.0 + scale, rows))
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor, rows: Rows) -> Tensor:
-    """``x + gate[row] * update``: x and update ``[T, d]``, gate ``[R, d]``; gives ``[T, d]``."""
+    """``x + gate[row] * update``: x and update ``[T, d]``, gate ``[R, d]``; returns ``[T, d]``."""
     return torch.addcmul(x, update, take_rows(gate, rows))
 
 
 def norm_and_rotate(heads: Tensor, weight: Tensor, rotations: Tensor) -> Tensor:
-    """Root mean square norm of each head, then its rotation; both in float32.
+    """RMS norm of each head, then its rotation, both in float32.
 
     Args:
         heads: ``[T, H, d / H]``.
-        weight: ``[d / H]`` of the norm.
+        weight: ``[d / H]``, weight of the norm.
         rotations: float32 ``[T, 1, d / H / 2, 2]``.
 
     Returns:
@@ -70,7 +70,7 @@ def norm_and_rotate(heads: Tensor, weight: Tensor, rotations: Tensor) -> Tensor:
 
 
 def swiglu(gate_and_value: Tensor) -> Tensor:
-    """``silu(gate) * value`` of both beside each other: ``[..., 2 n]`` to ``[..., n]``."""
+    """``silu(gate) * value`` of concatenated gate and value: ``[..., 2 n]`` to ``[..., n]``."""
     gate, value = gate_and_value.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -80,8 +80,8 @@ EAGER = FusedOps(modulate=modulate, add_gated=add_gated, norm_and_rotate=norm_an
 
 @lru_cache(maxsize=1)
 def compiled_ops() -> FusedOps:
-    """The same functions behind ``torch.compile``: compiled once for the process, at their first call.
+    """The same functions under ``torch.compile``, compiled once per process at the first call.
 
-    A pack's shape is constant in a run; where a second one comes, sizes become symbols.
+    The pack shape is constant in a run. A second shape makes the sizes symbolic.
     """
     return FusedOps(*(torch.compile(function) for function in EAGER))

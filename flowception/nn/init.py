@@ -1,8 +1,8 @@
-"""Weights set from a seed and their own names, so that no order, rank or world size can change them.
+"""Initializes weights from a seed and the parameter names, independent of order, rank and world size.
 
-Nothing is initialized in constructors: under ZeRO-3 (``deepspeed.zero.Init``) a module's parameters are already
-partitioned when its parent's constructor runs, and writing to them there silently does nothing. A pass after
-construction visits each module that owns parameters, gathers them, and writes.
+Constructors do not initialize: under ZeRO-3 (``deepspeed.zero.Init``) a module's parameters are already partitioned
+when its parent's constructor runs, and writing to them has no effect. A pass after construction visits each module that
+owns parameters, gathers them, and writes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[bool]]
-"""Makes parameters whole for the time of a ``with``; yields True where this process must write them."""
+"""Gathers partitioned parameters within a ``with`` block; yields True if this process must write them."""
 
 
 @runtime_checkable
 class OwnsParameters(Protocol):
-    """A module that says how its own parameters begin."""
+    """A module that defines the initial values of the parameters it owns."""
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Float32 value of the parameter ``name`` (as named in this module)."""
+        """Initial value, float32, of the parameter ``name`` (its name in this module)."""
 
 
 def _write_here(_: Sequence[nn.Parameter]) -> AbstractContextManager[bool]:
@@ -41,12 +41,12 @@ def initialize(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
     """Set every parameter of a model from ``(seed, parameter name)``.
 
     Args:
-        model: Its modules that own parameters must be ``OwnsParameters``.
+        model: Every module that owns parameters must be ``OwnsParameters``.
         seed: Any integer.
-        gather: For partitioned parameters; None when they are whole here.
+        gather: Gathers partitioned parameters; None if they are not partitioned.
 
     Raises:
-        TypeError: If a module owns parameters and does not say how they begin.
+        TypeError: If a module owns parameters but has no ``initial_value``.
     """
     gather = gather or _write_here
     for path, module in model.named_modules():
@@ -54,7 +54,7 @@ def initialize(model: nn.Module, seed: int, gather: Gather | None = None) -> Non
         if not owned:
             continue
         if not isinstance(module, OwnsParameters):
-            raise TypeError(f"{path or 'the model'} ({type(module).__name__}) owns parameters and has no initial_value")
+            raise TypeError(f"{path or 'the model'} ({type(module).__name__}) owns parameters but has no initial_value")
         with gather([parameter for _, parameter in owned]) as writes_here:
             if not writes_here:
                 continue

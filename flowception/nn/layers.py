@@ -1,4 +1,4 @@
-"""The small parts of the Flowception DiT. Each says how its own parameters begin (``flowception.nn.init``).
+"""Layers of the Flowception DiT. Each defines the initial values of its parameters (``flowception.nn.init``).
 
 Shape legend: ``T`` tokens, ``F`` frames, ``H`` heads.
 """
@@ -15,11 +15,11 @@ from flowception.nn.fused_ops import FusedOps
 from flowception.packing.flops import COUNT_FEATURES, GRID_FEATURES, TIME_FEATURES
 
 SMALLEST_REMAINDER = 1e-3
-"""Added to 1 - t before its logarithm; a twentieth of a step of a 50-step sampler."""
+"""Added to 1 - t before the logarithm; 1/20 of a step of a 50-step sampler."""
 
 
 class Linear(nn.Linear):
-    """A linear layer that keeps variance at the start, or starts at zero (``zero=True``)."""
+    """A linear layer initialized to preserve variance, or to zero (``zero=True``)."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, zero: bool = False, bias_value: float = 0.0
@@ -37,10 +37,10 @@ class Linear(nn.Linear):
 
 
 class Float32Linear(Linear):
-    """A linear layer that computes in float32 whatever its weights are and under autocast too.
+    """A linear layer that computes in float32 for any weight dtype, and under autocast.
 
-    For the few outputs that must be resolved more finely than bfloat16's 2^-8. The weights are cast in the forward of
-    the module that owns them: there ZeRO-3 has gathered them.
+    For the few outputs that need finer resolution than bfloat16's 2^-8. The weights are cast in the forward of the
+    module that owns them, where ZeRO-3 has gathered them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Embedding(nn.Embedding):
 
 
 class RotaryNorm(nn.Module):
-    """Root mean square norm of each head with a learned weight, then the rotation (for queries and keys)."""
+    """RMS norm of each head with a learned weight, then the rotation (for queries and keys)."""
 
     def __init__(self, head_dim: int, ops: FusedOps) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class RotaryNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``W_out (silu(W_gate x) * W_value x)`` with both inputs in one matrix."""
+    """``W_out (silu(W_gate x) * W_value x)``, with gate and value in one matrix."""
 
     def __init__(self, size: int, hidden_size: int, ops: FusedOps) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def waves(x: Tensor, lowest: float, highest: float, features: int) -> Tensor:
         x: float32, any shape.
         lowest: Lowest frequency, radians per unit of x.
         highest: Highest frequency.
-        features: How many numbers, half sines, half cosines.
+        features: Number of features, half sines, half cosines.
 
     Returns:
         float32 ``[..., features]``.
@@ -108,16 +108,16 @@ def waves(x: Tensor, lowest: float, highest: float, features: int) -> Tensor:
 
 
 def grid_features(position: Tensor) -> Tensor:
-    """A token's row and column as waves: float32 ``[T, 3]`` (rank, row, column) to ``[T, GRID_FEATURES]``.
+    """Sines and cosines of a token's row and column: float32 ``[T, 3]`` (rank, row, column) to ``[T, GRID_FEATURES]``.
 
-    Rows and columns are counted from the frame's middle, in cells; the waves tell neighboring cells apart and do not
-    come round within 60 cells.
+    Rows and columns are measured from the center of the frame, in cells. The frequencies distinguish neighboring cells
+    and do not repeat within 60 cells.
     """
     return waves(position[:, 1:], 0.05, 2.0, GRID_FEATURES // 2).flatten(1)
 
 
 class FeatureMLP(nn.Module):
-    """Features to a vector of the hidden size."""
+    """MLP from features to the hidden size."""
 
     def __init__(self, features: int, size: int) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class FeatureMLP(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """A frame's time as a vector.
+    """Embedding of a frame's time.
 
-    Half of the features are waves of t, half are waves of ``log(1 - t)``: near the clock's end the insertion rate
-    changes within one frame, so the remainder 1 - t must be resolved on its own scale (DESIGN.md section 3).
+    Half of the features are sines and cosines of t, half of ``log(1 - t)``. Near the end of the clock the insertion
+    rate changes within one frame, so 1 - t needs a logarithmic scale (DESIGN.md section 3).
     """
 
     def __init__(self, size: int) -> None:
@@ -152,7 +152,7 @@ class TimeEmbedding(nn.Module):
 
 
 class CountEmbedding(nn.Module):
-    """Rank of a frame among the visible ones, and their number, as a vector: attention alone counts badly."""
+    """Embedding of a frame's rank and of the number of visible frames, because attention alone counts poorly."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class CountEmbedding(nn.Module):
 
 
 class InsertionToken(nn.Module):
-    """The learned token that ends each frame and carries its rate, with the counts that the rate depends on."""
+    """The learned token at the end of each frame that predicts its rate, plus the counts the rate depends on."""
 
     def __init__(self, size: int, count_embedding: bool) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
 """Attention patterns: which tokens of a clip see each other.
 
 * ``full``: all of them.
-* ``causal``: a token sees the tokens of its own frame and of earlier ones.
-* ``window``: a token sees the tokens of frames at most K away (``attention_window_frames``).
+* ``causal``: a token sees its own frame and earlier frames.
+* ``window``: a token sees frames at most K away (``attention_window_frames``).
 
-Frames are counted among the visible ones, and an insertion token belongs to its frame. Under ``causal`` and ``window``
-text is seen by every token and sees text alone: text that saw frames would carry what a later or a far frame holds to
-everyone in the next layer.
+Only visible frames are counted, and an insertion token belongs to its frame. Under ``causal`` and ``window``, every
+token sees the text, but text sees only text. Otherwise text would pass information from later or distant frames to all
+tokens in the next layer.
 
-Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of neighboring tokens that see alike (a frame, a
+Shape legend: ``T`` tokens of a pack, ``S`` segments, ``U`` runs of adjacent tokens with the same visibility (a frame, a
 clip's text, a padding segment), ``N`` blocks of tokens.
 """
 
@@ -29,13 +29,13 @@ PATTERNS = ("full", "causal", "window")
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """A pattern by name, with the window's K where it has one."""
+    """A pattern by name, with K for ``window``."""
 
     name: str = "full"
     window_frames: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what does not exist."""
+        """Check the name and K."""
         one_of(PATTERNS).check("model.attention_pattern", self.name)
         if self.name == "window":
             rule = integer(at_least=1, note="attention_pattern is window")
@@ -47,11 +47,11 @@ class AttentionPattern:
             )
 
     def sees(self, query_rank: Tensor, key_rank: Tensor) -> Tensor:
-        """Whether a token sees another of its clip, bool of the broadcast shape.
+        """Whether a query token sees a key token of the same clip, bool of the broadcast shape.
 
         Args:
-            query_rank: Rank of the frame of the token that looks, -1 for text.
-            key_rank: The same of the token that is looked at.
+            query_rank: Rank of the query token's frame, -1 for text.
+            key_rank: Rank of the key token's frame, -1 for text.
         """
         if self.name == "full":
             return torch.ones_like(query_rank == key_rank)
@@ -76,18 +76,18 @@ def token_segments(layout: PackLayout) -> Tensor:
 
 
 def visible_blocks(layout: PackLayout, pattern: AttentionPattern, block_tokens: int) -> tuple[Tensor, Tensor]:
-    """Which blocks of token pairs hold a pair that sees, and in which every pair does; without a table of all pairs.
+    """Blocks of token pairs with at least one visible pair, and blocks where all pairs are visible.
 
-    The tokens of a run see alike and are seen alike, so a table of runs says it all, and sums over rectangles of that
-    table count the pairs of runs that see in each block.
+    Does not build the table of all pairs. The tokens of a run have the same visibility, so a table of runs is enough,
+    and sums over rectangles of that table count the visible pairs of runs in each block.
 
     Args:
-        layout: Of the pack.
+        layout: Layout of the pack.
         pattern: Which tokens of a clip see each other.
-        block_tokens: Tokens of a block; the last one may have fewer and then counts as not wholly seen.
+        block_tokens: Tokens per block. A shorter last block never counts as fully visible.
 
     Returns:
-        Two bool tables ``[N, N]``: looking block, looked at block.
+        Two bool tables ``[N, N]``: query block, key block.
     """
     segment, rank = token_segments(layout), token_ranks(layout)
     begins = (segment.diff() != 0) | (rank.diff() != 0)

@@ -1,7 +1,7 @@
-"""What a network is configured by, and the table of named sizes.
+"""The network's configuration and the table of presets.
 
-A block has ``24 d^2`` parameters: 4 for queries, keys, values and output, 8 for SwiGLU (hidden size 8/3 d), and twice
-6 for the modulation of frames and of text; a network without text has no text modulation and ``18 d^2``.
+A block has ``24 d^2`` parameters: 4 for queries, keys, values and output, 8 for SwiGLU (hidden size 8/3 d), 6 for the
+modulation of frames and 6 for that of text. A network without text has no text modulation, so ``18 d^2``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from flowception.packing.flops import ModelSpec
 from flowception.ranges import Rule, check_ranges, integer, number, one_of
 
 COMPILE = ("blocks", "leaves", "off")
-"""What torch.compile may fuse."""
+"""Values of ``model.compile``."""
 AUTO = "auto"
-"""``activation_checkpointing`` for as few blocks as the memory of the devices allows."""
+"""Value of ``activation_checkpointing`` that checkpoints as few blocks as device memory allows."""
 MLP_MULTIPLE = 32
 """The SwiGLU hidden size is a multiple of this."""
 
@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
 
 
 _CHECKPOINTED_BLOCKS = Rule(
-    f"true for all blocks, false for none, how many, or {AUTO} for as few as the memory of the devices allows",
+    f"true (all blocks), false (none), a number of blocks, or {AUTO} (as few as device memory allows)",
     lambda value: value == AUTO or isinstance(value, bool) or integer(at_least=0).holds(value),
 )
 
@@ -65,39 +65,39 @@ class DiTConfig:
     num_heads: int | None = None
     """Attention heads; ``hidden_size / num_heads`` must be even and at least 8."""
     text_dim: int | None = None
-    """Width of a text embedding; 0 for no text whatever the preset says."""
+    """Width of a text embedding; 0 for no text, overriding the preset."""
     num_classes: int = 0
-    """Classes of clips, beside the null class; 0 for none."""
+    """Number of classes, excluding the null class; 0 for none."""
     frame_spacing: float = 2.0
-    """Rotary positions from one frame to the next."""
+    """Distance in rotary position between adjacent frames."""
     rope_base: float = 100.0
     """Ratio of the highest to the lowest rotary frequency."""
     count_embedding: bool = True
-    """Whether insertion tokens carry their frame's rank and the number of visible frames."""
+    """Whether insertion tokens encode their frame's rank and the number of visible frames."""
     grid_embedding: bool = True
-    """Whether latent tokens carry their row and column. Rotary positions are relative: without this the network must
-    infer where in the frame a token lies."""
+    """Whether latent tokens encode their row and column. Rotary positions are relative, so without this the network
+    must infer a token's position in the frame."""
     initial_log_rate: float | None = None
-    """Bias the rate head starts with, the log of the data's mean missing count per site; None lets the trainer compute
-    it from the plan."""
+    """Initial bias of the rate head: the log of the data's mean missing count per site. None: the trainer computes it
+    from the plan."""
     attention_pattern: str = "full"
-    """Which tokens of a clip see each other: full, causal (own and earlier frames) or window (near frames). Text is
-    seen by all; unless the pattern is full, it sees text alone."""
+    """Which tokens of a clip see each other: full, causal (own and earlier frames) or window (nearby frames). All
+    tokens see the text; unless the pattern is full, text sees only text."""
     attention_window_frames: int | None = None
-    """K: a token of the window pattern sees frames at most K away; None for the other patterns."""
+    """K: with the window pattern, a token sees frames at most K away; None for the other patterns."""
     attention_backend: str = "auto"
-    """auto, sdpa, flex, varlen or flash. varlen and flash have the full pattern only, flex needs CUDA."""
+    """auto, sdpa, flex, varlen or flash. varlen and flash support only the full pattern; flex needs CUDA."""
     compile: bool | str = "off"
-    """What torch.compile fuses in training: ``blocks`` (each block as one graph, the fastest), ``leaves`` (only what a
-    block computes between its matrix products: norms, modulation, rotation, SwiGLU, gates), or ``off``. The first steps
-    take longer; needs Triton on a GPU and a C++ compiler on a CPU."""
+    """What torch.compile fuses in training: ``blocks`` (each block as one graph, the fastest), ``leaves`` (only the
+    operations between a block's matrix products: norms, modulation, rotation, SwiGLU, gates), or ``off``. The first
+    steps take longer. Needs Triton on a GPU and a C++ compiler on a CPU."""
     activation_checkpointing: bool | int | str = False
-    """Blocks that are computed again in the backward pass instead of kept: true for all, false for none, how many,
-    counted from the first, or ``auto``: as few as fit ``memory_gib``, decided at every start. Fewer cost less time and
-    more memory; ``--dry-run`` says how much of both."""
+    """Blocks whose activations are recomputed in the backward pass: true for all, false for none, a number counted from
+    the first block, or ``auto``: as few as fit ``memory_gib``, decided at every start. Fewer take less time and more
+    memory; ``--dry-run`` reports both."""
 
     def __post_init__(self) -> None:
-        self.compile = self.compile or "off"  # YAML takes the word off for false
+        self.compile = self.compile or "off"  # YAML reads the word off as false
         size = integer(at_least=1).or_null("the preset's")
         rules = {
             "compile": one_of(COMPILE),
@@ -121,31 +121,31 @@ class DiTConfig:
         return AttentionPattern(self.attention_pattern, self.attention_window_frames)
 
     def checkpointed_blocks(self) -> int:
-        """How many blocks, the first ones, are computed again in the backward pass.
+        """Number of leading blocks whose activations are recomputed in the backward pass.
 
-        The first, because the backward pass comes to them last: what the others kept is free by then, and what the one
-        at work keeps for a moment adds nothing to the peak.
+        The first blocks, because the backward pass reaches them last: the activations of the others are free by then,
+        so the recomputed activations do not add to the peak.
 
         Raises:
-            ConfigError: If there are fewer blocks than that, or the number is still to be found.
+            ConfigError: If there are fewer blocks, or the setting is ``auto`` and not yet resolved.
         """
         blocks, given = self._size("num_layers"), self.activation_checkpointing
         if isinstance(given, str):
             raise ConfigError(
-                f"model.activation_checkpointing is {given} and the network is about to be trained without a number; "
-                "the trainer finds one (training/estimate/recomputation.py), elsewhere give one"
+                f"model.activation_checkpointing must be a number of blocks here, got {given}; only the trainer "
+                f"resolves {given} (training/estimate/recomputation.py), so set a number, true or false"
             )
         if given is True:
             return blocks
         if given > blocks:
             raise ConfigError(
                 f"model.activation_checkpointing must be at most the number of blocks, or true for all, got {given} "
-                f"and {blocks} blocks"
+                f"and {blocks} blocks; lower it or set it to true"
             )
         return int(given)
 
     def resolved(self) -> DiTConfig:
-        """The same network with every size written out and no preset."""
+        """The same network with every size explicit and no preset."""
         spec = self.flop_spec()
         return replace(
             self,
@@ -158,10 +158,10 @@ class DiTConfig:
         )
 
     def flop_spec(self) -> ModelSpec:
-        """Every size of the network, known.
+        """The network's resolved sizes.
 
         Raises:
-            ConfigError: If a size is given neither here nor by the preset, or sizes do not go together.
+            ConfigError: If a size is set neither here nor by the preset, or sizes are inconsistent.
         """
         hidden_size, num_heads = self._size("hidden_size"), self._size("num_heads")
         if hidden_size % num_heads:
@@ -169,7 +169,7 @@ class DiTConfig:
                 f"model.hidden_size must be a multiple of model.num_heads, got {hidden_size} and {num_heads}"
             )
         if self.activation_checkpointing != AUTO:
-            self.checkpointed_blocks()  # refuses more than there are
+            self.checkpointed_blocks()  # raises if there are fewer blocks
         text_dim = self.text_dim
         if text_dim is None and self.preset is not None:
             text_dim = PRESETS[self.preset].text_dim
@@ -192,6 +192,6 @@ class DiTConfig:
         if value is not None:
             return value
         if self.preset is None:
-            raise ConfigError(f"model.{name} is not set and there is no model.preset to take it from; give one")
+            raise ConfigError(f"model.{name} must be set when model.preset is null; set one of the two")
         preset_value: int = getattr(PRESETS[self.preset], name)
         return preset_value

@@ -1,8 +1,8 @@
-"""Rows of a table by token, and the sums of their gradients: the same to the bit in every run.
+"""Gathers table rows by token, with gradients that are summed deterministically.
 
-A frame's tokens are modulated by its row of a table, so the row's gradient is a sum over the frame's tokens. Adding by
-index does that with atomics on CUDA, in any order. But the tokens of a row are neighbors: each such run of tokens can
-be summed by itself, in its own order.
+A frame's tokens are modulated by its row of a table, so the row's gradient is a sum over the frame's tokens. On CUDA,
+``index_add_`` does this with atomics, in arbitrary order. The tokens of a row are contiguous, however, so each run of
+tokens can be summed separately, in a fixed order.
 
 Shape legend: ``T`` tokens, ``R`` rows of a table, ``U`` runs, ``n`` width of a row, ``F`` frame slots, ``B`` clip
 slots.
@@ -20,25 +20,25 @@ from flowception.packing.layout import PackLayout, TokenKind
 
 
 class Rows(NamedTuple):
-    """Which row of a table each token takes, and where the tokens of each row lie."""
+    """The table row of each token, and the run of tokens of each row."""
 
     row: Tensor
     """int64 [T]."""
     offsets: Tensor
-    """int64 [U + 1]: run u is tokens ``offsets[u]`` to ``offsets[u + 1]``. Tokens behind the last, padding, take a row
-    that is not theirs, and have no gradient."""
+    """int64 [U + 1]: run u is tokens ``offsets[u]`` to ``offsets[u + 1]``. Tokens after the last run are padding: they
+    read an arbitrary row and contribute no gradient."""
     run_of_row: Tensor
-    """int64 [R]: the run of each row; an empty one where no token takes it."""
+    """int64 [R]: the run of each row; an empty run if no token uses the row."""
 
 
 def frame_rows(layout: PackLayout, *, with_text: bool) -> Rows:
-    """The row of each token in a table of frames, and behind them of clips if text tokens take those of their clip.
+    """The row of each token in a table of frames, followed by clips if text tokens use their clip's row.
 
-    The runs of a clip are its text and its frames, in order; unused slots are empty runs at the end.
+    The runs of a clip are its text and its frames, in order. Unused slots are empty runs at the end.
 
     Args:
-        layout: Of the pack.
-        with_text: Whether the table is ``[F + B, n]``, not ``[F, n]``; without, text tokens have no gradient.
+        layout: Layout of the pack.
+        with_text: Whether the table is ``[F + B, n]`` instead of ``[F, n]``. If not, text tokens have no gradient.
     """
     kind, frames, clips = layout.token_kind, len(layout.frame_clip), len(layout.clip_frames)
     runs = frames + clips
@@ -57,18 +57,18 @@ def frame_rows(layout: PackLayout, *, with_text: bool) -> Rows:
 
 
 def clip_rows(layout: PackLayout) -> Rows:
-    """The row of each frame in a table of clips ``[B, n]``: for this the frames are the tokens."""
+    """The row of each frame in a table of clips ``[B, n]``, with frames in the role of tokens."""
     offsets = F.pad(layout.clip_frames.cumsum(0), (1, 0))
     return Rows(layout.frame_clip, offsets, torch.arange(len(layout.clip_frames), device=offsets.device))
 
 
 def sum_runs(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each run of tokens: ``[T, n]`` and int64 ``[U + 1]`` to ``[U, n]``; the host waits for nothing."""
+    """Sum of each run of tokens: ``[T, n]`` and int64 ``[U + 1]`` to ``[U, n]``, without a device synchronization."""
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
 
 
 def _sum_rows(values: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) -> Tensor:
-    """Float32 ``[T, n]`` to ``[R, n]``. A CPU adds by index in order, and faster than by runs."""
+    """Float32 ``[T, n]`` to ``[R, n]``. On a CPU ``index_add_`` is sequential, and faster than summing runs."""
     if values.device.type != "cpu":
         return sum_runs(values, offsets).index_select(0, run_of_row)
     total = torch.zeros(run_of_row.shape[0], values.shape[1])
@@ -76,7 +76,7 @@ def _sum_rows(values: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) 
 
 
 _sum_rows_whole = torch.library.custom_op("flowception::sum_rows", _sum_rows, mutates_args=())
-"""The same as an operator that ``torch.compile`` leaves whole: it would make atomic sums of it."""
+"""The same as an opaque operator for ``torch.compile``, which would otherwise lower it to atomic sums."""
 
 
 @_sum_rows_whole.register_fake
@@ -85,7 +85,7 @@ def _(values: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) -> Tenso
 
 
 class _TakeRows(torch.autograd.Function):
-    """Rows of a table; the many gradients of one row are added up in float32, also when they are bfloat16."""
+    """Gathers rows of a table; the gradients of a row are summed in float32, even if they are bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, row: Tensor, offsets: Tensor, run_of_row: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Full attention within a pack's segments as one operator that ``torch.compile`` leaves whole, for a CPU.
+"""Full attention within a pack's segments as one operator that is opaque to ``torch.compile``, for CPUs.
 
-A compiled block is made once for all packs of a run, and a pack's segments differ from the next one's: traced, a loop
-over them would be compiled anew for every pack. Inside an operator they are read from a tensor. On CUDA torch's own
-``varlen_attn`` is such an operator; this is its counterpart where only ``scaled_dot_product_attention`` runs.
+Compiled blocks are shared by all packs of a run, whose segments differ. A traced loop over segments would be recompiled
+for every pack; an operator reads them from a tensor instead. On CUDA, torch's ``varlen_attn`` is such an operator. This
+is the counterpart for CPUs, where only ``scaled_dot_product_attention`` runs.
 
-Shape legend: ``T`` tokens, ``H`` heads, ``d`` width of a head, ``S`` segments.
+Shape legend: ``T`` tokens, ``H`` heads, ``d`` head width, ``S`` segments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _runs(cu_seqlens: Tensor) -> list[tuple[int, slice]]:
-    """Neighboring segments of equal length: how many, and their tokens."""
+    """Runs of adjacent segments of equal length: the number of segments, and their tokens."""
     runs, at = [], 0
     for length, alike in groupby(stop - start for start, stop in pairwise(cu_seqlens.tolist())):
         count = len(list(alike))
@@ -40,7 +40,7 @@ def _tokens(batch: Tensor) -> Tensor:
 
 @torch.library.custom_op("flowception::segment_attention", mutates_args=(), device_types="cpu")
 def _segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Output ``[T, H, d]`` and the logarithms of the sums of exponentials ``[T, H]``."""
+    """Output ``[T, H, d]`` and log-sum-exp ``[T, H]``."""
     outputs, logsumexps = [], []
     for count, tokens in _runs(cu_seqlens):
         output, logsumexp = _flash_forward(*(_batch(part[tokens], count) for part in (query, key, value)))
@@ -88,7 +88,7 @@ _segment_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Full attention inside each segment, on a CPU: the kernel that ``scaled_dot_product_attention`` takes there.
+    """Full attention within each segment on a CPU, by the kernel that ``scaled_dot_product_attention`` uses there.
 
     Args:
         query: ``[T, H, d]``.

@@ -1,1 +1,1 @@
-"""What a pack is and what it costs: the layout of a token buffer, exact FLOPs, and balancing clips over packs."""
+"""Packs: the layout of the token buffer, exact FLOPs, and balancing clips over packs."""

@@ -1,13 +1,13 @@
-"""Spreading a step's clips over its packs: longest first on FLOPs under a token capacity, then exchanges.
+"""Distributes a step's clips over its packs: longest first by FLOPs under a token capacity, then exchanges.
 
-Attention makes a long clip cost more than its tokens say, so packs are balanced by FLOPs while tokens only bound what
-fits. Graham's rule (the longest clip first, to the pack with the least load) leaves the packs a percent apart where
-they are nearly full, because the last clips go where there is room and not where load is missing; exchanging clips
-between the fullest and the emptiest packs takes most of that away. Exchanges also join the gaps of two packs to one
-that a clip fits in (``benchmarks/planning.py`` has the figures). Where few large clips leave no such exchange, the
+Because of attention, the cost of a clip grows faster than its tokens. Packs are therefore balanced by FLOPs, and tokens
+only limit what fits. Graham's rule (the longest clip first, to the pack with the least load) leaves nearly full packs a
+percent apart, because the last clips go where they fit instead of where load is missing. Exchanging clips between the
+most and least loaded packs removes most of this imbalance. Exchanges also merge the free tokens of two packs so that
+another clip fits (``benchmarks/planning.py`` has the figures). If there are few large clips and no such exchange, the
 step is packed again in another order.
 
-Shape legend: ``K`` clips offered, ``G`` packs, ``P`` pairs of packs, ``s`` slots of a pack.
+Shape legend: ``K`` candidate clips, ``G`` packs, ``P`` pairs of packs, ``s`` slots of a pack.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from flowception.rng import Stream
 
 CARRIED = -1
 _FULL = 0.988
-"""Room is made for clips that found none until the packs hold this share of their tokens."""
+"""Room is made for unplaced clips until the packs are filled to this fraction of their tokens."""
 _MAX_PLACED = 16
 _MAX_ROUNDS = 48
 _MAX_PAIRS = 64
 _GOOD_IMBALANCE = 2e-3
-"""Exchanges end when no pack has more load than the mean by this share."""
+"""Exchanges stop when no pack exceeds the mean load by more than this fraction."""
 _BAD_IMBALANCE = 8e-3
 _ATTEMPTS = 8
-"""A full step with more imbalance than that is packed again, as often, in orders that are a little shuffled."""
+"""A full step with more than ``_BAD_IMBALANCE`` is packed again in slightly shuffled orders, up to this many times."""
 _MAX_GIVERS = 32
 _HELPS = 0.45
-"""An exchange that misses half the gap by more than this share of the gap is not made."""
+"""An exchange is rejected if it misses half the gap by more than this fraction of the gap."""
 
 
 def pack_clips(
     tokens: NDArray[np.int64], flops: NDArray[np.float64], num_packs: int, token_budget: int, num_urgent: int = 0
 ) -> NDArray[np.int64]:
-    """Give each clip a pack.
+    """Assign each clip to a pack.
 
-    Urgent clips, left over by several steps, go first; then from the most FLOPs to the fewest (ties: earlier first).
-    Each goes to the pack with the fewest FLOPs so far that has room. Then packs exchange clips, and are numbered from
-    the most FLOPs to the fewest, so that packs which run at the same time on different ranks cost alike.
+    Urgent clips, carried over for several steps, go first, then clips by decreasing FLOPs (ties: earlier first). Each
+    goes to the least loaded pack with room for it. Then packs exchange clips. Packs are numbered by decreasing FLOPs,
+    so that packs processed at the same time on different ranks have similar cost.
 
     Args:
         tokens: [K] tokens of each clip.
         flops: [K] FLOPs of each clip.
         num_packs: G.
-        token_budget: Tokens a pack can hold.
-        num_urgent: How many of the clips, at the front, are urgent.
+        token_budget: Token capacity of a pack.
+        num_urgent: Number of urgent clips; they come first in the arrays.
 
     Returns:
-        [K] pack of each clip, or ``CARRIED`` for a clip that fits in none.
+        [K] pack of each clip, or ``CARRIED`` for a clip that does not fit.
     """
     best = _pack_once(tokens, flops, flops, num_packs, token_budget, num_urgent)
     enough = 0.98 * num_packs * token_budget
@@ -85,7 +85,7 @@ def _pack_once(
     token_budget: int,
     num_urgent: int,
 ) -> NDArray[np.int64]:
-    """Packs of clips that go urgent first and then by precedence, after all exchanges; [K]."""
+    """Packs after all exchanges, [K]; clips are placed urgent first, then by precedence."""
     order = np.lexsort((-precedence, np.arange(len(tokens)) >= num_urgent))
     assigned = _longest_first(tokens, flops, order, num_packs, token_budget)
     _make_room(tokens, assigned, num_packs, token_budget)
@@ -102,9 +102,9 @@ def _longest_first(
     num_packs: int,
     token_budget: int,
 ) -> NDArray[np.int64]:
-    """Each clip, in the given order, to the pack with the least load that has room; [K] packs or ``CARRIED``.
+    """Place clips in order, each into the least loaded pack with room; [K] packs or ``CARRIED``.
 
-    Packs too full for a clip are set aside by room until a clip comes that fits.
+    Packs too full for a clip are set aside, sorted by room, until a clip fits.
     """
     assigned, load, free = np.full(len(tokens), CARRIED), np.zeros(num_packs), np.full(num_packs, token_budget)
     done = _deal_rounds(tokens, flops, order, assigned, load, free)
@@ -139,10 +139,10 @@ def _deal_rounds(
     load: NDArray[np.float64],
     room: NDArray[np.int64],
 ) -> int:
-    """Deal clips round by round while that is what longest first does: one to each pack, the least loaded first.
+    """Deal one clip to each pack per round, least loaded first, while this equals longest-first placement.
 
-    It is as long as a pack that got a clip has more load than any had before, and there is room. Changes ``assigned``,
-    ``load`` and ``room``, and returns how many clips of ``order`` are dealt.
+    It does as long as every pack that gets a clip then has more load than any pack had before the round, and all clips
+    fit. Changes ``assigned``, ``load`` and ``room`` in place. Returns the number of clips of ``order`` that were dealt.
     """
     num_packs = len(load)
     for start in range(0, len(order) - num_packs + 1, num_packs):
@@ -156,10 +156,10 @@ def _deal_rounds(
 
 
 def _make_room(tokens: NDArray[np.int64], assigned: NDArray[np.int64], num_packs: int, token_budget: int) -> None:
-    """Place clips that found no room, the smallest first, until packs hold ``_FULL`` of their tokens; in place.
+    """Place unplaced clips, smallest first, until packs are filled to ``_FULL`` of their tokens; in place.
 
-    The pack with most room gets the clip; what room it lacks, it gets by exchanging a clip for a shorter one of a pack
-    that has room for the difference.
+    The clip goes to the pack with the most room. That pack first frees the missing tokens by exchanging one of its
+    clips for a shorter clip of a pack that has room for the difference.
     """
     carried = np.flatnonzero(assigned == CARRIED)
     missing = int(_FULL * num_packs * token_budget) - int(tokens[assigned != CARRIED].sum())
@@ -192,11 +192,11 @@ def _exchange(
     num_packs: int,
     token_budget: int,
 ) -> NDArray[np.int64]:
-    """Exchange clips between packs of much and little load until loads are alike; [K] packs.
+    """Exchange clips between packs with high and low load until loads are balanced; [K] packs.
 
-    In a round the pack of most load is paired with that of least, the second with the second last, and so on. Each
-    pair makes the one exchange that brings its loads nearest together: up to two clips against up to two. Two, because
-    frames are alike: one clip against one moves whole frames, and a frame may be half a percent of a pack.
+    Each round pairs the most loaded pack with the least loaded, the second with the second least, and so on. Each pair
+    makes the exchange that brings its loads closest together, of up to two clips for up to two. One for one is too
+    coarse: all frames have similar cost, so it moves a multiple of a frame, which may be half a percent of a pack.
     """
     counts = np.bincount(assigned, minlength=num_packs)
     starts = np.cumsum(counts) - counts
@@ -241,23 +241,23 @@ def _best_exchange(
     room_high: NDArray[np.int64],
     room_low: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """What each pair of packs exchanges.
+    """Find the best exchange of each pair of packs.
 
-    All pairs of slots of the low pack are sorted by cost, so the best partner of a pair of slots of the high pack is
-    one of the two nearest to what would close half the gap.
+    All pairs of slots of the low pack are sorted by cost. The best partner of a pair of slots of the high pack is then
+    one of the two nearest to the cost that halves the gap.
 
     Args:
-        cost_high: [P, s] FLOPs of the clips of the packs of much load; 0 for empty slots.
-        cost_low: [P, s] those of little load.
+        cost_high: [P, s] FLOPs of the clips in the packs with high load; 0 for empty slots.
+        cost_low: [P, s] FLOPs of the clips in the packs with low load.
         size_high: [P, s] tokens.
         size_low: [P, s] tokens.
-        gap: [P] difference of load.
+        gap: [P] difference in load.
         room_high: [P] free tokens.
         room_low: [P] free tokens.
 
     Returns:
         The two slots to exchange in each high pack, [P, 2], those in each low pack, [P, 2], and whether the exchange
-        makes the gap at least a tenth smaller, [P].
+        shrinks the gap by at least a tenth, [P].
     """
     first, second = np.triu_indices(cost_high.shape[1], 1)
     row = 4.0 * np.arange(len(gap))[:, None]
@@ -289,6 +289,6 @@ def _best_exchange(
 
 
 def imbalance(load: NDArray[np.float64]) -> float:
-    """How much longer the fullest pack takes than the mean: ``max / mean - 1``; 0 for no load."""
+    """Excess of the largest load over the mean: ``max / mean - 1``; 0 for no load."""
     mean = float(load.mean()) if len(load) else 0.0
     return float(load.max()) / mean - 1.0 if mean > 0 else 0.0

@@ -1,13 +1,13 @@
-"""Exact forward FLOPs of the Flowception DiT, clip by clip, without building or running it.
+"""Exact forward FLOPs of the Flowception DiT, per clip, without building or running it.
 
-The plan balances packs on these numbers and benchmarks report them, so they count what is really multiplied:
-linear layers per token, attention per clip (every pair of tokens that its pattern has), and per-frame modulation per
-frame. Masked SDPA multiplies the other pairs too and throws them away: that is the backend's, not the pattern's. One
-multiply-add is two FLOPs; norms, rotations, gates and look-ups are left out, as in ``torch.utils.flop_counter``,
-against which the total is tested.
+The plan balances packs with these numbers and benchmarks report them, so they count the actual multiplications: linear
+layers per token, attention per clip (every visible pair of tokens), and modulation per frame. Masked SDPA also
+multiplies the hidden pairs and discards the result; that is a cost of the backend and is not counted. One multiply-add
+is two FLOPs. Norms, rotations, gates and lookups are excluded, as in ``torch.utils.flop_counter``, against which the
+total is tested.
 
 Shape legend: ``f`` visible frames, ``h x w`` latent grid, ``L`` text tokens, ``n = L + f (h w + 1)`` tokens,
-``d`` hidden size. All arguments broadcast, so one call counts a whole epoch.
+``d`` hidden size. All arguments broadcast, so one call can count a complete epoch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ TIME_FEATURES = 256
 COUNT_FEATURES = 128
 """Input width of the count embedding: sines and cosines of a frame's rank and of the number of visible frames."""
 TRAINING_PASSES = 3.0
-"""Forward and backward cost three times the forward: each product has two in its backward."""
+"""Forward plus backward cost three times the forward: the backward of each product has two products."""
 GRID_FEATURES = 32
-"""Inputs that tell a latent token its row and column in the frame."""
+"""Input features for a latent token's row and column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The sizes of a network that its FLOPs depend on, every one of them known."""
+    """The resolved sizes of a network that determine its FLOPs."""
 
     hidden_size: int
     num_layers: int
@@ -48,12 +48,12 @@ class ModelSpec:
 
     @property
     def latent_inputs(self) -> int:
-        """Numbers that the network reads of a latent token."""
+        """Input channels of a latent token."""
         return 2 * self.in_channels + (GRID_FEATURES if self.grid_embedding else 0)
 
     @property
     def text_modulation(self) -> bool:
-        """Whether text tokens exist and so have a modulation of their own."""
+        """Whether the network has text tokens, which have a separate modulation."""
         return self.text_dim is not None
 
 
@@ -68,7 +68,7 @@ def clip_tokens(frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tok
 
 
 def _frame_pairs(spec: ModelSpec, frames: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pairs (looking, looked at) of a clip's frames that see each other, each frame with itself counted once."""
+    """Visible (query, key) pairs of a clip's frames, including each frame with itself."""
     if spec.attention_pattern == "causal":
         return frames * (frames + 1) / 2
     if spec.attention_pattern == "window":
@@ -102,7 +102,7 @@ def attention_pairs(
 def attention_flops(
     spec: ModelSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
 ) -> NDArray[np.float64]:
-    """Forward FLOPs of attention proper, ``4 d`` a pair and layer: scores and their product with the values.
+    """Forward FLOPs of attention, ``4 d`` per pair and layer: scores and their product with the values.
 
     Args:
         spec: Sizes of the network.
@@ -118,14 +118,14 @@ def attention_flops(
 
 
 def _linear_per_token(spec: ModelSpec) -> float:
-    """Embedding, blocks (qkv, output, SwiGLU) and velocity head run on every token."""
+    """FLOPs per token: embedding, blocks (qkv, output, SwiGLU) and velocity head."""
     d = spec.hidden_size
     block = 4 * d * d + 3 * d * spec.mlp_hidden_size
     return 2.0 * (spec.latent_inputs * d + spec.num_layers * block + d * spec.in_channels)
 
 
 def _linear_per_frame(spec: ModelSpec) -> float:
-    """Time and count embeddings, modulation of blocks and output, rate head."""
+    """FLOPs per frame: time and count embeddings, modulation of blocks and output, rate head."""
     d = spec.hidden_size
     time = TIME_FEATURES * d + d * d
     count = COUNT_FEATURES * d + d * d if spec.count_embedding else 0
@@ -144,8 +144,9 @@ def clip_flops(
 ) -> NDArray[np.float64]:
     """Forward FLOPs of clips in a pack without padding.
 
-    Where keys and values of some tokens are kept from an earlier evaluation, only the others, the live ones, run
-    through linear layers and as queries (exact for the full pattern, the only one they are kept under).
+    If the keys and values of some tokens are cached from an earlier evaluation, only the other (live) tokens run
+    through the linear layers and act as queries. This is exact for the full pattern, the only one that supports
+    caching.
 
     Args:
         spec: Sizes of the network.
@@ -153,8 +154,8 @@ def clip_flops(
         height: Rows of each clip's latent grid.
         width: Columns of each clip's latent grid.
         text_tokens: Text tokens of each clip.
-        live_frames: Frames that are computed; None for all.
-        live_text_tokens: Text tokens that are computed; None for all.
+        live_frames: Computed frames; None for all.
+        live_text_tokens: Computed text tokens; None for all.
 
     Returns:
         FLOPs, float64, of the broadcast shape.
@@ -175,5 +176,5 @@ def clip_flops(
 def training_flops(
     spec: ModelSpec, frames: ArrayLike, height: ArrayLike, width: ArrayLike, text_tokens: ArrayLike = 0
 ) -> NDArray[np.float64]:
-    """Forward and backward: three times the forward (each product has two in its backward)."""
+    """Forward and backward FLOPs: three times ``clip_flops`` (the backward of each product has two products)."""
     return TRAINING_PASSES * clip_flops(spec, frames, height, width, text_tokens)

@@ -1,12 +1,12 @@
-"""How the visible frames of many clips lie in one fixed-size token buffer.
+"""Layout of the visible frames of many clips in one token buffer of fixed size.
 
-A pack holds clips one after another. A clip is one attention segment::
+A pack is a concatenation of clips. Each clip is one attention segment::
 
     text_0 .. text_{L-1} | frame 0: latent_0 .. latent_{hw-1}, insertion | frame 1: ... | ...
 
-and unused tokens at the end form padding segments no longer than ``max_seqlen``. Tokens, frame slots and clip slots
-come from ``PackShape``, so that a compiled block sees one shape for a whole run; only what attention and the text
-embedding read is as large as the pack's own segments and text.
+Unused tokens at the end form padding segments no longer than ``max_seqlen``. ``PackShape`` fixes the numbers of tokens,
+frame slots and clip slots, so a compiled block sees a single shape in a run. Only the inputs of attention and of the
+text embedding have the size of the pack's actual segments and text.
 
 Shape legend: ``T`` tokens of a pack, ``F`` frame slots, ``B`` clip slots, ``S`` segments, ``C`` latent channels,
 ``D`` text width, ``R`` text rows.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 class TokenKind(IntEnum):
-    """What a token of a pack is."""
+    """Kind of a token in a pack."""
 
     LATENT = 0
     INSERTION = 1
@@ -35,7 +35,7 @@ class TokenKind(IntEnum):
 
 
 class ModelRole(IntEnum):
-    """What the network is told about a frame (DESIGN.md section 3)."""
+    """Role of a frame as the network sees it (DESIGN.md section 3)."""
 
     GENERATED = 0
     ACTIVE = 1
@@ -67,11 +67,11 @@ class PackShape:
     max_clips: int
     """B: clip slots."""
     max_seqlen: int
-    """Longest attention segment: the longest clip of the data set with all its frames."""
+    """Longest attention segment: the longest clip of the dataset with all its frames."""
 
     @classmethod
     def tight(cls, clips: Sequence[ClipShape]) -> PackShape:
-        """The smallest shape that holds the given clips without padding."""
+        """The smallest shape that fits the given clips, without padding."""
         return cls(
             token_budget=sum(c.tokens for c in clips),
             max_frames=sum(c.frames for c in clips),
@@ -81,10 +81,10 @@ class PackShape:
 
 
 class HoldsTensors:
-    """A dataclass that holds tensors, or others of its kind."""
+    """A dataclass with tensor fields, or fields that are themselves ``HoldsTensors``."""
 
     def with_leaves(self, kind: type, change: Callable[[Any], Any]) -> Self:
-        """The same with everything of a type that it holds, at any depth, changed, in the order of fields."""
+        """A copy with ``change`` applied to every value of type ``kind`` at any depth, in field order."""
         changed: dict[str, Any] = {}
         for known in fields(self):  # type: ignore[arg-type]
             value = getattr(self, known.name)
@@ -95,15 +95,15 @@ class HoldsTensors:
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same with its tensors on ``device``."""
+        """A copy with all tensors on ``device``."""
         return self.with_leaves(Tensor, lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, which a GPU copies from while it computes."""
+        """A copy in page-locked memory, from which a GPU can copy asynchronously."""
         return self.with_leaves(Tensor, lambda part: part.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the tensors' memory until ``stream`` has done all that it has been asked for by the time they go."""
+        """Mark all tensors as used by ``stream``, so that their memory is not reused before its queued work is done."""
 
         def keep(part: Tensor) -> Tensor:
             part.record_stream(stream)
@@ -114,11 +114,11 @@ class HoldsTensors:
 
 @dataclass
 class PackLayout(HoldsTensors):
-    """Where everything lies in one pack. Build it with ``build_layout``."""
+    """Positions of all tokens, frames and clips of one pack. Build it with ``build_layout``."""
 
     shape: PackShape
     segment_lengths: tuple[int, ...]
-    """Host copy of the segments' lengths; they sum to T."""
+    """Segment lengths, on the host; they sum to T."""
     cu_seqlens: Tensor
     """int32 [S + 1]: segment boundaries."""
     token_kind: Tensor
@@ -128,10 +128,10 @@ class PackLayout(HoldsTensors):
     token_clip: Tensor
     """int64 [T]: clip slot; 0 for padding."""
     token_position: Tensor
-    """float32 [T, 3]: (rank, row, column). Rows and columns are centered on the frame, so an insertion token has 0, 0.
-    Text token j of L has rank j - L. Padding is 0."""
+    """float32 [T, 3]: (rank, row, column). Rows and columns are relative to the frame's center, so an insertion token
+    has 0, 0. Text token j of L has rank j - L. Padding is 0."""
     text_token: Tensor
-    """int64 [R]: the token that text row r fills."""
+    """int64 [R]: the token of text row r."""
     insertion_token: Tensor
     """int64 [F]: the insertion token of each frame slot; 0 where the slot is unused."""
     frame_clip: Tensor
@@ -143,8 +143,7 @@ class PackLayout(HoldsTensors):
     clip_frames: Tensor
     """int64 [B]: visible frames of each clip; 0 where unused."""
     derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What readers make of the layout once for all layers, such as attention masks; a moved or changed layout begins
-    without."""
+    """Cache of values derived from the layout and shared by all layers, such as attention masks. Copies start empty."""
 
     @property
     def max_seqlen(self) -> int:
@@ -159,7 +158,7 @@ class PackLayout(HoldsTensors):
 
 @dataclass
 class PackInput(HoldsTensors):
-    """What the network reads of a pack."""
+    """The network's input."""
 
     layout: PackLayout
     noisy: Tensor
@@ -167,7 +166,7 @@ class PackInput(HoldsTensors):
     condition: Tensor
     """[T, C]: the clean latent of context frames, zero elsewhere."""
     time: Tensor
-    """float32 [F], in [0, 1]: the time shown to each frame, its own if it is generated, the clock if it is context."""
+    """float32 [F], in [0, 1]: time input of each frame, its shifted time if generated, the clock if context."""
     role: Tensor
     """int64 [F]: a ``ModelRole``."""
     class_label: Tensor
@@ -177,7 +176,7 @@ class PackInput(HoldsTensors):
 
 
 class ModelOutput(NamedTuple):
-    """What the network says of a pack."""
+    """The network's output for a pack."""
 
     velocity: Tensor
     """[T, C]: predicted x_1 - x_0 at latent tokens; zero elsewhere."""
@@ -186,13 +185,13 @@ class ModelOutput(NamedTuple):
 
 
 def latent_tokens(frames: Tensor) -> Tensor:
-    """Latent frames ``[k, C, h, w]`` as a pack's latent tokens, in order: ``[k h w, C]``."""
+    """Latent frames ``[k, C, h, w]`` to a pack's latent tokens, in order, ``[k h w, C]``."""
     return frames.permute(0, 2, 3, 1).reshape(-1, frames.shape[1])
 
 
 @lru_cache(maxsize=64)
 def _clip_positions(clip: ClipShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Kind [n], local frame [n] and position [n, 3] of one clip's tokens. Kept and shared: never write to them."""
+    """Kind [n], local frame [n] and position [n, 3] of one clip's tokens. Cached and shared: do not modify them."""
     grid, text = clip.height * clip.width, clip.text_tokens
     rows = torch.arange(clip.height, dtype=torch.float32) - (clip.height - 1) / 2
     columns = torch.arange(clip.width, dtype=torch.float32) - (clip.width - 1) / 2
@@ -223,7 +222,7 @@ def _check_fit(clips: Sequence[ClipShape], shape: PackShape) -> None:
     for name, value in seen.items():
         if value > getattr(shape, name):
             raise ValueError(
-                f"a pack of {len(clips)} clips needs {name} = {value}, its shape has {getattr(shape, name)}"
+                f"{name} must be >= {value} for this pack of {len(clips)} clips, got {getattr(shape, name)}"
             )
 
 
@@ -232,7 +231,7 @@ def build_layout(clips: Sequence[ClipShape], shape: PackShape | None = None) -> 
 
     Args:
         clips: Visible part of each clip, in order.
-        shape: Static sizes of the pack; None for a tight fit without padding.
+        shape: Static sizes of the pack; None for the tightest shape, without padding.
 
     Returns:
         The layout, on the CPU.

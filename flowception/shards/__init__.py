@@ -1,1 +1,1 @@
-"""Where latents lie: what a clip is, how shard sets are written, found, read and verified, here or elsewhere."""
+"""Shard sets of latents: the format, and how sets are written, read, verified, cached, and mixed."""

@@ -1,7 +1,7 @@
-"""The index of a shard set: one fixed-width row for each clip, memory-mapped.
+"""The index of a shard set: one fixed-width row per clip, memory-mapped.
 
-Packing needs nothing else, so an epoch is planned without reading a clip. A row also says where the clip's bytes are
-and what they must hash to: a checksum of each latent frame, so that reading only the visible frames is still verified,
+Packing needs only the index, so an epoch is planned without reading any clip. A row also has the location and the
+checksums of the clip's bytes: one checksum per latent frame, so that reads of only the visible frames are verified too,
 and one for everything before the latents (tar headers, JSON, text).
 
 Shape legend: ``M`` clips of the set, ``n`` frames of a clip.
@@ -42,7 +42,7 @@ CLIP_DTYPE = np.dtype(
 
 
 class ClipRow(NamedTuple):
-    """One row of the index as plain numbers, the fields of ``CLIP_DTYPE`` in their order."""
+    """One row of the index as plain integers, with the fields of ``CLIP_DTYPE`` in order."""
 
     clip_id: int
     start: int
@@ -59,7 +59,7 @@ class ClipRow(NamedTuple):
 
 
 _IN_KEYS = np.array([bool(re.fullmatch(r"[A-Za-z0-9_-]", chr(code))) for code in range(256)])
-"""Which bytes may be in a key."""
+"""For each byte, whether a key may contain it."""
 _CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME = "index-clips.npy", "index-frame-checksum.npy", "index-keys.npy"
 INDEX_NAMES = (_CLIPS_NAME, _CHECKSUM_NAME, _KEYS_NAME)
 
@@ -71,22 +71,22 @@ class ClipIndex:
     clips: NDArray[np.void]
     """[M] of ``CLIP_DTYPE``."""
     frame_checksum: NDArray[np.uint32]
-    """Checksum of each latent frame of each clip, clips one after another."""
+    """Checksum of each latent frame, clip after clip."""
     keys: NDArray[np.bytes_]
     """[M] keys."""
     weights: NDArray[np.float64] | None = None
-    """[M] expected times that an epoch shows each clip; None for once. Not part of the set, but of a mixture."""
+    """[M] mean number of times that an epoch shows each clip; None for once. Set by a mixture, not stored in a set."""
 
     def __len__(self) -> int:
         return len(self.clips)
 
     @cached_property
     def tokens_per_frame(self) -> NDArray[np.int32]:
-        """[M]: latent tokens of a frame and its insertion token."""
+        """[M]: latent tokens of a frame plus its insertion token."""
         return self.clips["height"].astype(np.int32) * self.clips["width"] + 1
 
     def row(self, row: int) -> ClipRow:
-        """What the index says of one clip."""
+        """One clip's row of the index."""
         return ClipRow._make(self.clips[row].item())
 
     def key(self, row: int) -> str:
@@ -94,7 +94,7 @@ class ClipIndex:
         return bytes(self.keys[row]).decode("ascii")
 
     def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
-        """Rows of the clips with the given keys; keys that are not in the index are left out."""
+        """Rows of the clips with the given keys; keys that are not in the index are skipped."""
         wanted = np.array(sorted({clip_id(key) for key in keys}), dtype=np.uint64)
         return np.flatnonzero(np.isin(self.clips["clip_id"], wanted))
 
@@ -107,28 +107,31 @@ class ClipIndex:
         return digest.hexdigest()
 
     def split(self, heldout_fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Part the set by key hash: a clip is on the same side in every set and whatever else the set holds.
+        """Split the set by key hash, so that a clip is on the same side in every set.
 
         Args:
-            heldout_fraction: Expected share of clips held out, 0 to 1.
+            heldout_fraction: Expected fraction of clips held out, 0 to 1.
 
         Returns:
             Rows of the training part and of the held-out part.
         """
         if not 0.0 <= heldout_fraction <= 1.0:
-            raise DataError(f"heldout_fraction is {heldout_fraction}; give a share from 0 to 1")
+            raise DataError(f"heldout_fraction must be a number in [0, 1], got {heldout_fraction}")
         held = self.clips["clip_id"].astype(np.float64) / 2.0**64 < heldout_fraction
         return np.flatnonzero(~held), np.flatnonzero(held)
 
     def check(self, *, ids: bool = True) -> None:
-        """Refuse rows that contradict each other, and keys that are not keys or not those of their rows.
+        """Check that rows are consistent and that keys are valid.
 
         Args:
-            ids: Hash every key again and compare (2 s for 2 million); ``finish`` and ``check_shards`` do, opening a
-                set whose index has the hash that ``finish`` wrote need not.
+            ids: Also hash every key and compare with its row (2 s for 2 million). ``finish`` and ``check_shards`` do.
+                Opening a set does not need it: the index then has the hash that ``finish`` wrote.
+
+        Raises:
+            DataError: If a check fails.
         """
         if len(self.keys) != len(self.clips):
-            raise DataError(f"the index has {len(self.clips)} clips and {len(self.keys)} keys; encode the set again")
+            raise DataError(f"the index has {len(self.clips)} clips but {len(self.keys)} keys; encode the set again")
         frames = self.clips["frames"].astype(np.float64)
         ends = self.clips["checksum_start"].astype(np.float64) + frames
         if np.any(frames < 1) or np.any(ends > len(self.frame_checksum)):
@@ -141,10 +144,10 @@ class ClipIndex:
         twice = np.flatnonzero(sorted_ids[1:] == sorted_ids[:-1])
         if len(twice):
             first, second = self.key(int(order[twice[0]])), self.key(int(order[twice[0] + 1]))
-            raise DataError(f"clips {first} and {second} have one id: keys must differ within a shard set")
+            raise DataError(f"clips {first} and {second} have the same id; keys must be unique within a shard set")
 
     def _check_keys(self) -> None:
-        """Find keys that are not allowed, all at once, and let ``check_key`` say what is wrong with the first."""
+        """Find invalid keys in one vectorized pass; ``check_key`` raises for the first."""
         characters = np.ascontiguousarray(self.keys).view(np.uint8).reshape(len(self.keys), self.keys.itemsize)
         last = characters.shape[1] - np.argmax(characters[:, ::-1] != 0, axis=1)
         inside = np.arange(characters.shape[1]) < last[:, None]
@@ -159,7 +162,8 @@ class ClipIndex:
         wrong = np.flatnonzero(ids != self.clips["clip_id"])
         if len(wrong):
             raise DataError(
-                f"the index's row {wrong[0]} has not the id of its key {self.key(int(wrong[0]))}; encode the set again"
+                f"row {wrong[0]} of the index does not have the id of its key {self.key(int(wrong[0]))}; "
+                "encode the set again"
             )
 
     def save(self, folder: Path) -> None:
@@ -178,10 +182,13 @@ class ClipIndex:
                 mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
                 arrays.append(mapped.view(np.ndarray))  # indexing a plain array is several times faster
             except (OSError, ValueError) as error:
-                raise DataError(f"{folder / name} cannot be read ({error}); encode the set again") from error
+                raise DataError(f"cannot read {folder / name} ({error}); encode the set again") from error
         clips, frame_checksum, keys = arrays
         if clips.dtype != CLIP_DTYPE or frame_checksum.dtype != np.uint32 or keys.dtype.kind != "S":
-            raise DataError(f"the index in {folder} has types {clips.dtype}, {frame_checksum.dtype}, {keys.dtype}")
+            raise DataError(
+                f"the index in {folder} has unexpected dtypes {clips.dtype}, {frame_checksum.dtype}, {keys.dtype}; "
+                "encode the set again"
+            )
         return cls(clips, frame_checksum, keys)
 
     @classmethod
@@ -206,7 +213,7 @@ class ClipIndex:
         class_label: ArrayLike = NO_CLASS,
         clips_per_shard: int = 1000,
     ) -> ClipIndex:
-        """An index of clips that exist nowhere, for simulations and tests: clip ``i`` has key ``clip-i``.
+        """Make an index of clips without data, for simulations and tests: clip ``i`` has key ``clip-i``.
 
         Args:
             frames: [M] latent frames of each clip.
@@ -214,7 +221,7 @@ class ClipIndex:
             width: Latent columns; broadcast.
             text_tokens: Text tokens of each clip; broadcast.
             class_label: Class of each clip, -1 for none; broadcast.
-            clips_per_shard: How many clips share a shard.
+            clips_per_shard: Clips per shard.
 
         Returns:
             The index.

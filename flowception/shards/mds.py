@@ -1,12 +1,12 @@
-"""Sets in the MDS format, written and read by mosaicml-streaming itself, behind the same reader and the same plan.
+"""Sets in the MDS format, written and read with mosaicml-streaming, for the same plan as sets of tars.
 
-An MDS set is a folder with ``index.json`` and ``shard.00000.mds`` ... as ``streaming.MDSWriter`` makes them, and beside
-them our index and ``meta.json``. A sample has four columns of bytes: ``key``, ``json``, ``text`` and ``latents`` (both
-bfloat16, as in ``schema.py``). The library reads a sample whole, so a pack costs all frames of a clip and not only the
-visible ones; what is used of it is verified against our index, because the library does not verify local shards.
+An MDS set is a folder with ``index.json`` and ``shard.00000.mds`` ... from ``streaming.MDSWriter``, plus our index and
+``meta.json``. A sample has four columns of bytes: ``key``, ``json``, ``text``, and ``latents`` (text and latents in
+bfloat16, as in ``schema.py``). The library reads complete samples, so a pack reads all frames of a clip, not only the
+visible ones. The frames used are verified against our index, because the library does not verify local shards.
 
-``data_prep/convert_shards.py`` makes such a set. The library is installed by ``make setup-mds``: its declared
-dependencies cannot stand beside diffusers, and it imports vision packages that nothing here needs.
+``data_prep/convert_shards.py`` makes such a set. Install the library with ``make setup-mds``: its declared dependencies
+conflict with diffusers, and it imports vision packages that nothing here needs.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _UNUSED = ("streaming.vision", "streaming.text", "streaming.multimodal")
 
 
 def import_streaming() -> ModuleType:
-    """The mosaicml-streaming library without its vision, text and multimodal parts, which need torchvision.
+    """Import mosaicml-streaming without its vision, text, and multimodal parts, which need torchvision.
 
     Raises:
         MissingDependencyError: If it is not installed.
     """
     if "streaming" in sys.modules:
         return sys.modules["streaming"]
-    left_out = [name for name in _UNUSED if name not in sys.modules]
-    sys.modules.update({name: ModuleType(name) for name in left_out})
+    stubbed = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update({name: ModuleType(name) for name in stubbed})
     try:
         import streaming
     except ImportError as error:
         raise MissingDependencyError(
-            f"mosaicml-streaming is needed for MDS sets and cannot be imported ({error}). Install it: make setup-mds"
+            f"cannot import mosaicml-streaming, which MDS sets need ({error}); install it with make setup-mds"
         ) from error
     finally:
-        for name in left_out:
+        for name in stubbed:
             sys.modules.pop(name, None)
     return streaming
 
@@ -61,7 +61,7 @@ def _described_checksum(key: bytes, described: bytes, text: bytes) -> int:
 
 
 def write_mds(source: ShardReader, folder: Path, shard_bytes: int) -> ShardMeta:
-    """Write the clips of a set as an MDS set, in the same order and with the same rows.
+    """Write the clips of a set as an MDS set with the same order and rows.
 
     Args:
         source: The set.
@@ -115,19 +115,19 @@ class MdsReader(FolderReader):
         try:
             self._samples = import_streaming().LocalDataset(str(self.folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.folder}/index.json cannot be read ({error}); convert the set again") from error
+            raise DataError(f"cannot read {self.folder}/index.json ({error}); convert the set again") from error
         found = [(s.raw_data.basename, s.raw_data.bytes, s.samples) for s in self._samples.shards]
         if found != [(s.name, s.size_bytes, s.clips) for s in self.meta.shards]:
-            raise DataError(f"{self.folder}/index.json and meta.json list other shards; convert the set again")
+            raise DataError(f"{self.folder}/index.json and meta.json list different shards; convert the set again")
         self._last: tuple[int, dict[str, bytes]] | None = None
 
     def describe(self, row: int) -> str:
-        """A clip and the file it is in, for a message."""
+        """A clip and its file, for messages."""
         shard = self.meta.shards[int(self.index.clips["shard"][row])]
         return f"clip {self.index.key(row)} in {self.folder / shard.name}"
 
     def _sample(self, row: int) -> dict[str, bytes]:
-        """A clip's columns; the last clip is kept, as its text and its latents are asked for one after the other."""
+        """A clip's columns. The last clip is cached, because its text and its latents are read separately."""
         if self._last is not None and self._last[0] == row:
             return self._last[1]
         if not 0 <= row < len(self.index):
@@ -135,9 +135,11 @@ class MdsReader(FolderReader):
         try:
             sample: dict[str, bytes] = self._samples.get_item(row)
         except (OSError, IndexError, ValueError) as error:
-            raise DataError(f"{self.describe(row)} cannot be read ({error})") from error
+            raise DataError(f"cannot read {self.describe(row)} ({error})") from error
         if set(sample) != set(COLUMNS):
-            raise DataError(f"{self.describe(row)} has the columns {sorted(sample)}, expected {sorted(COLUMNS)}")
+            raise DataError(
+                f"{self.describe(row)} must have columns {sorted(COLUMNS)}, got {sorted(sample)}; convert the set again"
+            )
         if (
             _described_checksum(sample["key"], sample["json"], sample["text"])
             != self.index.clips["prefix_checksum"][row]
@@ -151,7 +153,7 @@ class MdsReader(FolderReader):
         return self.read(row, frames), self.read_text(row)
 
     def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip alone, bfloat16 [k, C, h, w]."""
+        """Some latent frames of a clip without its text, bfloat16 [k, C, h, w]."""
         content = self._sample(row)["latents"]
         clip = self.index.clips[row]
         wanted = np.asarray(frames, dtype=np.int64)
@@ -160,7 +162,10 @@ class MdsReader(FolderReader):
         shape = (self.latent_channels, int(clip["height"]), int(clip["width"]))
         frame_bytes = 2 * int(np.prod(shape))
         if len(content) != int(clip["frames"]) * frame_bytes:
-            raise DataError(f"{self.describe(row)} has {len(content)} bytes of latents, the index says otherwise")
+            raise DataError(
+                f"{self.describe(row)} must have {int(clip['frames']) * frame_bytes} bytes of latents according to the "
+                f"index, got {len(content)}; convert the set again"
+            )
         out = bytearray()
         for frame in wanted.tolist():
             part = content[frame * frame_bytes : (frame + 1) * frame_bytes]
@@ -178,7 +183,10 @@ class MdsReader(FolderReader):
         if tokens == 0 or width is None:
             return None
         if len(text) != 2 * tokens * width:
-            raise DataError(f"{self.describe(row)} has {len(text)} bytes of text, the index says {tokens} x {width}")
+            raise DataError(
+                f"{self.describe(row)} must have {2 * tokens * width} bytes of text according to the index, got "
+                f"{len(text)}; convert the set again"
+            )
         return torch.frombuffer(bytearray(text), dtype=torch.bfloat16).view(tokens, width)
 
     def read_metadata(self, row: int) -> dict[str, Any]:

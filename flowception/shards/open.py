@@ -1,4 +1,4 @@
-"""Opening a set, whatever its format and wherever it is: what a configuration says of data, and the reader of it."""
+"""The ``data`` section of a configuration, and opening its sets: tars or MDS, local or remote, one or several."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ class SetShare:
     path: str
     """Folder or URL."""
     weight: float = 1.0
-    """Expected times that an epoch shows each of its clips."""
+    """Mean number of times that an epoch shows each of its clips."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where data comes from and how it is read."""
+    """Which data to train on and how to read it."""
 
     path: str | None = None
-    """Folder or URL of the shard set; exactly one of ``path`` and ``mixture``."""
+    """Folder or URL of the shard set. Set exactly one of ``path`` and ``mixture``."""
     mixture: list[SetShare] = field(default_factory=list)
-    """Several sets and how often an epoch shows the clips of each: ``[{path: A, weight: 2}, {path: B}]``."""
+    """Several sets, and how often an epoch shows the clips of each: ``[{path: A, weight: 2}, {path: B}]``."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """Where remote shards are kept."""
+    """Cache of remote shards."""
     heldout_fraction: float = 0.0
-    """Share of clips, by key hash, kept for validation."""
+    """Fraction of clips, chosen by key hash, held out for validation."""
     num_workers: int = 0
-    """Processes that read ahead, for each rank; 0 reads in the training process."""
+    """Reader processes per rank; 0 reads in the training process."""
     prefetch_steps: int = 2
-    """Steps that each worker keeps ready."""
+    """Steps that each worker prefetches."""
     max_bad_clips: int | None = 1000
-    """Unreadable clips a run puts up with in an epoch, a few lost shards of the usual size; more is a fault of the
-    storage and stops the run. None puts up with any number."""
+    """Unreadable clips allowed per epoch, about a few lost shards of the usual size. More points to a storage fault and
+    stops the run. None allows any number."""
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         if bool(self.path) == bool(self.mixture):
             raise ConfigError(
-                f"one of data.path and data.mixture must be given, got {shown(self.path)} and {len(self.mixture)} sets"
+                f"exactly one of data.path and data.mixture must be set, got {shown(self.path)} and "
+                f"{len(self.mixture)} sets"
             )
         rules = {
             "heldout_fraction": number(at_least=0, below=1),
@@ -66,21 +67,21 @@ class DataConfig:
 
 
 DataReader = ShardReader | MdsReader | MixtureReader
-"""A reader of what a run trains on."""
+"""A reader of a run's training data."""
 
 
 def open_set(path: str | Path, cache: CacheConfig | None = None) -> ShardReader | MdsReader:
-    """The reader of a set.
+    """Open a set.
 
     Args:
         path: Folder of a set of tars or of an MDS set, or the URL of a set of tars.
-        cache: Where remote shards are kept; needed for a URL.
+        cache: Cache of remote shards, used for a URL; None for the defaults.
 
     Returns:
         The reader.
 
     Raises:
-        FlowceptionError: If there is no such set, it is incomplete or damaged, or its format's package is missing.
+        FlowceptionError: If the set does not exist, is incomplete or damaged, or a package for it is missing.
     """
     if is_url(str(path)):
         return RemoteReader(str(path), cache or CacheConfig())
@@ -90,7 +91,7 @@ def open_set(path: str | Path, cache: CacheConfig | None = None) -> ShardReader 
 
 
 def open_reader(config: DataConfig) -> DataReader:
-    """The reader of what a run trains on: one set, or several as one.
+    """Open a run's training data: one set, or a mixture.
 
     Raises:
         FlowceptionError: See ``open_set`` and ``MixtureReader``.

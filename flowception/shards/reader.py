@@ -1,7 +1,7 @@
-"""Reading clips of a shard set by row: positioned reads, only the frames asked for, every byte verified.
+"""Reading clips of a shard set by row: positioned reads of only the requested frames, with every byte verified.
 
-Opening a set checks what costs no read of clips: the codec, the index's own hash, that every shard is there and as
-long as it was, and that every row lies inside its shard. Reading a clip verifies its checksums. Each error names the
+Opening a set checks everything that needs no clip reads: the codec, the hash of the index, that every shard exists with
+its original size, and that every row is inside its shard. Reading a clip verifies its checksums. Each error names the
 shard and the clip.
 
 Shape legend: ``n`` frames of a clip, ``k`` frames read, ``C h w`` a latent frame, ``L D`` text tokens and width.
@@ -30,15 +30,15 @@ from flowception.shards.writer import HEADER_BYTES, padded_bytes, shard_name
 
 _BYTES_PER_VALUE = 2
 _SIZE_FIELD = slice(124, 136)
-"""Where a tar header has the size of its payload, in octal."""
+"""Bytes of a tar header that hold the payload size, in octal."""
 
 
 class ChecksumError(DataError):
-    """The bytes of a clip are not those that were written."""
+    """A clip's bytes differ from those that were written."""
 
 
 class ClipReader(Protocol):
-    """What building a pack needs of a reader."""
+    """The part of a reader that building a pack needs."""
 
     @property
     def text_width(self) -> int | None:
@@ -50,31 +50,31 @@ class ClipReader(Protocol):
 
     @property
     def null_text(self) -> Tensor | None:
-        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
+        """Text for clips without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
 
     def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
         """Some latent frames of a clip, bfloat16 [k, C, h, w], and its text, bfloat16 [L, D]; None if it has none."""
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Make ready for reading some clips soon."""
+        """Prepare to read some clips soon."""
 
     def describe(self, row: int) -> str:
-        """A clip and the file it is in, for a message."""
+        """A clip and its file, for messages."""
 
 
 def frames_refused(wanted: NDArray[np.int64], num_frames: int) -> str:
-    """What is wrong with frame numbers, which must increase and be those of frames of the clip; empty if nothing is."""
+    """Why frame numbers are refused; empty if they increase and are all frames of the clip."""
     numbers = wanted.tolist() if wanted.ndim == 1 else [-1]
     if not numbers or (numbers[0] >= 0 and numbers[-1] < num_frames and all(map(lt, numbers, numbers[1:]))):
         return ""
-    return f"frames {wanted.tolist()} are not increasing in 0..{num_frames - 1}"
+    return f"frame numbers must increase within 0..{num_frames - 1}, got {wanted.tolist()}"
 
 
 class FolderReader:
-    """What readers of either format share: they open a folder, verified, and say what set it is."""
+    """Base class of the readers of both formats: opens and verifies a folder."""
 
     format: ClassVar[str]
-    """The format read, by the name it has in ``meta.json``."""
+    """The format's name in ``meta.json``."""
 
     def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
         """Open a set.
@@ -85,17 +85,19 @@ class FolderReader:
             codec_fingerprint: Its fingerprint; None accepts any.
 
         Raises:
-            DataError: If the set was made by another codec, is incomplete, or an index of it is damaged.
+            DataError: If the set was made by another codec, is incomplete, or has a damaged index.
         """
         self.folder = Path(folder)
         self.meta = ShardMeta.load(self.folder)
         if self.meta.format != self.format:
-            raise DataError(f"{self.folder} has the format {self.meta.format!r}, this reader reads {self.format!r}")
+            raise DataError(
+                f"{self.folder} must be a set in format {self.format!r}, got {self.meta.format!r}; give another set"
+            )
         self._check_codec(codec, codec_fingerprint)
         self._null_text = self.meta.null_embedding()
         self.index = ClipIndex.load(self.folder)
         if self.index.fingerprint() != self.meta.index_sha256:
-            raise DataError(f"the index in {self.folder} is not the one meta.json was written with; encode it again")
+            raise DataError(f"the index in {self.folder} does not match meta.json; encode the set again")
         self.index.check(ids=False)
         self.check_files(self.meta)
 
@@ -111,7 +113,7 @@ class FolderReader:
 
     @property
     def null_text(self) -> Tensor | None:
-        """The text of a clip without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
+        """Text for clips without a caption or condition, bfloat16 [L, D]; None if the set has no text."""
         return self._null_text
 
     def _check_codec(self, codec: str | None, codec_fingerprint: str | None) -> None:
@@ -121,12 +123,12 @@ class FolderReader:
         ):
             if wanted is not None and wanted != found:
                 raise DataError(
-                    f"{self.folder} was encoded with {name} {found!r} ({self.meta.codec}), this run uses {wanted!r}; "
-                    "encode the videos again, or choose the codec of the set"
+                    f"{self.folder} was encoded with {name} {found!r} ({self.meta.codec}), but this run uses "
+                    f"{wanted!r}; encode the videos again or use the set's codec"
                 )
 
     def check_files(self, meta: ShardMeta) -> None:
-        """Refuse the set if a shard is missing or has another size than when it was written."""
+        """Raise ``DataError`` if a shard is missing or its size has changed."""
         for shard in meta.shards:
             path = self.folder / shard.name
             try:
@@ -135,22 +137,22 @@ class FolderReader:
                 raise DataError(f"shard {path} is missing ({error.strerror}); restore it or encode it again") from error
             if size != shard.size_bytes:
                 raise DataError(
-                    f"shard {path} has {size} bytes and should have {shard.size_bytes}: it was cut short or changed; "
+                    f"shard {path} has {size} bytes, expected {shard.size_bytes}: it was truncated or changed; "
                     "restore it or encode it again"
                 )
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Nothing: what is on disk needs no fetching."""
+        """Do nothing: local shards need no fetching."""
 
 
 class ShardReader(FolderReader):
-    """Reads clips of a set of tars. Safe to fork: reads are positioned and share no file cursor."""
+    """Reads clips of a set of tars. Safe to fork: reads are positioned, so processes share no file offset."""
 
     format = FORMAT
     max_open_shards = 64
 
     def __init__(self, folder: Path | str, *, codec: str | None = None, codec_fingerprint: str | None = None) -> None:
-        """Open a set; see ``FolderReader``. A row that lies outside its shard is a ``DataError`` too."""
+        """Open a set; see ``FolderReader``. Also raises ``DataError`` if a row is outside its shard."""
         super().__init__(folder, codec=codec, codec_fingerprint=codec_fingerprint)
         self._sizes = {int(shard.name[6:12]): shard.size_bytes for shard in self.meta.shards}
         self._check_bounds()
@@ -160,25 +162,28 @@ class ShardReader(FolderReader):
         clips = self.index.clips
         unknown = np.setdiff1d(np.unique(clips["shard"]), np.array(list(self._sizes), dtype=np.uint32))
         if len(unknown):
-            raise DataError(f"the index in {self.folder} names shard {unknown[0]}, which meta.json does not list")
+            raise DataError(
+                f"the index in {self.folder} refers to shard {unknown[0]}, which meta.json does not list; "
+                "encode the set again"
+            )
         limit = np.zeros(int(clips["shard"].max(initial=0)) + 1, dtype=np.int64)
         limit[list(self._sizes)] = list(self._sizes.values())
         start, latents = clips["start"].astype(np.int64), clips["latents_offset"].astype(np.int64)
-        # In float64, which cannot wrap around: sizes come from the file.
+        # float64, because sizes come from the file and an integer product could wrap around.
         frame_bytes = clips["height"].astype(np.float64) * clips["width"] * self.latent_channels * _BYTES_PER_VALUE
         end = clips["latents_offset"].astype(np.float64) + clips["frames"] * frame_bytes
         outside = (start < 0) | (latents < start + 2 * HEADER_BYTES) | (end > limit[clips["shard"]])
         outside |= clips["json_bytes"].astype(np.int64) > latents - start - 2 * HEADER_BYTES
         if np.any(outside):
             row = int(np.flatnonzero(outside)[0])
-            raise DataError(f"{self.describe(row)} lies outside its shard according to the index; encode the set again")
+            raise DataError(f"{self.describe(row)} is outside its shard according to the index; encode the set again")
 
     def open_shard(self, shard: int) -> int:
-        """A descriptor of a shard; the reader closes it."""
+        """Open a shard and return its descriptor; the reader closes it."""
         return os.open(self.folder / shard_name(shard), os.O_RDONLY | os.O_CLOEXEC)
 
     def describe(self, row: int) -> str:
-        """A clip and the file it is in, for a message."""
+        """A clip and its file, for messages."""
         return f"clip {self.index.key(row)} in {self.folder / shard_name(int(self.index.clips['shard'][row]))}"
 
     def _descriptor(self, shard: int) -> int:
@@ -201,13 +206,13 @@ class ShardReader(FolderReader):
             while done < len(content):
                 got = os.preadv(descriptor, [content[done:]], offset + done)
                 if got == 0:
-                    raise DataError(f"{self.describe(row)}: the shard ends at byte {offset + done}, it was cut short")
+                    raise DataError(f"{self.describe(row)}: the shard is truncated at byte {offset + done}")
                 done += got
         except OSError as error:
-            raise DataError(f"{self.describe(row)} cannot be read ({error.strerror or error})") from error
+            raise DataError(f"cannot read {self.describe(row)} ({error.strerror or error})") from error
 
     def read_clip(self, row: int, frames: ArrayLike) -> tuple[Tensor, Tensor | None]:
-        """Some latent frames of a clip and its text, in one positioned read where they lie side by side.
+        """Read some latent frames of a clip and its text, with one positioned read where they are contiguous.
 
         Args:
             row: The clip's row in the index.
@@ -217,18 +222,18 @@ class ShardReader(FolderReader):
             Latents, bfloat16 [k, C, h, w], and text, bfloat16 [L, D], or None if the clip has none.
 
         Raises:
-            DataError: If the bytes cannot be read or are not those that were written.
+            DataError: If the bytes cannot be read or differ from those that were written.
         """
         clip = self._row(row)
         prefix, latents = self._read(row, clip, frames, with_prefix=True)
         return latents, self._text(row, clip, prefix)
 
     def read(self, row: int, frames: ArrayLike) -> Tensor:
-        """Some latent frames of a clip alone; see ``read_clip``."""
+        """Some latent frames of a clip without its text; see ``read_clip``."""
         return self._read(row, self._row(row), frames, with_prefix=False)[1]
 
     def read_text(self, row: int) -> Tensor | None:
-        """The text embedding of a clip alone; see ``read_clip``."""
+        """The text embedding of a clip without its latents; see ``read_clip``."""
         clip = self._row(row)
         return self._text(row, clip, self._read(row, clip, [], with_prefix=True)[0])
 
@@ -241,11 +246,11 @@ class ShardReader(FolderReader):
         except ValueError as error:
             raise DataError(f"{self.describe(row)}: metadata is not JSON ({error})") from error
         if not isinstance(found, dict):
-            raise DataError(f"{self.describe(row)}: metadata is a {type(found).__name__}, not an object")
+            raise DataError(f"{self.describe(row)}: metadata must be a JSON object, got {type(found).__name__}")
         return found
 
     def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
-        """What comes before the latents (empty if not asked for) and some frames, read into one buffer and verified."""
+        """Read and verify the bytes before the latents (if requested, else empty) and some frames, in one buffer."""
         wanted = np.asarray(frames, dtype=np.int64)
         if refused := frames_refused(wanted, clip.frames):
             raise DataError(f"{self.describe(row)}: {refused}")
@@ -254,7 +259,7 @@ class ShardReader(FolderReader):
         frame_bytes = math.prod(shape) * _BYTES_PER_VALUE
         prefix_bytes = clip.latents_offset - clip.start if with_prefix else 0
         content, done = np.empty(prefix_bytes + len(numbers) * frame_bytes, dtype=np.uint8).data, 0
-        for offset, size in _pieces(clip, numbers, frame_bytes, with_prefix):
+        for offset, size in _contiguous_ranges(clip, numbers, frame_bytes, with_prefix):
             self._read_into(content[done : done + size], row, clip.shard, offset)
             done += size
         prefix, latents = content[:prefix_bytes], content[prefix_bytes:]
@@ -277,11 +282,13 @@ class ShardReader(FolderReader):
         start = len(prefix) - HEADER_BYTES - padded_bytes(size)
         header = max(0, start - HEADER_BYTES)
         if start < 3 * HEADER_BYTES or prefix[header:][_SIZE_FIELD] != b"%011o\0" % size:
-            raise DataError(f"{self.describe(row)}: the index says {tokens} text tokens, the clip holds others or none")
+            raise DataError(
+                f"{self.describe(row)}: the index lists {tokens} text tokens, but the clip has another number or none"
+            )
         return torch.frombuffer(prefix, dtype=torch.bfloat16, count=tokens * width, offset=start).view(tokens, width)
 
     def close(self) -> None:
-        """Close every open shard. Reading opens them again."""
+        """Close every open shard. Reads open them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -289,11 +296,13 @@ class ShardReader(FolderReader):
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _pieces(clip: ClipRow, numbers: list[int], frame_bytes: int, with_prefix: bool) -> Iterator[tuple[int, int]]:
-    """(offset in the shard, bytes) of what is to be read, where it lies side by side as one piece."""
+def _contiguous_ranges(
+    clip: ClipRow, numbers: list[int], frame_bytes: int, with_prefix: bool
+) -> Iterator[tuple[int, int]]:
+    """The byte ranges to read, as (offset in the shard, size); contiguous parts are merged."""
     start, end = (clip.start, clip.latents_offset) if with_prefix else (clip.latents_offset, clip.latents_offset)
-    together = bool(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers)
-    for number, count in [(numbers[0], len(numbers))] if together else ((number, 1) for number in numbers):
+    one_run = bool(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers)
+    for number, count in [(numbers[0], len(numbers))] if one_run else ((number, 1) for number in numbers):
         offset = clip.latents_offset + number * frame_bytes
         if offset != end:
             yield start, end - start

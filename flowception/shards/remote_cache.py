@@ -1,18 +1,17 @@
-"""The cache of sets behind a URL: whole shards on a disk of the node, whose processes share it.
+"""Cache of remote sets: complete shards on a local disk, shared by the processes of a node.
 
-Any URL that fsspec knows (``http://``, ``s3://``, ``gs://`` ...; extra ``remote``). The description and the index are
-fetched when the set is opened and verified as always; shards follow when a clip of them is wanted, or a little earlier
-because the loader says which come next. A file is fetched by one process while the others wait for it (``flock``),
-under another name until it is whole. When the cache is full, shards that no process has open are deleted, those used
-longest ago first.
+Any URL that fsspec supports works (``http://``, ``s3://``, ``gs://`` ...; extra ``remote``). Opening a set fetches and
+verifies the description and the index. Shards are fetched when one of their clips is read, or earlier when the loader
+prefetches them. One process fetches a file while the others wait (``flock``), under a temporary name until it is
+complete. When the cache is full, the least recently used shards that no process has open are deleted.
 
-``meta.json`` may change behind its URL. A process takes a copy that another one has begun to fetch since it began
-itself, so the ranks of a node, which all begin before the first one opens a set, fetch it once, and a run that starts
-again fetches it anew. The index has its hash in ``meta.json``: a copy with that hash is never fetched again.
+``meta.json`` may change at its URL. A process accepts a copy whose fetch started after the process did. So the ranks of
+a node, which all start before the first one opens a set, fetch it once, and a restarted run fetches it again. The hash
+of the index is in ``meta.json``: a copy with that hash is never fetched again.
 
-A fetch that stalls, breaks off or ends early is tried again with growing pauses. If it fails for good, the clips of
-the shard are bad clips like any others. The failure is noted beside the shard's place, so that for a while the shard
-is not asked for again, neither by this process nor by those that waited for it: their clips fail at once.
+A fetch that stalls, breaks off, or ends early is retried with growing pauses. If all attempts fail, the clips of the
+shard are bad clips like any others. The failure is recorded next to the shard. For a while, neither this process nor
+those that waited for the shard request it again: their clips fail at once.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from flowception.files import FileLock, write_atomically
 from flowception.ranges import check_ranges, integer, number
 
 FIRST_PAUSE_S = 1.0
-"""Before the second attempt; it doubles with each."""
+"""Pause before the second attempt; it doubles with each attempt."""
 _FAILED_FOR_S = 60.0
-"""A failure holds for so long at least, and for twice as long as all attempts may take."""
-_BEGAN = time.time()
-"""When this process began."""
-_taken: dict[Path, float] = {}
-"""When this process last took a copy of a file that may change."""
+"""Least time for which a failure is remembered; also at least twice the time that all attempts may take."""
+_STARTED = time.time()
+"""When this process started."""
+_last_read: dict[Path, float] = {}
+"""When this process last read each file that may change."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What no remote raises: the local disk is full or cannot be written."""
+"""Errors of the local disk (full or not writable), which no remote raises."""
 
 
 @dataclass(kw_only=True)
@@ -49,16 +48,16 @@ class CacheConfig:
     """How remote shards are fetched and kept."""
 
     cache_dir: str = "~/.cache/flowception"
-    """Folder for remote shards, on a disk of the node; all sets and ranks may share it."""
+    """Folder for remote shards, on a local disk of the node; all sets and ranks may share it."""
     cache_gb: float = 100.0
-    """Size it may reach, in 10^9 bytes."""
+    """Largest size of the cache, in 10^9 bytes."""
     timeout_s: float = 30.0
-    """A remote that sends nothing for so long has stalled."""
+    """Seconds without data after which a fetch counts as stalled."""
     attempts: int = 5
-    """How often a fetch is tried, with pauses of 1, 2, 4 ... s."""
+    """Attempts per fetch, with pauses of 1, 2, 4 ... s."""
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         rules = {"cache_gb": number(above=0), "timeout_s": number(above=0), "attempts": integer(at_least=1)}
         check_ranges("data.cache", self, rules)
 
@@ -72,12 +71,15 @@ class ShardCache:
     """The cached files of one remote folder."""
 
     def __init__(self, url: str, config: CacheConfig, version: str = "") -> None:
-        """Make the cache's folder.
+        """Create the cache's folder.
 
         Args:
             url: The remote folder.
-            config: Where and how much.
-            version: What tells apart the sets that were behind this URL at one time or another.
+            config: Where the cache is and how large it may be.
+            version: Distinguishes the sets that have been at this URL at different times.
+
+        Raises:
+            ConfigError: If the folder cannot be created.
         """
         self.url, self.config = url.rstrip("/"), config
         self._root = Path(config.cache_dir).expanduser()
@@ -86,23 +88,26 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"data.cache.cache_dir={config.cache_dir} cannot be made ({error}); set another"
+                f"cannot create data.cache.cache_dir={config.cache_dir} ({error}); choose another folder"
             ) from error
         self._filesystem: tuple[int, Any] | None = None
-        self._since = time.time()  # a run that starts again does not take over what failed before
+        self._since = time.time()  # a restarted run ignores earlier failures
         pauses_s = FIRST_PAUSE_S * 2**config.attempts
         self._failed_for_s = max(_FAILED_FOR_S, 2 * (2 * config.timeout_s * config.attempts + pauses_s))
 
     def open_file(self, name: str, size: int) -> int:
-        """A descriptor of a cached file, fetched if it is not there; until it is closed the file stays.
+        """Open a cached file, after fetching it if needed. The file stays in the cache until it is closed.
 
         Args:
             name: The file in the remote folder.
-            size: Its bytes.
+            size: Its size in bytes.
+
+        Returns:
+            The descriptor.
 
         Raises:
             DataError: If it cannot be fetched.
-            ConfigError: If the cache is too small for the files that are open at one time, or its disk is full.
+            ConfigError: If the cache is too small for all files that are open at once, or its disk is full.
         """
         path = self.folder / name
         while True:
@@ -115,27 +120,27 @@ class ShardCache:
             if os.fstat(descriptor).st_nlink and os.fstat(descriptor).st_size == size:
                 os.utime(path)
                 return descriptor
-            os.close(descriptor)  # deleted between opening and locking, or of another version of the set
+            os.close(descriptor)  # deleted between opening and locking, or from another version of the set
             if path.exists() and path.stat().st_size != size:
                 path.unlink(missing_ok=True)
 
     def fetch(self, name: str, size: int | None = None, *, since: float = 0.0) -> Path:
-        """Make sure that a file is in the cache.
+        """Ensure that a file is in the cache.
 
         Args:
             name: The file in the remote folder.
-            size: Its bytes; None where they are not known.
-            since: A copy whose fetching began before this time is fetched anew.
+            size: Its size in bytes; None if unknown.
+            since: Fetch the file again if the fetch of the cached copy started before this time.
 
         Returns:
-            Where it is.
+            The cached file.
 
         Raises:
             DataError: If it cannot be fetched.
             ConfigError: If the cache is full or its disk fails.
         """
         path, partial = self.folder / name, self.folder / f".{name}.partial"
-        with FileLock(_lock_of(path), DataError, wait=True), self._disk_is_to_blame():
+        with FileLock(_lock_of(path), DataError, wait=True), self._disk_errors_named():
             if path.exists() and size in (None, path.stat().st_size) and (not since or path.stat().st_mtime >= since):
                 return path
             if reason := self._read_failure(name):
@@ -143,45 +148,45 @@ class ShardCache:
             partial.unlink(missing_ok=True)
             if size is not None:
                 self._make_room(size)
-            began = time.time()
-            self._fetch_patiently(name, partial, size)
-            os.utime(partial, (began, began))
+            started = time.time()
+            self._fetch_with_retries(name, partial, size)
+            os.utime(partial, (started, started))
             _sync(partial)
             partial.replace(path)
             self._failure(name).unlink(missing_ok=True)
         return path
 
     def read_newest(self, name: str) -> bytes:
-        """A file that may change, as it was at some time since this process began, or since it last read it."""
+        """Content of a file that may change, fetched since this process started or last read it."""
         path = self.folder / name
-        content = self.fetch(name, since=_taken.get(path, _BEGAN)).read_bytes()
-        _taken[path] = time.time()
+        content = self.fetch(name, since=_last_read.get(path, _STARTED)).read_bytes()
+        _last_read[path] = time.time()
         return content
 
     def place(self, name: str, content: bytes) -> None:
-        """Put a file into the cache that was fetched already."""
+        """Store the content of a file that was already fetched."""
         path = self.folder / name
-        with FileLock(_lock_of(path), DataError, wait=True), self._disk_is_to_blame():
+        with FileLock(_lock_of(path), DataError, wait=True), self._disk_errors_named():
             if not path.exists() or path.read_bytes() != content:
                 write_atomically(path, content)
 
     @contextmanager
-    def _disk_is_to_blame(self) -> Iterator[None]:
-        """Turn an ``OSError`` of the local disk into an error that names it."""
+    def _disk_errors_named(self) -> Iterator[None]:
+        """Turn an ``OSError`` of the local disk into a ``ConfigError`` that names the cache."""
         try:
             yield
         except OSError as error:
             raise ConfigError(
-                f"the disk of the cache in {self._root} fails ({error.strerror or error}); free space there, lower "
+                f"disk error in the cache {self._root} ({error.strerror or error}); free space there, lower "
                 "data.cache.cache_gb, or set another data.cache.cache_dir"
             ) from error
 
     def _failure(self, name: str) -> Path:
-        """The note of a failure: when, and a line that says what. Read and written under the file's lock."""
+        """The record of a failure: the time, then the reason. Read and written under the file's lock."""
         return self.folder / f".{name}.failed"
 
     def _read_failure(self, name: str) -> str:
-        """Why a file could not be fetched a short while ago; empty if that is not known."""
+        """Why a recent fetch of a file failed; empty if none did."""
         path = self._failure(name)
         if not path.exists():
             return ""
@@ -189,15 +194,15 @@ class ShardCache:
         return reason if self._since <= float(when) and time.time() - float(when) < self._failed_for_s else ""
 
     def drop(self, name: str) -> None:
-        """Delete a file whose bytes are wrong, so that it is fetched again; once for each run and node."""
+        """Delete a file with wrong bytes, so that it is fetched again. Happens once per run and node."""
         dropped = self.folder / f".{name}.dropped"
-        with FileLock(_lock_of(self.folder / name), DataError, wait=True), self._disk_is_to_blame():
+        with FileLock(_lock_of(self.folder / name), DataError, wait=True), self._disk_errors_named():
             if dropped.exists() and float(dropped.read_text()) >= self._since:
                 return
             write_atomically(dropped, str(time.time()))
             (self.folder / name).unlink(missing_ok=True)
 
-    def _fetch_patiently(self, name: str, partial: Path, size: int | None) -> None:
+    def _fetch_with_retries(self, name: str, partial: Path, size: int | None) -> None:
         pause_s, reason = FIRST_PAUSE_S, ""
         for attempt in range(self.config.attempts):
             if attempt:
@@ -208,22 +213,23 @@ class ShardCache:
                 found = partial.stat().st_size
                 if size is None or found == size:
                     return
-                reason = f"{found} bytes came, it has {size}"
+                reason = f"received {found} of {size} bytes"
             except FileNotFoundError:
-                reason = "it is not there"
+                reason = "not found"
                 break
-            except Exception as error:  # every remote filesystem has errors of its own
+            except Exception as error:  # every remote filesystem has its own errors
                 if isinstance(error, FlowceptionError) or getattr(error, "errno", None) in _DISK_ERRORS:
                     partial.unlink(missing_ok=True)
                     raise
                 reason = str(error) or type(error).__name__
         partial.unlink(missing_ok=True)
-        text = f"{self.url}/{name} could not be fetched in {attempt + 1} attempts ({reason}); check the remote"
+        attempts = f"{attempt + 1} attempt{'s' * (attempt > 0)}"
+        text = f"cannot fetch {self.url}/{name} after {attempts} ({reason}); check the remote"
         write_atomically(self._failure(name), f"{time.time()}\n{text}")
         raise DataError(text)
 
     def _remote(self) -> Any:
-        """The remote filesystem, one for each process: they do not survive a fork."""
+        """The remote filesystem, one per process because it does not survive a fork."""
         if self._filesystem is None or self._filesystem[0] != os.getpid():
             fsspec = require("fsspec", extra="remote")
             options: dict[str, Any] = {"skip_instance_cache": True}
@@ -236,12 +242,12 @@ class ShardCache:
             try:
                 remote, self._remote_root = fsspec.core.url_to_fs(self.url, **options)
             except (ImportError, ValueError) as error:
-                raise ConfigError(f"data.path={self.url} cannot be opened ({error}); install the package") from error
+                raise ConfigError(f"cannot open data.path={self.url} ({error}); install its package") from error
             self._filesystem = (os.getpid(), remote)
         return self._filesystem[1]
 
     def _make_room(self, size: int) -> None:
-        """Delete shards that no process has open, those used longest ago first, until ``size`` more bytes fit."""
+        """Delete the least recently used shards that no process has open, until ``size`` more bytes fit."""
         limit = int(self.config.cache_gb * 1e9)
         with FileLock(self._root / ".evict.lock", DataError, wait=True):
             known = sorted(_held(path) for path in (*self._root.glob("*/*.tar"), *self._root.glob("*/.*.tar.partial")))
@@ -253,7 +259,7 @@ class ShardCache:
                     total -= held
         if total + size > limit:
             raise ConfigError(
-                f"the cache in {self._root} is full of shards in use: {total} of {limit} bytes, {size} more wanted; "
+                f"the cache in {self._root} is full of shards in use: {total} of {limit} bytes, {size} more needed; "
                 "raise data.cache.cache_gb"
             )
 
@@ -262,18 +268,18 @@ class ShardCache:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file is on disk: after a crash of the node a name must not stand for half a shard."""
+    """Wait until a file is on disk, so that after a crash of the node no partial shard has the final name."""
     with _descriptor(path) as descriptor:
         os.fsync(descriptor)
 
 
 def _lock_of(path: Path) -> Path:
-    """The lock of who fetches or drops a file."""
+    """The lock held while a file is fetched or dropped."""
     return path.with_name(f".{path.name}.lock")
 
 
 def _held(path: Path) -> tuple[float, int, Path]:
-    """When a file was used last, its bytes, and itself; nothing if another process has deleted it."""
+    """A file's last use, size in bytes, and path; zeros if another process has deleted it."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -289,15 +295,15 @@ def _delete_unless_open(path: Path) -> bool:
     except BlockingIOError:
         return False
     except FileNotFoundError:
-        pass  # another process was faster
+        pass  # another process deleted it first
     return True
 
 
 def _delete_stale_partial(path: Path) -> bool:
-    """Delete what a killed process left half fetched; not what one is fetching now."""
-    whole = path.with_name(path.name.removeprefix(".").removesuffix(".partial"))
+    """Delete the partial file of a killed process, but not one that is being fetched now."""
+    final = path.with_name(path.name.removeprefix(".").removesuffix(".partial"))
     try:
-        with FileLock(_lock_of(whole), DataError):
+        with FileLock(_lock_of(final), DataError):
             path.unlink(missing_ok=True)
     except DataError:
         return False

@@ -1,4 +1,4 @@
-"""Reading a set behind a URL: the same reader as of a folder, over the cache of ``remote``."""
+"""Reading a remote set: a ``ShardReader`` over the cache of ``remote_cache``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_OPEN = 4
 
 
 def _has_index(folder: Path, meta: ShardMeta) -> bool:
-    """Whether the index in a folder is the one that the description was written with."""
+    """Whether the index in a folder has the hash in the description."""
     try:
         return ClipIndex.load(folder).fingerprint() == meta.index_sha256
     except DataError:
@@ -31,7 +31,7 @@ def _has_index(folder: Path, meta: ShardMeta) -> bool:
 
 
 class RemoteReader(ShardReader):
-    """A ``ShardReader`` of a set behind a URL."""
+    """A ``ShardReader`` of a remote set."""
 
     max_open_shards = _MAX_OPEN
 
@@ -42,7 +42,7 @@ class RemoteReader(ShardReader):
 
         Args:
             url: The set's remote folder.
-            config: Where shards are kept.
+            config: The cache of remote shards.
             codec: See ``ShardReader``.
             codec_fingerprint: See ``ShardReader``.
         """
@@ -57,7 +57,7 @@ class RemoteReader(ShardReader):
         except DataError:
             if _has_index(self.cache.folder, meta):
                 raise
-            for name in INDEX_NAMES:  # the copy may be to blame
+            for name in INDEX_NAMES:  # the cached copy may be damaged
                 self.cache.drop(name)
             self._fetch_index()
             super().__init__(self.cache.folder, codec=codec, codec_fingerprint=codec_fingerprint)
@@ -67,14 +67,14 @@ class RemoteReader(ShardReader):
             self.cache.fetch(name)
 
     def check_files(self, meta: ShardMeta) -> None:
-        """Nothing: shards are fetched, and their sizes checked, when they are wanted."""
+        """Do nothing: shards are fetched, and their sizes checked, when they are needed."""
 
     def open_shard(self, shard: int) -> int:
-        """A descriptor of a shard in the cache."""
+        """Open a shard in the cache and return its descriptor."""
         return self.cache.open_file(shard_name(shard), self._sizes[shard])
 
     def _read(self, row: int, clip: ClipRow, frames: ArrayLike, with_prefix: bool) -> tuple[memoryview, Tensor]:
-        """What ``ShardReader`` reads; a shard with wrong bytes is fetched once more, for the copy may be to blame."""
+        """Read as ``ShardReader`` does; fetch a shard with a wrong checksum again, as the copy may be damaged."""
         try:
             return super()._read(row, clip, frames, with_prefix)
         except ChecksumError:
@@ -84,7 +84,7 @@ class RemoteReader(ShardReader):
             return super()._read(row, clip, frames, with_prefix)
 
     def prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Fetch the shards of some clips in the background, as they are wanted soon."""
+        """Fetch the shards of some clips in the background."""
         if self._wanted is None:
             self._wanted = SimpleQueue()
             threading.Thread(target=self._prefetch_all, args=(self._wanted,), name="prefetch", daemon=True).start()
@@ -97,7 +97,7 @@ class RemoteReader(ShardReader):
             try:
                 self.cache.fetch(shard_name(shard), self._sizes[shard])
             except (FlowceptionError, OSError):
-                continue  # who needs the shard meets the error again, and names the clip
+                continue  # the read that needs the shard raises the error again and names the clip
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_wanted": None}

@@ -1,16 +1,17 @@
-"""What a clip and a set of shards are on disk.
+"""The on-disk format of clips and shard sets.
 
-A set is a folder: ``shard-000000.tar`` ... (ordinary webdataset tars), an index (``index.py``) and ``meta.json``.
-In a tar each clip has up to three members, in this order, so that all but the latents is one contiguous prefix::
+A set is a folder of ``shard-000000.tar`` ... (ordinary webdataset tars), an index (``index.py``), and ``meta.json``.
+In a tar each clip has up to three members, in this order, so that everything before the latents is one contiguous
+prefix::
 
-    KEY.json          caption, source, sizes: what a person or another pipeline wants to know
+    KEY.json          caption, source, sizes, for people and other pipelines
     KEY.text.bf16     text embedding [L, D], bfloat16 little-endian, without padding (absent when there is none)
     KEY.latents.bf16  normalized latents [n, C, h, w], bfloat16 little-endian
 
 Members are raw bytes or JSON and are never decoded by type: nothing here can unpickle.
 
-The text of a clip without a caption, and of a clip trained or sampled without its condition, is the set's *null text*:
-the embedding of the empty caption. It is stored once, in ``meta.json``, so that it travels with a run's manifest.
+Clips without a caption, and clips trained or sampled without their condition, use the set's *null text*: the embedding
+of the empty caption. It is stored once, in ``meta.json``, so that it travels with a run's manifest.
 
 Shape legend: ``n`` latent frames, ``C`` latent channels, ``h w`` latent grid, ``L`` text tokens, ``D`` text width.
 """
@@ -42,39 +43,40 @@ MAX_KEY_LENGTH = 80
 JSON_SUFFIX, TEXT_SUFFIX, LATENTS_SUFFIX = "json", "text.bf16", "latents.bf16"
 NO_CLASS = -1
 _TEXT_TOLERANCE = 0.1
-"""Relative distance of two embeddings of one text; bfloat16 encoders differ by about 0.01, other weights by about 1."""
+"""Largest relative distance between two embeddings of the same text. Devices and precisions differ by about 0.01 in
+bfloat16, other weights by about 1."""
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar|shard\.[0-9]{5}\.mds")
 
 
 def check_key(key: str) -> str:
-    """The key itself, or a ``DataError``: keys match ``[A-Za-z0-9_-]+`` and are never paths."""
+    """Return the key, or raise ``DataError`` if it is invalid: keys match ``[A-Za-z0-9_-]+`` and are never paths."""
     if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
         raise DataError(
-            f"clip key {key[:120]!r} is not allowed: use 1 to {MAX_KEY_LENGTH} letters, digits, underscores or hyphens"
+            f"clip key must be 1 to {MAX_KEY_LENGTH} letters, digits, underscores, or hyphens, got {key[:120]!r}"
         )
     return key
 
 
 def clip_id(key: str) -> int:
-    """64-bit hash of a key: the clip's name in every random draw, so draws follow a clip and not its row."""
+    """64-bit hash of a key. Random draws use it to identify a clip, so they follow the clip and not its row."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def checksum(content: bytes | bytearray | memoryview) -> int:
-    """The low 32 bits of XXH3, a hash that keeps up with memory: verifying costs a fraction of reading."""
+    """The low 32 bits of XXH3, which is as fast as memory: verifying costs a fraction of reading."""
     return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
 
 
 def checksums(content: memoryview, size: int) -> list[int]:
-    """``checksum`` of each ``size`` bytes."""
+    """``checksum`` of each block of ``size`` bytes."""
     digest = xxhash.xxh3_64_intdigest
     return [digest(content[start : start + size]) & 0xFFFFFFFF for start in range(0, len(content), size)]
 
 
 @dataclass(kw_only=True)
 class ClipRecord:
-    """One clip as it goes into a shard."""
+    """One clip to write into a shard."""
 
     key: str
     latents: Tensor
@@ -93,14 +95,19 @@ class ClipRecord:
     def __post_init__(self) -> None:
         check_key(self.key)
         if self.latents.ndim != 4 or 0 in self.latents.shape:
-            raise DataError(f"clip {self.key}: latents have shape {tuple(self.latents.shape)}, expected [n, C, h, w]")
+            raise DataError(
+                f"clip {self.key}: latents must have shape [n, C, h, w] with sizes >= 1, got "
+                f"{tuple(self.latents.shape)}"
+            )
         if self.text is not None and self.text.ndim != 2:
-            raise DataError(f"clip {self.key}: text has shape {tuple(self.text.shape)}, expected [L, D]")
+            raise DataError(f"clip {self.key}: text must have shape [L, D], got {tuple(self.text.shape)}")
         if self.class_label is not None and self.class_label < 0:
-            raise DataError(f"clip {self.key}: class_label is {self.class_label}; use None for no class")
+            raise DataError(
+                f"clip {self.key}: class_label must be an integer >= 0, or None for no class, got {self.class_label}"
+            )
         for name, values in (("latents", self.latents), ("text", self.text)):
             if values is not None and not bool(torch.isfinite(values.to(torch.bfloat16)).all()):
-                raise DataError(f"clip {self.key}: {name} hold a number that is not finite in bfloat16")
+                raise DataError(f"clip {self.key}: {name} must be finite in bfloat16, got NaN or infinity")
 
     def metadata(self) -> dict[str, Any]:
         """The clip's JSON member."""
@@ -111,7 +118,7 @@ class ClipRecord:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file is what a field is declared as."""
+    """Whether a JSON value has the declared type of a field."""
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -139,7 +146,10 @@ class NullText:
     def of(cls, embedding: Tensor) -> Self:
         """Pack an embedding [L, D]."""
         if embedding.ndim != 2 or 0 in embedding.shape or not bool(torch.isfinite(embedding).all()):
-            raise DataError(f"the null text is {tuple(embedding.shape)}, expected finite numbers [L, D] with L >= 1")
+            raise DataError(
+                "the null text must be finite numbers of shape [L, D] with L >= 1, got "
+                f"{tuple(embedding.shape)}, finite: {bool(torch.isfinite(embedding).all())}"
+            )
         content = embedding.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
         return cls(bf16_base64=base64.b64encode(content).decode(), crc=zlib.crc32(content))
 
@@ -147,7 +157,7 @@ class NullText:
         """The embedding, bfloat16 [L, width].
 
         Raises:
-            DataError: If the bytes are not those that were written.
+            DataError: If the bytes differ from those that were written.
         """
         try:
             content = base64.b64decode(self.bf16_base64, validate=True)
@@ -162,7 +172,7 @@ class NullText:
 
 
 def same_text(one: Tensor, other: Tensor) -> bool:
-    """Whether two embeddings are of one text by one encoder, up to the rounding of devices and precisions."""
+    """Whether two embeddings are of the same text by the same encoder, up to rounding of devices and precisions."""
     if one.shape != other.shape:
         return False
     difference = (one.float() - other.float()).norm()
@@ -180,31 +190,31 @@ class ShardFile:
 
 @dataclass(kw_only=True)
 class ShardMeta:
-    """``meta.json``: what made the set, and what is in it."""
+    """Content of ``meta.json``: what made the set, and what is in it."""
 
     codec: str
     """Name of the codec that encoded every clip."""
     codec_fingerprint: str
-    """Tells apart two codecs of one name (patch size, weights)."""
+    """Distinguishes codecs of the same name (patch size, weights)."""
     latent_channels: int
     latent_mean: list[float] = field(default_factory=list)
-    """Per channel; what the codec subtracted. Empty if it normalizes nothing."""
+    """Mean per channel that the codec subtracted. Empty if it does not normalize."""
     latent_std: list[float] = field(default_factory=list)
     text_width: int | None = None
     """D of the text embeddings; None if clips have no text."""
     null_text: NullText | None = None
     """The embedding of the empty caption, in a set with text."""
     text_config: dict[str, Any] = field(default_factory=dict)
-    """What the text encoder was built from, for encoding prompts later."""
+    """Configuration of the text encoder, for encoding prompts later."""
     class_names: list[str] = field(default_factory=list)
     codec_config: dict[str, Any] = field(default_factory=dict)
-    """What the codec was built from, for decoding later."""
+    """Configuration of the codec, for decoding later."""
     schema_version: int = SCHEMA_VERSION
     format: str = FORMAT
     clips: int = 0
     latent_frames: int = 0
     tokens_per_frame: list[dict[str, int]] = field(default_factory=list)
-    """One ``{height, width, tokens, clips}`` for each latent grid; tokens are latent tokens and the insertion token."""
+    """``{height, width, tokens, clips}`` per latent grid; ``tokens`` counts a frame's latent and insertion tokens."""
     shards: list[ShardFile] = field(default_factory=list)
     index_sha256: str = ""
 
@@ -212,19 +222,19 @@ class ShardMeta:
         """The null text, bfloat16 [L, D]; None if clips have no text.
 
         Raises:
-            DataError: If the set has text and no null text, or a damaged one.
+            DataError: If the set has text but no null text, or a damaged one.
         """
         if self.text_width is None:
             return None
         if self.null_text is None:
             raise DataError(
-                f"the set has text of width {self.text_width} and no null text (the embedding of the empty caption); "
+                f"the set has text of width {self.text_width} but no null text (the embedding of the empty caption); "
                 "encode it again"
             )
         return self.null_text.embedding(self.text_width)
 
     def identity(self) -> dict[str, Any]:
-        """The part that every shard of a set must share."""
+        """The fields that all jobs writing a set must share."""
         names = ("schema_version", "format", "codec", "codec_fingerprint", "latent_channels", "text_width")
         return {name: getattr(self, name) for name in names}
 
@@ -244,7 +254,7 @@ class ShardMeta:
             The set's description.
 
         Raises:
-            DataError: If it is not a description of a set, or of a schema this version cannot read.
+            DataError: If it does not describe a set, or has a schema version that this version cannot read.
         """
         try:
             found = json.loads(text)
@@ -252,7 +262,10 @@ class ShardMeta:
             raise DataError(f"{origin} is not JSON ({error}); encode the set again") from error
         version = found.get("schema_version") if isinstance(found, dict) else None
         if version != SCHEMA_VERSION:
-            raise DataError(f"{origin} has schema_version {version}, this version reads {SCHEMA_VERSION}")
+            raise DataError(
+                f"{origin} must have schema_version {SCHEMA_VERSION}, got {version}; encode the set again with this "
+                "version of Flowception"
+            )
         try:
             found["shards"] = [ShardFile(**shard) for shard in found.get("shards", [])]
             found["null_text"] = NullText(**found["null_text"]) if found.get("null_text") is not None else None
@@ -269,7 +282,8 @@ class ShardMeta:
         for name, times in Counter(shard.name for shard in meta.shards).items():
             if not _SHARD_NAME.fullmatch(name) or times > 1:
                 raise DataError(
-                    f"{origin} lists shard {name!r} {times} times; names are like shard-000000.tar, each once"
+                    f"{origin} lists shard {name!r} {times} times; each shard must be listed once, with a name like "
+                    "shard-000000.tar"
                 )
         return meta
 
@@ -281,7 +295,7 @@ class ShardMeta:
             text = path.read_text()
         except (OSError, UnicodeError) as error:
             raise DataError(
-                f"{path} cannot be read ({error}): {folder} is not a finished shard set; "
-                "make one with data_prep/encode_shards.py"
+                f"cannot read {path} ({error}): {folder} is not a finished shard set; "
+                "create one with data_prep/encode_shards.py"
             ) from error
         return cls.from_json(text, str(path))

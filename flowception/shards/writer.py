@@ -1,9 +1,9 @@
 """Writing a shard set: webdataset tars with an index, each shard complete or absent.
 
-A shard is written under a temporary name, synced and renamed; then its part of the index is, and only then does the
-shard count as finished. So an encoder that was killed starts again at the first unfinished shard. ``finish`` joins
-the parts and writes ``meta.json`` last: a set without it is not a set. Writing a shard of a finished set again takes
-``meta.json`` away first.
+A shard is written under a temporary name, synced, and renamed. Its part of the index follows in the same way, and only
+then does the shard count as finished. So a killed encoder resumes at the first unfinished shard. ``finish`` joins the
+parts and writes ``meta.json`` last: a folder without it is not a set. Rewriting a shard of a finished set removes
+``meta.json`` first.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def shard_name(shard: int) -> str:
 
 
 def padded_bytes(size: int) -> int:
-    """Bytes that a payload takes in a tar, which fills blocks of 512."""
+    """Bytes that a payload takes in a tar, padded to blocks of 512."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
@@ -64,20 +64,20 @@ def bf16_bytes(values: Tensor) -> bytes:
 
 @contextmanager
 def refused_writes_named(path: Path) -> Iterator[None]:
-    """Turn a write that the filesystem refuses (full, read-only, broken) into an error for people.
+    """Turn a failed write (disk full, read-only, broken) into an error that names the file.
 
     Args:
-        path: What is being written, named where the system names no file.
+        path: File being written, used if the ``OSError`` has no file name.
 
     Raises:
-        DataError: In place of ``OSError``; with the file, the reason and what to do.
+        DataError: In place of ``OSError``, with the file, the reason, and what to do.
     """
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or path} cannot be written ({error.strerror or error}); free or mend the disk and run "
-            "the same command again: it goes on at the first unfinished shard"
+            f"cannot write {error.filename or path} ({error.strerror or error}); free or repair the disk and run "
+            "the same command again: it continues at the first unfinished shard"
         ) from error
 
 
@@ -90,7 +90,7 @@ def _member(name: str, payload: bytes) -> bytes:
 
 @dataclass
 class _ShardWriter:
-    """Collects one shard's index rows while its clips go to a file."""
+    """Writes one shard's clips to a file and collects their index rows."""
 
     file: io.BufferedWriter
     shard: int
@@ -102,10 +102,10 @@ class _ShardWriter:
     def write(self, record: ClipRecord) -> None:
         frames, channels, height, width = record.latents.shape
         if channels != self.meta.latent_channels:
-            raise DataError(f"clip {record.key} has {channels} channels, the set has {self.meta.latent_channels}")
+            raise DataError(f"clip {record.key} has {channels} channels, but the set has {self.meta.latent_channels}")
         text_width = None if record.text is None else record.text.shape[1]
         if record.text is not None and text_width != self.meta.text_width:
-            raise DataError(f"clip {record.key} has text of width {text_width}, the set has {self.meta.text_width}")
+            raise DataError(f"clip {record.key} has text of width {text_width}, but the set has {self.meta.text_width}")
         described = json.dumps(record.metadata(), sort_keys=True).encode()
         prefix = _member(f"{record.key}.{JSON_SUFFIX}", described)
         if record.text is not None and len(record.text):
@@ -135,17 +135,17 @@ class _ShardWriter:
 
 
 class ShardSetWriter:
-    """Writes the shards of one set, in any order, over any number of runs."""
+    """Writes the shards of one set, in any order and over any number of runs."""
 
     def __init__(self, folder: Path | str, meta: ShardMeta) -> None:
-        """Begin or go on with a set.
+        """Start or continue a set.
 
         Args:
-            folder: The set's folder; made if it is not there.
-            meta: What makes the set. Counts and files are filled in by ``finish``.
+            folder: The set's folder; created if missing.
+            meta: Codec, text encoder, and class names of the set. ``finish`` fills in counts and files.
 
         Raises:
-            DataError: If the folder holds shards made by something else, or a set with text has no null text.
+            DataError: If the folder has shards made with other settings, or a set with text has no null text.
         """
         self.folder, self.meta = Path(folder), replace(meta)
         null_text = meta.null_embedding()
@@ -157,23 +157,23 @@ class ShardSetWriter:
             for name in wanted:
                 if found.get(name) != wanted[name]:
                     raise DataError(
-                        f"{self.folder} was begun with other settings: {name} was {str(found.get(name))[:16]}, "
-                        f"is {str(wanted[name])[:16]}; choose another folder or delete this one"
+                        f"{self.folder} was started with different settings: {name} was {str(found.get(name))[:16]}, "
+                        f"is now {str(wanted[name])[:16]}; choose another folder or delete this one"
                     )
             self._keep_null_text(found, null_text)
-        begun = {**meta.identity(), "null_text": asdict(self.meta.null_text) if self.meta.null_text else None}
+        identity = {**meta.identity(), "null_text": asdict(self.meta.null_text) if self.meta.null_text else None}
         with refused_writes_named(path):
-            write_atomically(path, json.dumps(begun, sort_keys=True).encode())
+            write_atomically(path, json.dumps(identity, sort_keys=True).encode())
 
     def _keep_null_text(self, found: dict[str, Any], null_text: Tensor | None) -> None:
-        """Take the null text of the job that began the set: another device may round it otherwise."""
+        """Use the null text of the job that started the set: another device may round it differently."""
         if null_text is None or found.get("null_text") is None:
             return
         first = NullText(**found["null_text"])
         if not same_text(first.embedding(null_text.shape[1]), null_text):
             raise DataError(
-                f"{self.folder} was begun with another text encoder: its embedding of the empty caption differs; "
-                "choose another folder or give the encoder that began this one"
+                f"{self.folder} was started with another text encoder: the embedding of the empty caption differs; "
+                "choose another folder or use the original text encoder"
             )
         self.meta.null_text = first
 
@@ -181,7 +181,7 @@ class ShardSetWriter:
         return self.folder / f"shard-{shard:06d}.index.npz"
 
     def is_finished(self, shard: int) -> bool:
-        """Whether a shard was written to its end in this or an earlier run."""
+        """Whether a shard was completed in this or an earlier run."""
         return self._part_path(shard).exists()
 
     def finished_keys(self, shard: int) -> list[str]:
@@ -189,17 +189,17 @@ class ShardSetWriter:
         return [key.decode("ascii") for key in self._read_part(shard)[0].keys.tolist()]
 
     def write_shard(self, shard: int, clips: Iterable[ClipRecord]) -> int:
-        """Write one shard, complete or not at all.
+        """Write one shard, completely or not at all.
 
         Args:
-            shard: Its number. A finished shard of this number is replaced.
-            clips: Its clips. None at all is allowed: the shard is then finished and has no tar.
+            shard: Its number. A finished shard with this number is replaced.
+            clips: Its clips. May be empty: the shard is then finished and has no tar.
 
         Returns:
-            How many clips were written.
+            The number of clips written.
 
         Raises:
-            DataError: If a clip does not belong to the set, or the filesystem refuses a write (it is full, say).
+            DataError: If a clip does not belong to the set, or a write fails (for example, because the disk is full).
         """
         with refused_writes_named(self.folder / shard_name(shard)):
             return self._write_shard(shard, clips)
@@ -235,7 +235,7 @@ class ShardSetWriter:
             with np.load(path, allow_pickle=False) as part:
                 return ClipIndex(part["clips"], part["frame_checksum"], part["keys"]), int(part["size_bytes"])
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} cannot be read ({error}); delete it and encode again") from error
+            raise DataError(f"cannot read {path} ({error}); delete it and encode again") from error
 
     def finish(self) -> ShardMeta:
         """Join the shards' parts into the set's index and write ``meta.json``.
@@ -244,13 +244,15 @@ class ShardSetWriter:
             The finished description.
 
         Raises:
-            DataError: If no shard has a clip, two clips share a key, or the filesystem refuses a write.
+            DataError: If no shard has a clip, two clips share a key, or a write fails.
         """
         numbers = sorted(int(path.name[6:12]) for path in self.folder.glob("shard-??????.index.npz"))
         parts = [self._read_part(number) for number in numbers]
         index = ClipIndex.concatenate([part for part, _ in parts])
         if not len(index):
-            raise DataError(f"no clip was written to {self.folder}: nothing can be trained on it")
+            raise DataError(
+                f"no clips were written to {self.folder}, so there is nothing to train on; check the source"
+            )
         index.check()
         with refused_writes_named(self.folder):
             index.save(self.folder)

@@ -31,7 +31,7 @@ def raises(scene):
 def prints_from_a_child_of_its_own(scene):
     ending = run_in_child(lambda: print("the inner one was here"), 600, scene.folder / "inner.log", own_group=False)
     print("and so was the outer one", flush=True)
-    return Outcome(PASS, f"{ending.code}, {ending.last_words}")
+    return Outcome(PASS, f"{ending.code}, {ending.last_line}")
 
 
 def raises_where_nothing_can_be_printed(scene):

@@ -233,7 +233,7 @@ def test_the_budgets_have_seeds_enough():
 @pytest.mark.long
 def test_a_tiny_study_has_all_arms_and_is_not_run_again(tmp_path):
     script = (
-        "import sys\nfrom benchmarks import claims\nfrom tests.benchmarks.test_claims import TINY\n"
+        "import sys\nfrom benchmarks.claims import run as claims\nfrom tests.benchmarks.test_claims import TINY\n"
         "if __name__ == '__main__':\n    claims.BUDGETS['quick'] = TINY\n    sys.exit(claims.main(sys.argv[1:]))\n"
     )
     (tmp_path / "run.py").write_text(script)

@@ -1,4 +1,4 @@
-"""The checks of ``benchmarks/gpu.sh`` can fail: each is shown something wrong, on a CPU."""
+"""The checks of ``benchmarks/gpu.sh`` can fail: each gets a faulty input, on a CPU."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def test_kept_keys_in_a_wrong_place(scene, monkeypatch):
         return real(self, query, wrong, value, layout, **named)
 
     monkeypatch.setattr(KeyValueCache, "attend", rolled)
-    with pytest.raises(CheckFailed, match="with kept keys and values; at most"):
+    with pytest.raises(CheckFailed, match="with cached keys and values; the error must be at most"):
         sampling_checks.cached_sampling(scene)
 
 
@@ -39,7 +39,7 @@ def test_a_segment_that_ends_a_token_too_late(scene, monkeypatch):
         return real(query, key, value, replace(layout, segment_lengths=(first + 1, second - 1, *others)))
 
     monkeypatch.setattr(attention_checks, "attention", off_by_one)
-    with pytest.raises(CheckFailed, match="not below 0.01"):
+    with pytest.raises(CheckFailed, match="must be below 0.01"):
         attention_checks.against_float64(scene)
 
 

@@ -1,4 +1,4 @@
-"""Check 4 of ``benchmarks/gpu.sh``: two runs of pytest, counted apart."""
+"""Check 4 of ``benchmarks/gpu.sh``: two runs of pytest, counted separately."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ BROKEN_FIXTURE = '<testcase name="four"><error/></testcase>'
 
 
 def run_pretended(monkeypatch, folder, gpu, stand_in):
-    """The check on what two runs of pytest have reported: test cases as XML, or None for no report."""
+    """The check for the reports of two pytest runs: test cases as XML, or None for no report."""
     reports, asked = {"gpu": gpu, "stand-in": stand_in}, {}
 
     def start(scene, name, words):
@@ -50,10 +50,10 @@ def test_both_are_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gpu", "stand_in", "said"),
     [
-        (PASSING + FAILING, PASSING, "gpu: 1 passed, 1 failed, 0 skipped, pytest left with 1, stand-in: .*: broken"),
-        (PASSING, BROKEN_FIXTURE, "gpu: 1 passed, .*, stand-in: 0 passed, 1 failed, .* left with 1: four"),
+        (PASSING + FAILING, PASSING, "gpu: 1 passed, 1 failed, 0 skipped, pytest exited with 1, stand-in: .*: broken"),
+        (PASSING, BROKEN_FIXTURE, "gpu: 1 passed, .*, stand-in: 0 passed, 1 failed, .* exited with 1: four"),
         (SKIPPED, PASSING, "gpu: 0 passed, 0 failed, 1 skipped, stand-in: 1 passed"),
-        (None, PASSING, "gpu: pytest left with 1 before it wrote its report"),
+        (None, PASSING, "gpu: pytest exited with 1 before writing its report"),
     ],
 )
 def test_neither_may_fail_or_be_skipped_altogether(gpu, stand_in, said, tmp_path, monkeypatch):

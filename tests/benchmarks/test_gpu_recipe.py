@@ -1,4 +1,4 @@
-"""Check 10 of ``benchmarks/gpu.sh``: how many blocks it checkpoints, in which order, and a full GPU."""
+"""Check 10 of ``benchmarks/gpu.sh``: number of checkpointed blocks, order of the arms, out of memory."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def test_the_most_telling_arms_come_first_and_each_has_its_row():
 
 
 def run_pretended(monkeypatch, folder, fits_from, fewest=4):
-    """All arms on a GPU that is full with fewer checkpointed blocks than ``fits_from``."""
+    """All arms on a GPU that runs out of memory with fewer checkpointed blocks than ``fits_from``."""
 
     def pretend(scene, arm, more_blocks, batches, found):
         blocks = 38 if arm.checkpointed else min(fewest + more_blocks, 38)

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.sh`` apart from its checks: what becomes of one that hangs or dies, lines, JSON, page."""
+"""``benchmarks/gpu.sh`` apart from its checks: checks that hang or die, console lines, JSON, page."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def check(number, function, limit_s=FOREVER_S):
 
 
 class Clock:
-    """One that goes forward when it is told to."""
+    """A clock that advances on request."""
 
     now = 100.0
 
@@ -36,7 +36,7 @@ class Clock:
 
 
 def budget(total_s=FOREVER_S):
-    """One that is never used up."""
+    """A budget that is never used up."""
     return Budget(total_s, 1.0, Clock())
 
 
@@ -46,7 +46,7 @@ def run_one(function, folder, limit_s=FOREVER_S):
 
 def test_a_check_that_hangs_is_ended_at_its_limit(tmp_path):
     record = run_one("hangs", tmp_path, 0.2)
-    assert (record.outcome.verdict, record.outcome.summary) == (FAIL, "ended at its limit of 0.2 s")
+    assert (record.outcome.verdict, record.outcome.summary) == (FAIL, "killed at its limit of 0.2 s")
 
 
 def test_what_a_check_started_ends_with_it(tmp_path):
@@ -82,7 +82,7 @@ def test_a_child_never_goes_on_as_its_parent(tmp_path):
     record = run_one("raises_where_nothing_can_be_printed", tmp_path)
     if os.getpid() != own:
         os._exit(99)
-    assert (record.outcome.verdict, record.outcome.summary) == (FAIL, "left with 1")
+    assert (record.outcome.verdict, record.outcome.summary) == (FAIL, "exited with 1")
 
 
 def test_one_that_dies_or_fails_says_why_and_the_rest_go_on(tmp_path, capfd):
@@ -100,8 +100,8 @@ def test_one_that_dies_or_fails_says_why_and_the_rest_go_on(tmp_path, capfd):
     ]
     said = [record.outcome.summary for record in records]
     assert said == [
-        "left with 1; its last words: RuntimeError: CUDA error: an illegal memory access was encountered",
-        "died of SIGKILL (before: one of two arms took 3 ms)",
+        "exited with 1; last output: RuntimeError: CUDA error: an illegal memory access was encountered",
+        "killed by SIGKILL (before: one of two arms took 3 ms)",
         "the answer is 41, not 42",
         "a reason",
         "on cpu",
@@ -131,7 +131,7 @@ def test_a_check_for_which_no_time_is_left_is_a_failure_that_says_so(tmp_path):
     (record,) = run.run_all([check(7, "passes")], "cpu", MACHINE, None, tmp_path, budget(0.0), tmp_path / "logs")
     assert record.outcome.verdict == FAIL
     assert record.outcome.summary == (
-        "not run: the 0 s of all checks are used up or kept for later ones; run it by --only 7"
+        "not run: the 0 s for all checks are used up or reserved for later ones; run it with --only 7"
     )
 
 
@@ -191,7 +191,7 @@ def test_patience_is_of_limits_and_of_what_is_kept(tmp_path, monkeypatch):
 
 
 def test_time_counts_from_the_start_of_the_script(monkeypatch):
-    """What is slow before the first check is its time, too."""
+    """Time spent before the first check counts."""
     clock = Clock()
     monkeypatch.setattr(run.time, "monotonic", clock)
     monkeypatch.setattr(run, "import_once", lambda: setattr(clock, "now", clock.now + 60.0))
@@ -217,14 +217,14 @@ def test_the_exit_code_says_whether_any_failed(functions, code, tmp_path, monkey
     monkeypatch.setattr(os, "environ", dict(os.environ))
     page = tmp_path / "page.md"
     assert run.main(["--device", "cpu", "--page", str(page)]) == code
-    assert "no figure in it says anything" in page.read_text()
+    assert "its figures do not apply to GPUs" in page.read_text()
 
 
 @pytest.mark.parametrize("only", ["0", "13", "one", "1,,3"])
-def test_numbers_that_are_no_checks_are_refused(only, capsys):
+def test_numbers_that_are_no_checks_are_rejected(only, capsys):
     with pytest.raises(SystemExit):
         run.parse_arguments(["--only", only])
-    assert "give numbers from 1 to 12" in capsys.readouterr().err
+    assert "--only must be numbers from 1 to 12" in capsys.readouterr().err
 
 
 def test_only_chooses_checks_in_their_order():
@@ -240,7 +240,7 @@ def test_the_table_counts_to_twelve_and_each_function_is_there():
 
 
 def gpu_result():
-    """As a run on a card writes it, with made-up figures."""
+    """A result as a run on a card writes it, with invented figures."""
     kept = {"checkpointed_blocks": 4, "layers": 38}
     arms = {
         arm.name: {"ms_per_pack": 300.0 + 11 * number, "mfu": 0.4, "peak_gib": 60.0, "estimated_gib": 70.5} | kept
@@ -287,7 +287,7 @@ def test_the_page_shows_forecast_beside_measured():
         "300 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
         "322 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
         "out of memory, 4 of 38 blocks checkpointed",
-        "in all rows; alone 0.25 + 0.50 ms a block less (check 7)",
+        "in all rows; alone it saves 0.25 + 0.50 ms a block (check 7)",
         "not measured: FA3 no package",
         "311 ms, 40.0 %, 4 of 38 blocks checkpointed; 60.0 GiB of 70.5 estimated",
     ]
@@ -321,7 +321,7 @@ def test_the_page_in_the_repository_is_not_stale():
 
 
 def test_forecasts_without_empty_tiles():
-    """Two forward passes and one backward of 38 blocks where blocks are computed again."""
+    """Two forward passes and one backward pass of 38 blocks with recomputation."""
     assert CHANGES[0].ms_with_change_3 == pytest.approx(473 - 38 * (2 * 0.12 + 0.36))
     assert CHANGES[2].ms_with_change_3 == pytest.approx(293 - 38 * (0.12 + 0.36))
     assert [change.ms_with_change_3 for change in CHANGES[3:]] == [271, 254, 238]
@@ -336,7 +336,7 @@ def test_arms_that_train_otherwise_are_found():
     close = 1 + LARGEST_DIFFERENCE / 2
     arms = {"a": {"losses": [2.0, 1.0]}, "b": {"losses": [2.0 * close, 1.0]}, "c": {"out_of_memory": "yes"}}
     assert _unlike(arms) == []
-    assert _unlike(arms | {"d": {"losses": [2.0, 1.1]}}) == ["d: its losses [2.0, 1.1] are not [2.0, 1.0]"]
+    assert _unlike(arms | {"d": {"losses": [2.0, 1.1]}}) == ["d: losses must equal [2.0, 1.0], got [2.0, 1.1]"]
     assert len(_unlike(arms | {"d": {"losses": [2.0, float("nan")]}})) == 1
 
 

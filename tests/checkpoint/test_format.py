@@ -61,11 +61,11 @@ def flip(path, place):
         (lambda f: (f / "rank_00001.safetensors").unlink(), "is missing"),
         (
             lambda f: (f / "rank_00001.safetensors").write_bytes((f / "rank_00001.safetensors").read_bytes()[:-4]),
-            "cut short",
+            "truncated",
         ),
         (lambda f: flip(f / "rank_00000.safetensors", -1), "sha256 of its weight does not match"),
         (lambda f: flip(f / "rank_00000.safetensors", 20), "sha256 of its header does not match"),
-        (lambda f: (f / "manifest.json").unlink(), "no complete checkpoint"),
+        (lambda f: (f / "manifest.json").unlink(), "is not a complete checkpoint"),
         (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:-9]), "damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), "damaged"),
         (
@@ -85,7 +85,7 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, rea
         verify(newest)
     assert latest_valid(tmp_path) == checkpoint_dir(tmp_path, 3)
     (said,) = caplog.messages
-    assert "checkpoint of step 6 is passed over" in said
+    assert "skipping the checkpoint of step 6" in said
 
 
 def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_c
 
     monkeypatch.setattr(reader_module, "sha256_bytes", sha256_bytes)
     for look in (lambda: verify(newest), lambda: latest_valid(tmp_path)):
-        with pytest.raises(CheckpointUnreadableError, match=r"cannot be read \(Input/output error\)"):
+        with pytest.raises(CheckpointUnreadableError, match=r"cannot read .* \(Input/output error\)"):
             look()
 
 
@@ -177,7 +177,7 @@ def test_no_checkpoint_and_only_damaged_ones(tmp_path, save):
 def test_a_manifest_cannot_name_other_files(tmp_path, save, edit_manifest, name):
     folder = save(tmp_path, 1)
     edit_manifest(folder, lambda content: content["files"][0].__setitem__(0, name))
-    with pytest.raises(CheckpointError, match="only rank_NNNNN.safetensors"):
+    with pytest.raises(CheckpointError, match="must be rank_NNNNN.safetensors"):
         read_manifest(folder)
 
 

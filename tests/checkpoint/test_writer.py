@@ -105,11 +105,11 @@ def test_a_commit_needs_the_files_that_the_receipts_tell_of(tmp_path, part):
     for rank in (0, 1):
         writer.write_slices(folder, rank, *part(rank, 2))
     receipts = wait(folder, 2, Clock())
-    with pytest.raises(CheckpointError, match="do not join|hold"):
+    with pytest.raises(CheckpointError, match="gap or overlap|cover"):
         writer.commit(folder, 4, receipts[:1], {})
     path = folder / "rank_00001.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated"):
         writer.commit(folder, 4, receipts, {})
     assert list_steps(tmp_path) == []
 
@@ -213,7 +213,7 @@ def test_nothing_is_pruned_for_a_checkpoint_that_is_not_complete(tmp_path, save)
         save(tmp_path, step)
     path = checkpoint_dir(tmp_path, 8) / "rank_00001.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated"):
         writer.prune(tmp_path, 8, keep_last=2)
     assert list_steps(tmp_path) == [2, 4, 6, 8]
 
@@ -264,5 +264,5 @@ def test_a_disk_that_fills_up_is_an_error_of_ours(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(writer, "save_file", save_file)
-    with pytest.raises(CheckpointError, match="cannot be written: I/O error: No space left"):
+    with pytest.raises(CheckpointError, match="cannot write .*: I/O error: No space left"):
         writer.write_slices(begin(tmp_path, 1), 0, {}, {})

@@ -1,4 +1,4 @@
-"""Shared by the codecs' tests: tiny random models of the real shapes."""
+"""Shared fixtures of the codec tests: tiny random models with the real shapes."""
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ from flowception.codecs import CodecConfig, build_codec
 from flowception.codecs.ltx import LTXCodec
 from flowception.errors import CodecError, ConfigError
 from flowception.generation.context import ContextReader
+from flowception.generation.context_source import context_sources
 
 
 def clip(frames: int, seed: int = 0, size: int = 32) -> torch.Tensor:
@@ -21,7 +22,7 @@ def codec(autoencoder_folder):
 
 @pytest.fixture
 def plain_codec(autoencoder):
-    """Neither noise nor time: decoding is what diffusers' own decoder does."""
+    """Without noise and time, so decoding equals that of the diffusers decoder."""
     return LTXCodec(autoencoder, decode_timestep=0.0, decode_noise_scale=0.0)
 
 
@@ -110,14 +111,14 @@ def test_bf16_is_close(autoencoder_folder):
     assert rough.decode(latents).shape == video.shape
 
 
-def test_bad_input_is_refused(codec, tmp_path):
+def test_bad_input_is_rejected(codec, tmp_path):
     with pytest.raises(CodecError, match="cut the clip to 9"):
         codec.encode(clip(10))
     with pytest.raises(CodecError, match="multiples of 32"):
         codec.encode(clip(9, size=40))
     with pytest.raises(ConfigError, match=r"codec\.model"):
         build_codec(CodecConfig(name="ltx"))
-    with pytest.raises(CodecError, match="no LTX autoencoder"):
+    with pytest.raises(CodecError, match="cannot load an LTX autoencoder"):
         build_codec(CodecConfig(name="ltx", model=str(tmp_path)))
 
 
@@ -128,7 +129,7 @@ def test_a_keyframe_is_a_still_as_long_as_a_latent(codec, tmp_path):
         files.append(tmp_path / f"{value}.png")
         Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)).save(files[-1])
     made = ContextReader(task="interpolation", codec=codec, height=32, width=32, fps=None, max_context_frames=8)
-    (context,) = made.read(files)
+    (context,) = made.read(context_sources(files))
     first, still = (np.full((n, 32, 32, 3), v, dtype=np.uint8) for n, v in zip((1, 9), values))
     assert torch.equal(context.frames, torch.stack([codec.encode(first)[0], codec.encode(still)[1]]))
     assert (context.active, context.num_start_frames) == ([True, False], 0)

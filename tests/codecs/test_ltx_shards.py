@@ -1,4 +1,4 @@
-"""``encode_shards`` with the LTX codec, from a video file to what a reader gives back."""
+"""``encode_shards`` with the LTX codec, from a video file to what a reader returns."""
 
 import json
 

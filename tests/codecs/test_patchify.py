@@ -63,7 +63,7 @@ def test_fingerprint_tells_patch_sizes_apart():
     assert PatchifyCodec(4).fingerprint() != PatchifyCodec(2).fingerprint()
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_rejected():
     codec = build_codec(CodecConfig(patch_size=4))
     with pytest.raises(CodecError, match="multiples of 4"):
         codec.encode(torch.zeros(1, 16, 18, 3, dtype=torch.uint8))

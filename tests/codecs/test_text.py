@@ -41,8 +41,8 @@ def test_long_captions_are_cut(folder):
     assert encoder.encode(["a red disc a red disc"])[0].shape == (3, 16)
 
 
-def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(CodecError, match="no T5 encoder"):
+def test_bad_input_is_rejected(tmp_path):
+    with pytest.raises(CodecError, match="cannot load a T5 encoder"):
         TextEncoder.from_config(TextEncoderConfig(model=str(tmp_path)))
     with pytest.raises(ConfigError, match="text.max_tokens must be an integer >= 1, got 0"):
         TextEncoderConfig(max_tokens=0)

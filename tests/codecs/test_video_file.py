@@ -32,7 +32,7 @@ def test_the_bytes_repeat(tmp_path):
     assert max(map(contents.count, contents)) >= 3
 
 
-def test_what_is_no_video_is_refused(tmp_path):
+def test_a_non_video_is_rejected(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
     write_video(tmp_path / "whole.mp4", moving_square(8), fps=8)

@@ -7,7 +7,7 @@ import pytest
 
 HOLES = """
 from pathlib import Path
-from flowception.data.epoch import give_back_freed_memory
+from flowception.data.epoch import return_freed_memory
 
 def own_mb():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -17,7 +17,7 @@ blocks = [bytes([number % 255 + 1]) * 4096 for number in range(25_000)]
 last = blocks.pop()  # lies above the others, so that the heap cannot simply end earlier
 del blocks
 before = own_mb()
-give_back_freed_memory()
+return_freed_memory()
 print(before - own_mb(), len(last))
 """
 

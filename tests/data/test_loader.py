@@ -97,7 +97,7 @@ def test_more_ranks_than_packs_are_refused(world):
     plan, reader = world
     with pytest.raises(ConfigError, match="packs_per_step must be at least the number of ranks, got 3 and 4 ranks"):
         PackLoader(plan, reader, rank=0, world_size=4)
-    with pytest.raises(ConfigError, match="rank is 3"):
+    with pytest.raises(ConfigError, match="rank must be an integer from 0 to 2, got 3"):
         PackLoader(plan, reader, rank=3, world_size=3)
 
 
@@ -108,7 +108,7 @@ def test_bad_clips_are_listed_with_what_they_cost(world, num_workers):
     batches = list(PackLoader(plan, reader, num_workers=num_workers))
     listed = [bad for batch in batches for bad in batch.quarantined]
     assert sorted(bad.key for bad in listed) == [f"clip_{i:03d}" for i in range(20, 30)]
-    assert all("shard-000002.tar: the shard ends at byte" in bad.reason for bad in listed)
+    assert all("shard-000002.tar: the shard is truncated at byte" in bad.reason for bad in listed)
     after = plan.with_quarantine(bad.key for bad in listed)
     assert not [bad for batch in PackLoader(after, reader, cursor=Cursor(1, 0)) for bad in batch.quarantined]
     for batch in batches:
@@ -171,7 +171,7 @@ def test_clips_left_out_are_padding_in_their_places_and_listed(world, num_worker
     plan, reader = world
     keys = {plan.index.key(row): "left out" for row in (3, 30)}
     whole = list(PackLoader(plan, reader))
-    found = list(PackLoader(plan, reader, num_workers=num_workers, left_out=keys))
+    found = list(PackLoader(plan, reader, num_workers=num_workers, skipped=keys))
     assert sorted(bad.key for batch in found for bad in batch.quarantined) == sorted(keys)
     for ours, theirs in zip(found, whole, strict=True):
         assert order(ours) == order(theirs)
@@ -184,7 +184,7 @@ def test_who_waits_for_a_batch_is_told_for_which_clips(world, num_workers, tmp_p
     plan, reader = world
     rows = np.concatenate([pack.rows for pack in plan.step(Cursor(0, 1)).packs])
     loader = PackLoader(plan, Slow(reader.folder, set(rows.tolist()), tmp_path), num_workers=num_workers, prefetch=1)
-    assert loader.waiting_for() == "the plan of the next step"
+    assert loader.waiting_for() == "the plan for the next step"
     batches = iter(loader)
     assert next(batches).cursor == Cursor(0, 0)
     waiter = threading.Thread(target=next, args=(batches,))

@@ -205,7 +205,7 @@ def test_a_network_of_other_widths_is_refused(world, make_config, make_spec):
 def test_a_plan_of_another_null_text_is_refused(world, make_config, make_spec):
     _, reader, _ = world
     other = Plan(reader.index, None, *make_config(), make_spec(text_dim=6), SEED, null_text_tokens=1)
-    with pytest.raises(ConfigError, match="counts 1 tokens of null text"):
+    with pytest.raises(ConfigError, match="null_text_tokens must be the length of the set's null text, got 1 and 2"):
         build_pack(other, packs_of_epoch(other)[0], reader)
 
 

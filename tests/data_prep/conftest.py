@@ -1,4 +1,4 @@
-"""Shared by the tests of the data_prep scripts, which lie outside the package."""
+"""Shared by the tests of the data_prep scripts, which are outside the package."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ def toy_folder(tmp_path_factory):
 
 @pytest.fixture
 def write_counting_video():
-    """A video whose frame k is gray of level 8 k + 16, so that a frame names its number."""
+    """Write a video whose frame k has gray level 8 k + 16, so that the level identifies the frame."""
     from flowception.codecs.video_file import write_video
 
     def write(path, frames, *, fps=10.0, height=16, width=16):
@@ -34,7 +34,7 @@ def write_counting_video():
 
 @pytest.fixture
 def frame_numbers():
-    """Which frames of a counting video a clip shows."""
+    """Frame numbers of a counting video that a clip shows."""
 
     def read(frames):
         return np.round((np.asarray(frames, dtype=float).mean(axis=(1, 2, 3)) - 16) / 8).astype(int).tolist()

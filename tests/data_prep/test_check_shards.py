@@ -29,7 +29,7 @@ def test_a_good_set(good, capsys):
     said = capsys.readouterr().out
     frames = ShardReader(good).index.clips["frames"].tolist()
     assert f"12 clips, {sum(frames)} latent frames, 1 shards" in said
-    assert "the same when rebuilt here" in said
+    assert "rebuilt here with the same fingerprint" in said
     assert "4 x 4  17  12" in said
     assert f"  {min(frames):>4} {frames.count(min(frames)):>8} #" in said
     assert "12 of 12 clips are good, 0 bad" in said
@@ -63,7 +63,7 @@ def test_another_codec_is_said(copied, capsys):
     meta = json.loads((copied / "meta.json").read_text())
     (copied / "meta.json").write_text(json.dumps(meta | {"codec_config": {"patch_size": 2}}))
     assert main([str(copied)]) == 0
-    assert "not rebuilt here (the codec patchify built here has fingerprint" in capsys.readouterr().out
+    assert "cannot be rebuilt here (the codec patchify built here has fingerprint" in capsys.readouterr().out
 
 
 def test_the_suggested_budget_holds_the_longest_clip_and_so_many_on_average(good):
@@ -89,4 +89,4 @@ def test_a_remote_set_is_checked_like_a_local_one(copied, tmp_path, capsys, work
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main([server.url, "--cache-dir", str(blocked)]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot create data.cache.cache_dir=" in capsys.readouterr().err

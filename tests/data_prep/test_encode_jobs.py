@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,8 +85,8 @@ def test_a_folder_of_another_job_is_refused(toy_folder, tmp_path):
     with pytest.raises(ConfigError) as refusal:
         ShardEncoder(replace(config, fps=4.0, codec=CodecConfig(patch_size=2)))
     assert str(refusal.value) == (
-        f"{tmp_path / 'set'} was begun with other settings: codec.patch_size was 4, is 2, fps was None, is 4.0; "
-        "encode into another out"
+        f"{tmp_path / 'set'} was started with different settings: codec.patch_size was 4, is now 2, "
+        "fps was None, is now 4.0; choose another out"
     )
 
 
@@ -97,7 +98,7 @@ def test_a_changed_list_of_videos_is_refused_in_words(tmp_path, write_counting_v
     write_counting_video(videos / "b.mp4", 2)
     with pytest.raises(ConfigError) as refusal:
         ShardEncoder(toy_config(videos, tmp_path / "set"))
-    assert str(refusal.value).endswith(": the list of videos changed: 1 video then, 2 now; encode into another out")
+    assert str(refusal.value).endswith(": the list of videos changed: it had 1 video, now 2; choose another out")
 
 
 def test_a_second_encoder_of_the_same_part_is_refused(toy_folder, tmp_path):
@@ -106,7 +107,7 @@ def test_a_second_encoder_of_the_same_part_is_refused(toy_folder, tmp_path):
         assert encoder.run().open_shards == 0
     with (
         FileLock(tmp_path / "set" / ".part-0.lock", ConfigError),
-        pytest.raises(ConfigError, match=r"set is in use by process \d+ on .*; it encodes part 0 too"),
+        pytest.raises(ConfigError, match=r"set is in use by process \d+ on .*; it is encoding part 0 too"),
     ):
         encoder.run()
     assert encoder.run().open_shards == 0
@@ -175,8 +176,8 @@ def test_a_full_disk_ends_the_job_with_one_line(toy_folder, tmp_path, capsys):
     partial.symlink_to("/dev/full")
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "shard-000001.tar cannot be written (No space left on device)" in line
+    assert re.search(r"cannot write .*shard-000001\.tar \(No space left on device\)", line)
     assert "run the same command again" in line
     partial.unlink()
     assert main(words) == 0
-    assert "1 of 3 shards are finished already" in capsys.readouterr().out
+    assert "1 of 3 shards are already finished" in capsys.readouterr().out

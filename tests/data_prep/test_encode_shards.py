@@ -130,7 +130,7 @@ def test_captions_become_text(toy_folder, tmp_path, monkeypatch):
 def test_command_line(toy_folder, tmp_path, capsys):
     words = ["--config", str(ROOT / "configs/encode_toy.yaml"), f"source={toy_folder / 'manifest.jsonl'}"]
     assert main([*words, f"out={tmp_path / 'set'}"]) == 0
-    assert "12 clips of 12 videos" in capsys.readouterr().out
+    assert "12 clips from 12 videos" in capsys.readouterr().out
     assert main([*words, f"out={tmp_path / 'b'}", "video_per_shard=3"]) == 2
     assert "videos_per_shard" in capsys.readouterr().err
     assert main([*words, f"out={tmp_path / 'b'}", "min_frames=0"]) == 2
@@ -192,7 +192,7 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     words = [f"source={videos}", f"out={tmp_path / 'one'}", "max_frames=4", "min_frames=2", "min_motion=10"]
     assert main(["--config", *words, "videos_per_shard=2"]) == 0
     printed = capsys.readouterr().out
-    said = "2 pieces of these videos were dropped by min_frames\n3 pieces of these videos were dropped by min_motion\n"
+    said = "min_frames dropped 2 pieces of these videos\nmin_motion dropped 3 pieces of these videos\n"
     assert said in printed
     assert main(["--config", *words, "videos_per_shard=2", "--status"]) == 0
     assert said in capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp
     assert torch.equal(reader.read(0, np.arange(9)), PatchifyCodec(4).encode(images).bfloat16())
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "set" / "unreadable.jsonl").read_text().splitlines()]
     assert reasons[0].startswith("frame bad/1.png has (16, 17) px")
-    assert reasons[1].startswith("empty is a folder without frames")
+    assert reasons[1].startswith("empty contains no frames")
 
 
 def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):
@@ -229,7 +229,7 @@ def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_
     assert report["filters"] == [{"column": "motion score", "min": 2, "max": None, "removed": 0, "without_number": 0}]
     assert (tmp_path / "set" / "missing.txt").read_text() == "b.mp4\n"
     assert "missing: 1, such as b.mp4" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="filters.motion score.min was 2, is 1"):
+    with pytest.raises(ConfigError, match="filters.motion score.min was 2, is now 1"):
         ShardEncoder(replace(config, filters={"motion score": FilterRange(min=1)}))
 
 

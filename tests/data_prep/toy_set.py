@@ -1,4 +1,4 @@
-"""An encoding job of the toy videos, and what is in the set that it makes."""
+"""Configuration of an encoding job on the toy videos, and the content of the set it writes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,5 +13,5 @@ def toy_config(source, out, **changes) -> EncodeConfig:
 
 
 def bytes_of(folder) -> dict[str, bytes]:
-    """Every file of a set; the locks of its parts stay behind, empty, and are no part of it."""
+    """Content of every file of a set, without the empty lock files that jobs leave."""
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.suffix != ".lock"}

@@ -1,4 +1,4 @@
-"""The page of configuration keys is what the dataclasses say."""
+"""The page of configuration keys matches the dataclasses."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the pages name exists: files, configuration keys, functions, links, pictures."""
+"""Everything that the pages name exists: files, configuration keys, functions, links, pictures."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def code_words(page: str) -> set[str]:
 
 
 def missing_files(page: str, folder: Path = ROOT) -> list[str]:
-    """Words that look like a file or folder of the repository and name none."""
+    """Words that look like a file or folder of the repository but do not exist."""
     missing = []
     for word in code_words(page) - PLACEHOLDERS:
         has_folder = "/" in word and word.split("/")[0] in (
@@ -46,7 +46,7 @@ def missing_files(page: str, folder: Path = ROOT) -> list[str]:
 
 
 def unknown_keys(page: str) -> list[str]:
-    """Words that look like a configuration key, alone or in ``key=value``, and are none."""
+    """Words that look like a configuration key, alone or in ``key=value``, but are not."""
     found = set()
     for word in code_words(page) - {"key=value"}:
         key = word.split("=")[0]
@@ -57,7 +57,7 @@ def unknown_keys(page: str) -> list[str]:
 
 
 def unknown_functions(page: str) -> list[str]:
-    """Words ``module.name``, no keys and no files, of which the module exists and does not define the name."""
+    """Words ``module.name``, except keys and files, where the module exists but does not define the name."""
     modules = {path.stem: path for path in SOURCES if path.suffix == ".py" and path.parts[-3] == "flowception"}
     pairs = [word.split(".") for word in code_words(page) - KEYS if re.fullmatch(r"[a-z_]+\.(?!sh$)[A-Za-z_]+", word)]
     return sorted(

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs, and the page of the API names what there is."""
+"""The Python blocks of README and docs run, and the API page is complete."""
 
 import dataclasses
 import inspect
@@ -20,7 +20,7 @@ def python_blocks(page: str) -> list[tuple[int, str]]:
 
 
 def run_blocks(path: Path) -> None:
-    """Run a page's blocks in order, as one program; an error shows the page's own line."""
+    """Run a page's blocks in order, as one program; errors show the page's line numbers."""
     namespace = {"__name__": "page"}
     for line, code in python_blocks(path.read_text()):
         exec(compile("\n" * (line - 1) + code, str(path), "exec"), namespace)
@@ -49,7 +49,7 @@ def test_the_page_of_the_api_names_what_is_public():
 
 
 def undocumented(thing: object) -> list[str]:
-    """Names without a docstring: the thing itself, and a class's own public methods, properties and fields."""
+    """Names without a docstring: the object, and a class's own public methods, properties and fields."""
     missing = [] if inspect.getdoc(thing) else [thing.__name__]
     if inspect.isclass(thing):
         source = inspect.getsource(thing)
@@ -65,11 +65,11 @@ def undocumented(thing: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", flowception.__all__)
-def test_every_public_name_says_what_it_is(name):
+def test_every_public_name_is_documented(name):
     assert undocumented(getattr(flowception, name)) == []
 
 
-def arguments_told(function: object) -> list[str]:
+def documented_arguments(function: object) -> list[str]:
     """Names in the ``Args`` of a docstring."""
     told = re.search(r"^Args:\n(.*?)\n\n", inspect.getdoc(function) or "", re.MULTILINE | re.DOTALL)
     return re.findall(r"^    (\w+):", told[1], re.MULTILINE) if told else []
@@ -80,14 +80,14 @@ def arguments_told(function: object) -> list[str]:
     [flowception.load, flowception.Run.sample, flowception.Run.stream, flowception.Clip.save, flowception.Growth.save],
     ids=lambda function: function.__qualname__,
 )
-def test_a_public_call_tells_all_arguments_and_its_errors(function):
-    assert arguments_told(function) == [name for name in inspect.signature(function).parameters if name != "self"]
+def test_a_public_call_documents_all_arguments_and_errors(function):
+    assert documented_arguments(function) == [name for name in inspect.signature(function).parameters if name != "self"]
     assert "Raises:" in function.__doc__
 
 
 @dataclasses.dataclass
 class Silent:
-    """Has a field, and a method, of which nothing is said."""
+    """Has an undocumented field and an undocumented method."""
 
     said: int
     """Said."""

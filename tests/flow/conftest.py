@@ -1,4 +1,4 @@
-"""Shared by the sampler's tests: predictors that stand where the network stands, and the length-law benchmark."""
+"""Shared fixtures of the sampler tests: predictors in place of the network, and the length-law benchmark."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ FRAME_SHAPE = (2, 3, 2)
 
 @pytest.fixture
 def constant_predictor():
-    """``make(velocity, rate)``: the same answer for every frame."""
+    """``make(velocity, rate)``: the same prediction for every frame."""
 
     def make(velocity=0.0, rate=0.0):
         def predict(state):
@@ -25,7 +25,7 @@ def constant_predictor():
 
 @pytest.fixture
 def own_frame_predictor():
-    """Velocity and rate from a frame's own latent, time and clip length, by exactly rounded operations only."""
+    """Velocity and rate from a frame's latent, time and clip length, by exactly rounded operations only."""
 
     def predict(state):
         first = state.frames.flatten(1)[:, 0].double()

@@ -1,4 +1,4 @@
-"""``p(context | n)`` and the number of present frames against what the tasks draw, frame by frame."""
+"""``p(context | n)`` and the number of present frames, compared with the tasks' draws frame by frame."""
 
 import itertools
 from collections import Counter
@@ -21,7 +21,7 @@ def drawn(task, num_frames, config):
 
 
 def given_of(roles, task):
-    """Context roles in order; START before them where completion begins with it."""
+    """Context roles in order, preceded by START if completion starts with it."""
     context = tuple(role for role in roles if role in (C, P))
     return (S, *context) if task == "completion" and context and roles[0] == S else context
 
@@ -66,7 +66,7 @@ def test_the_number_of_present_frames_is_that_of_the_draws(task, config):
             assert seen == pytest.approx(CLIPS * p, abs=4.5 * (CLIPS * p * (1 - p)) ** 0.5)
 
 
-def test_probabilities_by_hand():
+def test_probabilities_worked_example():
     config = RoleConfig(max_context_frames=3, max_keyframes=2, max_cuts=3)
     assert context_probability("v2v", (P, C), 9, config) == 1 / 3
     assert context_probability("v2v", (P, C), 3, config) == 1 / 2
@@ -90,5 +90,5 @@ def test_length_law_is_the_normalized_product():
     assert length_law("interpolation", (C, C, P), lengths, RoleConfig()) == pytest.approx(
         {4: (0.25 / 2) / (0.25 / 2 + 0.25 / 4), 12: (0.25 / 4) / (0.25 / 2 + 0.25 / 4)}
     )
-    with pytest.raises(ValueError, match="task interpolation gives no clip"):
+    with pytest.raises(ValueError, match="context that task interpolation can produce in clips of"):
         length_law("interpolation", (C, C, C, P), {3: 1.0, 4: 0.0}, RoleConfig())

@@ -22,7 +22,7 @@ LIMIT = 0.03  # of total variation; sampling alone has a mean of about 0.01 at 6
 
 
 def context_of(roles, starts=0):
-    """A sampler's context of the given roles; START first means that the clip begins with a start frame."""
+    """A sampler's context with the given roles; START first means that the clip starts with a start frame."""
     context = [role for role in roles if role != S]
     return Context(
         frames=torch.ones(len(context), *SHAPE), active=[role == C for role in context], num_start_frames=starts,

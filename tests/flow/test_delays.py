@@ -1,4 +1,4 @@
-"""Delay laws: whose delays they are, in which order, and what they leave as they found it."""
+"""Delay laws: which frames get which delays, in which order, and what stays unchanged."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_every_law_keeps_context_and_length_and_shows_a_first_frame(name):
 
 
 @pytest.mark.parametrize("name", SHUFFLED)
-def test_a_prescribed_order_deals_out_the_delays_of_the_uniform_law(name):
+def test_a_prescribed_order_reassigns_the_delays_of_the_uniform_law(name):
     roles, delay = delays_of(name)
     assert torch.equal((roles == S).sum(dim=1), (ROLES == S).sum(dim=1))
     for row in range(len(roles)):
@@ -45,7 +45,7 @@ def test_a_prescribed_order_deals_out_the_delays_of_the_uniform_law(name):
         assert delay[row][roles[row] == F].sort().values.tolist() == own.sort().values.tolist()
 
 
-def test_left_to_right_by_hand():
+def test_left_to_right_worked_example():
     roles, delay = delays_of("left_to_right")
     assert roles.tolist() == [
         [S, S, F, F, F, F, F, F, F],
@@ -57,7 +57,7 @@ def test_left_to_right_by_hand():
         assert (free.diff() > 0).all()
 
 
-def test_hierarchical_order_by_hand():
+def test_hierarchical_order_worked_example():
     assert Hierarchical().place_in_order(torch.arange(13)).tolist() == [-64, 0, -1, 0, -2, 0, -1, 0, -3, 0, -1, 0, -2]
     roles, _ = delays_of("hierarchical")
     assert roles.tolist() == [
@@ -86,7 +86,7 @@ def test_frames_of_one_level_come_in_any_order():
         assert least[where == frame].mean().item() == pytest.approx(5 / 9, abs=0.01)
 
 
-def test_autoregression_is_one_frame_after_the_other():
+def test_autoregression_is_one_frame_after_another():
     roles, delay = delays_of("autoregressive")
     assert roles.tolist() == [[S] + [F] * 8, [ACTIVE, S, F, F, F, A, A, A, A], [S, F, F, F, ACTIVE, F, F, F, A]]
     inf = torch.inf

@@ -1,4 +1,4 @@
-"""Extended time: the two-part prior, visibility and missing counts, and what they cost."""
+"""Extended time: the two-part prior, visibility and missing counts, and their cost."""
 
 import math
 
@@ -45,7 +45,7 @@ def five_frames():
     )
 
 
-def test_five_frames_by_hand(five_frames):
+def test_five_frames_worked_example(five_frames):
     draws = five_frames
     assert draws.visible.tolist() == [
         [True, False, True, True, False],
@@ -208,7 +208,7 @@ def test_attention_ratios_of_the_design():
         ({"insertion_schedule": "late"}, "insertion_schedule must be one of .*, got 'late'"),
         ({"tasks": {"t2x": 1.0}}, "task must be one of .*, got 't2x'"),
         ({"tasks": {"t2v": -1.0}}, r"tasks.t2v must be a number >= 0, got -1\.0"),
-        ({"tasks": {"t2v": 0.0}}, r"tasks must give a task a probability > 0, got {'t2v': 0\.0}"),
+        ({"tasks": {"t2v": 0.0}}, r"tasks must contain a probability > 0, got {'t2v': 0\.0}"),
     ],
     ids=str,
 )
@@ -217,11 +217,11 @@ def test_a_value_out_of_range_is_refused_by_name(wrong, message):
         ProcessConfig(**wrong)
 
 
-def test_shapes_that_do_not_agree_are_refused():
+def test_inconsistent_shapes_are_rejected():
     one = np.zeros(1)
     with pytest.raises(ValueError, match=r"\[B, N, 2\]"):
         draw_clips(ProcessConfig(), np.array([3]), one, one, np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="allows for 1 to 3"):
+    with pytest.raises(ValueError, match=r"num_frames must be in \[1, 3\]"):
         draw_clips(ProcessConfig(), np.array([4]), one, one, np.zeros((1, 3, 2)))
-    with pytest.raises(ValueError, match="0 to 0 frames"):
+    with pytest.raises(ValueError, match="got values from 0 to 0"):
         draw_clips(ProcessConfig(), np.array([0]), one, one, np.zeros((1, 3, 2)))

@@ -5,7 +5,7 @@ import torch
 from flowception.flow.guidance import Prediction, guide
 
 
-def test_guidance_by_hand():
+def test_guidance_worked_example():
     conditional = Prediction(torch.full((2, 1, 1, 1), 3.0), torch.log(torch.tensor([4.0, 2.0])))
     unconditional = Prediction(torch.full((2, 1, 1, 1), 1.0), torch.log(torch.tensor([2.0, 2.0])))
     guided = guide(conditional, unconditional, scale=4.0, insertion_scale=3.0)

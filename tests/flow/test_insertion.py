@@ -1,4 +1,4 @@
-"""Insertion rules: their means, their ranges, and the distributions they are built of."""
+"""Insertion rules: their means, their ranges, and the distributions they are built from."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_poisson_quantile(mean):
 
 
 def sites(rates, may_insert=None, clips=TRIALS, seed=0):
-    """The same clip many times over, with fresh uniforms."""
+    """The same clip many times, with independent uniforms."""
     rates, per_clip = np.tile(np.asarray(rates, dtype=np.float64), clips), len(rates)
     allowed = np.tile(may_insert, clips) if may_insert is not None else np.ones(len(rates), dtype=bool)
     uniforms = np.random.default_rng(seed).random((len(rates), 2))
@@ -73,7 +73,7 @@ def test_bernoulli_inserts_at_most_one():
     assert (counts.reshape(-1, 2)[:, 1] == 1).all()
 
 
-def test_whole_counts_by_hand():
+def test_whole_counts_worked_example():
     # Running sums 0.5, 0.5 (may not insert), 1.75, 4.0; plus U = 0.5: 1.0, 1.0, 2.25, 4.5; plus U = 0: as they are.
     rates = np.tile([0.5, 9.0, 1.25, 2.25], 2)
     may = np.tile([True, False, True, True], 2)

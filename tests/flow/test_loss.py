@@ -1,4 +1,4 @@
-"""Losses against torch.distributions and by hand; denominators against simulation."""
+"""Losses against torch.distributions and worked examples; denominators against simulation."""
 
 import math
 
@@ -16,7 +16,7 @@ from flowception.flow.loss import (
 )
 
 
-def test_velocity_loss_by_hand():
+def test_velocity_loss_worked_example():
     velocity = torch.tensor([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0]])
     target = torch.tensor([[0.0, 0.0], [3.0, 1.0], [0.0, 0.0]])
     loss = velocity_loss_sum(velocity, target, torch.tensor([True, True, False]), torch.tensor([2.0, 0.5, 7.0]))
@@ -56,7 +56,7 @@ def test_what_is_masked_has_no_effect_even_when_it_is_not_a_number():
     assert log_rate.grad.tolist() == [-1.0, 0.0]
 
 
-def test_a_rate_beyond_the_clamp_is_finite_and_comes_back():
+def test_a_rate_beyond_the_clamp_is_finite_and_has_a_gradient():
     log_rate = torch.tensor([200.0], requires_grad=True)
     loss = insertion_loss_sum(log_rate, torch.tensor([3]), torch.tensor([True]), torch.ones(1))
     loss.backward()
@@ -102,7 +102,7 @@ def test_denominators_are_the_expected_weighted_counts(case):
     assert sites == pytest.approx(expected.insertion if draws.inserts else 0.0, rel=0.01)
 
 
-def test_denominators_by_hand():
+def test_denominators_worked_example():
     # i2v of 5 frames: active context, 3 starts, 1 free; t2v of 2 frames: 2 starts.
     roles = torch.tensor([[2, 0, 1, 0, 0], [0, 0, -1, -1, -1]])
     schedule = ProcessConfig(insertion_schedule="power", insertion_exponent=3.0).schedule()

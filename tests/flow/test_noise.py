@@ -1,4 +1,4 @@
-"""The sampler's noise: its law, and that a frame's depends on its key alone."""
+"""The sampler's noise: its distribution, and that a frame's noise depends only on its key."""
 
 import numpy as np
 import pytest
@@ -34,6 +34,6 @@ def test_clip_step_and_slot_all_matter(other):
     assert not np.isin(fresh_noise(np.array([clip]), step, np.array([slot]), SHAPE), one).any()
 
 
-def test_a_frame_too_large_for_the_counter_is_refused():
+def test_a_frame_too_large_for_the_counter_is_rejected():
     with pytest.raises(ValueError, match="elements"):
         fresh_noise(np.array([0]), 0, np.array([0]), (MAX_ELEMENTS, 2, 1))

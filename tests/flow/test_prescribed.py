@@ -1,4 +1,4 @@
-"""Prescribed orders: plans are training's draws, states follow the plan, and a frame's way is whole."""
+"""Prescribed orders: plans equal training's draws, states follow the plan, and frames reach time 1."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_a_plan_is_what_training_draws_from_the_same_uniforms(order, task):
         assert (planned.born_step < delay * 20 + 1 - 1e-9).all()
 
 
-def test_births_right_of_each_frame_by_hand():
+def test_births_right_of_each_frame_worked_example():
     births = torch.tensor([0, 3, 2, 0, 0, 3, 3, 1])  # two clips: the second begins at the fifth frame
     assert due_counts(births, 0).tolist() == [0, 0, 1]
     assert due_counts(births, 1).tolist() == [1, 0, 0, 0]
@@ -138,7 +138,7 @@ def test_full_sequence_is_sampling_without_insertion(own_frame_predictor):
 
 
 @pytest.mark.parametrize("order", PRESCRIBED_LAWS)
-def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, order):
+def test_a_clip_is_the_same_alone_or_in_a_batch(own_frame_predictor, order):
     image = Context(frames=torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)))
     contexts, lengths = [None, image, None, image], [5, 3, 9, 7]
     config = {"order": order, "num_inference_steps": 6}
@@ -153,7 +153,7 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, orde
 
 
 @pytest.mark.parametrize("order", PRESCRIBED_LAWS)
-def test_keyframes_lie_where_they_were_put_and_stay(constant_predictor, order):
+def test_keyframes_keep_their_places(constant_predictor, order):
     frames = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
     context = Context(frames=frames, active=[True, True, False], num_start_frames=0, places=[0, 4, 9])
     result = run(constant_predictor(velocity=5.0), 2, [context] * 2, order=order, num_frames=10, num_inference_steps=6)
@@ -167,7 +167,7 @@ def test_keyframes_lie_where_they_were_put_and_stay(constant_predictor, order):
 
 
 @pytest.mark.parametrize("order", PRESCRIBED_LAWS)
-def test_history_tells_which_frames_there_were(constant_predictor, order):
+def test_history_records_which_frames_existed(constant_predictor, order):
     config = {"order": order, "num_frames": 6, "num_inference_steps": 4}
     result = run(constant_predictor(), record_history=True, **config)
     assert len(result.history) == result.evaluations + 1
@@ -176,25 +176,25 @@ def test_history_tells_which_frames_there_were(constant_predictor, order):
         assert torch.equal(present, record.cu_frames.diff())
 
 
-def test_what_does_not_go_together_is_refused(constant_predictor):
+def test_inconsistent_arguments_are_rejected(constant_predictor):
     predict, random = constant_predictor(), {"order": "random"}
     two = Context(frames=torch.zeros(2, *SHAPE))
-    with pytest.raises(ConfigError, match="num_frames is for prescribed orders"):
+    with pytest.raises(ConfigError, match="num_frames must be null for order=learned"):
         run(predict, num_frames=[3, 3, 3])
-    with pytest.raises(ConfigError, match="num_frames is for prescribed orders"):
+    with pytest.raises(ConfigError, match="num_frames must be null for order=learned"):
         initial_state(SHAPE, 1, SamplerConfig(num_frames=4))
-    with pytest.raises(ConfigError, match="order is random, which is given the lengths; set num_frames"):
+    with pytest.raises(ConfigError, match="order=random needs the length of every clip; set num_frames"):
         run(predict, **random)
-    with pytest.raises(ConfigError, match="set num_frames, one for each clip"):
+    with pytest.raises(ConfigError, match="needs the length of every clip; set num_frames"):
         run(predict, num_frames=[3], **random)
-    with pytest.raises(ConfigError, match="num_frames is 9, more than max_frames, now 8"):
+    with pytest.raises(ConfigError, match="num_frames must be at most max_frames, got 9 and 8"):
         run(predict, num_frames=[3, 9, 4], max_frames=8, **random)
-    with pytest.raises(ConfigError, match="num_frames is 2 and 2 frames are given; nothing is left to generate"):
+    with pytest.raises(ConfigError, match="num_frames must be greater than the number of context frames, got 2 and 2"):
         run(predict, 1, [two], num_frames=[2], **random)
     for places in ([1], [1, 1], [2, 0], [0, 5]):
-        with pytest.raises(ConfigError, match="give 2 ascending ones from 0 to 4"):
+        with pytest.raises(ConfigError, match="must be 2 ascending frame indices from 0 to 4"):
             plan("random", 5, context_roles=two.roles(), places=places)
-    with pytest.raises(ConfigError, match="context frame 0 of 5 is passive and a frame would be generated right of it"):
+    with pytest.raises(ConfigError, match="context frame 0 of 5 must be active because the frame to its right is"):
         plan("random", 5, context_roles=two.roles(), places=[0, 4])
-    with pytest.raises(ConfigError, match="num_frames is 0"):
+    with pytest.raises(ConfigError, match="num_frames must be greater than .*, got 0"):
         run(predict, num_frames=[0, 3, 3], **random)

@@ -1,4 +1,4 @@
-"""The prior of the global time: marginals, weights, and the way back."""
+"""The prior of the global time: marginals, weights, and its inverse."""
 
 import numpy as np
 import pytest

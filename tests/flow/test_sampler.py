@@ -79,7 +79,7 @@ def test_an_exact_velocity_ends_at_the_data(constant_predictor):
 
 
 @pytest.mark.parametrize("insertion", RULES)
-def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, insertion):
+def test_a_clip_is_the_same_alone_or_in_a_batch(own_frame_predictor, insertion):
     image = Context(frames=torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)))
     contexts = [None, image, None, image, None]
     config = {"insertion": insertion, "num_inference_steps": 12}
@@ -93,15 +93,17 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(own_frame_predictor, inse
         assert torch.equal(alone.roles, together.roles[here])
 
 
-def test_each_clip_can_have_a_seed_of_its_own(own_frame_predictor):
+def test_each_clip_can_have_its_own_seed(own_frame_predictor):
     seeds = [7, 3, 7]
     together = run(own_frame_predictor, 3, seed=seeds, num_inference_steps=5).clips()
     alone = [run(own_frame_predictor, 1, seed=seed, num_inference_steps=5).clips()[0] for seed in seeds]
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
     assert not torch.isin(together[0], together[1]).any()
-    with pytest.raises(ConfigError, match=r"seed is \[1, 2\] for batch_size 3"):
+    with pytest.raises(
+        ConfigError, match=r"seed must be an integer >= 0, or one per clip, got \[1, 2\] for batch_size 3"
+    ):
         run(own_frame_predictor, 3, seed=[1, 2])
-    with pytest.raises(ConfigError, match="seed is -1 for batch_size 3"):
+    with pytest.raises(ConfigError, match="seed must be an integer >= 0, or one per clip, got -1 for batch_size 3"):
         run(own_frame_predictor, 3, seed=-1)
 
 
@@ -149,7 +151,7 @@ def test_the_cap_holds_and_says_so(constant_predictor, insertion, caplog):
         result = run(predict, 3, insertion=insertion, num_inference_steps=8, max_frames=11)
     assert result.cu_frames.diff().tolist() == [3, 11, 11]
     assert result.capped.tolist() == [False, True, True]
-    assert "max_frames = 11 cut the insertions of" in caplog.text
+    assert "max_frames = 11 limited insertions in" in caplog.text
     assert len(caplog.records) <= 2  # once for each clip at most
 
 
@@ -199,7 +201,7 @@ def test_a_frame_is_inserted_right_of_its_own_site():
         assert given[3] >= 6  # three frames wanted, and again after each
 
 
-def test_history_tells_which_frames_there_were(own_frame_predictor):
+def test_history_records_which_frames_existed(own_frame_predictor):
     config = {"num_inference_steps": 9, "time_shift": 3.0, "seed": 3}
     result = run(own_frame_predictor, record_history=True, **config)
     states = states_of(own_frame_predictor, **config)
@@ -245,28 +247,28 @@ def test_a_value_out_of_range_is_refused_by_name(wrong, message):
         SamplerConfig(**wrong)
 
 
-def test_wrong_contexts_are_refused(constant_predictor):
+def test_wrong_contexts_are_rejected(constant_predictor):
     predict = constant_predictor()
-    with pytest.raises(ConfigError, match="1 contexts for batch_size 3"):
+    with pytest.raises(ConfigError, match="one entry per clip, got 1 for batch_size 3"):
         run(predict, 3, [None])
-    with pytest.raises(ConfigError, match=r"frames \(2, 3, 3\)"):
+    with pytest.raises(ConfigError, match=r"context frames of clip 0 .*, got \(2, 3, 3\)"):
         run(predict, 1, [Context(frames=torch.zeros(1, 2, 3, 3))])
     with pytest.raises(ConfigError, match="K >= 1"):
         run(predict, 1, [Context(frames=torch.zeros(2, 3, 3))])
-    with pytest.raises(ConfigError, match="2 marks"):
+    with pytest.raises(ConfigError, match="one entry per context frame, got 2"):
         run(predict, 1, [Context(frames=torch.zeros(1, *SHAPE), active=[True, False])])
     with pytest.raises(ConfigError, match="nothing to generate"):
         run(predict, 1, [Context(frames=torch.zeros(1, *SHAPE), active=[False], num_start_frames=0)])
-    with pytest.raises(ConfigError, match="begins with 5 frames; raise max_frames, now 4"):
+    with pytest.raises(ConfigError, match="a clip starts with, got 4 and 5; raise max_frames"):
         run(predict, 1, num_start_frames=5, max_frames=4)
 
 
-def test_a_wrong_prediction_is_refused(constant_predictor):
-    with pytest.raises(ValueError, match="rate is nan at step 0"):
+def test_a_wrong_prediction_is_rejected(constant_predictor):
+    with pytest.raises(ValueError, match="got nan at step 0"):
         run(constant_predictor(rate=float("nan")))
-    with pytest.raises(ValueError, match=r"rate is -1\.0"):
+    with pytest.raises(ValueError, match=r"got -1\.0 at step"):
         run(constant_predictor(rate=-1.0))
-    with pytest.raises(ValueError, match=r"rate \(9, 1\)"):
+    with pytest.raises(ValueError, match=r"got .* and \(9, 1\)"):
         run(lambda state: (torch.zeros_like(state.frames), torch.zeros(len(state.frames), 1)))
 
 
@@ -324,6 +326,6 @@ def test_every_state_knows_what_its_clips_have_cost(constant_predictor):
     assert run(constant_predictor(rate=0.5), **config).flops is None
 
 
-def test_an_argument_that_there_is_not_is_refused(constant_predictor):
+def test_an_argument_that_there_is_not_is_rejected(constant_predictor):
     with pytest.raises(TypeError, match="batchsize"):
         sample(constant_predictor(), frame_shape=SHAPE, batchsize=2, config=SamplerConfig())

@@ -55,7 +55,7 @@ def test_start_frames_are_a_uniform_subset_of_the_others(task, first, others):
     assert chi_square < 27.9  # 9 degrees of freedom, p = 0.001
 
 
-def test_roles_by_hand():
+def test_roles_worked_example():
     u_role = torch.tensor([[0.0, 0.9, 0.2, 0.5, 0.1, 0.3]]).double().expand(5, 6)
     task = torch.tensor([T2V, T2V, I2V, I2V, T2V])
     roles = draw_roles(task, torch.tensor([6, 4, 6, 3, 2]), u_role, RoleConfig())
@@ -130,7 +130,7 @@ def test_completion_cuts_at_random_places(num_frames, max_cuts):
     assert chi_square_per_degree(frequencies(roles), law, len(roles)) < 1 + 4 * (2 / len(law)) ** 0.5
 
 
-def test_roles_of_context_tasks_by_hand():
+def test_roles_of_context_tasks_worked_example():
     u_role = torch.tensor([[0.55, 0.9, 0.2, 0.5, 0.1, 0.3]]).double().expand(4, 6)
     task, num_frames = torch.tensor([V2V, INTERPOLATION, COMPLETION, COMPLETION]), torch.tensor([6, 6, 6, 4])
     roles = draw_roles(task, num_frames, u_role, RoleConfig(num_start_frames=1))

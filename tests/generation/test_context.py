@@ -85,7 +85,7 @@ def test_keep_names_frames_and_ranges(word, expected):
 
 @pytest.mark.parametrize("word", ["", "a", "3-1", "-2", "0-", "0;2", "1,,2", "0-99999999"])
 def test_keep_that_names_nothing_is_refused(word):
-    with pytest.raises(ConfigError, match="--keep is"):
+    with pytest.raises(ConfigError, match="--keep must be"):
         parse_keep(word)
 
 
@@ -166,17 +166,17 @@ def test_files_that_cannot_be_a_context_are_refused_before_loading(clip, image, 
     video, still = clip(3)[0], image(9, "a.png")
     (tmp_path / "text.txt").write_text("no picture")
     wrong = [
-        ("t2v", [still], None, "the task is t2v"),
+        ("t2v", [still], None, "`task` t2v takes no `context`"),
         ("v2v", [], None, "`task` v2v needs `context`"),
         ("v2v", [tmp_path / "no.mp4"], None, "does not exist"),
         ("v2v", [tmp_path / "text.txt"], None, "text.txt"),
         ("interpolation", [still], None, "1 images and 0 videos"),
         ("interpolation", [still, still, video], None, "2 images and 1 videos"),
-        ("completion", [still], None, "needs videos"),
-        ("i2v", [still], (0,), "`keep` chooses frames"),
-        ("interpolation", [still, still], (0, 1), "`keep` chooses frames"),
-        ("v2v", [video], (0, 2), "a hole after frame 0"),
-        ("interpolation", [video], (1,), "frame 1 alone"),
+        ("completion", [still], None, "only videos, got an image"),
+        ("i2v", [still], (0,), "`keep` selects frames"),
+        ("interpolation", [still, still], (0, 1), "`keep` selects frames"),
+        ("v2v", [video], (0, 2), "a gap after frame 0"),
+        ("interpolation", [video], (1,), "got only frame 1"),
     ]
     for task, files, keep, message in wrong:
         with pytest.raises((ConfigError, DataError), match=message):
@@ -185,11 +185,11 @@ def test_files_that_cannot_be_a_context_are_refused_before_loading(clip, image, 
 
 def test_a_video_that_is_too_short_is_refused(clip):
     path, _ = clip(3)
-    with pytest.raises(DataError, match=r"latent frames 0 to 2 and `keep` asks for frame 3"):
+    with pytest.raises(DataError, match=r"encode to 3 latent frames, but `keep` requests latent frame 3"):
         reader("completion", keep=(0, 3)).read(context_sources([path]))
-    with pytest.raises(DataError, match="all would be kept"):
+    with pytest.raises(DataError, match="all of them kept"):
         reader("completion", keep=(0, 1, 2)).read(context_sources([path]))
-    with pytest.raises(DataError, match="all would be kept"):
+    with pytest.raises(DataError, match="all of them kept"):
         reader("completion").read(context_sources([clip(2, name="b.mp4")[0]]))
     with pytest.raises(DataError, match="has one latent frame"):
         reader("interpolation").read(context_sources([clip(1, name="c.mp4")[0]]))
@@ -199,7 +199,9 @@ def test_what_training_never_showed_is_said(clip):
     path, _ = clip(7)
     process = ProcessConfig(tasks={"v2v": 1, "completion": 1}, max_context_frames=4, max_cuts=2)
     assert untrained("v2v", reader("v2v", keep=(0, 1, 2, 3)).read(context_sources([path])), process, 20) is None
-    assert "such a context of 7 frames" in untrained("v2v", reader("v2v").read(context_sources([path])), process, 20)
+    assert "a context like this, of 7 frames" in untrained(
+        "v2v", reader("v2v").read(context_sources([path])), process, 20
+    )
     assert "only on v2v, completion" in untrained("i2v", [], process, 20)
     assert untrained("completion", reader("completion", keep=(2,)).read(context_sources([path])), process, 20) is None
     assert "3 frames" in untrained(

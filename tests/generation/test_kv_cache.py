@@ -177,5 +177,5 @@ def test_steps_must_follow_one_another(model):
 
 def test_other_attention_patterns_are_refused(make_model):
     model = make_model(attention_pattern="causal")
-    with pytest.raises(ConfigError, match="attention_pattern=causal; .* full attention only"):
+    with pytest.raises(ConfigError, match="requires .*attention_pattern=full, got attention_pattern=causal"):
         FrozenFramePredictor(model, [0], refresh_steps=4)

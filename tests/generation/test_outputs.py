@@ -95,5 +95,5 @@ def test_parts_make_every_batch_once(num_clips, batch_size):
 
 @pytest.mark.parametrize(("part", "num_parts"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_part_that_there_is_not_is_refused(part, num_parts):
-    with pytest.raises(ConfigError, match=f"`part` is {part} of `num_parts` {num_parts}"):
+    with pytest.raises(ConfigError, match=f"`part` must be .*, got {part} and {num_parts}"):
         check_part(part, num_parts)

@@ -118,7 +118,7 @@ def test_text_stands_before_its_clip_and_is_the_null_text_in_the_null_half(make_
 
 
 def test_labels_must_match_the_clips(model, make_state):
-    with pytest.raises(ValueError, match="2 clips, the predictor 1 labels"):
+    with pytest.raises(ValueError, match="2 clips, the predictor has 1 class labels"):
         NetworkPredictor(model, [0])(make_state([1, 1]))
 
 

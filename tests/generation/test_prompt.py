@@ -43,10 +43,10 @@ def test_the_encoder_of_the_shards_is_taken(run_with_text, encoder_folder):
 def test_another_encoder_is_refused(run_with_text, tmp_path):
     run = load_run(run_with_text)
     other = make_text_encoder(tmp_path / "other", width=16, seed=1)
-    with pytest.raises(ConfigError, match="otherwise than the encoder that made the shards"):
+    with pytest.raises(ConfigError, match="differently from the encoder that made the shards"):
         encode_prompts(run, ["a red disc"], str(other), torch.device("cpu"))
     wide = make_text_encoder(tmp_path / "wide", width=32)
-    with pytest.raises(ConfigError, match="text of width 32, the model was trained with 16"):
+    with pytest.raises(ConfigError, match="must have width 16, as in training, got 32"):
         encode_prompts(run, ["a red disc"], str(wide), torch.device("cpu"))
 
 
@@ -194,14 +194,18 @@ def test_lines_become_prompts(tmp_path):
         ("blank.jsonl", b"\n \n", "blank.jsonl has no prompt"),
         ("latin.txt", "Hündchen".encode("latin-1"), "is not UTF-8"),
         ("a.jsonl", b"\na red disc", "line 2 is not JSON"),
-        ("a.jsonl", b'["a red disc"]', "give an object with a text named prompt"),
-        ("a.jsonl", b'{"prompt": 3}', "give an object with a text named prompt"),
+        ("a.jsonl", b'["a red disc"]', "must be an object with a prompt"),
+        ("a.jsonl", b'{"prompt": 3}', "must be an object with a prompt"),
         ("a.jsonl", b'{"prompt": "a", "sed": 3}', "unknown key 'sed'"),
-        ("a.jsonl", b'{"prompt": "a", "seed": -1}', "has seed -1"),
-        ("a.jsonl", b'{"prompt": "a", "seed": 0.5}', "has seed 0.5"),
-        ("a.jsonl", b'{"prompt": "a", "seed": 1e400}', "has seed inf"),
-        ("a.jsonl", b'{"prompt": "a", "class_label": ["red"]}', "has class_label"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "class_label": "purple"}', "line 2: class is 'purple'"),
+        ("a.jsonl", b'{"prompt": "a", "seed": -1}', "seed must be an integer .*, got -1"),
+        ("a.jsonl", b'{"prompt": "a", "seed": 0.5}', "seed must be an integer .*, got 0.5"),
+        ("a.jsonl", b'{"prompt": "a", "seed": 1e400}', "seed must be an integer .*, got inf"),
+        ("a.jsonl", b'{"prompt": "a", "class_label": ["red"]}', "class_label must be a number, a name or null"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "a", "class_label": "purple"}',
+            "line 2: class must be .*, got 'purple'",
+        ),
     ],
 )
 def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, name, content, message):
@@ -215,10 +219,10 @@ def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, 
 def test_wishes_that_contradict_each_other_write_nothing(make_run, run_with_text, tmp_path):
     file = tmp_path / "prompts.txt"
     options = {"out_dir": tmp_path / "out", "prompts_file": file, "num": 1, **SETTINGS}
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read --prompts"):
         generate(GenerateOptions(run_dir=run_with_text, **options))
     file.write_text("a red disc\n")
-    with pytest.raises(ConfigError, match="one of the two"):
+    with pytest.raises(ConfigError, match="`prompt` and `prompts` cannot be combined"):
         generate(GenerateOptions(run_dir=run_with_text, prompt="a red disc", **options))
     with pytest.raises(ConfigError, match="trained without text"):
         generate(GenerateOptions(run_dir=make_run(), **options))

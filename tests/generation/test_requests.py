@@ -24,7 +24,7 @@ def test_classes(word, expected):
 
 def test_classes_of_a_model_without():
     assert [wish.class_label for wish in wishes(2, class_names=[], num_classes=0)] == [-1, -1]
-    with pytest.raises(ConfigError, match="`class_label`: class is '1' and the model was trained without classes"):
+    with pytest.raises(ConfigError, match="`class_label`: the model was trained without classes, got class '1'"):
         wishes(2, class_label="1", class_names=[], num_classes=0)
 
 
@@ -42,6 +42,6 @@ def test_clips_cycle_over_prompts_and_classes():
 def test_a_class_is_refused_where_it_was_given():
     assert class_number("null", [], 0, "here") == -1
     with pytest.raises(
-        ConfigError, match=r"--prompts x, line 3: class is '3'; give a number from 0 to 2 or one of red"
+        ConfigError, match=r"--prompts x, line 3: class must be a number from 0 to 2 or one of red.*, got '3'"
     ):
         wishes(1, [Prompt(text="a", class_label="3", place="--prompts x, line 3")])

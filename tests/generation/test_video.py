@@ -79,7 +79,7 @@ def test_the_contact_sheet_has_a_row_for_each_clip(tmp_path):
 
 @pytest.mark.parametrize("shape", [(16, 16, 3), (2, 16, 16, 4), (0, 16, 16, 3)])
 def test_what_is_no_video_is_refused(tmp_path, shape):
-    with pytest.raises(DataError, match="a video is uint8"):
+    with pytest.raises(DataError, match="a video must be uint8"):
         write_mp4(tmp_path / "clip.mp4", np.zeros(shape, dtype=np.uint8), fps=8)
 
 

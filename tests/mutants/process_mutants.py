@@ -63,7 +63,7 @@ PROCESS_MUTANTS = (
     ),
     mutant(
         "missing counts taken left of a frame",
-        f"{EXTENDED}::test_five_frames_by_hand",
+        f"{EXTENDED}::test_five_frames_worked_example",
         (
             "flow/extended_time.py",
             "return torch.where(self.visible, next_visible - place - 1, 0)",
@@ -123,7 +123,7 @@ PROCESS_MUTANTS = (
     ),
     mutant(
         "velocity loss on terminal frames",
-        f"{EXTENDED}::test_five_frames_by_hand",
+        f"{EXTENDED}::test_five_frames_worked_example",
         (
             "flow/extended_time.py",
             "return self.visible & is_generated(self.roles) & (self.frame_time < 1)",
@@ -132,7 +132,7 @@ PROCESS_MUTANTS = (
     ),
     mutant(
         "insertion loss after the clock's end",
-        f"{EXTENDED}::test_five_frames_by_hand",
+        f"{EXTENDED}::test_five_frames_worked_example",
         (
             "flow/extended_time.py",
             "return self.visible & may_insert(self.roles) & (self.global_time < 1)[:, None]",

@@ -111,7 +111,7 @@ def test_fewer_queries_than_keys_on_a_gpu():
 def test_fewer_queries_than_keys_need_the_full_pattern(pattern):
     layout = build_layout([ClipShape(1, 1, 1)])
     x = torch.randn(2, 1, 8)
-    with pytest.raises(ConfigError, match=f"attention_pattern is {pattern.name}; keys of other tokens than the quer"):
+    with pytest.raises(ConfigError, match=f"attention_pattern must be full when keys .*, got {pattern.name}"):
         attention(x, x, x, layout, pattern, key_layout=layout)
 
 
@@ -207,7 +207,7 @@ def test_a_mask_is_made_once_for_a_pack_and_not_carried_to_another(pattern, monk
         ("causal", 2, "attention_window_frames must be null unless .*, got 2 and causal"),
     ],
 )
-def test_a_pattern_that_does_not_exist_is_refused(name, window, message):
+def test_a_pattern_that_does_not_exist_is_rejected(name, window, message):
     with pytest.raises(ConfigError, match=message):
         AttentionPattern(name, window)
 
@@ -224,9 +224,9 @@ def test_choice_of_backend():
     assert choose_backend(cuda, torch.float32, "auto", AttentionPattern("window", 2)) == "flex"
     assert choose_backend(cpu, torch.float32, "auto", causal) == "sdpa"
     assert choose_backend(cuda, torch.bfloat16, "sdpa", causal) == "sdpa"
-    with pytest.raises(ConfigError, match="needs CUDA in bfloat16 or float16, this is cpu"):
+    with pytest.raises(ConfigError, match="needs CUDA in bfloat16 or float16, got cpu"):
         choose_backend(cpu, torch.bfloat16, "varlen")
-    with pytest.raises(ConfigError, match="flex needs CUDA, this is cpu, where FlexAttention has no backward"):
+    with pytest.raises(ConfigError, match="flex needs CUDA, got cpu, where FlexAttention has no backward"):
         choose_backend(cpu, torch.float32, "flex", causal)
     with pytest.raises(ConfigError, match="must be one of auto, sdpa, flex, varlen, flash, got 'xformers'"):
         choose_backend(cpu, torch.float32, "xformers")
@@ -235,7 +235,9 @@ def test_choice_of_backend():
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 @pytest.mark.parametrize("pattern", [("causal", None), ("window", 3)])
 def test_a_backend_without_the_pattern_says_which_have_it(backend, pattern):
-    message = f"{backend} has no attention_pattern={pattern[0]}, only full; sdpa and flex .CUDA. have every pattern"
+    message = (
+        f"{backend} supports only attention_pattern=full, got {pattern[0]}; use .*sdpa or flex .CUDA., which support"
+    )
     with pytest.raises(ConfigError, match=message):
         choose_backend(torch.device("cuda"), torch.bfloat16, backend, AttentionPattern(*pattern))
     keys = {"attention_pattern": pattern[0], "attention_window_frames": pattern[1]}

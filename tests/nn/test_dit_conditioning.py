@@ -1,4 +1,4 @@
-"""Everything the network is told reaches its output, by the road it should take."""
+"""Every input of the network reaches its output, by the intended path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def later(pack):
 
 
 def cut_time(model, keep_block=(), keep_output=()):
-    """Take time out of every modulation but the given parts, which then depend on nothing but it.
+    """Remove time from every modulation except the given parts, which then depend only on time.
 
     Biases stay: all gates are open, with values that do not depend on time.
     """
@@ -45,7 +45,7 @@ def cut_time(model, keep_block=(), keep_output=()):
 
 
 def close_gates(model, *parts):
-    """Set gates to zero, so that attention or the MLP adds nothing."""
+    """Set gates to zero, so that attention or the MLP contributes nothing."""
     with torch.no_grad():
         for block in model.blocks:
             for name, weight, bias in zip(
@@ -58,7 +58,7 @@ def close_gates(model, *parts):
 
 @pytest.fixture
 def single(small_config, randomized) -> FlowceptionDiT:
-    """One layer, nothing at zero, modulations strong."""
+    """One layer, without zero weights, with strong modulations."""
     small_config.num_layers = 1
     return randomized(FlowceptionDiT(small_config).initialize(0), scale=1.0)
 
@@ -131,8 +131,8 @@ def test_text_reaches_frames_through_attention(single, pack):
     assert not changes(single, pack, other).any()
 
 
-def test_text_has_a_modulation_of_its_own(small_config, randomized, pack):
-    """Without it text leaves the first layer unmodulated, and frames hear that in the second."""
+def test_text_has_its_own_modulation(small_config, randomized, pack):
+    """Without it, text leaves the first layer unmodulated, which affects frames in the second."""
     model = randomized(FlowceptionDiT(small_config).initialize(0), scale=1.0)
     before = frame_outputs(model, pack)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_the_grid_embedding_tells_a_token_its_row_and_column(small_config, rando
 
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(model, mixed_clips, make_pack):
-    """The contract of the whole network: nothing is computed and thrown away."""
+    """Every parameter contributes: nothing is computed and discarded."""
     pack = make_pack(mixed_clips)
     assert set(pack.role.tolist()) == {0, 1, 2}
     output = model(pack)
@@ -219,7 +219,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(model, mixed_cl
         assert rows.nonzero().flatten().tolist() == sorted(set(used.tolist()))
 
 
-def test_weights_saved_and_read_give_the_same_output(model, small_config, mixed_clips, make_pack):
+def test_saved_and_loaded_weights_give_the_same_output(model, small_config, mixed_clips, make_pack):
     pack = make_pack(mixed_clips)
     copy = FlowceptionDiT(small_config)
     copy.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""A clip's output is its own: alone, in company, and behind padding."""
+"""A clip's output depends on that clip only: alone, among other clips, and with padding."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def test_activation_checkpointing_changes_nothing(model, mixed_clips, make_pack,
 
 
 def test_text_and_its_absence_must_agree_with_the_network(model, small_config, mixed_clips, make_pack):
-    with pytest.raises(DataError, match="built with text_dim=6 and the pack has no text"):
+    with pytest.raises(DataError, match="built with text_dim=6 but the pack has no text"):
         model(make_pack(mixed_clips, with_text=False))
     small_config.text_dim = 0
-    with pytest.raises(DataError, match="the network was built without"):
+    with pytest.raises(DataError, match="the network was built without it; set model.text_dim"):
         FlowceptionDiT(small_config).initialize(0)(make_pack(mixed_clips))

@@ -1,4 +1,4 @@
-"""The whole network under each attention pattern: who can reach whom through all its layers."""
+"""The complete network under each attention pattern: which frames reach which through all layers."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ CASES = {
 
 
 def dense_flex(query, key, value, *, block_mask):
-    """FlexAttention's kernel in one product: its mask's function, and no pair in a block that it would skip."""
+    """FlexAttention as one dense product: applies the mask function, and checks that skipped blocks have no pair."""
     rows = torch.arange(query.shape[2], device=query.device)
     seen = block_mask.mask_mod(None, None, rows[:, None], rows)
     computed = block_mask.to_dense()[0, 0].bool()
@@ -70,8 +70,8 @@ def dense_flex(query, key, value, *, block_mask):
 
 
 @pytest.fixture(autouse=True)
-def _flex_by_hand(monkeypatch):
-    """The kernel is compiled for CUDA alone; what is given to it is ours."""
+def _uncompiled_flex(monkeypatch):
+    """The kernel compiles only for CUDA; its inputs are checked here."""
     monkeypatch.setattr(import_module("flowception.nn.attention"), "_compiled_flex", lambda: dense_flex)
 
 
@@ -138,7 +138,7 @@ def test_constants_go_to_the_device_once(network, make_pack):
 
 @pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 def test_fewer_queries_than_keys_are_what_the_kernels_take(backend):
-    """The kernels want as many segments on both sides, and to be told of the longest of each."""
+    """The kernels need equal numbers of segments on both sides, and the longest of each."""
     whole = build_layout(CLIPS)
     queries = build_layout([clip._replace(frames=1, text_tokens=0) for clip in CLIPS])
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,7 @@ def test_fewer_queries_than_keys_are_what_the_kernels_take(backend):
 
 
 def loss_of(output):
-    """Sees every number that the network gives."""
+    """A loss that depends on every output of the network."""
     return output.velocity.square().sum() + output.log_rate.square().sum()
 
 

@@ -1,4 +1,4 @@
-"""Which FlashAttention is taken, of packages that share a name; stand-ins are installed for them."""
+"""Which FlashAttention is used, among packages that share a name; fake packages are installed."""
 
 import sys
 
@@ -32,7 +32,7 @@ FA2 = "def flash_attn_varlen_func(*arguments, deterministic): return (arguments,
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_version_2_is_called_with_boundaries_and_told_to_be_deterministic(install, monkeypatch, deterministic):
+def test_version_2_gets_boundaries_and_the_deterministic_flag(install, monkeypatch, deterministic):
     install("flash_attn/__init__.py", FA2)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     arguments = ("q", "k", "v", "cu_q", "cu_k", 3, 4)
@@ -40,15 +40,15 @@ def test_version_2_is_called_with_boundaries_and_told_to_be_deterministic(instal
     flash.check_installed()
 
 
-def test_version_4_under_the_same_name_is_refused_with_what_to_do(install):
+def test_version_4_under_the_same_name_is_rejected_with_a_remedy(install):
     install("flash_attn/cute/__init__.py")
-    with pytest.raises(ConfigError, match="has flash_attn.cute, which is FlashAttention-4; pip install .*flash.*auto"):
+    with pytest.raises(ConfigError, match="has only flash_attn.cute .FlashAttention-4.; pip install .*flash.*auto"):
         flash.fa2_kernel()
     with pytest.raises(ConfigError, match="FlashAttention-4"):
         flash.check_installed()
 
 
-def test_no_package_is_refused_with_how_to_install_it(install):
+def test_a_missing_package_is_an_error_that_names_the_install_command(install):
     with pytest.raises(MissingDependencyError, match=r"pip install 'flowception\[flash\]'"):
         flash.check_installed()
 
@@ -79,7 +79,7 @@ def test_version_3_is_for_hopper_alone(install, hopper, monkeypatch):
     assert hopper == []
 
 
-def test_a_version_3_that_torch_cannot_use_is_reported_and_left(install, hopper, monkeypatch, caplog):
+def test_a_version_3_that_torch_cannot_use_is_reported_and_skipped(install, hopper, monkeypatch, caplog):
     install("flash_attn_interface.py")
 
     def refuse(_):
@@ -87,4 +87,4 @@ def test_a_version_3_that_torch_cannot_use_is_reported_and_left(install, hopper,
 
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", refuse)
     assert not flash.activate_fa3()
-    assert "torch cannot use it (no FA3 kernels)" in caplog.text
+    assert "torch cannot use the installed FlashAttention-3 (no FA3 kernels)" in caplog.text

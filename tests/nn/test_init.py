@@ -23,7 +23,7 @@ def test_gates_and_output_heads_are_zero_and_nothing_else_is(small_config):
             assert value.eq(0).all().item() == must_be_zero, name
 
 
-def test_the_fresh_network_says_zero_velocity_and_the_mean_log_rate(small_config, mixed_clips, make_pack):
+def test_a_new_network_predicts_zero_velocity_and_the_mean_log_rate(small_config, mixed_clips, make_pack):
     small_config.initial_log_rate = 0.75
     output = FlowceptionDiT(small_config).initialize(0)(make_pack(mixed_clips))
     assert output.velocity.eq(0).all()
@@ -97,6 +97,6 @@ def test_a_process_that_must_not_write_does_not_but_takes_part_in_every_gather(s
     assert len(gathered) == len(before)
 
 
-def test_a_module_that_does_not_say_how_it_begins_is_refused():
+def test_a_module_without_initial_values_is_rejected():
     with pytest.raises(TypeError, match=r"0 \(Linear\) owns parameters"):
         initialize(nn.Sequential(nn.Linear(2, 2)), 0)

@@ -54,7 +54,7 @@ def test_swiglu_is_its_formula():
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ value.T)) @ mlp.output.weight.T)
 
 
-def test_waves_by_hand():
+def test_waves_worked_example():
     values = waves(torch.tensor([0.5]), 1.0, 4.0, 6)
     angles = torch.tensor([0.5, 1.0, 2.0])
     torch.testing.assert_close(values, torch.cat([angles.sin(), angles.cos()]).unsqueeze(0))

@@ -7,7 +7,7 @@ from flowception.nn import PRESETS, DiTConfig, count_parameters
 
 
 def closed_form(width, layers, heads, channels, hidden, text_dim=None):
-    """Parameters summed from the description of the network (DESIGN.md section 3), independently of its modules."""
+    """Parameters computed from the description of the network (DESIGN.md section 3), independently of its modules."""
     head = width // heads
     block = 4 * width**2 + 3 * width * hidden + 2 * head + 6 * width * (width + 1) * (1 if text_dim is None else 2)
     embedding = (2 * channels + 32) * width + 3 * width + width
@@ -55,7 +55,7 @@ def test_a_network_whose_recomputation_is_still_to_be_found_has_sizes():
     assert auto.resolved().activation_checkpointing == "auto"
 
 
-def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
+def test_overrides_take_precedence_over_the_preset():
     config = DiTConfig(preset="2b", num_layers=2, text_dim=0).resolved()
     assert (config.preset, config.num_layers, config.hidden_size, config.text_dim) == (None, 2, 1536, 0)
     assert config.flop_spec().text_dim is None
@@ -75,13 +75,16 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
         (lambda: DiTConfig(attention_pattern="x"), "model.attention_pattern must be one of full.*, got 'x'"),
         (lambda: DiTConfig(frame_spacing=0.0), r"model.frame_spacing must be a number > 0, got 0\.0"),
         (lambda: DiTConfig(rope_base=1.0), r"model.rope_base must be a number > 1, got 1\.0"),
-        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size is not set"),
+        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size must be set when model.preset is null"),
         (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing must be .*, got -1"),
         (
             lambda: DiTConfig(activation_checkpointing="most"),
-            "model.activation_checkpointing must be true for .*, got 'most'",
+            r"model.activation_checkpointing must be true \(all blocks\), .*, got 'most'",
         ),
-        (lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(), "is auto and the network is about"),
+        (
+            lambda: DiTConfig(activation_checkpointing="auto").checkpointed_blocks(),
+            "must be a number of blocks here, got auto",
+        ),
         (
             lambda: DiTConfig(activation_checkpointing=5).flop_spec(),
             "must be at most the number of blocks.*, got 5 and 4 blocks",
@@ -92,6 +95,6 @@ def test_overrides_win_over_the_preset_and_the_rest_is_written_out():
         ),
     ],
 )
-def test_bad_settings_are_refused(make, message):
+def test_bad_settings_are_rejected(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

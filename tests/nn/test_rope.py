@@ -17,14 +17,14 @@ def test_space_moves_along_the_diagonal_of_time_and_text_continues_it():
     assert positions.tolist() == text + first + second
 
 
-def test_time_turns_the_lowest_frequencies_and_rows_and_columns_take_turns_in_the_others():
+def test_time_uses_the_lowest_frequencies_and_rows_and_columns_alternate_in_the_others():
     rope = VideoRoPE(16, frame_spacing=2.0, base=100.0)
     assert rope.axis.tolist() == [1, 2, 1, 2, 1, 2, 0, 0]
     assert rope.frequency[[0, 4]] == pytest.approx([1.0, 0.1], rel=1e-15)
     assert (np.diff(rope.frequency) < 0).all()
 
 
-def test_angles_by_hand():
+def test_angles_worked_example():
     layout = build_layout([ClipShape(2, 1, 2)])
     rotations = VideoRoPE(8, frame_spacing=2.0, base=16.0).rotations(layout)
     cosine, sine = rotations[4, 0].unbind(-1)  # frame 1, row 0, column 0.5: (t, y, x) = (2, 2, 2.5)
@@ -45,7 +45,7 @@ def test_rotation_turns_pairs_and_keeps_scores_of_equal_distance():
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_rotation_is_its_formula_in_both_forms(compiling, monkeypatch):
-    """The complex product of eager mode, and the real one that Inductor is given; and their gradients."""
+    """The complex product of eager mode and the real one for Inductor, and their gradients."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     generator = torch.Generator().manual_seed(1)
     heads = torch.randn(12, 3, 16, generator=generator, requires_grad=True)
@@ -77,8 +77,8 @@ def test_a_frame_keeps_its_positions_when_frames_come_after_it():
 
 
 @pytest.mark.parametrize("head_dim", [6, 9])
-def test_a_head_too_narrow_or_odd_is_refused(head_dim):
-    with pytest.raises(ConfigError, match=f"a head has width {head_dim}"):
+def test_a_head_too_narrow_or_odd_is_rejected(head_dim):
+    with pytest.raises(ConfigError, match=f"must be even and >= 8, got {head_dim}"):
         VideoRoPE(head_dim, 2.0, 100.0)
 
 

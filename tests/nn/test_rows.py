@@ -1,4 +1,4 @@
-"""Rows of a table by token: the runs of tokens that they take, and gradients that are sums over runs."""
+"""Table rows by token: their runs of tokens, and gradients summed over runs."""
 
 import pytest
 import torch

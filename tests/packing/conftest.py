@@ -1,3 +1,3 @@
-"""Networks and packs that FLOPs are counted of."""
+"""Networks and packs for counting FLOPs."""
 
 from tests.nn.conftest import make_pack, mixed_clips, model, small_config  # noqa: F401

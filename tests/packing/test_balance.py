@@ -4,7 +4,7 @@ import pytest
 from flowception.packing.balance import CARRIED, _longest_first, imbalance, pack_clips
 
 
-def test_longest_first_and_exchanges_by_hand():
+def test_longest_first_and_exchanges_worked_example():
     # 9 | 8, then 5 to 8, 4 to 9, 2 to 9 or 8 (13 each): 15 and 13. Exchanging 9 and 2 for 8 and 5, one less, gives 14.
     tokens = np.array([2, 4, 8, 5, 9])
     order = np.argsort(-tokens)

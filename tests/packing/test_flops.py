@@ -1,4 +1,4 @@
-"""The counter against what torch really multiplies."""
+"""The FLOP counter, compared with torch's counter."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_attention_counts_the_pairs_of_a_dense_mask(pattern):
         assert clip_flops(spec, frames, height, width, text) == pytest.approx(full + attended, rel=1e-12)
 
 
-def test_a_whole_index_is_counted_in_one_call():
+def test_a_complete_index_is_counted_in_one_call():
     frames, height = np.array([[1], [7]]), np.array([2, 3, 4])
     table = clip_flops(SPEC, frames, height, 5)
     assert table.shape == (2, 3)

@@ -1,4 +1,4 @@
-"""Boundaries and positions expected by hand."""
+"""Boundaries and positions, compared with worked examples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_shapes_do_not_depend_on_the_content(clips):
 def test_clips_that_do_not_fit_are_refused_by_name(name):
     tight = vars(PackShape.tight(CLIPS))
     build_layout(CLIPS, PackShape(**tight))
-    with pytest.raises(ValueError, match=f"{name} = {tight[name]}, its shape has {tight[name] - 1}"):
+    with pytest.raises(ValueError, match=f"{name} must be >= {tight[name]} for .*, got {tight[name] - 1}"):
         build_layout(CLIPS, PackShape(**{**tight, name: tight[name] - 1}))
 
 

@@ -23,11 +23,11 @@ def test_a_key_that_could_be_a_path_is_refused_also_with_a_matching_id(index, ke
     keys = index.keys.astype("S81")
     keys[1] = key
     index.clips["clip_id"][1] = clip_id(key.decode("latin-1"))
-    with pytest.raises(DataError, match="not allowed"):
+    with pytest.raises(DataError, match="clip key must be 1 to 80 letters"):
         ClipIndex(index.clips, index.frame_checksum, keys).check()
 
 
 def test_a_row_with_the_id_of_another_key_is_refused(index):
     keys = np.array([index.keys[0], b"clip-other", index.keys[2]])
-    with pytest.raises(DataError, match="row 1 has not the id of its key clip-other"):
+    with pytest.raises(DataError, match="row 1 of the index does not have the id of its key clip-other"):
         ClipIndex(index.clips, index.frame_checksum, keys).check()

@@ -118,7 +118,7 @@ def test_a_stale_mds_index_is_refused(both, tmp_path):
     with pytest.raises(DataError, match="list other shards"):
         MdsReader(reader.folder)
     path.write_text("{")
-    with pytest.raises(DataError, match=r"index.json cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read .*index.json \("):
         MdsReader(reader.folder)
     with pytest.raises(DataError, match="format 'mds'"):
         ShardReader(reader.folder)

@@ -16,7 +16,7 @@ def test_what_is_not_finite_in_a_shard_is_refused(part, wrong):
     tensors = {"latents": torch.zeros(1, 4, 1, 1), "text": torch.zeros(2, 3)}
     ClipRecord(key="a", **tensors)
     tensors[part].view(-1)[1] = wrong
-    with pytest.raises(DataError, match=f"clip a: {part} hold a number that is not finite"):
+    with pytest.raises(DataError, match=f"clip a: {part} must be finite in bfloat16"):
         ClipRecord(key="a", **tensors)
 
 
@@ -61,7 +61,7 @@ def test_shards_that_are_not_shards_are_refused(described, shards):
 @pytest.mark.parametrize("name", ["../shard-000001.tar", "shard-1.tar", "shard-000001.tar.gz", "shard-000000.tar"])
 def test_shards_have_their_own_names_each_once(described, name):
     described["shards"][1]["name"] = name
-    with pytest.raises(DataError, match="names are like shard-000000.tar, each once"):
+    with pytest.raises(DataError, match="listed once, with a name like shard-000000.tar"):
         ShardMeta.from_json(json.dumps(described), "meta.json")
 
 
@@ -76,7 +76,7 @@ def test_the_null_text_travels_in_the_description(described):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (None, "has text of width 6 and no null text"),
+        (None, "has text of width 6 but no null text"),
         ({"crc": 1}, "does not match its checksum or width"),
         ({"bf16_base64": "AA=A"}, "is not base64"),
         ({"bf16_base64": 3}, "null_text: bf16_base64 is 3"),

@@ -59,7 +59,7 @@ def test_a_full_disk_on_one_rank_fails_that_save_alone(saves, rank):
 def test_a_rank_that_says_nothing_fails_the_save_in_time(saves):
     result = saves[1]["no_room_for_words"]
     assert result["saved_step"] is None
-    assert "rank 1 did not finish within 0.2 s; see to the storage" in result["failure"]
+    assert "rank 1 did not finish within 0.2 s; check the storage" in result["failure"]
     assert result["reports"] == [f"WARNING: {result['failure']}; there is none before it"]
     assert result["names"] == []
 

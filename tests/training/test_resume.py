@@ -70,5 +70,5 @@ def test_a_damaged_checkpoint_is_passed_over(resumes, tmp_path, caplog):
     newest.write_bytes(newest.read_bytes()[:-1])
     assert latest_valid(tmp_path / "run") == checkpoint_dir(tmp_path / "run", 3)
     (said,) = caplog.messages
-    assert "cut short" in said
+    assert "truncated" in said
     assert "step 6" in said

@@ -1,9 +1,9 @@
-"""What a reader of a data set gives, rows of one video each, and the general sources: a folder, a CSV or a JSONL file.
+"""The result of a source's reader, one row per video, and readers of general sources: a folder, a CSV, a JSONL file.
 
-A folder gives every video below it, by name; with ``frame_folder_fps`` also every folder below it that has frames (png
-or jpg) and no video file. A file has one video a row: ``path`` (of a video file or a folder of frames, relative to the
-table, or absolute) and, if you have them, ``caption``, ``class_label`` (a number from 0), ``class_name``, ``key``,
-``start_s`` and ``end_s`` (seconds from the video's first frame) where a row is a part of a video, and
+A folder source has every video below it, by name. With ``frame_folder_fps`` it also has every folder below it that
+contains frames (png or jpg) and no video file. A table has one video per row. ``path`` is a video file or a folder of
+frames, absolute or relative to the table. Optional columns are ``caption``, ``class_label`` (an integer >= 0),
+``class_name``, ``key``, ``start_s`` and ``end_s`` (seconds from the video's first frame) for a part of a video, and
 ``frame_folder_fps`` for a folder of frames. Other columns are for filters.
 """
 
@@ -29,20 +29,20 @@ class SourceRows:
     """The videos of a source."""
 
     rows: list[dict[str, Any]]
-    """``path`` and optionally ``caption, class_label, class_name, key, start_s, end_s, frame_folder_fps``; any other
-    column too."""
+    """``path``; optionally ``caption, class_label, class_name, key, start_s, end_s, frame_folder_fps``; and any other
+    columns."""
     root: Path
-    """What relative paths are relative to."""
+    """Base of relative paths."""
     missing: list[str] = field(default_factory=list)
-    """What the data set lists and this copy of it lacks."""
+    """Videos that the data set lists but this copy lacks."""
     class_names: tuple[str, ...] = ()
-    """All classes of the data set, in order of their numbers, where it says so itself."""
+    """All classes of the data set, in order of their numbers, if it defines them."""
     frame_folders: frozenset[str] = frozenset()
-    """Paths of which the reader has seen that they are folders of frames."""
+    """Paths known to be folders of frames."""
 
 
 def read_text(path: Path) -> str:
-    """A text file whole.
+    """Read a text file.
 
     Raises:
         DataError: If it is not UTF-8.
@@ -54,14 +54,14 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV file with a header; empty cells are left out.
+    """Read the rows of a CSV file with a header, without empty cells.
 
     Args:
         path: The file.
-        columns: Columns that it must have.
+        columns: Required columns.
 
     Yields:
-        One dictionary a row.
+        One dictionary per row.
 
     Raises:
         DataError: If a column is missing, or the file is not UTF-8.
@@ -69,23 +69,23 @@ def read_csv(path: Path, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     for column in columns:
         if column not in (reader.fieldnames or ()):
-            raise DataError(f"{path} has the columns {reader.fieldnames}; one must be called {column}")
+            raise DataError(f"{path} must have a column {column}, got {reader.fieldnames}")
     for row in reader:
         yield {name: value for name, value in row.items() if name is not None and value not in (None, "")}
 
 
 def require_path(path: Path, source_format: str, wanted: str) -> Path:
-    """The path itself, or an error that says what the format expects there."""
+    """Return the path if it exists; else raise ``DataError`` with what the format expects there."""
     if not path.exists():
         raise DataError(f"source_format {source_format}: {path} is missing; expected {wanted}")
     return path
 
 
 def files_below(folder: Path) -> dict[str, str]:
-    """Every file below a folder: name to path relative to it. One listing, so that a million look-ups are cheap.
+    """Map the name of every file below a folder to its relative path. One listing makes a million lookups cheap.
 
-    Of files of one name the first counts, a folder's own before those of its sub-folders, all in order of their names:
-    every task of a job array sees the same. How many others there are is printed.
+    Among files with the same name the first is used: a folder's own files before those of its subfolders, sorted by
+    name. So every task of a job array sees the same files. The number of other files is printed.
     """
     found, doubles = dict[str, str](), list[str]()
     for parent, folders, names in os.walk(folder):
@@ -96,14 +96,14 @@ def files_below(folder: Path) -> dict[str, str]:
                 doubles.append(path)
     if doubles:
         print(
-            f"{folder}: {len(doubles)} files have the name of another and are left out, such as {doubles[0]}",
+            f"{folder}: skipped {len(doubles)} files with the same name as another, such as {doubles[0]}",
             flush=True,
         )
     return found
 
 
 def read_folder(source: Path, frame_folder_fps: float | None = None) -> SourceRows:
-    """All videos below a folder; folders of frames count where their rate is known."""
+    """All videos below a folder, with folders of frames if their frame rate is given."""
     found = [path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     if frame_folder_fps is not None:
         found += _frame_folders_below(source)
@@ -111,7 +111,7 @@ def read_folder(source: Path, frame_folder_fps: float | None = None) -> SourceRo
 
 
 def _frame_folders_below(source: Path) -> list[Path]:
-    """Folders with frames; beside a video file an image is a thumbnail."""
+    """Folders with frames and without a video file; next to a video file, an image is a thumbnail."""
     return [
         Path(parent)
         for parent, _, names in os.walk(source)
@@ -122,22 +122,22 @@ def _frame_folders_below(source: Path) -> list[Path]:
 
 
 def read_csv_file(source: Path) -> SourceRows:
-    """A CSV file with a header."""
+    """Read a CSV file with a header."""
     return SourceRows(list(read_csv(source, ["path"])), source.parent)
 
 
 def read_jsonl_file(source: Path) -> SourceRows:
-    """A file with one JSON object a line."""
+    """Read a file with one JSON object per line."""
     rows: list[dict[str, Any]] = []
-    # Not splitlines, which also ends a line at U+2028, a character that captions hold.
+    # Not splitlines, which also splits at U+2028, a character found in captions.
     for number, line in enumerate(read_text(source).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {number} is not JSON ({error}); write one object a line") from error
+            raise DataError(f"{source}, line {number} is not JSON ({error}); write one JSON object per line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number} is a {type(row).__name__}; write one object a line")
+            raise DataError(f"{source}, line {number} must be a JSON object, got {type(row).__name__}")
         rows.append({name: value for name, value in row.items() if value is not None})
     return SourceRows(rows, source.parent)

@@ -1,12 +1,12 @@
-"""Tai-Chi-HD (Siarohin et al., first-order-model), as its ``load_videos.py`` leaves it.
+"""Tai-Chi-HD (Siarohin et al., first-order-model), as written by its ``load_videos.py``.
 
-    SOURCE/train/ID#...#000123#000456.mp4 ...     cropped clips; test/ likewise
-    SOURCE/taichi-metadata*.csv                   optional: video_id, start, end, fps, ..., partition; names what is
-                                                  missing
+    SOURCE/train/ID#...#000123#000456.mp4 ...     cropped clips; the same in test/
+    SOURCE/taichi-metadata*.csv                   optional: video_id, start, end, fps, ..., partition; for finding
+                                                  missing clips
 
-With ``--format .mp4`` a clip is a file; by default it is a folder of frames ``0000000.png ...``, of the same name. The
-frame rate of a folder is the metadata's ``fps``, without that the key ``frame_folder_fps``. ``split`` is ``train``
-(default) or ``test``. There are no captions and no classes. From the metadata comes the column ``frames`` for filters.
+With ``--format .mp4`` a clip is a file. By default it is a folder of frames ``0000000.png ...`` with the same name. The
+frame rate of a folder is ``fps`` of the metadata, else the key ``frame_folder_fps``. ``split`` is ``train`` (default)
+or ``test``. There are no captions and no classes. The metadata provides the column ``frames`` for filters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read(source: Path, split: str | None) -> SourceRows:
     """Read one partition.
 
     Raises:
-        DataError: If the layout is another, saying what was expected.
+        DataError: If the layout differs; the message has the expected layout.
     """
     split = split or "train"
     folder = require_path(source / split, FORMAT, "clips made by load_videos.py")
@@ -55,12 +55,12 @@ def _rows(metadata: Path) -> list[dict[str, Any]]:
     rows = list(read_csv(metadata, ["video_id", "start", "end", "partition"]))
     for number, row in enumerate(rows, start=1):
         if not (str(row.get("start", "")).isdigit() and str(row.get("end", "")).isdigit() and "partition" in row):
-            raise DataError(f"{metadata}, row {number}: start, end and partition must be set, the first two numbers")
+            raise DataError(f"{metadata}, row {number} must have integers start and end and a partition, got {row}")
     return rows
 
 
 def _stem_of(row: dict[str, Any]) -> str:
-    """The name of a clip: the parts of its id in reverse, then its first and last frame."""
+    """Name of a clip: the parts of its id in reverse order, then its first and last frame."""
     video = "#".join(str(row["video_id"]).split("#")[::-1])
     return f"{video}#{int(row['start']):06d}#{int(row['end']):06d}"
 

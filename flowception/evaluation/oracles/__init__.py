@@ -1,1 +1,1 @@
-"""Exact predictors of worlds with known laws, to stand where the network stands."""
+"""Exact predictors for known data laws, used in place of the network."""

@@ -1,13 +1,13 @@
-"""Exact insertion rates of clips whose frames say nothing about their length, for the sampler in a network's place.
+"""Exact insertion rates for clips whose content is independent of their length, used in place of the network.
 
-A clip is cut into segments: each given (context) frame begins one, and a clip without context is one segment. A
-segment holds ``m`` frames, m from a law of its own; ``present`` of them (all, where there are fewer) are there from
-the beginning, each other one is visible at clock t with probability ``kappa(t)``, and all are exchangeable. So seeing
-v frames has likelihood ``Binomial(v - present; m - present, kappa(t))``, and each of the v gaps of the segment holds
-the same number of missing frames in expectation, ``(E[m | v] - v) / v``.
+A clip is split into segments: each context frame starts one, and a clip without context is one segment. A segment has
+``m`` frames, where each segment has a separate law of m. The first ``present`` of them (or all, if fewer) exist from
+the start; every other frame is visible at clock t with probability ``kappa(t)``, and all are exchangeable. Seeing v
+frames therefore has likelihood ``Binomial(v - present; m - present, kappa(t))``, and each of the v gaps of the segment
+has the same expected number of missing frames, ``(E[m | v] - v) / v``.
 
-The oracle reads only what a network is shown: roles, times and how many frames are visible. The clock is the largest
-time in a clip, that of a frame which is there from the beginning, or that of a context frame.
+The oracle reads only the network's inputs: roles, times and the number of visible frames. The clock is the largest time
+in a clip, which is that of an initial frame or of a context frame.
 
 Shape legend: ``B`` clips, ``F`` frames of all clips, ``S`` segments, ``L`` lengths of a law, ``V`` visible counts.
 """
@@ -26,10 +26,10 @@ LengthLaw = Mapping[int, float]
 
 
 def shown_clock(state: SamplerState) -> Tensor:
-    """The insertion clock as a network can know it, float64 [B].
+    """Infer the insertion clock from the network's inputs, float64 [B].
 
     Args:
-        state: Its generated frames show their own shifted time, its context frames the plain clock.
+        state: Generated frames carry their own shifted time, context frames the unshifted clock.
     """
     unshifted = torch.where(is_context(state.roles), state.times, shift_time(state.times, 1 / state.time_shift))
     latest = torch.zeros(len(state.clip_frames), dtype=torch.float64)
@@ -37,27 +37,26 @@ def shown_clock(state: SamplerState) -> Tensor:
 
 
 class ContentFreeOracle:
-    """Exact rates, and no velocity."""
+    """Predicts exact rates and zero velocity."""
 
     def __init__(self, laws: LengthLaw | Sequence[LengthLaw], schedule: InsertionSchedule, present: int) -> None:
-        """Bind the laws of the segments.
+        """Set the laws of the segments.
 
         Args:
-            laws: Law of the number of frames of each of a clip's segments, its first frame counted; one law for clips
-                of one segment.
+            laws: Length law of each segment of a clip, first frame included; a single law for clips of one segment.
             schedule: kappa.
-            present: Frames of a segment that are there from the beginning, its first one counted.
+            present: Initial frames of a segment, its first frame included.
         """
         self.laws = [laws] if isinstance(laws, Mapping) else list(laws)
         self.schedule, self.present = schedule, max(1, present)
 
     def rate_table(self, clock: float, max_visible: int, segment: int = 0) -> Tensor:
-        """Rate of each gap by number of visible frames of its segment.
+        """Rate of a gap by the number of visible frames of its segment.
 
         Args:
             clock: t, in [0, 1).
             max_visible: Largest number of visible frames.
-            segment: Which of a clip's segments.
+            segment: Index of the segment in the clip.
 
         Returns:
             float64 [V + 1], entry v for v visible frames; 0 where v is impossible.
@@ -78,23 +77,23 @@ class ContentFreeOracle:
         return mean_missing / visible[:, 0].clamp(min=1)
 
     def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
-        """Predictor: no velocity, exact rates.
+        """Predict zero velocity and exact rates.
 
         Args:
-            state: Clips of as many segments as there are laws, all at one clock.
+            state: Clips at the same clock, with one segment per law.
         """
         nothing, rate = torch.zeros_like(state.frames), torch.zeros(len(state.frames), dtype=torch.float64)
         clock = shown_clock(state)
         if not len(clock) or bool((clock >= 1).all()):
             return nothing, rate
         if (clock != clock[0]).any():
-            raise ValueError(f"clips are shown clocks from {clock.min():g} to {clock.max():g}; they must share one")
-        begins = is_context(state.roles) | (state.frame_rank == 0)
-        segment = torch.cumsum(begins, 0) - 1
+            raise ValueError(f"clips must share one clock, got {clock.min():g} to {clock.max():g}")
+        starts = is_context(state.roles) | (state.frame_rank == 0)
+        segment = torch.cumsum(starts, 0) - 1
         visible = torch.bincount(segment)
         if len(visible) != len(self.laws) * len(clock):
             raise ValueError(
-                f"{len(clock)} clips have {len(visible)} segments; there are laws of {len(self.laws)} each"
+                f"every clip must have {len(self.laws)} segments, one per law, got {len(visible)} in {len(clock)} clips"
             )
         which = segment % len(self.laws)
         for number in range(len(self.laws)):

@@ -1,16 +1,17 @@
-"""Exact velocity and insertion rates of Gaussian clips, for the sampler or the losses in a network's place.
+"""Exact velocity and insertion rates for Gaussian clips, used in place of the network in sampler or losses.
 
-A clip of n frames has a mean that rises by ``slope`` from frame to frame (0: nothing labels a frame) and covariance
-``correlation^|i - j|`` between frames i and j, AR(1); elements of a frame are independent copies. Which of the n
-frames are visible is not shown, so it is enumerated: a hypothesis is a length n, places of the context, and the set of
-visible positions. With kappa the schedule at clock t and v visible frames,
+The mean of a clip of n frames rises by ``slope`` per frame (0: frames carry no label of their position). The covariance
+between frames i and j is ``correlation^|i - j|``, AR(1), and the elements of a frame are independent copies. The
+positions of the visible frames are hidden from the predictor, so they are enumerated: a hypothesis is a length n,
+positions of the context, and the set of visible positions. With kappa the schedule at clock t and v visible frames,
 
     P(hypothesis | clock) ~ p(n) p(context | n) / C(others, seen) Binomial(seen - starts; others - starts, kappa)
 
-where ``others`` are the frames that are not there for certain (neither context nor frame 0). Given a hypothesis with
-mean m and covariance S of its positions and T the diagonal of times, what is seen is ``x ~ N(T m, T S T + (1 - T)^2)``,
-so with C that covariance the velocity ``E[x_1 - x_0 | x]`` is ``m + (S T - (1 - T)) C^-1 (x - T m)``, and the rate is
-the number of positions skipped. Both are averaged over the posterior of the hypotheses.
+where ``others`` are the frames whose presence is uncertain (all except context and frame 0). Given a hypothesis, let m
+and S be mean and covariance at its positions and T the diagonal of times. The visible frames are
+``x ~ N(T m, T S T + (1 - T)^2)``. With C this covariance, the velocity ``E[x_1 - x_0 | x]`` is
+``m + (S T - (1 - T)) C^-1 (x - T m)``, and the rate is the number of positions skipped. Both are averaged over the
+posterior of the hypotheses.
 
 Shape legend: ``B`` clips, ``F`` frames of all clips, ``v`` visible frames of a clip, ``E`` elements of a frame, ``H``
 hypotheses.
@@ -29,16 +30,16 @@ from torch import Tensor
 from flowception.flow import InsertionSchedule, Role, SamplerState, is_context
 
 _NEVER = 1e-12
-"""kappa keeps this far from 0 and 1, so that a clip the law cannot make still has a (nearest) hypothesis."""
+"""kappa is clamped this far from 0 and 1, so that a clip impossible under the law still has a nearest hypothesis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenFrames:
-    """Places of a clip's context frames."""
+    """Positions of a clip's context frames."""
 
     positions: tuple[int, ...]
     active: tuple[bool, ...]
-    """Whether frames may be inserted right of each. The law may hide none right of a passive one."""
+    """Whether frames may be inserted right of each. The law must hide no frame right of a passive one."""
     probability: float = 1.0
 
 
@@ -47,48 +48,48 @@ NO_CONTEXT = GivenFrames(positions=(), active=())
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianClips:
-    """A law of clips, of which everything is known."""
+    """A fully known law of clips."""
 
     lengths: Mapping[int, float]
     """Probability of each number of frames."""
     correlation: float
-    """Of neighboring frames, between -1 and 1."""
+    """Correlation of neighboring frames, between -1 and 1."""
     slope: float = 0.0
     """Frame i has mean ``slope * i``."""
     context: Callable[[int], Sequence[GivenFrames]] = lambda num_frames: [NO_CONTEXT]
-    """Law of the context of a clip by its number of frames."""
+    """Law of a clip's context, given its number of frames."""
     num_start_frames: int = 1
-    """As in ``ProcessConfig``; the context's clips have these beside it."""
+    """As in ``ProcessConfig``; clips with context have these in addition."""
 
     def mean(self, num_frames: int) -> Tensor:
-        """Float64 [n]."""
+        """Mean of the frames, float64 [n]."""
         return self.slope * torch.arange(num_frames, dtype=torch.float64)
 
     def covariance(self, num_frames: int) -> Tensor:
-        """Float64 [n, n]."""
+        """Covariance of the frames, float64 [n, n]."""
         place = torch.arange(num_frames)
         return torch.tensor(self.correlation, dtype=torch.float64) ** (place[:, None] - place).abs()
 
     def draw(self, num_frames: int, clips: int, generator: torch.Generator) -> Tensor:
-        """Clips of one length and one element per frame, float64 [clips, n]."""
+        """Draw clips of one length with one element per frame, float64 [clips, n]."""
         noise = torch.randn(clips, num_frames, dtype=torch.float64, generator=generator)
         return self.mean(num_frames) + noise @ torch.linalg.cholesky(self.covariance(num_frames)).T
 
 
 @dataclass(frozen=True)
 class _Hypotheses:
-    """All ways in which v visible frames with a pattern of context can lie in a clip."""
+    """All positions that v visible frames with a given context pattern can have in a clip."""
 
     positions: Tensor
     """int64 [H, v]."""
     missing: Tensor
     """float64 [H, v], positions skipped right of each visible frame."""
     log_weight: Tensor
-    """[H], all of the prior that the clock does not enter."""
+    """[H], the clock-independent part of the log prior."""
     free_seen: Tensor
     """[H], visible free frames."""
     free_hidden: Tensor
-    """[H]."""
+    """[H], hidden free frames."""
 
 
 class GaussianOracle:
@@ -99,7 +100,7 @@ class GaussianOracle:
         self._known: dict[tuple[int, ...], _Hypotheses] = {}
 
     def __call__(self, state: SamplerState) -> tuple[Tensor, Tensor]:
-        """Predictor of the sampler."""
+        """Predict for a sampler state."""
         return self.predict(state.frames, state.times, state.roles, state.cu_frames, state.clock)
 
     def predict(
@@ -109,13 +110,13 @@ class GaussianOracle:
 
         Args:
             frames: [F, ...], visible frames.
-            times: [F], noise level of each; what a context frame is shown does not matter, it is clean.
-            roles: int64 [F], a ``Role`` for each. START or FREE does not matter.
+            times: [F], time of each frame; ignored for context frames, which are clean.
+            roles: int64 [F], the ``Role`` of each frame. START and FREE are equivalent.
             cu_frames: int64 [B + 1].
             clock: [B], tau_g; beyond 1 all frames are visible.
 
         Returns:
-            Velocity, like ``frames``, and rate, float64 [F]: the mean number of missing frames right of each.
+            Velocity, shaped like ``frames``, and rate, float64 [F]: the mean number of missing frames right of each.
         """
         x, given = frames.flatten(1).double(), is_context(roles)
         t = torch.where(given, 1.0, times.double())
@@ -133,7 +134,7 @@ class GaussianOracle:
         return velocity.reshape(frames.shape).to(frames.dtype), rate
 
     def _of_pattern(self, pattern: tuple[int, ...], x: Tensor, t: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity [B, v, E] and rate [B, v] of clips whose visible frames have one pattern of context."""
+        """Velocity [B, v, E] and rate [B, v] of clips with the same context pattern."""
         if pattern not in self._known:
             self._known[pattern] = self._enumerate(pattern)
         known = self._known[pattern]
@@ -155,9 +156,9 @@ class GaussianOracle:
         return torch.einsum("bh,bhve->bve", posterior, velocity), posterior @ known.missing
 
     def _enumerate(self, pattern: tuple[int, ...]) -> _Hypotheses:
-        """All hypotheses of a pattern of ``Role`` numbers, where START stands for a generated frame."""
+        """All hypotheses for a pattern of ``Role`` numbers, where START denotes a generated frame."""
         found = [found for n, share in self.clips.lengths.items() for found in self._of_length(pattern, n, share)]
-        if not found:  # more frames than any clip has: the sampler's noise; nothing is missing
+        if not found:  # more frames than any clip has, by sampling noise: nothing is missing
             found = [(tuple(range(len(pattern))), len(pattern), 0.0, 0, 0)]
         positions = torch.tensor([item[0] for item in found])
         ends = torch.tensor([[item[1]] for item in found])
@@ -180,7 +181,7 @@ class GaussianOracle:
             seen = len(pattern) - len(certain)
             if not starts <= seen <= others:
                 continue
-            # Binomial coefficients: which of the free frames are seen, and which of the others that makes.
+            # Binomial coefficients: choices of the visible free frames, over choices of the visible others.
             choose = math.comb(others - starts, seen - starts) / math.comb(others, seen)
             log_weight = math.log(share * given.probability * choose)
             for rest in itertools.combinations(sorted(set(range(num_frames)) - certain), seen):

@@ -1,1 +1,1 @@
-"""The toy world of bouncing discs, whose laws are exact, and scores by them."""
+"""The toy world of bouncing discs with exactly known laws, and scores based on them."""

@@ -1,14 +1,14 @@
-"""How far tracks of positions are from the toy world's law of motion.
+"""Errors of position tracks with respect to the toy world's law of motion.
 
-The law says more than "a reflected line": the speed is ``SPEED_PX`` as well. So a track's error is its distance to the
-nearest trajectory of the world, over all starting points and directions. Given the direction the two axes part, so the
-search is over directions, with the best start of each axis for each; it is coarse over all and then fine around the
-best few.
+The law is a reflected line with speed ``SPEED_PX``. A track's error is its distance to the nearest trajectory of the
+world, over all starting points and directions. For a given direction the two axes separate, so the search runs over
+directions, with the best start per axis: first coarsely over all directions, then finely around the best few.
 
-Drift is what accumulates: every ``PIECE_FRAMES`` consecutive frames are scored as a track of their own, and drift is
-the slope of that error over the number of the piece, within clips, so that long and short clips can be put together.
+Drift is error that accumulates. Every ``PIECE_FRAMES`` consecutive frames are scored as a separate track, and drift is
+the slope of that error over the index of the piece. It is fitted within clips, so that long and short clips can be
+combined.
 
-Units: pixels, frames. Shape legend: ``m`` tracks, ``n`` frames, ``A`` directions, ``P`` starts, last axis (x, y).
+Units: pixels, frames. Shape legend: ``m`` tracks, ``n`` frames, ``A`` directions; last axis (x, y).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from flowception.evaluation.toy.world import RADIUS_PX, SIZE_PX, SPEED_PX, fold
 
 PIECE_FRAMES = 4
-"""Frames of a piece: eight numbers against the three of a trajectory (start and direction)."""
+"""Frames per piece: eight coordinates to fit the three parameters of a trajectory (start and direction)."""
 LOW_PX, HIGH_PX = RADIUS_PX, SIZE_PX - RADIUS_PX
 _DIRECTIONS, _STARTS = 120, 25
 _CANDIDATES = 3
@@ -37,7 +37,7 @@ def trajectory_error_px(tracks: NDArray[np.float64]) -> NDArray[np.float64]:
         tracks: float64 [m, n, 2].
 
     Returns:
-        float64 [m]: root mean square distance over the frames.
+        float64 [m]: root-mean-square distance over the frames, in pixels.
     """
     parts = [_error_of_chunk(tracks[at : at + _CHUNK_TRACKS]) for at in range(0, len(tracks), _CHUNK_TRACKS)]
     return np.concatenate(parts) if parts else np.zeros(0)
@@ -71,14 +71,14 @@ def _error_of_chunk(tracks: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _speed(direction: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Pixels a frame along an axis."""
+    """Speed along an axis, in pixels per frame."""
     return SPEED_PX * (np.cos(direction) if axis == 0 else np.sin(direction))
 
 
 def _coarse(
     track: NDArray[np.float64], speeds: NDArray[np.float64], starts: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean squared error along one axis [m, A] of the best start for each speed [A], and that start [m, A]."""
+    """Mean squared error [m, A] along one axis with the best start for each speed [A], and that start [m, A]."""
     frames = track.shape[1]
     paths = fold(starts[None, :, None] + speeds[:, None, None] * np.arange(frames), LOW_PX, HIGH_PX)
     flat = paths.reshape(-1, frames)
@@ -88,14 +88,14 @@ def _coarse(
 
 
 def piece_errors_px(tracks: Sequence[NDArray[np.float64]], frames: int = PIECE_FRAMES) -> list[NDArray[np.float64]]:
-    """Error of every piece of consecutive frames, each scored as a track of its own.
+    """Error of every piece of consecutive frames, each scored as a separate track.
 
     Args:
-        tracks: [n, 2] each, any n of at least ``frames``.
-        frames: Frames of a piece.
+        tracks: Tracks [n, 2] with n >= ``frames``.
+        frames: Frames per piece.
 
     Returns:
-        float64 [n - frames + 1] for each track.
+        float64 [n - frames + 1] per track, in pixels.
     """
     pieces = [np.lib.stride_tricks.sliding_window_view(track, frames, axis=0).transpose(0, 2, 1) for track in tracks]
     if not pieces:
@@ -105,13 +105,13 @@ def piece_errors_px(tracks: Sequence[NDArray[np.float64]], frames: int = PIECE_F
 
 
 def drift_px_per_frame(errors: Sequence[NDArray[np.float64]]) -> float:
-    """Slope of the pieces' error over their number, by least squares with a level of its own for each clip.
+    """Least-squares slope of the piece errors over the piece index, with a separate intercept per clip.
 
     Args:
-        errors: From ``piece_errors_px``.
+        errors: Piece errors from ``piece_errors_px``.
 
     Returns:
-        Pixels a frame; nan if no clip has two pieces.
+        Drift in pixels per frame; nan if no clip has two pieces.
     """
     product = square = 0.0
     for error in errors:

@@ -1,12 +1,11 @@
-"""Scores a clip by the toy world's laws; no learned metric.
+"""Score clips by the laws of the toy world, without a learned metric.
 
-A pixel is foreground where its brightest channel is past the middle between background and disc, which is where the
-disc covers half of it. A frame is right in shape if exactly one connected component is larger than a speck, and that
-one has the disc's area and is compact. Its place is the centroid, weighted by coverage; its hue is that of its mean
-color.
+A pixel is foreground if its brightest channel is closer to the disc than to the background, that is, if the disc covers
+more than half of it. A frame's shape is correct if exactly one connected component is larger than a speck, and this one
+is compact and has the area of the disc. Its position is the coverage-weighted centroid, its hue that of its mean color.
 
-The position law is tested by the best fit of a reflected line, ``fold(x_0 + v k)``, to the track of the frames that
-are right in shape, along each axis; the line's speed must be the world's as well.
+Motion is tested by the best fit of a reflected line, ``fold(x_0 + v k)``, along each axis to the track of the frames
+with correct shape. The speed of the line must also match the world's.
 
 Shape legend: ``n`` frames, ``S`` pixels along each side.
 """
@@ -24,70 +23,70 @@ from flowception.evaluation.toy.world import BACKGROUND, CLASS_COLORS, RADIUS_PX
 
 DISC_AREA_PX = math.pi * RADIUS_PX**2
 AREA_BAND = (0.6, 1.5)
-"""Area of a right shape relative to the disc's."""
+"""Accepted area of a shape relative to the disc's."""
 SPECK_PX = 3
-"""Components of at most so many pixels are noise and not counted."""
+"""Components of at most this many pixels are noise and are ignored."""
 MAX_SPREAD = 1.5
-"""Second moment relative to that of a disc of the same area; 1.5 is an ellipse 2.6 times as long as wide."""
+"""Maximum second moment relative to a disc of the same area; 1.5 is an ellipse 2.6 times as long as wide."""
 HUE_BAND = 1 / 8
-"""A hue is a class's if it is at most this part of the circle away: half the distance between two classes."""
+"""Maximum distance of a hue from its class, in turns: half the distance between two classes."""
 MIN_SATURATION = 0.4
-"""Less is gray, and no class's color."""
+"""Below this a color is gray and has no class."""
 MAX_POSITION_ERROR_PX = 0.75
-"""Root mean square distance from the law up to which a clip's motion counts as right."""
+"""Maximum root-mean-square distance of a correct motion from the law."""
 MAX_SPEED_ERROR_PX = 0.5
-"""Pixels a frame by which the speed of a right motion may be off."""
+"""Maximum speed error of a correct motion, in pixels per frame."""
 _THRESHOLD = (BACKGROUND[0] + 255) / 2
 _CLASS_HUES = [colorsys.rgb_to_hsv(*(channel / 255 for channel in color))[0] for color in CLASS_COLORS]
 
 
 @dataclass(frozen=True)
 class FrameScore:
-    """One frame's shape."""
+    """Shape found in one frame."""
 
     components: int
     """Connected foreground components larger than a speck."""
     area_px: float
-    """Area of the largest; 0 if there is none."""
+    """Area of the largest component; 0 if there is none."""
     spread: float
-    """Its second moment relative to a disc's of the same area."""
+    """Its second moment relative to that of a disc of the same area."""
     position: tuple[float, float]
     """(x, y) of its centroid; nan if there is none."""
     color_class: int | None
-    """Class of its mean color, None if it is no class's."""
+    """Class of its mean color; None if it matches no class."""
 
     @property
     def single_shape(self) -> bool:
         """Whether the frame shows one disc and nothing else."""
         low, high = AREA_BAND
-        right_area = low <= self.area_px / DISC_AREA_PX <= high
-        return self.components == 1 and right_area and self.spread <= MAX_SPREAD
+        correct_area = low <= self.area_px / DISC_AREA_PX <= high
+        return self.components == 1 and correct_area and self.spread <= MAX_SPREAD
 
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One clip by the world's laws."""
+    """Score of one clip by the laws of the toy world."""
 
     frames: int
     color_right: bool
-    """The expected class's color in more than half of the frames."""
+    """Whether more than half of the generated frames have the color of the expected class."""
     single_shape: float
-    """Share of the made frames with one disc and nothing else."""
+    """Fraction of generated frames with one disc and nothing else."""
     color_constant: float
-    """Share of frames in the clip's most frequent color class."""
+    """Fraction of generated frames in the most frequent color class of the clip."""
     area_variation: float
-    """Standard deviation of the area over its mean; nan without a shape."""
+    """Standard deviation of the area over its mean; nan if a frame has no shape."""
     position_error_px: float
-    """Root mean square distance of the track from the best reflected line; nan if half of the frames or more are
-    not right in shape."""
+    """Root-mean-square distance of the track from the best reflected line; nan unless more than half of the frames
+    have a correct shape."""
     speed_px: float
-    """Pixels a frame of that line."""
+    """Speed of that line, in pixels per frame."""
 
     @property
     def position_right(self) -> bool:
-        """Whether the motion follows the law; False where there is no track."""
-        right_speed = abs(self.speed_px - SPEED_PX) <= MAX_SPEED_ERROR_PX
-        return self.position_error_px <= MAX_POSITION_ERROR_PX and right_speed
+        """Whether the motion follows the law; False without a track."""
+        correct_speed = abs(self.speed_px - SPEED_PX) <= MAX_SPEED_ERROR_PX
+        return self.position_error_px <= MAX_POSITION_ERROR_PX and correct_speed
 
 
 def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
@@ -97,7 +96,7 @@ def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
         mask: bool [H, W].
 
     Returns:
-        int64 [H, W], 0 outside the mask and 1 .. count inside; and the count.
+        Labels, int64 [H, W], 0 outside the mask and 1 to count inside; and the count.
     """
     labels = np.zeros(mask.shape, dtype=np.int64)
     count = 0
@@ -118,7 +117,7 @@ def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
 
 
 def classify_color(color: NDArray[np.float64]) -> int | None:
-    """Class of a mean RGB color (0 to 255): that of the nearest hue, None if it is gray or between two."""
+    """Class with the hue nearest to a mean RGB color (0 to 255); None if it is gray or between two classes."""
     hue, saturation, _ = colorsys.rgb_to_hsv(*(float(channel) / 255 for channel in color))
     distances = [abs((hue - class_hue + 0.5) % 1.0 - 0.5) for class_hue in _CLASS_HUES]
     nearest = int(np.argmin(distances))
@@ -157,16 +156,16 @@ def score_frame(image: NDArray[np.uint8]) -> FrameScore:
 def fit_reflected_line(
     numbers: NDArray[np.int64], track: NDArray[np.float64], low: float, high: float
 ) -> tuple[float, float]:
-    """Fit ``fold(x_0 + v k, low, high)`` to positions along one axis, by search over both parameters.
+    """Fit ``fold(x_0 + v k, low, high)`` to positions along one axis by grid search over both parameters.
 
     Args:
-        numbers: int64 [m]: the frames' numbers k.
-        track: float64 [m]: position in each.
+        numbers: int64 [m]: frame indices k.
+        track: float64 [m]: position in each frame.
         low: Lower wall.
-        high: Upper wall; the line moves at most half the span a frame, in either direction.
+        high: Upper wall; the line moves at most half the span per frame, in either direction.
 
     Returns:
-        Mean squared error of the best fit, in px^2, and its speed ``|v|`` in px a frame.
+        Mean squared error of the best fit, in px^2, and its speed ``|v|`` in px per frame.
     """
     span = high - low
     starts, speeds = np.linspace(low, high, 81), np.linspace(-span / 2, span / 2, 201)
@@ -185,11 +184,11 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
 
     Args:
         video: uint8 [n, S, S, 3].
-        class_label: Class whose color is right; None takes any one class for right, as long as it is one.
-        given_frames: Leading context frames. They belong to the motion, but earn nothing for color and shape.
+        class_label: Expected class; None accepts any class, as long as the frames agree on it.
+        given_frames: Leading context frames. They count for the motion, but not for color and shape.
 
     Returns:
-        How the clip follows each law.
+        The clip's score on each law.
     """
     frames = [score_frame(image) for image in video]
     made = frames[given_frames:]
@@ -217,5 +216,5 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
 
 
 def class_of_first_frame(video: NDArray[np.uint8]) -> int | None:
-    """Class of frame 0's shape: what an image-to-video clip was given."""
+    """Class of the shape in frame 0, which an image-to-video clip receives as context."""
     return score_frame(video[0]).color_class

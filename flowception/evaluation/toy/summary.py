@@ -1,4 +1,4 @@
-"""A set of toy clips in figures, and what the demo promises of them."""
+"""Summary statistics of a set of toy clips, and the quality that the demo promises."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flowception.evaluation.toy.world import LENGTH_LAW
 PROMISED_COLOR_RIGHT = 0.90
 PROMISED_SINGLE_SHAPE = 0.70
 PROMISED_TIMES = 3.0
-"""A promise also asks for so many times the untrained model's share ..."""
+"""A promise also requires this multiple of the untrained model's fraction ..."""
 PROMISED_FAILURE_SHARE = 1 / 8
-"""... or for its failure halved thrice."""
+"""... or a failure fraction of at most this part of the untrained model's."""
 
 
 @dataclass(frozen=True)
 class SetSummary:
-    """The laws over a set of clips. Shares are of clips, but for ``single_shape``, which is of frames."""
+    """Scores of a set of clips. Fractions are of clips, except ``single_shape``, which is of frames."""
 
     clips: int
     frames: int
@@ -31,21 +31,21 @@ class SetSummary:
     color_constant: float
     position_right: float
     area_variation: float
-    """Median over the clips that have a shape in every frame; nan if none has."""
+    """Median over the clips with a shape in every frame; nan if there are none."""
     position_error_px: float
-    """Median over the clips that have a track; nan if none has."""
+    """Median over the clips with a track; nan if there are none."""
     speed_px: float
-    """Likewise, pixels a frame."""
+    """Median over the clips with a track, in pixels per frame; nan if there are none."""
     mean_frames: float
     length_total_variation: float
-    """Between the set's lengths and the law."""
+    """Total variation between the lengths of the set and the law."""
     length_total_variation_of_sampling: float
-    """What as many clips drawn from the law itself would show on average."""
+    """Expected value for as many clips drawn from the law itself."""
     length_histogram: dict[int, float] = field(default_factory=dict)
 
 
 def summarize(scores: Sequence[ClipScore]) -> SetSummary:
-    """Put the scores of at least one clip together."""
+    """Summarize the scores of one or more clips."""
     histogram = length_histogram(score.frames for score in scores)
     frames = sum(score.frames for score in scores)
     return SetSummary(
@@ -71,14 +71,14 @@ def _median(values: Sequence[float]) -> float:
 
 
 def promises(generated: SetSummary, untrained: SetSummary) -> list[tuple[str, bool]]:
-    """What the demo promises, and whether it holds.
+    """Check the promises of the demo.
 
     Args:
-        generated: The trained model's clips.
-        untrained: The untrained model's.
+        generated: Summary of the trained model's clips.
+        untrained: Summary of the untrained model's clips.
 
     Returns:
-        Each promise in words, with its truth.
+        A description of each promise, and whether it holds.
     """
     found = []
     for name, least in (("color_right", PROMISED_COLOR_RIGHT), ("single_shape", PROMISED_SINGLE_SHAPE)):

@@ -1,13 +1,13 @@
 """The toy world: one disc that moves at constant speed and bounces off the walls, in one of four colors.
 
-Laws, exact enough that a clip can be scored without a learned metric (``toy_score``):
+Laws, exact enough to score a clip without a learned metric (``toy.score``):
 
-* **Color**: the clip's class, constant. The four hues are 90 degrees apart and fully bright.
-* **Shape**: one disc of radius ``RADIUS_PX``, always wholly inside the picture.
-* **Position**: the center moves ``SPEED_PX`` a frame in a random direction and is reflected at the walls. Along each
+* **Color**: constant, given by the class of the clip. The four hues are 90 degrees apart and fully bright.
+* **Shape**: one disc of radius ``RADIUS_PX``, always fully inside the frame.
+* **Position**: the center moves ``SPEED_PX`` per frame in a random direction and is reflected at the walls. Along each
   axis that is a triangle wave: ``x_k = fold(x_0 + v k)`` between ``RADIUS_PX`` and ``size - RADIUS_PX``.
 * **Length**: ``LENGTH_LAW``.
-* **Caption**: names the color and the direction in which the disc sets out, ``a red disc moving left and up``.
+* **Caption**: color and initial direction of the disc, ``a red disc moving left and up``.
 
 Units: pixels, with the center of pixel (0, 0) at (0.5, 0.5); one frame is one unit of time.
 Shape legend: ``n`` frames, ``S`` pixels along each side.
@@ -31,9 +31,9 @@ BACKGROUND = (24, 24, 24)
 SIZE_PX = 16
 RADIUS_PX = 4.0
 SPEED_PX = 1.5
-"""Pixels a frame."""
+"""Pixels per frame."""
 LENGTH_LAW = {6: 0.30, 7: 0.10, 8: 0.20, 9: 0.10, 10: 0.30}
-"""Probability of each number of frames: two peaks, so that a model that only knows the mean is found out."""
+"""Probability of each number of frames. Two peaks expose a model that has learned only the mean."""
 FPS = 8
 
 Number = TypeVar("Number", float, NDArray[np.float64])
@@ -50,16 +50,16 @@ class ToyClip:
     video: NDArray[np.uint8]
     """uint8 [n, S, S, 3]."""
     velocity: NDArray[np.float64]
-    """float64 [2]: pixels a frame along (x, y) at the first frame."""
+    """float64 [2]: pixels per frame along (x, y) at the first frame."""
 
     @property
     def caption(self) -> str:
-        """What is to be seen: color, and direction before the first wall."""
+        """Color, and direction before the first wall."""
         return caption_of(self.class_label, bool(self.velocity[0] < 0), bool(self.velocity[1] < 0))
 
 
 def caption_of(class_label: int, left: bool, up: bool) -> str:
-    """The caption of a disc of a class that sets out in a direction."""
+    """Caption of a disc, by class and initial direction."""
     across, along = "left" if left else "right", "up" if up else "down"
     return f"a {CLASS_NAMES[class_label]} disc moving {across} and {along}"
 
@@ -71,7 +71,7 @@ def fold(position: Number, low: float, high: float) -> Number:
 
 
 def render_disc(position: NDArray[np.float64], color: tuple[int, int, int], size: int = SIZE_PX) -> NDArray[np.uint8]:
-    """One anti-aliased disc on the background.
+    """Render one anti-aliased disc on the background.
 
     Args:
         position: (x, y) of the center.
@@ -95,19 +95,19 @@ class Track(NamedTuple):
     positions: NDArray[np.float64]
     """float64 [n, 2]: (x, y) of the disc's center."""
     velocity: NDArray[np.float64]
-    """float64 [2]: pixels a frame along (x, y) at the first frame."""
+    """float64 [2]: pixels per frame along (x, y) at the first frame."""
 
 
 def draw_track(seed: int, number: int, size: int = SIZE_PX) -> Track:
     """Draw the class and the motion of clip ``number`` of the world of ``seed``.
 
     Args:
-        seed: Seed of the whole set.
-        number: Which clip.
-        size: S.
+        seed: Seed of the set.
+        number: Index of the clip.
+        size: Side S in pixels.
 
     Returns:
-        The same at any time and in any order.
+        The track; independent of call order.
     """
     (u_class, u_length), (u_x, u_y), (u_angle, _) = uniforms(seed, Stream.TOY_WORLD, clip=number, frame=np.arange(3))
     class_label = int(u_class * len(CLASS_NAMES))
@@ -121,12 +121,12 @@ def draw_track(seed: int, number: int, size: int = SIZE_PX) -> Track:
 
 
 def draw_clip(seed: int, number: int, size: int = SIZE_PX) -> ToyClip:
-    """Draw clip ``number`` of the world of ``seed``: what ``draw_track`` says of it, rendered.
+    """Draw clip ``number`` of the world of ``seed``: its ``draw_track``, rendered.
 
     Args:
-        seed: Seed of the whole set.
-        number: Which clip.
-        size: S.
+        seed: Seed of the set.
+        number: Index of the clip.
+        size: Side S in pixels.
 
     Returns:
         The clip with its labels.

@@ -49,9 +49,11 @@ def test_size_and_duration_come_from_the_files_where_no_column_has_them(tmp_path
 
 def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
     source = table(tmp_path, "path,motion score,caption\na,1,x\n")
-    with pytest.raises(ConfigError, match="'motion', which no video has; columns with numbers are motion score"):
+    with pytest.raises(
+        ConfigError, match="no video has column 'motion'; the manifest's numeric columns are motion score"
+    ):
         read_source(source, filters={"motion": FilterRange(min=2)})
-    with pytest.raises(DataError, match="filters leave no video of .*motion score at least 2: removed 1"):
+    with pytest.raises(DataError, match="the filters remove every video of .*motion score at least 2: removed 1"):
         read_source(source, filters={"motion score": FilterRange(min=2)})
     with pytest.raises(ConfigError, match="min must be at most its max, got 3 and 2"):
         FilterRange(min=3, max=2)

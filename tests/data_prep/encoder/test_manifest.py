@@ -27,7 +27,7 @@ def test_folders_of_frames_count_where_their_rate_is_known(tmp_path):
     manifest = read_source(tmp_path, frame_folder_fps=25.0)
     assert [e.source for e in manifest.entries] == ["a.mp4", "b", "c", "d/x.mp4", "e/f"]
     assert {e.frame_folder_fps for e in manifest.entries} == {25.0}
-    with pytest.raises(DataError, match="names no video; .* folders of frames must lie below .* need frame_folder_fps"):
+    with pytest.raises(DataError, match="no videos found; .* folders of frames must be below .* need frame_folder_fps"):
         read_source(tmp_path / "e")
 
 
@@ -38,7 +38,10 @@ def test_folders_of_frames_in_a_table(tmp_path):
     assert [e.frame_folder_fps for e in read_source(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
     with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames, .*give it as frame_folder_"):
         read_source(table)
-    for wrong, message in (("fast", "'fast'; give frames per second"), ("0", "0.0; give a positive number of frames")):
+    for wrong, message in (
+        ("fast", r"\(frames per second\), got 'fast'"),
+        ("0", r"> 0 \(frames per second\), got 0.0"),
+    ):
         table.write_text(f"path,frame_folder_fps\nclips/b,{wrong}\n")
         with pytest.raises(DataError, match=message):
             read_source(table)
@@ -87,16 +90,20 @@ def test_keys_are_legal_and_keep_paths_apart():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("m.csv", "file,caption\na.mp4,x\n", "one must be called path"),
-        ("m.csv", "path\n", "names no video"),
-        ("m.csv", "path,class_label\na.mp4,dog\n", "class_label 'dog'"),
+        ("m.csv", "file,caption\na.mp4,x\n", "must have a column path"),
+        ("m.csv", "path\n", "no videos found"),
+        ("m.csv", "path,class_label\na.mp4,dog\n", "class_label must be an integer >= 0, got 'dog'"),
         ("m.jsonl", '{"path": "a.mp4"}\n{"path": \n', "line 2 is not JSON"),
-        ("m.jsonl", '["a.mp4"]\n', "line 1 is a list"),
-        ("m.jsonl", '{"caption": "no path"}\n', "video 1 has path None"),
-        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "a.mp4"}\n', "name each video once"),
-        ("m.jsonl", '{"path": "a.mp4", "key": "../a"}\n', "not allowed"),
-        ("m.jsonl", '{"path": "a", "class_label": 0}\n{"path": "b", "class_name": "x"}\n', "give all or none"),
-        ("m.txt", "a.mp4\n", r"\.txt file"),
+        ("m.jsonl", '["a.mp4"]\n', "line 1 must be a JSON object, got list"),
+        ("m.jsonl", '{"caption": "no path"}\n', "video 1: path must be the video's file name, got None"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "a.mp4"}\n', "list each video once"),
+        ("m.jsonl", '{"path": "a.mp4", "key": "../a"}\n', "clip key must be 1 to 80 letters.*, got '../a-0000'"),
+        (
+            "m.jsonl",
+            '{"path": "a", "class_label": 0}\n{"path": "b", "class_name": "x"}\n',
+            "give class_label to all videos or to none",
+        ),
+        ("m.txt", "a.mp4\n", r"must be a folder of videos, a .csv or a .jsonl file, got .*m\.txt"),
     ],
 )
 def test_malformed_manifests_are_refused(tmp_path, name, text, message):
@@ -122,5 +129,5 @@ def test_a_manifest_that_is_not_utf_8_is_refused(tmp_path, name):
 def test_missing_and_empty_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_source(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="names no video"):
+    with pytest.raises(DataError, match="no videos found"):
         read_source(tmp_path)

@@ -43,7 +43,7 @@ def test_done_running_failed_speed_and_time_left(begun):
     assert status.describe().splitlines() == [
         "shards: 3 of 6 done, 0 running, 1 failed, 2 waiting",
         "clips: 6 so far; 0 videos unreadable",
-        "failed: shards 3; run the same command again, it does what is left",
+        "failed: shards 3; run the same command again to encode them",
         "speed: 0.1 clips/s, 0 min 45 s left; nothing is running",
     ]
     with FileLock(folder / ".shard-000003.lock", ConfigError), FileLock(folder / ".shard-000005.lock", ConfigError):
@@ -65,5 +65,5 @@ def test_a_finished_set_says_so(begun, capsys):
 
 
 def test_no_job_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="has no encoding job"):
+    with pytest.raises(DataError, match="no encoding job found in"):
         read_status(tmp_path)

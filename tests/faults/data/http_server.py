@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback interface that serves a folder and does wrong what it is told to."""
+"""A real HTTP server on the loopback interface that serves a folder and injects faults."""
 
 import socket
 import struct
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """``faults[name]`` lists what happens to the next answers with that file: stall, reset, cut, error, short."""
+    """``faults[name]`` lists the faults of the next responses with that file: stall, reset, cut, error, short."""
 
     daemon_threads = True
 
@@ -24,7 +24,7 @@ class FaultyServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/set"
 
     def handle_error(self, request, client_address) -> None:
-        """Clients that went away are part of the tests."""
+        """Ignore clients that disconnect, which the tests cause on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):

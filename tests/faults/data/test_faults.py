@@ -1,4 +1,4 @@
-"""Every row of the table of faults, and an encoder that dies or runs out of disk at every write."""
+"""Every row of the fault table, and an encoder that is killed or runs out of disk at every write."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from tests.faults.data.scene import META, Scene, happens
 pytestmark = pytest.mark.long
 
 
-def test_the_table_has_at_least_thirty_rows_of_their_own():
+def test_the_table_has_at_least_thirty_distinct_rows():
     assert len({entry.name for entry in FAULTS}) == len(FAULTS) >= 30
 
 
@@ -27,7 +27,7 @@ def test_a_fault_is_detected_and_named(entry, tmp_path):
 
 
 def _in_child(work) -> int:
-    """Exit status of a forked process that does some work."""
+    """Run ``work`` in a forked process and return its exit status."""
     child = os.fork()
     if child == 0:
         try:
@@ -49,8 +49,8 @@ def _files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def test_an_encoder_killed_before_or_after_every_write_leaves_a_set_that_is_finished_the_same(tmp_path):
-    """It dies by SIGKILL at its n-th system-visible act (a clip's write, a sync, a rename), for every n there is."""
+def test_a_set_is_identical_after_its_encoder_was_killed_at_any_write(tmp_path):
+    """SIGKILL hits before the n-th visible action (writing a clip, a sync, a rename), for every n."""
     scene = Scene(tmp_path)
     expected, kills = _files(scene.folder), 0
     for dies_at in range(10_000):
@@ -82,8 +82,8 @@ def test_an_encoder_killed_before_or_after_every_write_leaves_a_set_that_is_fini
     assert kills >= 30 + 3 * 4
 
 
-def test_an_encoder_that_runs_out_of_disk_says_so_and_goes_on_when_there_is_room(tmp_path):
-    """The kernel itself refuses to let a file grow: EFBIG stands for ENOSPC, which needs a disk to fill."""
+def test_an_encoder_reports_a_full_disk_and_continues_once_there_is_space(tmp_path):
+    """The kernel refuses to let a file grow. EFBIG stands in for ENOSPC, which would need a full disk."""
     scene = Scene(tmp_path)
     expected, size = _files(scene.folder), (scene.folder / "shard-000001.tar").stat().st_size
     for limit in (0, 100, 512, size // 2, size - 1):
@@ -95,7 +95,7 @@ def test_an_encoder_that_runs_out_of_disk_says_so_and_goes_on_when_there_is_room
             try:
                 _encode(folder, scene.records)
             except DataError as error:
-                named = str(error).startswith(str(folder)) and "cannot be written (File too large); free" in str(error)
+                named = str(error).startswith(f"cannot write {folder}") and " (File too large); free" in str(error)
                 os._exit(3 if named and error.__cause__.errno == errno.EFBIG else 4)
 
         assert _in_child(work) == 3

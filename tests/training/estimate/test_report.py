@@ -155,7 +155,7 @@ def test_weights_of_another_codec_are_a_problem_until_the_run_has_its_own(config
     assert problem.startswith(f"{tmp_path / 'weights'} was trained on shards of codec_fingerprint {'f' * 64}")
     (tmp_path / "weights/manifest.json").unlink()
     (problem,) = found(load_config([config_path], words))
-    assert "has no manifest.json, which names its codec" in problem
+    assert "has no manifest.json, so its codec is unknown" in problem
     (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
     assert found(load_config([config_path], words)) == []
 

@@ -37,7 +37,9 @@ def test_taichi_as_folders_of_frames(tmp_path):
     """``load_videos.py`` writes folders of frames by default, which are called ``.mp4`` all the same."""
     for name in ("ab#000010#000050.mp4/0000000.png", "cd#000000#000128.png/0000000.png", "ef#000000#000009.mp4"):
         touch(tmp_path / "train" / name)
-    with pytest.raises(DataError, match="ab#000010#000050.mp4 is a folder of frames, which has no frame rate of its"):
+    with pytest.raises(
+        DataError, match="ab#000010#000050.mp4 is a folder of frames and has no frame rate; set frame_folder_fps"
+    ):
         read_source(tmp_path, "taichi")
     entries = read_source(tmp_path, "taichi", frame_folder_fps=24.0).entries
     assert [e.source for e in entries] == [
@@ -72,10 +74,10 @@ def test_realestate10k(tmp_path):
     assert (second.key, second.start_s) == ("train-0002", 7.0)
     assert manifest.report.missing == ("train/0003.txt (video gone)",)
     touch(tmp_path / "train" / "0004.txt", trajectory("abc_-1", [5, 5]))
-    with pytest.raises(DataError, match=r"0004.txt needs .* increasing times; it has 2 frames"):
+    with pytest.raises(DataError, match=r"0004.txt must have .* increasing times, got 2 frames"):
         read_source(tmp_path, "realestate10k")
     touch(tmp_path / "train" / "0004.txt", "https://youtu.be/abc\n12 0.5\n")
-    with pytest.raises(DataError, match=r"0004.txt, line 2 has 2 words"):
+    with pytest.raises(DataError, match=r"0004.txt, line 2 must be .*, got 2 words"):
         read_source(tmp_path, "realestate10k")
 
 
@@ -123,15 +125,15 @@ def test_an_empty_folder_is_refused_with_the_layout_that_is_expected(tmp_path, n
 
 def test_a_data_set_of_which_nothing_is_here_is_refused(tmp_path):
     touch(tmp_path / "OpenVid-1M.csv", "video,caption\na.mp4,x\n")
-    with pytest.raises(DataError, match="all 1 that it lists are missing"):
+    with pytest.raises(DataError, match="all 1 listed videos are missing"):
         read_source(tmp_path, "openvid")
 
 
 def test_the_format_must_fit_the_source(tmp_path):
     touch(tmp_path / "m.csv", "path\na.mp4\n")
-    with pytest.raises(DataError, match="is a folder, and source_format is csv"):
+    with pytest.raises(DataError, match="source must be a file for source_format csv"):
         read_source(tmp_path, "csv")
-    with pytest.raises(ConfigError, match="has no splits"):
+    with pytest.raises(ConfigError, match="split must be null for source_format csv, which has no splits"):
         read_source(tmp_path / "m.csv", split="test")
     with pytest.raises(ConfigError, match="source_format must be one of auto, folder, .*, got 'webvid'"):
         read_source(tmp_path, "webvid")

@@ -31,7 +31,7 @@ def test_of_equal_names_the_first_in_order_counts_whatever_the_filesystem_lists(
     wanted = {"c.mp4": "c.mp4", "other.mp4": "a/other.mp4", "same.mp4": "a/z/same.mp4"}
     assert files_below(tmp_path) == wanted
     printed = capsys.readouterr().out
-    assert "2 files have the name of another and are left out, such as b/c.mp4" in printed
+    assert "skipped 2 files with the same name as another, such as b/c.mp4" in printed
     monkeypatch.setattr(os, "scandir", Backwards)
     assert list(os.walk(tmp_path))[0][1] == ["b", "a"]
     assert list(files_below(tmp_path).items()) == list(wanted.items())
