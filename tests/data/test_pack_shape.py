@@ -14,5 +14,5 @@ def test_a_pack_of_the_smallest_frames_fits_and_the_longest_clip_is_a_segment():
     assert (shape.token_budget, shape.max_frames, shape.max_clips, shape.max_seqlen) == (93, 13, 13, 82)
     build_layout([ClipShape(1, 2, 3)] * 13, shape)
     build_layout([ClipShape(8, 2, 4, 10)], shape)
-    with pytest.raises(ValueError, match="max_frames = 14"):
+    with pytest.raises(ValueError, match="max_frames must be >= 14 for this pack of 1 clips, got 13"):
         build_layout([ClipShape(14, 2, 2)], shape)

@@ -63,7 +63,7 @@ def test_another_codec_is_reported(copied, capsys):
     meta = json.loads((copied / "meta.json").read_text())
     (copied / "meta.json").write_text(json.dumps(meta | {"codec_config": {"patch_size": 2}}))
     assert main([str(copied)]) == 0
-    assert "cannot be rebuilt here (the codec patchify built here has fingerprint" in capsys.readouterr().out
+    assert "cannot be rebuilt here (the codec patchify must have fingerprint" in capsys.readouterr().out
 
 
 def test_the_suggested_budget_fits_the_longest_clip_and_the_mean_clips_per_pack(good):

@@ -214,7 +214,7 @@ def test_a_folder_of_frames_is_encoded_and_an_unreadable_one_is_listed(tmp_path)
     assert reader.read_metadata(0) | {"source": "good@0.000s", "fps": 4.0, "pixel_frames": 9} == reader.read_metadata(0)
     assert torch.equal(reader.read(0, np.arange(9)), PatchifyCodec(4).encode(images).bfloat16())
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "set" / "unreadable.jsonl").read_text().splitlines()]
-    assert reasons[0].startswith("frame bad/1.png has (16, 17) px")
+    assert reasons[0].startswith("all frames of a folder must have the same size, got (16, 17) px for bad/1.png")
     assert reasons[1].startswith("empty contains no frames")
 
 
