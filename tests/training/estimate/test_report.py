@@ -102,7 +102,7 @@ def test_problems_are_listed_all_at_once(config_path, tmp_path, monkeypatch):
     ]  # fmt: skip
     text, problems = report(load_config([config_path], words), Assumptions(world_sizes="4"))
     expected = ["the set has no text", "token_budget is 20", "packs_per_step must be at least the number"]
-    expected += ["zero.hierarchical_partition_size must divide the number", "wandb is needed", "init_from="]
+    expected += ["zero.hierarchical_partition_size must divide the number", "wandb is required", "init_from="]
     for part in expected:
         assert sum(part in problem for problem in problems) == 1, part
     assert len(problems) == len(expected)

@@ -107,7 +107,7 @@ def train_and_compare(folder: str, clips_of_each_length: int = 5000, **changes) 
     model = FlowceptionDiT(config.model)
     model.load_state_dict(read_full(checkpoint_dir(root / "run", config.max_steps), "ema"))
     plan, reader = heldout_plan(config, data := open_data(config)), data.reader
-    oracle = GaussianOracle(LAW, config.schedule())
+    oracle = GaussianOracle(LAW, config.process.schedule())
     loader = PackLoader(plan, reader, cursor=Cursor(0, 0))
     sums = sum(excess(model.eval(), oracle, pack) for batch in loader for pack in batch.packs)
     velocity, velocity_excess, deviance, deviance_excess = sums.tolist()
