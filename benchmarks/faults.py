@@ -1,13 +1,13 @@
-"""Faults of many kinds in small training runs, each of which must end as if nothing had happened.
+"""Inject faults of many kinds into small training runs; each must end like an uninterrupted run.
 
     python benchmarks/faults.py --faults 200 --seed 0 --json training_faults.json --page training_faults.md
 
-SIGKILL of a rank in every part of a step, at every file operation of a save, while loading and starting; damaged
-checkpoints; a full disk; preemption; left-overs of dead jobs; two jobs on one directory; other numbers of ranks. After
-each fault the same command is run again until the run is complete, and its result is compared with that of a run
-without a fault. The exit code is 1 if any fault made a difference or needed a hand.
+The faults are SIGKILL of a rank in every part of a step, at every file operation of a save, while loading and while
+starting; damaged checkpoints; a full disk; preemption; leftovers of dead jobs; two jobs on one run directory; and other
+numbers of ranks. After each fault the same command is repeated until the run is complete, and the result is compared
+with an uninterrupted run. The exit code is 1 if any fault changed the result or needed manual work.
 
-A small number of faults (``--faults 30``) is a sample with every kind in it; ``--seed day`` draws another one each day.
+A small number of faults (``--faults 30``) is a sample with every kind; ``--seed day`` draws a different one each day.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.faults.training.sabotage import SABOTAGES
 from tests.faults.training.scene import SAVE_EVERY, STEPS, Scene
 
 _FULL = 100
-"""Faults from which on all numbers of ranks and ZeRO stages are drawn."""
+"""From this number of faults on, all numbers of ranks and ZeRO stages are drawn."""
 
 
 def run_all(scene: Scene, cases: Sequence[Case]) -> list[Record]:
@@ -54,23 +54,23 @@ def run_all(scene: Scene, cases: Sequence[Case]) -> list[Record]:
 
 
 def uninterrupted_s(scene: Scene) -> float:
-    """Seconds of a run of two ranks without a fault."""
+    """Seconds of an uninterrupted run on two ranks."""
     place = scene.folder / "timed"
     place.mkdir()
-    began = time.monotonic()
+    start = time.monotonic()
     scene.run(place, 2, 3)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--faults", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--seed", default="0", metavar="S", help="a number, or day for one of today (default: 0)")
-    parser.add_argument("--kinds", default="", metavar="WORD", help="only kinds of fault with this in their name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where every fault's record goes")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the Markdown page goes")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="an empty folder to keep, for what failed to be seen")
+    parser.add_argument("--seed", default="0", metavar="S", help="a number, or day for a daily one (default: 0)")
+    parser.add_argument("--kinds", default="", metavar="WORD", help="only kinds of fault whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record of every fault here")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the Markdown page here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="empty folder to keep, to inspect failed cases")
     parser.add_argument("--sabotage", choices=sorted(SABOTAGES), help="resume wrongly on purpose; this must fail")
     return parser.parse_args(argv)
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.work or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        start = time.monotonic()
         scene = Scene(folder.resolve(), arguments.sabotage)
         try:
             plain_s = uninterrupted_s(scene)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "save_every_steps": SAVE_EVERY,
             "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), 2 to 4 ranks over gloo",
             "uninterrupted_s": round(plain_s, 2),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "records": records,
         }
     print(table(records))

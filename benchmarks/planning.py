@@ -155,7 +155,7 @@ def own_memory_mb() -> float:
 
 def first_pack(case: Case, folder: Path) -> dict[str, float]:
     """In a new process, time from index files to the first pack of a cursor deep in a run, then measure memory."""
-    begin, cpu, memory_mb = time.perf_counter(), time.process_time(), own_memory_mb()
+    start, cpu, memory_mb = time.perf_counter(), time.process_time(), own_memory_mb()
     index = ClipIndex.load(folder)
     index.fingerprint()
     index.check(ids=False)
@@ -173,10 +173,10 @@ def first_pack(case: Case, folder: Path) -> dict[str, float]:
         for number in range(10):
             plan.step(Cursor(epoch, number))
     return {
-        "open_s": opened - begin,
+        "open_s": opened - start,
         "plan_s": planned - opened,
         "build_pack_s": done - planned,
-        "total_s": done - begin,
+        "total_s": done - start,
         "total_cpu_s": done_cpu - cpu,
         "plan_memory_mb": own_memory_mb() - memory_mb,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -1,8 +1,7 @@
-"""How long training stands still for a checkpoint, against how long the checkpoint takes.
+"""Measure how long a checkpoint blocks training, compared with how long the save takes.
 
-``python benchmarks/saving.py --json FILE`` makes the model of a preset with optimizer and EMA on one rank, saves it
-several times in the background through ``training.checkpointer``, while the main thread does nothing, and prints
-medians.
+``python benchmarks/saving.py --json FILE`` builds the model of a preset with optimizer and EMA on one rank, saves it
+several times in the background through ``training.checkpointer`` while the main thread is idle, and prints medians.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from flowception.training.resume import CheckpointConfig
 
 
 def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str, object]:
-    """Save ``saves`` times after one that is not counted.
+    """Save ``saves`` times, after a first save that is reported separately.
 
     Args:
-        preset: Name of a network.
+        preset: Preset of the network.
         stage: ZeRO stage.
-        saves: How often.
-        folder: Where to; None is the system's folder for temporary files.
+        saves: Number of saves.
+        folder: Where to save; None is the system's temporary folder.
 
     Returns:
-        Sizes and seconds, by name.
+        Sizes and seconds by name.
     """
     ranks = init_distributed()
     config = DiTConfig(preset=preset)
@@ -54,14 +53,14 @@ def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str
         blueprint = build_backbone(config)
     shards.initialize(blueprint, lambda model, gather: initialize(model, 0, gather))
     run_dir = Path(tempfile.mkdtemp(dir=folder))
-    blocked_s, whole_s = [], []
+    blocked_s, total_s = [], []
     try:
         saver = Saver(run_dir, CheckpointConfig(), shards)
         for step in range(saves + 1):
             saved = saver.save(step, {})
             metrics = saver.poll()
             blocked_s.append(metrics["save_blocked_s"])
-            whole_s.append(metrics["save_s"])
+            total_s.append(metrics["save_s"])
         saver.close()
         size_bytes = sum(record.size_bytes for record in verify(saved).files.values())
     finally:
@@ -75,7 +74,7 @@ def measure(preset: str, stage: int, saves: int, folder: str | None) -> dict[str
         "checkpoint_bytes": size_bytes,
         "first_save_blocked_s": blocked_s[0],
         "save_blocked_s": statistics.median(blocked_s[1:]),
-        "save_s": statistics.median(whole_s[1:]),
+        "save_s": statistics.median(total_s[1:]),
     }
     torch.distributed.destroy_process_group()
     return result
@@ -87,7 +86,7 @@ def main() -> None:
     parser.add_argument("--preset", default="s")
     parser.add_argument("--stage", type=int, default=3, choices=(0, 1, 2, 3))
     parser.add_argument("--saves", type=int, default=7, metavar="N")
-    parser.add_argument("--folder", metavar="DIR", help="where to save (default: the folder of temporary files)")
+    parser.add_argument("--folder", metavar="DIR", help="where to save (default: temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     result = measure(arguments.preset, arguments.stage, arguments.saves, arguments.folder)

@@ -68,9 +68,9 @@ def direction_right(video: NDArray[np.uint8], left: bool, up: bool) -> bool:
 
 def generate_and_score(arguments: argparse.Namespace) -> dict[str, PromptScore]:
     """Generate clips for every caption, with and without the prompt."""
-    wanted = list(product(range(len(CLASS_NAMES)), (False, True), (False, True)))
+    combinations = list(product(range(len(CLASS_NAMES)), (False, True), (False, True)))
     prompted, unprompted, real = list[Requested](), list[Requested](), list[Requested]()
-    for number, (label, left, up) in enumerate(wanted):
+    for number, (label, left, up) in enumerate(combinations):
         caption = caption_of(label, left, up)
         for prompt, clips in ((caption, prompted), (None, unprompted)):
             out = arguments.out / f"{caption.replace(' ', '_')}{'' if prompt else '_unprompted'}"
@@ -87,7 +87,7 @@ def generate_and_score(arguments: argparse.Namespace) -> dict[str, PromptScore]:
                 )
             )
             clips += [(read_video(out / record["file"]), label, left, up) for record in records]
-    for number in range(arguments.num * len(wanted)):
+    for number in range(arguments.num * len(combinations)):
         clip = draw_clip(REAL_SEED, number)
         left, up = bool(clip.velocity[0] < 0), bool(clip.velocity[1] < 0)
         real.append((clip.video, clip.class_label, left, up))

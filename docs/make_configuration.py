@@ -30,8 +30,8 @@ HEAD = """\
 <!-- Written by docs/make_configuration.py from the dataclasses. Change their docstrings, then run it. -->
 
 YAML files override the defaults below and are merged left to right, followed by `key=value` overrides from the command
-line. A file with `extends: FILE` overrides that file, which is in the same folder. An unknown key is an error that
-names the nearest valid key. `required` means no default.
+line. A file with `extends: FILE` overrides that file (in the same folder). An unknown key is an error that names the
+nearest valid key. `required` means no default.
 
     deepspeed train/main.py --config configs/demo.yaml overlay.yaml optim.lr=1e-4
 """

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Generate clips with a job array, one GPU a task. Submit from the repository's folder:
+# Generate clips with a job array, one GPU per task. Submit from the repository root:
 #
 #   sbatch slurm/generate.sh /shared/runs/t2v_2b --prompts prompts.txt --num 4 --out /shared/clips
 #   sbatch --array=0-63 --partition=gpu slurm/generate.sh ...            # more tasks
 #
-# Every word after the script's name goes to `flowception generate`. Task k of n makes batches k, k + n, k + 2 n ... of the
-# set; a clip's seed follows from its number, so the set is the same at any number of tasks. The last task to end writes
-# clips.jsonl. Whatever was killed, submit that task again: --array=3,7 with NUM_PARTS=16 for tasks 3 and 7 of 16.
+# Arguments after the script's name go to `flowception generate`. Task k of n makes batches k, k + n, k + 2 n ... of the
+# set. The seed of a clip depends only on its number, so the set is the same for any number of tasks. The last task to
+# finish writes clips.jsonl. If tasks are killed, submit them again: --array=3,7 with NUM_PARTS=16 for tasks 3 and 7 of 16.
 #SBATCH --job-name=flowception-generate
 #SBATCH --array=0-7
 #SBATCH --ntasks=1

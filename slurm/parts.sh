@@ -1,4 +1,4 @@
-# Sourced by the job arrays, which set FLOWCEPTION_HOME: goes there and sources the site.
+# Sourced by the job arrays, which set FLOWCEPTION_HOME. Changes to that directory and sources the site file.
 export FLOWCEPTION_SITE=${FLOWCEPTION_SITE:-$FLOWCEPTION_HOME/slurm/site.sh}
 cd "$FLOWCEPTION_HOME"
 set +u # modules and conda fail under -u
@@ -6,12 +6,13 @@ source "$FLOWCEPTION_SITE"
 set -u
 export PYTHONPATH=$FLOWCEPTION_HOME${PYTHONPATH:+:$PYTHONPATH}
 
-# NUM_PARTS, the number of tasks among which the work is divided, is the array's own count, unless only some tasks of a
-# larger one are run: NUM_PARTS=16 sbatch --array=3,7 ...
+# NUM_PARTS is the number of tasks that divide the work. It is the size of the array, unless only some tasks of a larger
+# array are run: NUM_PARTS=16 sbatch --array=3,7 ...
 if [ -z "${NUM_PARTS:-}" ]; then
   NUM_PARTS=$SLURM_ARRAY_TASK_COUNT
   if [ "$SLURM_ARRAY_TASK_MIN" != 0 ] || [ "$SLURM_ARRAY_TASK_MAX" != $((NUM_PARTS - 1)) ]; then
-    echo "the array is not 0-$((NUM_PARTS - 1)): set NUM_PARTS to the number of tasks of the whole array" >&2
+    echo "the array must be 0-$((NUM_PARTS - 1)), got $SLURM_ARRAY_TASK_MIN-$SLURM_ARRAY_TASK_MAX;" \
+      "set NUM_PARTS to the number of tasks of the full array" >&2
     exit 2
   fi
 fi

@@ -1,4 +1,4 @@
-"""Small shard sets on disk, and what a plan needs beside one: shared by the tests of ``shards`` and ``data``."""
+"""Small shard sets on disk, and plan configurations for them, shared by the tests of ``shards`` and ``data``."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ CHANNELS, TEXT_WIDTH, NULL_TEXT_TOKENS = 4, 6, 2
 
 
 def configs(**keys) -> tuple[ProcessConfig, PlanConfig]:
-    """Process and sizes from the keys of both, small unless said otherwise."""
+    """Process and plan sizes from the keys of both, with small defaults."""
     keys = {"token_budget": 200, "packs_per_step": 8, "shuffle_block_shards": 2} | keys
     sizes = {field.name for field in fields(PlanConfig)}
     process = ProcessConfig(**{name: value for name, value in keys.items() if name not in sizes})

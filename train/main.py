@@ -1,6 +1,6 @@
 """Train a Flowception model: ``deepspeed train/main.py --config C [overlay.yaml ...] [key=value ...] [--dry-run]``.
 
-The same command again resumes. Also runs under torchrun, ``srun python``, or plain ``python`` for one process.
+The same command resumes the run. Also works with torchrun, ``srun python``, or plain ``python`` for one process.
 """
 
 from __future__ import annotations
@@ -26,28 +26,36 @@ EXIT_INTERRUPTED = 130
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
+    """Parse the command line.
 
-    ``--local_rank`` comes from the deepspeed launcher and is ignored: the environment says it too.
+    ``--local_rank`` comes from the deepspeed launcher and is ignored, because the environment has it too.
     """
     parser = argparse.ArgumentParser(prog="train/main.py", description="Train a Flowception model.")
-    parser.add_argument("--config", nargs="+", required=True, metavar="C", help="YAML files, later ones win; key=value")
+    parser.add_argument(
+        "--config", nargs="+", required=True, metavar="C", help="YAML files (later ones win) and key=value"
+    )
     parser.add_argument("words", nargs="*", metavar="key=value", help="more YAML files and overrides")
-    parser.add_argument("--newest-step", action="store_true", help="print the newest checkpoint's step, -1 without one")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration and sizes, start nothing")
+    parser.add_argument("--newest-step", action="store_true", help="print the step of the newest checkpoint, or -1")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and estimates, do not train")
     dry = parser.add_argument_group("with --dry-run")
-    dry.add_argument("--world-size", default="", metavar="W,...", help="ranks to size (default: those launched, 8, 64)")
-    dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="share of the peak while computing (0.4)")
-    dry.add_argument("--peak-tflops", type=float, metavar="P", help="of a rank (default: logging's, or an H100's 989)")
-    dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s a GPU between nodes (25)")
-    dry.add_argument("--inside-node", type=float, default=300.0, metavar="B", help="GB/s a GPU inside a node (300)")
-    dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="which share its network (8)")
-    dry.add_argument("--stage-3-block-ms", type=float, default=1.0, metavar="MS", help="lost to the host a block (1)")
-    dry.add_argument("--memory-bandwidth", type=float, default=3000.0, metavar="B", help="GB/s of a device (3000)")
-    dry.add_argument("--memory-gb", default="", metavar="M,...", help="of devices (default: memory_gib, or 80, 141)")
-    dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of so many latent frames, rows and columns")
-    dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens of each (default: 0)")
-    dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="how many (default: 20000)")
+    dry.add_argument("--world-size", default="", metavar="W,...", help="numbers of ranks (default: as launched, 8, 64)")
+    dry.add_argument("--hfu", type=float, default=0.4, metavar="H", help="achieved share of the peak (0.4)")
+    dry.add_argument(
+        "--peak-tflops", type=float, metavar="P", help="TFLOP/s per rank (default: logging.peak_tflops, or 989)"
+    )
+    dry.add_argument("--bandwidth", type=float, default=25.0, metavar="B", help="GB/s per GPU between nodes (25)")
+    dry.add_argument("--inside-node", type=float, default=300.0, metavar="B", help="GB/s per GPU inside a node (300)")
+    dry.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs that share a node's network (8)")
+    dry.add_argument(
+        "--stage-3-block-ms", type=float, default=1.0, metavar="MS", help="host time per block at ZeRO-3 (1)"
+    )
+    dry.add_argument("--memory-bandwidth", type=float, default=3000.0, metavar="B", help="GB/s of device memory (3000)")
+    dry.add_argument(
+        "--memory-gb", default="", metavar="M,...", help="memory per device (default: memory_gib, or 80, 141)"
+    )
+    dry.add_argument("--clip", metavar="FxHxW", help="plan with clips of F latent frames, H rows, W columns")
+    dry.add_argument("--text-tokens", type=int, default=0, metavar="L", help="text tokens per clip, with --clip (0)")
+    dry.add_argument("--num-clips", type=int, default=20_000, metavar="N", help="number of clips, with --clip (20000)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     words = [*arguments.config, *arguments.words]
@@ -60,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job.
 
     Returns:
-        0 when the run is complete, 85 when it was stopped by a signal and saved, or could not, 2 for bad input, which a
-        dry run that found a problem returns too. When a rank hangs the process leaves with 86 and does not come back
-        here (``training.distributed.watchdog``).
+        0 if the run is complete; 85 if a signal stopped it, whether or not its save succeeded; 2 for bad input, or for
+        a dry run that found a problem. If a rank hangs, the process exits with 86 without returning here
+        (``training.distributed.watchdog``).
     """
     stop = StopFlag().install()
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _place(name: str, slurm_name: str) -> int:
-    """A rank by the launcher's variable, or Slurm's; 0 for a process alone."""
+    """A rank from the launcher's or Slurm's variable; 0 for a single process."""
     return int(os.environ.get(name) or os.environ.get(slurm_name) or 0)
 
 
@@ -90,7 +98,9 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     try:
         config = load_config(arguments.config, arguments.words)
     except FlowceptionError as error:
-        error.on_all_ranks = _place("LOCAL_RANK", "SLURM_LOCALID") > 0  # one line a node, whose ranks share their files
+        error.on_all_ranks = (
+            _place("LOCAL_RANK", "SLURM_LOCALID") > 0
+        )  # print once per node, whose ranks read the same files
         raise
     if arguments.dry_run:
         return _dry_run(config, arguments)
@@ -113,7 +123,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> ClipSampler:
-    """What samples clips during training, from held-out clips, or from training clips where none is held out."""
+    """Build the sampler, which uses held-out clips, or training clips if none are held out."""
     from flowception.generation.training_sampler import TrainingSampler
     from flowception.training.data import heldout_plan
 
@@ -135,7 +145,7 @@ def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> Clip
 
 
 def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
-    """Print the report on rank 0; the exit code says whether something would stop the run."""
+    """Print the report on rank 0. Returns an exit code, nonzero if a problem would stop the run."""
     from flowception.training.estimate.report import Assumptions, report
 
     if _place("RANK", "SLURM_PROCID") != 0:
@@ -162,10 +172,10 @@ def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process without the interpreter's own ending.
+    """Exit without interpreter shutdown.
 
-    A thread of gloo may still hold a tensor then. It needs the interpreter to let go of it, finds it gone, and takes
-    the process down with SIGABRT in place of its exit code (seen in 1 of 12 short runs).
+    During shutdown a gloo thread may still hold a tensor. To release it, the thread needs the interpreter, which is
+    gone, and the process then dies with SIGABRT instead of its exit code (seen in 1 of 12 short runs).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -173,9 +183,9 @@ def leave(code: int) -> NoReturn:
 
 
 def main_and_leave() -> NoReturn:
-    """Run the job and leave, also after an error that nobody expected, which leaves with 1.
+    """Run the job and exit; an unexpected error exits with 1.
 
-    The interpreter's own ending could wait for ever for a thread or for NCCL, and the other ranks for this one.
+    Interpreter shutdown could wait forever for a thread or for NCCL, and the other ranks would wait for this one.
     """
     try:
         code = main()

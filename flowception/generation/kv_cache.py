@@ -54,7 +54,7 @@ class KeyValueCache:
         layout: PackLayout,
         *,
         block: int,
-        whole: PackLayout,
+        full_layout: PackLayout,
         live_token: Tensor,
     ) -> Tensor:
         """Update the keys and values of the live tokens, then attend to the full clip.
@@ -65,18 +65,18 @@ class KeyValueCache:
             value: ``[Q, H, d]``.
             layout: Layout of the live tokens.
             block: Index of the block.
-            whole: Layout of all tokens.
+            full_layout: Layout of all tokens.
             live_token: int64 ``[Q]``: indices of the live tokens among all tokens.
 
         Returns:
             ``[Q, H, d]``.
         """
-        if len(live_token) == len(whole.token_kind):
+        if len(live_token) == len(full_layout.token_kind):
             self.keys[block], self.values[block] = key, value.contiguous()
         else:
             self.keys[block].index_copy_(0, live_token, key)
             self.values[block].index_copy_(0, live_token, value)
-        return self.attention(query, self.keys[block], self.values[block], layout, key_layout=whole)
+        return self.attention(query, self.keys[block], self.values[block], layout, key_layout=full_layout)
 
     def keep(self, tokens: Tensor) -> None:
         """Keep only the tokens at these indices, int64."""
@@ -187,7 +187,7 @@ class FrozenFramePredictor(NetworkPredictor):
         cache = self._begin_step(pack.layout, state, refresh)
         live = self.live_frames(state)[state.unfinished_clips[state.frame_clip]]
         narrow, places = narrow_pack(pack, live.repeat(2) if self.guided else live, with_text=refresh)
-        attend = partial(cache.attend, whole=pack.layout.to(self.device), live_token=places.to(self.device))
+        attend = partial(cache.attend, full_layout=pack.layout.to(self.device), live_token=places.to(self.device))
         attends = [partial(attend, block=block) for block in range(len(cache.keys))]
         output = self.dit(narrow.to(self.device), attends)
         return Prediction(velocity_frames(output.velocity, narrow.layout, state.frames), output.log_rate.float())

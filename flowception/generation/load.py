@@ -153,9 +153,11 @@ def load_network(folder: Path, config: DiTConfig, device: torch.device | str = "
     weights = read_full(folder, "ema")
     with torch.device("meta"):
         model = build_backbone(config)
-    wanted = dict(model.named_parameters())
-    if wanted.keys() != weights.keys() or any(wanted[name].shape != weights[name].shape for name in wanted):
-        differing = sorted(wanted.keys() ^ weights.keys()) or [n for n in wanted if wanted[n].shape != weights[n].shape]
+    expected = dict(model.named_parameters())
+    if expected.keys() != weights.keys() or any(expected[name].shape != weights[name].shape for name in expected):
+        differing = sorted(expected.keys() ^ weights.keys()) or [
+            n for n in expected if expected[n].shape != weights[n].shape
+        ]
         raise CheckpointError(
             f"{folder} does not match the model in the run's config.yaml, first at {differing[0]}; restore config.yaml"
         )

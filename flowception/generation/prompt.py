@@ -108,16 +108,16 @@ def encode_prompts(
     Raises:
         ConfigError: If the model was trained without text, or the encoder is not the one that made the shards.
     """
-    wanted = dict.fromkeys(prompts)
+    unique = dict.fromkeys(prompts)
     if run.null_text is None:
-        if any(prompt is not None for prompt in wanted):
+        if any(prompt is not None for prompt in unique):
             raise ConfigError("the model was trained without text and takes no prompt; drop it")
         return {}
-    if set(wanted) == {None}:
+    if set(unique) == {None}:
         logger.warning("clips are unconditional: the model was trained with text, but got no prompt")
     null_text = run.null_text
-    captions = [prompt for prompt in wanted if prompt is not None and prompt.strip()]
-    embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in wanted if not (prompt or "").strip()}
+    captions = [prompt for prompt in unique if prompt is not None and prompt.strip()]
+    embedded: dict[str | None, Tensor] = {prompt: null_text for prompt in unique if not (prompt or "").strip()}
     if captions:
         encoder = _matching_encoder(run, null_text, text_encoder, device)
         embedded |= {caption: encoder.encode([caption])[0].bfloat16() for caption in captions}

@@ -263,17 +263,17 @@ def load(path: str | PathLike[str], *, step: int | None = None, device: str | to
     return Run(load_run(Path(path), step=step, device=place))
 
 
-def choose_device(wanted: str | torch.device | None) -> torch.device:
+def choose_device(requested: str | torch.device | None) -> torch.device:
     """The requested device, or CUDA if available.
 
     Raises:
         ConfigError: If the device does not exist.
     """
     try:
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(requested or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"`device` must be a torch device such as cpu or cuda, got {wanted}") from error
+        raise ConfigError(f"`device` must be a torch device such as cpu or cuda, got {requested}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"`device` is {wanted}, but this machine has {count} CUDA devices; use cpu, or drop it")
+        raise ConfigError(f"`device` is {requested}, but this machine has {count} CUDA devices; use cpu, or drop it")
     return device

@@ -213,7 +213,7 @@ def _spread(count: int, last: int) -> list[int]:
     return [round(k * last / (count - 1)) for k in range(count)]
 
 
-def choose_size(run: LoadedRun, wanted: tuple[int, int] | None) -> tuple[int, int]:
+def choose_size(run: LoadedRun, requested: tuple[int, int] | None) -> tuple[int, int]:
     """The requested height and width in pixels, or the only size of the training set.
 
     Raises:
@@ -221,15 +221,15 @@ def choose_size(run: LoadedRun, wanted: tuple[int, int] | None) -> tuple[int, in
     """
     stride, known = run.codec.spatial_stride, run.sizes_pixels
     named = ", ".join(f"{height}x{width}" for height, width in known) or "unknown"
-    if wanted is None:
+    if requested is None:
         if len(known) != 1:
             raise ConfigError(
                 f"the run was trained at {len(known)} sizes ({named}); choose one with `size` (height and width)"
             )
         return known[0]
-    if any(side < 1 or side % stride for side in wanted):
+    if any(side < 1 or side % stride for side in requested):
         raise ConfigError(
-            f"`size` must be multiples of {stride} pixels for codec {run.codec.name}, got {wanted[0]}x{wanted[1]} "
-            f"(trained sizes: {named})"
+            f"`size` must be multiples of {stride} pixels for codec {run.codec.name}, got "
+            f"{requested[0]}x{requested[1]} (trained sizes: {named})"
         )
-    return wanted
+    return requested

@@ -1,1 +1,1 @@
-"""The training job: DeepSpeed engine, optimizer schedule, EMA, checkpoints, metrics, validation and the loop."""
+"""Training: DeepSpeed engine, optimizer, EMA, checkpoints, metrics, validation, and the training loop."""

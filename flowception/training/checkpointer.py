@@ -1,12 +1,12 @@
-"""Saves checkpoints beside training, which waits only while each rank copies its part to host memory.
+"""Asynchronous checkpoint saving: training blocks only while each rank copies its part to host memory.
 
-All ranks call ``Saver.begin`` at the same steps. Each copies its slices to a buffer of its own and goes on training,
-while a thread writes them, then a receipt; rank 0's thread waits for all receipts, commits, and prunes
-(``checkpoint.writer``). There are no collectives: what a rank has to say to rank 0 lies in the attempt's folder, whose
-name no other attempt has. One save is under way at a time: the next one first waits for its own rank's part of it,
-rank 0 for the commit, which comes or fails within ``checkpoint.save_timeout_s``.
+All ranks call ``Saver.begin`` at the same steps. Each rank copies its slices to its host buffer and continues training,
+while a thread writes the slices and then a receipt. Rank 0's thread waits for all receipts, commits, and prunes
+(``checkpoint.writer``). There are no collectives: ranks report to rank 0 through files in the folder of the attempt,
+whose name is unique. Only one save runs at a time. The next one first waits for the previous one: each rank for its
+own part, rank 0 for the commit, which succeeds or fails within ``checkpoint.save_timeout_s``.
 
-A save that fails is a warning and a count. It ends nothing and removes no other checkpoint.
+A failed save is logged as a warning and counted. It does not stop training and removes no other checkpoint.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from flowception.training.resume import CheckpointConfig
 logger = logging.getLogger(__name__)
 
 _LEAVING_TIMEOUT_S = 30.0
-"""How long a job that ends with an error still waits for the receipts of others."""
+"""How long a job that ends with an error still waits for the receipts of other ranks."""
 _PIECE_ELEMENTS = 2**26
-"""Elements of a piece of the host's memory (256 MiB). torch rounds what it pins up to a power of two, which can nearly
-double a single large buffer."""
+"""Elements of one host memory buffer (256 MiB). torch rounds pinned allocations up to a power of two, which can nearly
+double the size of a single large buffer."""
 
 
 def lay_out(sizes: Sequence[int], piece_elements: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Divide vectors over pieces of memory, none of them over two.
+    """Assign vectors to memory buffers; no vector is split.
 
     Args:
         sizes: Elements of each vector.
-        piece_elements: Elements of a piece; a longer vector has a piece of its own.
+        piece_elements: Elements of a buffer; a longer vector gets its own buffer.
 
     Returns:
-        Piece and offset of each vector, and the elements used of each piece.
+        Buffer and offset of each vector, and the elements used of each buffer.
     """
     places, used = list[tuple[int, int]](), list[int]()
     for size in sizes:
@@ -60,10 +60,10 @@ def lay_out(sizes: Sequence[int], piece_elements: int) -> tuple[list[tuple[int, 
 
 
 class HostCopy:
-    """This rank's slices in host memory; the same memory is filled again for each save."""
+    """This rank's slices in host memory; every save reuses the same memory."""
 
     def __init__(self, shards: ShardedState) -> None:
-        """Take the memory, piece by piece, pinned where the state lives on a GPU."""
+        """Allocate the memory in several buffers, pinned if the state is on a GPU."""
         self._shards = shards
         self.ranges: dict[str, tuple[tuple[int, ...], int, int]] = {}
         """Parameter to (full shape, start, stop)."""
@@ -78,11 +78,11 @@ class HostCopy:
             title: pieces[piece][offset : offset + size]
             for (title, size), (piece, offset) in zip(sizes.items(), places, strict=True)
         }
-        """``KIND/PARAMETER`` to its part of the memory, float32 ``[stop - start]``."""
+        """``KIND/PARAMETER`` to its slice of the memory, float32 ``[stop - start]``."""
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Copy the state as it is now; on return it may change."""
+        """Copy the current state. Once this returns, the state may change."""
         for kind in KINDS:
             for fragment, view in self._shards.views(kind):
                 if fragment.name in self.ranges:
@@ -94,37 +94,37 @@ class HostCopy:
 
 
 class _Saved(NamedTuple):
-    """What a thread that finished its part has to say."""
+    """Result of a save thread that finished its part."""
 
     seconds: float
-    """Since the save began."""
+    """Since the save started."""
     warning: str | None
 
 
 class _Attempt(NamedTuple):
-    """A save under way."""
+    """A save in progress."""
 
     step: int
     result: Future[_Saved]
 
 
 class Saver:
-    """Saves a run's checkpoints. Every rank has one, and calls the same methods in the same order."""
+    """Saves a run's checkpoints. Every rank has one and calls the same methods in the same order."""
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig, shards: ShardedState) -> None:
-        """Clear what killed jobs left, and take the memory for the copy. Collective; the run's lock is held.
+        """Remove what killed jobs left, and allocate the memory for the copy. Collective; needs the run's lock.
 
         Args:
-            run_dir: The run.
-            config: How many checkpoints are kept, and how long a save may take.
+            run_dir: The run directory.
+            config: How many checkpoints to keep, and how long a save may take.
             shards: This rank's part of the training state.
         """
         self.saved_step: int | None = None
-        """Newest step known to be saved: on rank 0 at once, on the others after ``wait``. Set it after resuming."""
+        """Newest step known to be saved: up to date on rank 0, on the others after ``wait``. Set it after resuming."""
         self.failed_saves = 0
-        """Saves that failed since the job's start; known like ``saved_step``."""
+        """Saves that failed since the start of the job; as up to date as ``saved_step``."""
         self.failure: str | None = None
-        """Why the last save failed; None if it did not. Known like ``saved_step``."""
+        """Why the last save failed; None if it did not. As up to date as ``saved_step``."""
         self._run_dir, self._config, self._shards = run_dir, config, shards
         if shards.rank == 0:
             self._remove_leftovers()
@@ -141,14 +141,14 @@ class Saver:
         try:
             writer.remove_leftovers(self._run_dir)
         except OSError as error:
-            logger.warning("what an unfinished save left could not be removed (%s)", error)
+            logger.warning("cannot remove the files of an unfinished save (%s)", error)
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Copy this rank's part and let it be saved in the background. No collectives.
+        """Copy this rank's part and save it in the background. No collectives.
 
         Args:
             step: Optimizer steps done.
-            state: JSON-able state of the run, the same on all ranks; it may not change afterwards.
+            state: JSON-serializable state of the run, the same on all ranks; do not modify it afterwards.
         """
         began_s = time.perf_counter()
         self._settle()
@@ -166,10 +166,10 @@ class Saver:
         self._metrics["save_blocked_s"] = time.perf_counter() - began_s
 
     def wait(self) -> int | None:
-        """Wait for the save under way, if there is one, and learn how it went. Collective.
+        """Wait for the save in progress, if any, and share its result. Collective.
 
         Returns:
-            The newest step known to be saved, the same on all ranks; ``failure`` says why the last one was not.
+            The newest step known to be saved, the same on all ranks; ``failure`` has the error of a failed save.
         """
         self._settle()
         self.saved_step, self.failed_saves, self.failure = broadcast_object(
@@ -184,7 +184,7 @@ class Saver:
             The checkpoint's folder.
 
         Raises:
-            CheckpointError: On all ranks, if one of them could not write.
+            CheckpointError: On all ranks, if any of them could not write.
         """
         self.begin(step, state)
         self.wait()
@@ -193,10 +193,10 @@ class Saver:
         return checkpoint_format.checkpoint_dir(self._run_dir, step)
 
     def poll(self) -> dict[str, float]:
-        """Metrics for the step just done; warns of a save that has failed since the last call.
+        """Return metrics for the step just done, and warn if a save has failed since the last call.
 
         Returns:
-            ``failed_saves``; ``save_blocked_s`` in the step after a save began, ``save_s`` after it was committed.
+            ``failed_saves``; ``save_blocked_s`` in the step after a save started; ``save_s`` after it was committed.
         """
         if self._under_way is not None and self._under_way.result.done():
             self._settle()
@@ -204,13 +204,13 @@ class Saver:
         return {"failed_saves": self.failed_saves} | metrics
 
     def close(self) -> None:
-        """End the thread; after an error the save under way may still finish, but waits no longer for other ranks."""
+        """Stop the thread; a save in progress may finish, but waits at most ``_LEAVING_TIMEOUT_S`` for other ranks."""
         self._leaving.set()
         self._settle()
         self._thread.shutdown()
 
     def _settle(self) -> None:
-        """Wait for this rank's thread, note what became of the save, and warn of a failure."""
+        """Wait for this rank's thread, record the result of the save, and warn if it failed."""
         attempt, self._under_way = self._under_way, None
         if attempt is None:
             return
@@ -228,14 +228,14 @@ class Saver:
             logger.warning("%s", warning)
 
     def _note_failure(self, step: int, error: CheckpointError) -> str:
-        """Count a failed save; on other ranks than 0 ``wait`` sets it right. Returns the warning."""
+        """Count a failed save (``wait`` corrects the count on ranks other than 0). Returns the warning."""
         self.failed_saves += 1
-        self.failure = f"the checkpoint of step {step} could not be saved: {error}"
-        last = "there is none before it" if self.saved_step is None else f"the last one is of step {self.saved_step}"
+        self.failure = f"cannot save the checkpoint of step {step}: {error}"
+        last = "no earlier one exists" if self.saved_step is None else f"the newest is of step {self.saved_step}"
         return f"{self.failure}; {last}"
 
     def _save(self, folder: Path, step: int, state: dict[str, Any], began_s: float) -> _Saved:
-        """Write this rank's part; on rank 0 finish the checkpoint. In the thread."""
+        """Write this rank's part, and on rank 0 finish the checkpoint. Runs in the thread."""
         warning = None
         try:
             self._write_part(folder)
@@ -256,20 +256,20 @@ class Saver:
         except (OSError, CheckpointError) as error:
             try:
                 writer.write_failure(folder, rank, str(error))
-            except OSError:  # no room for that either; rank 0 will wait in vain
+            except OSError:  # the failure cannot be written either, so rank 0 runs into its timeout
                 raise error from None
 
     def _finish(self, folder: Path, step: int, state: dict[str, Any]) -> str | None:
-        """Wait for all ranks, commit and prune. Returns a warning if old checkpoints could not be removed."""
+        """Wait for all ranks, commit, and prune. Returns a warning if it cannot remove old checkpoints."""
         config = self._config
         receipts = writer.wait_for_receipts(folder, self._shards.world_size, self._timeout_s)
-        while self._abandoned:  # no rank still writes to an earlier attempt: it has finished this one
+        while self._abandoned:  # every rank has finished this attempt, so none still writes to an earlier one
             writer.discard(self._abandoned.pop())
         writer.commit(folder, step, receipts, state)
         try:
             writer.prune(self._run_dir, step, config.keep_last, config.keep_every_steps)
         except OSError as error:
-            return f"old checkpoints could not be removed ({error})"
+            return f"cannot remove old checkpoints ({error})"
         return None
 
     def _timeout_s(self) -> float:

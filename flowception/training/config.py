@@ -1,7 +1,7 @@
-"""A training run's whole configuration. Every section is a dataclass beside its owner; this module composes them.
+"""The configuration of a training run, combined from sections that are dataclasses in the modules that use them.
 
-The keys of the process and of the plan are top-level (``insertion_share``, ``token_budget``), all others are nested
-(``optim.lr``, ``zero.stage``).
+Process and plan keys are top-level (``insertion_share``, ``token_budget``). All others are nested (``optim.lr``,
+``zero.stage``).
 """
 
 from __future__ import annotations
@@ -31,53 +31,53 @@ from flowception.training.validation import ValidationConfig
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
-    """Everything that ``train/main.py`` reads."""
+    """All settings of ``train/main.py``."""
 
     plan: PlanConfig = field(metadata=FLAT)
-    """Sizes of steps and packs."""
+    """Step and pack sizes."""
     run_dir: str = MISSING
-    """Folder of the run. The same command with the same folder resumes."""
+    """Run directory. The same command with the same directory resumes the run."""
     max_steps: int = MISSING
-    """Optimizer steps of the whole run."""
+    """Total optimizer steps."""
     seed: int = 0
-    """Decides every draw of the run."""
+    """Seed of all random draws of the run."""
     init_from: str | None = None
-    """Run directory whose newest EMA weights this run starts from; None for a fresh start."""
+    """Run directory whose newest EMA weights initialize this run; None is random initialization."""
     memory_gib: float | None = None
-    """Memory of one rank's device in GiB, which ``model.activation_checkpointing: auto`` goes by. None asks them: it is
-    that of the smallest GPU or, on CPUs, a rank's part of its machine's memory."""
+    """Device memory per rank in GiB, for ``model.activation_checkpointing: auto``. None detects it: the memory of the
+    smallest GPU or, on CPUs, a rank's share of its machine's memory."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
+    """AdamW and its learning rate schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Exponential moving average of the weights."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    """DeepSpeed's sharding."""
+    """DeepSpeed ZeRO sharding."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save and what to keep."""
+    """When to save checkpoints and which to keep."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """Steps that are refused, going back, and the watchdog."""
+    """Skipped steps, rollbacks, and the watchdog."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Clips sampled during training."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Console and wandb."""
+    """Console and Weights & Biases."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """A trace of a few steps."""
+    """Profiler trace of a few steps."""
 
     def __post_init__(self) -> None:
-        """Check the ranges of this class's own keys, and sections against each other."""
+        """Check the ranges of the top-level keys and the consistency of the sections."""
         rules = {
             "seed": integer(at_least=0, at_most=MAX_SEED),
             "max_steps": integer(at_least=1),
-            "memory_gib": number(above=0).or_null("what the devices have"),
+            "memory_gib": number(above=0).or_null("the memory of the devices"),
         }
         check_ranges("", self, rules)
         save_s, hang_s = self.checkpoint.save_timeout_s, self.guard.hang_timeout_s
         if hang_s is not None and save_s >= hang_s:
             raise ConfigError(
-                f"checkpoint.save_timeout_s must be less than guard.hang_timeout_s, got {save_s:g} and {hang_s:g}: a "
-                "save that still waits for a slow rank would be taken for a hang"
+                f"checkpoint.save_timeout_s must be less than guard.hang_timeout_s, got {save_s:g} and {hang_s:g}: "
+                "the watchdog would treat a save that waits for a slow rank as a hang"
             )
 
 

@@ -1,7 +1,7 @@
-"""A run's curves from its ``metrics.jsonl`` alone: ``flowception plot RUN``.
+"""Training curves from ``metrics.jsonl``: ``flowception plot RUN``.
 
-What a line lacks is left out of its curve; what cannot be read, is not finite, or is missing altogether is counted and
-said, never filled in.
+Missing values are not interpolated. Unreadable lines, values that are not finite, and missing steps are counted and
+reported.
 
 Shape legend: ``S`` steps that have a value.
 """
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from flowception.errors import RunDirectoryError
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's colors."""
+"""The Okabe-Ito palette."""
 _COLUMNS = 3
 _OVER = " over "
 _MEAN_SHARE = 50
-"""A moving mean goes over this part of a curve's points."""
+"""A moving mean averages 1/50 of a curve's points."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Curve:
 
 @dataclass
 class Metrics:
-    """What ``metrics.jsonl`` holds."""
+    """Contents of ``metrics.jsonl``."""
 
     curves: dict[str, Curve]
     last_step: int
     notes: list[str] = field(default_factory=list)
-    """What was not read, for a person."""
+    """What was skipped, as text for the user."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,29 @@ class Panel:
     title: str
     unit: str
     names: tuple[str, ...]
-    """Metrics; one that ends with ``*`` stands for all that begin so."""
+    """Metric names; a trailing ``*`` matches any suffix."""
     log: bool = False
 
 
 PANELS = (
     Panel("loss", "weighted sum", ("loss",)),
     Panel("loss by term", "mean", ("loss/velocity", "loss/insertion")),
-    Panel("velocity loss by a frame's time (0 noise, 1 data)", "mean squared error", ("loss/velocity/*",)),
+    Panel("velocity loss by frame time (0 noise, 1 data)", "mean squared error", ("loss/velocity/*",)),
     Panel("held-out loss of the EMA", "mean", ("validation/loss", "validation/loss/velocity", "validation/velocity/*")),
     Panel("gradient norm before clipping", "", ("grad_norm",), log=True),
     Panel("learning rate", "", ("lr",)),
     Panel("insertion rate, predicted over true", "1 is calibrated", ("rate/predicted over rate/true",)),
     Panel("attention relative to full-sequence", "ratio", ("attention_ratio", "attention_ratio_expected")),
-    Panel("fill of packs", "share of tokens", ("fill",)),
-    Panel("FLOPs of the fullest pack over the mean", "minus 1", ("flops_imbalance",)),
+    Panel("pack fill", "share of tokens", ("fill",)),
+    Panel("FLOPs of the largest pack over the mean", "minus 1", ("flops_imbalance",)),
     Panel("speed", "tokens/s", ("tokens_per_s",)),
-    Panel("model FLOPs utilization", "share of the peak", ("mfu",)),
-    Panel("waiting for data", "share of a step", ("data_wait_s over step_s",)),
-    Panel("most memory of a rank", "GiB", ("peak_memory_gib",)),
-    Panel("left out", "count", ("skipped_steps", "bad_clips")),
+    Panel("model FLOPs utilization", "share of peak", ("mfu",)),
+    Panel("waiting for data", "share of step time", ("data_wait_s over step_s",)),
+    Panel("peak memory of any rank", "GiB", ("peak_memory_gib",)),
+    Panel("skipped steps and bad clips", "count", ("skipped_steps", "bad_clips")),
 )
 RATIOS = (("rate/predicted", "rate/true"), ("data_wait_s", "step_s"))
-"""Drawn as ``A over B``: the moving means of both, divided, so that steps with few sites weigh little."""
+"""Plotted as ``A over B``: the ratio of the moving means, so that steps with few sites have little weight."""
 
 
 def read_metrics(run_dir: Path) -> Metrics:
@@ -91,11 +91,11 @@ def read_metrics(run_dir: Path) -> Metrics:
         A curve for every metric that has a value.
 
     Raises:
-        RunDirectoryError: If there is no ``metrics.jsonl``, or not one line of it can be read.
+        RunDirectoryError: If there is no ``metrics.jsonl``, or none of its lines is readable.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise RunDirectoryError(f"{path} does not exist; give the run_dir of a run that has taken a step")
+        raise RunDirectoryError(f"{path} does not exist; give the run_dir of a run that has completed a step")
     points: dict[str, dict[int, float]] = {}
     torn, not_finite, seen = 0, dict[str, int](), set[int]()
     for line in path.read_bytes().splitlines():
@@ -112,9 +112,11 @@ def read_metrics(run_dir: Path) -> Metrics:
             else:
                 not_finite[name] = not_finite.get(name, 0) + 1
     if not seen:
-        raise RunDirectoryError(f"{path} has no line that can be read ({torn} are torn); the run has taken no step yet")
-    notes = [f"{torn} lines of {path.name} cannot be read and are left out"] if torn else []
-    notes += [f"{name} is no finite number in {count} steps" for name, count in sorted(not_finite.items())]
+        raise RunDirectoryError(
+            f"{path} has no readable line ({torn} are damaged); wait until the run completes a step"
+        )
+    notes = [f"skipped {torn} unreadable lines of {path.name}"] if torn else []
+    notes += [f"{name} is not a finite number in {count} steps" for name, count in sorted(not_finite.items())]
     gaps = max(seen) - min(seen) + 1 - len(seen)
     notes += [f"{gaps} steps between {min(seen)} and {max(seen)} are missing"] if gaps else []
     return Metrics({name: _curve(found) for name, found in points.items()}, max(seen), notes)
@@ -126,7 +128,7 @@ def _curve(points: dict[int, float]) -> Curve:
 
 
 def moving_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean over up to ``window`` neighbors, centered and shorter at the ends, [S] for values [S]."""
+    """Centered mean over up to ``window`` neighbors, fewer at the ends; [S] for values [S]."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
     low = np.maximum(place - window // 2, 0)
@@ -155,7 +157,7 @@ def add_ratios(metrics: Metrics) -> None:
 
 
 def names_of(panel: Panel, known: Sequence[str]) -> list[str]:
-    """The metrics of a panel that exist, in its order."""
+    """The known metrics of a panel, in its order."""
     return [
         name
         for pattern in panel.names
@@ -165,24 +167,26 @@ def names_of(panel: Panel, known: Sequence[str]) -> list[str]:
 
 
 def draw_curves(run_dir: Path, path: Path) -> list[str]:
-    """Draw all panels that have data.
+    """Plot all panels that have data.
 
     Args:
         run_dir: The run directory.
-        path: File to write (png, svg or pdf by its suffix).
+        path: Output file (png, svg or pdf by its suffix).
 
     Returns:
-        What was not read or not there, for a person.
+        What was skipped or missing, as text for the user.
 
     Raises:
-        RunDirectoryError: If there is nothing to draw, or the file cannot be written.
+        RunDirectoryError: If there is nothing to plot, or the file cannot be written.
     """
     metrics = read_metrics(run_dir)
     add_ratios(metrics)
     found = [(panel, names) for panel in PANELS if (names := names_of(panel, list(metrics.curves)))]
     absent = [panel.title for panel in PANELS if not names_of(panel, list(metrics.curves))]
     if not found:
-        raise RunDirectoryError(f"{run_dir / 'metrics.jsonl'} has none of the metrics that are drawn; is it a run's?")
+        raise RunDirectoryError(
+            f"{run_dir / 'metrics.jsonl'} has none of the metrics that are plotted; give a training run"
+        )
     rows = -(-len(found) // _COLUMNS)
     figure = Figure(figsize=(5 * _COLUMNS, 2.9 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -192,9 +196,7 @@ def draw_curves(run_dir: Path, path: Path) -> list[str]:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} cannot be written ({error}); choose another --out FILE, such as a.png"
-        ) from error
+        raise RunDirectoryError(f"cannot write {path} ({error}); choose another --out FILE, such as a.png") from error
     return metrics.notes + ([f"not in metrics.jsonl: {', '.join(absent)}"] if absent else [])
 
 
@@ -202,7 +204,7 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str], metrics: Metrics
     for number, name in enumerate(names):
         curve, color = metrics.curves[name], COLORS[number % len(COLORS)]
         few = len(curve.values) < 2
-        window = 1 if _OVER in name else _window(curve)  # a ratio is of moving means already
+        window = 1 if _OVER in name else _window(curve)  # a ratio is already one of moving means
         axes.plot(curve.steps, curve.values, color=color, alpha=0.3 if window > 1 else 1, linewidth=1,
                   marker="o" if few else None, label=None if window > 1 else name)  # fmt: skip
         if window > 1:

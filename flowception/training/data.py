@@ -1,4 +1,4 @@
-"""From a configuration to clips: the shard set, its two parts and their plans."""
+"""Training and held-out clips of a configuration: the shard set, its split, and the plans."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ _RATE_SAMPLE_CLIPS = 4096
 
 @dataclass
 class TrainingData:
-    """What a run reads."""
+    """The data of a run."""
 
     reader: DataReader
     plan: Plan
-    """Of the training part, nothing quarantined."""
+    """Plan of the training split, with no clip quarantined."""
     heldout_rows: NDArray[np.int64]
 
 
 def open_data(config: TrainConfig) -> TrainingData:
-    """Open the shard set of a configuration and plan its training part.
+    """Open the shard set of a configuration and plan its training split.
 
-    What cannot be trained is refused here, before anything is built or written.
+    Data that cannot be trained on is rejected here, before anything is built or written.
 
     Args:
-        config: ``model.in_channels`` is filled in from the set where it is None.
+        config: The run; if ``model.in_channels`` is None, it is set from the shard set.
 
     Returns:
         Reader, plan and held-out rows.
 
     Raises:
-        FlowceptionError: If the set is missing, empty, does not fit the configuration, or is of another codec than
-            the run in ``run_dir`` was begun with.
+        FlowceptionError: If the set is missing or empty, does not match the configuration, or was encoded with a
+            different codec than the run in ``run_dir`` started with.
     """
     reader = open_reader(config.data)
     run_directory.check_codec(config.run_dir, reader.meta)
@@ -61,10 +61,10 @@ def open_data(config: TrainConfig) -> TrainingData:
 
 
 def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
-    """The plan of a set's training part.
+    """Plan of the training split.
 
     Raises:
-        FlowceptionError: If there is no clip, one is longer than a pack, or has a class that the network lacks.
+        FlowceptionError: If there are no clips, or one is longer than a pack or has a class that the network lacks.
     """
     rows, _ = reader.index.split(config.data.heldout_fraction)
     null = _null_text_tokens(reader)
@@ -74,7 +74,7 @@ def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
-    """The plan that validation draws from; its seed is fixed, so runs of different seeds can be compared."""
+    """Plan of the held-out split. Its seed is fixed, so runs with different seeds can be compared."""
     index, null, spec = data.reader.index, _null_text_tokens(data.reader), config.model.flop_spec()
     rows, process = data.heldout_rows, config.process
     return Plan(index, rows, process, config.plan, spec, VALIDATION_SEED, null_text_tokens=null)
@@ -85,7 +85,7 @@ def _null_text_tokens(reader: ClipReader) -> int:
 
 
 def mean_log_rate(plan: Plan) -> float:
-    """Log of the data's mean number of missing frames per insertion site, where the rate head starts."""
+    """Log of the mean number of missing frames per insertion site: the initial value of the rate head."""
     rows = plan.rows[:: max(1, len(plan.rows) // _RATE_SAMPLE_CLIPS)].astype(np.int64)
     draws = plan.clip_draws(PackPlan(0, 0, rows, np.arange(len(rows)))).clips
     weight = torch.where(draws.insertion_mask, draws.weight[:, None], 0.0)
@@ -94,16 +94,18 @@ def mean_log_rate(plan: Plan) -> float:
 
 
 def mean_attention_ratio(config: TrainConfig, plan: Plan) -> float:
-    """The attention ratio that is expected of a step, over the clips of a plan."""
+    """Expected attention ratio of a step, over the clips of a plan."""
     frames = plan.index.clips["frames"][plan.rows].astype(np.int64)
     return expected_attention_ratio(config.process, frames, plan.index.tokens_per_frame[plan.rows])
 
 
 def log_what_is_not_used(config: TrainConfig, data: TrainingData) -> None:
-    """Log what a run leaves unused of the set or of the process, which may be meant and may be an oversight."""
+    """Log parts of the data or the process that the run does not use, which may be intended or an oversight."""
     text_width = data.reader.text_width
     if text_width is not None and data.plan.spec.text_dim is None:
-        text = "the set's text is not used: the model has none; set model.text_dim=%d to use it"
+        text = "the model does not use the text of the shard set; set model.text_dim=%d to use it"
         logger.info(text, text_width)
     if build_delay_law(config.process.delay_law).two_part and config.process.insertion_share == 1:
-        logger.info("insertion_share is 1: no state after the clock's end is trained, which is another objective")
+        logger.info(
+            "insertion_share is 1: states after the end of the clock are not trained, which is a different objective"
+        )

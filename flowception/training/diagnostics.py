@@ -1,7 +1,7 @@
-"""What a step shows besides its losses: the velocity loss by noise level, and whether the insertion rate is calibrated.
+"""Diagnostics of a step besides its losses: velocity loss by noise level, and calibration of the insertion rate.
 
-Both are plain sums over a rank's packs, without importance weights, kept on the device and read once a step with the
-losses. They travel in the row that the ranks exchange anyway.
+Both are sums over a rank's packs without importance weights. They stay on the device and are read once per step
+together with the losses, so they need no extra synchronization or communication.
 
 Shape legend: ``T`` tokens, ``C`` channels, ``F`` frame slots.
 """
@@ -16,9 +16,9 @@ from flowception.flow.loss import rate_from_log
 from flowception.packing.layout import ModelOutput
 
 TIME_BINS = 4
-"""Equal bins of a frame's own shown time on [0, 1]: 0 is noise, 1 is data."""
+"""Equal-width bins of each frame's time on [0, 1]: 0 is noise, 1 is data."""
 OBSERVED = 2 * TIME_BINS + 2
-"""Numbers that ``observe`` gives."""
+"""Length of the vector that ``observe`` returns."""
 
 
 @torch.no_grad()
@@ -26,12 +26,12 @@ def observe(output: ModelOutput, pack: Pack) -> Tensor:
     """Sums over one pack.
 
     Args:
-        output: The model's.
-        pack: What it saw.
+        output: Output of the model.
+        pack: Input of the model.
 
     Returns:
         float64 [OBSERVED]: squared error of each time bin, elements of each time bin, sum of predicted rates over the
-        insertion sites, sum of true missing counts there.
+        insertion sites, sum of true missing counts over the same sites.
     """
     error = torch.where(pack.velocity_mask[:, None], output.velocity.float() - pack.velocity_target.float(), 0.0)
     channels = error.shape[1]
@@ -53,7 +53,7 @@ def observed_metrics(sums: list[float]) -> dict[str, float]:
         sums: ``OBSERVED`` numbers, summed over packs and ranks.
 
     Returns:
-        ``loss/velocity/LOW-HIGH``, the mean squared error of the elements in a bin, left out where a bin is empty;
+        ``loss/velocity/LOW-HIGH``, the mean squared error of the elements in a bin (absent for an empty bin);
         ``rate/predicted`` and ``rate/true``.
     """
     metrics = {}

@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights, kept on the float32 shard that the rank owns.
+"""Exponential moving average (EMA) of the weights, in float32, sharded like the master weights.
 
-``ema <- decay * ema + (1 - decay) * weight`` after every optimizer step. Early in a run the decay is smaller:
-``min(decay, (1 + n) / (warmup + n))`` at the n-th update, so that the average forgets the random start.
+``ema <- decay * ema + (1 - decay) * weight`` after every optimizer step. Early in a run the decay is smaller,
+``min(decay, (1 + n) / (warmup + n))`` at the n-th update, so that the average forgets the random initialization.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from flowception.ranges import check_ranges, integer, number
 
 @dataclass(kw_only=True)
 class EmaConfig:
-    """The moving average of the weights."""
+    """Exponential moving average of the weights."""
 
     decay: float = 0.9999
-    """Share of the average that one step keeps."""
+    """Decay per step."""
     warmup_updates: int = 10
-    """The n-th update keeps at most (1 + n) / (warmup_updates + n). 1 is off."""
+    """The decay of the n-th update is at most (1 + n) / (warmup_updates + n). 1 is off."""
 
     def __post_init__(self) -> None:
         rules = {"decay": number(at_least=0, below=1), "warmup_updates": integer(at_least=1, note="1 is off")}
@@ -26,5 +26,5 @@ class EmaConfig:
 
 
 def decay_at(config: EmaConfig, step: int) -> float:
-    """Decay of the update after optimizer step ``step`` (from 0)."""
+    """Decay of the update after optimizer step ``step`` (counted from 0)."""
     return min(config.decay, (1 + step) / (config.warmup_updates + step))

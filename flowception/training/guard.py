@@ -1,18 +1,18 @@
-"""Guards of the weights: which optimizer steps are refused, and what is remembered of them.
+"""Guards that skip bad optimizer steps, and the state that they keep.
 
-All ranks refuse a step together, and then neither weights, moments nor EMA move, when
+All ranks skip a step together, leaving weights, moments and EMA unchanged, if
 
-* the loss of any rank is not finite, even where the gradients are;
+* the loss of any rank is not finite, even if the gradients are;
 * the gradient is not finite;
 * its norm is a spike: more than ``spike_factor`` times the usual norm.
 
-The usual norm m is a running mean over applied steps. After the n-th with norm g,
-``m_n = m_(n-1) + (g - m_(n-1)) / min(n, M)`` with ``M = spike_memory_steps``: the plain mean of the first M, then one
-that forgets with time constant M. While ``n < M`` no spike is seen. It is part of the checkpoint, so that a resumed run
-decides the same.
+The usual norm m is a running mean over applied steps. After the n-th applied step, with norm g,
+``m_n = m_(n-1) + (g - m_(n-1)) / min(n, M)`` with ``M = spike_memory_steps``: the plain mean of the first M norms, then
+an exponential mean with time constant M. Spikes are not checked while ``n < M``. The state is part of the checkpoint,
+so a resumed run makes the same decisions.
 
-Every refused step is a line of ``skipped.jsonl`` in the run directory. The file only grows: a step that a resumed or
-rolled back run does again, and refuses again, is there twice.
+Every skipped step is a line of ``skipped.jsonl`` in the run directory. The file is append-only: a step that a resumed
+or rolled back run repeats and skips again is listed twice.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ JOURNAL = "skipped.jsonl"
 LOSS_NOT_FINITE = "the loss is not finite"
 SPIKE = "gradient spike"
 NO_CLIPS = "no clip of the step is left"
-"""No fault: every clip is padding by an earlier rollback, so there is nothing to learn from."""
+"""Not an error: an earlier rollback turned every clip of the step into padding."""
 
 
 @dataclass(kw_only=True)
 class GuardConfig:
-    """What is refused, when the run goes back, and how long it may stand still."""
+    """When to skip a step, when to roll back, and when to treat the run as hung."""
 
     spike_factor: float | None = 10.0
-    """A step whose gradient norm is more than this times the usual norm is skipped; None is off."""
+    """Skip a step whose gradient norm is more than this times the usual norm; None is off."""
     spike_memory_steps: int = 128
-    """Applied steps that the usual norm remembers; before so many no spike is seen."""
+    """Applied steps in the running mean of the norm; spikes are not checked before that many."""
     max_skipped_in_a_row: int | None = 8
-    """After so many skipped steps in a row the run goes back to the last checkpoint before them and leaves their clips
-    out. None never goes back."""
+    """Skipped steps in a row after which the run rolls back to the last checkpoint before them and excludes their
+    clips. None never rolls back."""
     max_rollbacks: int = 3
-    """Rollbacks without getting any further before the run ends with an error."""
+    """Rollbacks without progress before the run ends with an error."""
     hang_timeout_s: float | None = 1200.0
-    """A rank that makes no progress for so long writes down its stacks, and the job ends with exit code 86; None is
-    off. Longer than the longest save (and than ``checkpoint.save_timeout_s``), validation or compilation, shorter than
-    the 30 minutes of a collective."""
+    """If a rank makes no progress for this long, all ranks write their stacks and the job ends with exit code 86; None
+    is off. Choose it longer than the longest save (and ``checkpoint.save_timeout_s``), validation or compilation, and
+    shorter than the 30-minute timeout of collectives."""
     data_stall_warning_s: float | None = 60.0
-    """A wait for the next batch that is longer is warned of, naming the clips and the worker; None is off."""
+    """Warn if the next batch takes longer than this, with the clips and the worker it waits for; None is off."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -74,46 +74,46 @@ class GuardConfig:
 
 @dataclass
 class GuardState:
-    """What the guards remember; part of the checkpoint, the same on all ranks."""
+    """State of the guards; part of the checkpoint, the same on all ranks."""
 
     usual_norm: float = 0.0
     """Running mean of the gradient norm over applied steps."""
     norms_seen: int = 0
-    """Applied steps that it has seen."""
+    """Applied steps in ``usual_norm``."""
     good_step: int = 0
-    """Steps done before the first of those skipped in a row."""
+    """Steps done before the first of the current skipped steps in a row."""
     skipped_in_a_row: int = 0
-    """Steps refused since the last applied one."""
+    """Steps skipped since the last applied one."""
     suspects: list[str] = field(default_factory=list)
-    """Keys of their clips."""
+    """Keys of the clips of these skipped steps."""
     quarantine: dict[str, str] = field(default_factory=dict)
-    """Keys of clips of refused steps that the run rolled back from, with the reason: padding in their places for the
-    rest of the epoch, left out of the next epoch's plan."""
+    """Keys of clips that rollbacks excluded, with the reason. They become padding for the rest of the epoch, and the
+    next epoch's plan excludes them."""
     rollbacks: int = 0
-    """Rollbacks since the run last got further than ``rollback_step``."""
+    """Rollbacks since the run last applied a step after ``rollback_step``."""
     rollback_step: int = 0
     """Steps done when the run last rolled back."""
 
 
 class Guard:
-    """Judges the steps of a run."""
+    """Decides which steps of a run to skip."""
 
     def __init__(self, config: GuardConfig, run_dir: str | Path, ranks: Ranks) -> None:
-        """Guard a run.
+        """Create the guard of a run.
 
         Args:
-            config: What to refuse.
-            run_dir: Where ``skipped.jsonl`` is.
+            config: What to skip.
+            run_dir: Directory of ``skipped.jsonl``.
             ranks: This rank.
         """
         self._config, self._ranks = config, ranks
         self.journal = Path(run_dir) / JOURNAL
 
     def refusal(self, state: GuardState, loss_sums: Sequence[float], clips: int) -> Refuse:
-        """How ``optimizer_step`` is to judge a step.
+        """Return the function that decides in ``optimizer_step`` whether to skip a step.
 
         Args:
-            state: What is remembered.
+            state: State of the guards.
             loss_sums: Loss sums of all ranks.
             clips: Clips of the step that are not padding.
         """
@@ -143,16 +143,16 @@ class Guard:
         not_finite: Sequence[int],
         clip_keys: Callable[[StepPlan], list[str]],
     ) -> bool:
-        """Remember a step, and write it down if it was refused. Collective.
+        """Update the state after a step, and record the step if it was skipped. Collective.
 
         Args:
-            state: Changed.
-            step: The step's number, from 1 on.
+            state: State of the guards, updated in place.
+            step: Number of the step, from 1.
             batch: This rank's packs.
-            outcome: What the optimizer did, the same on all ranks.
-            loss_by_rank: What each rank brings to the step's loss.
+            outcome: Result of the optimizer step, the same on all ranks.
+            loss_by_rank: Contribution of each rank to the loss of the step.
             not_finite: Micro-steps of this rank with a loss that is not finite.
-            clip_keys: Gives the keys of the step's clips.
+            clip_keys: Returns the keys of the step's clips.
 
         Returns:
             Whether the step counts as skipped.
@@ -187,7 +187,7 @@ class Guard:
             }
         )
         logger.warning(
-            "step %d is skipped: %s (gradient norm %.4g, usual %.4g); %d in a row, see %s",
+            "skipped step %d: %s (gradient norm %.4g, usual %.4g); %d in a row, see %s",
             step,
             outcome.refused,
             outcome.grad_norm,
@@ -198,31 +198,31 @@ class Guard:
         return True
 
     def note_rollback(self, from_step: int, to_step: int, state: GuardState) -> None:
-        """Write down that the run went back."""
+        """Record a rollback in the journal."""
         left_out = len(state.quarantine)
         self._write({"step": from_step, "rollback_to": to_step, "rollbacks": state.rollbacks, "left_out": left_out})
 
     def must_roll_back(self, state: GuardState) -> bool:
-        """Whether so many steps in a row were skipped that the run has to go back."""
+        """Whether enough steps in a row were skipped that the run must roll back."""
         most = self._config.max_skipped_in_a_row
         return most is not None and state.skipped_in_a_row >= most
 
     def may_roll_back(self, state: GuardState) -> bool:
-        """Whether the run is among skipped steps that it may go back before: what is saved now would be removed then.
+        """Whether a rollback may follow, so that no checkpoint should be saved now.
 
-        Saving it would also push out the checkpoints before them.
+        The rollback would remove it, and saving it would prune older checkpoints that the rollback needs.
         """
         return self._config.max_skipped_in_a_row is not None and state.skipped_in_a_row > 0
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Append a line; a full disk costs the line and not the run."""
+        """Append a line. On a full disk the line is lost, but the run continues."""
         if not self._ranks.is_main:
             return
         try:
             with self.journal.open("a") as stream:
                 stream.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         except OSError as error:
-            logger.warning("%s cannot be written (%s); step %d is missing from it", self.journal, error, line["step"])
+            logger.warning("cannot write %s (%s); step %d is missing from it", self.journal, error, line["step"])
 
 
 def _describe_pack(batch: StepBatch, ranks: Ranks, micro_step: int) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _describe_pack(batch: StepBatch, ranks: Ranks, micro_step: int) -> dict[str,
 
 
 def _finite(value: Any) -> Any:
-    """Numbers that are not finite as null, which JSON can hold."""
+    """Replace numbers that are not finite with None, because JSON cannot represent them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What the machine can do and what a rank has used of it: the peak that MFU refers to, and peak memory."""
+"""Peak FLOP/s of a GPU, for model FLOPs utilization (MFU), and peak memory of a rank."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PEAK_TFLOPS_BF16: dict[str, float] = {
     "GH200": 989.0,
     "L40S": 362.0,
 }
-"""Dense bf16 matrix products of a GPU by its name, TFLOP/s, from NVIDIA's data sheets (their figures with sparsity are
-halved). The longest name that fits counts."""
+"""Dense bf16 matrix-multiply throughput by GPU name, TFLOP/s, from NVIDIA's data sheets (half of their figures with
+sparsity). The longest matching name applies."""
 
 
 class Peak(NamedTuple):
-    """What a GPU could do at most."""
+    """Peak throughput of a device."""
 
     tflops: float
     source: str
-    """Where the figure is from."""
+    """Origin of the figure."""
 
 
 def gpu_peak(gpu_name: str) -> Peak | None:
-    """The peak of a GPU in bf16, or None if it is not in the table or only a slice of a GPU."""
+    """The bf16 peak of a GPU; None if it is not in the table or is a MIG slice."""
     if "MIG" in gpu_name:
         return None
     for name in sorted(PEAK_TFLOPS_BF16, key=len, reverse=True):
@@ -44,15 +44,15 @@ def gpu_peak(gpu_name: str) -> Peak | None:
 
 
 def find_peak(given_tflops: float | None, precision: str, device: torch.device) -> Peak | None:
-    """The peak that MFU refers to.
+    """The peak that MFU is relative to.
 
     Args:
-        given_tflops: ``logging.peak_tflops``, which wins.
+        given_tflops: ``logging.peak_tflops``, which takes precedence.
         precision: ``bf16`` or ``fp32``; the table is for bf16.
-        device: Where the run computes.
+        device: Device of the run.
 
     Returns:
-        The peak of one rank; None where it is not known, as on the CPU.
+        The peak of one rank; None if unknown, as on the CPU.
     """
     if given_tflops is not None:
         return Peak(given_tflops, "logging.peak_tflops")
@@ -62,7 +62,7 @@ def find_peak(given_tflops: float | None, precision: str, device: torch.device) 
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held: of the GPU, what torch allocated; without one, resident memory."""
+    """Peak memory of this process: memory allocated by torch on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     status = Path("/proc/self/status")

@@ -1,4 +1,4 @@
-"""What a run says about itself: ``metrics.jsonl``, the console, and Weights & Biases when asked for."""
+"""Metrics of a run: ``metrics.jsonl``, console lines, and optionally Weights & Biases."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class LoggingConfig:
-    """What is reported and how often."""
+    """What to log and how often."""
 
     every_steps: int = 10
-    """Steps between console lines. ``metrics.jsonl`` has every step."""
+    """Steps between console lines. ``metrics.jsonl`` has a line for every step."""
     peak_tflops: float | None = None
-    """TFLOP/s that one GPU could do at most, which MFU refers to; None takes it from a table by the GPU's name
-    (``training/hardware.py``). Without a known peak there is no MFU."""
+    """Peak TFLOP/s of one GPU, which MFU is relative to; None looks it up by the GPU's name (``training/hardware.py``).
+    Without a known peak, MFU is not logged."""
     wandb_project: str | None = None
-    """Weights & Biases project; None is off. Where wandb finds no API key the run is logged offline."""
+    """Weights & Biases project; None is off. Without an API key the run is logged offline."""
     wandb_offline: bool = False
-    """Log to files in the run directory without asking the network, even where there is an API key."""
+    """Log to files in the run directory without network access, even with an API key."""
     wandb_name: str | None = None
-    """Name of the run there; None takes the run directory's name."""
+    """Name of the run in Weights & Biases; None is the name of the run directory."""
 
     def __post_init__(self) -> None:
-        peak = number(above=0).or_null("that of the GPU's name")
+        peak = number(above=0).or_null("the known peak of the GPU")
         check_ranges("logging", self, {"every_steps": integer(at_least=1), "peak_tflops": peak})
 
 
 class MetricsLog:
-    """Writes the metrics of a run; used by rank 0 only."""
+    """Writes the metrics of a run, on rank 0 only."""
 
     def __init__(self, run_dir: str | Path, config: LoggingConfig, max_steps: int, first_step: int) -> None:
-        """Open the log and cut off what was written after the step that the run resumes from.
+        """Open the log and drop lines after the step that the run resumes from.
 
         Args:
-            run_dir: The run.
-            config: What to report.
-            max_steps: Steps of the run.
+            run_dir: The run directory.
+            config: What to log.
+            max_steps: Total steps of the run.
             first_step: Steps done so far.
 
         Raises:
@@ -66,17 +66,17 @@ class MetricsLog:
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
             raise RunDirectoryError(
-                f"{run_dir} cannot be written ({error}); free its disk or choose another"
+                f"cannot write to {run_dir} ({error}); free disk space or choose another run_dir"
             ) from error
         self._wandb: Any = None
         if config.wandb_project:
             self._wandb = self._to_wandb(lambda: _start_wandb(config, Path(run_dir)))
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """Write one step's metrics; a console line every ``every_steps`` and at the last step.
+        """Write the metrics of a step, with a console line every ``every_steps`` and at the last step.
 
-        Numbers that are not finite become null, which JSON can hold. A full disk costs lines of ``metrics.jsonl`` and
-        is warned of once; the run goes on.
+        Numbers that are not finite become null, because JSON cannot represent them. On a full disk, lines of
+        ``metrics.jsonl`` are lost with one warning, and the run continues.
         """
         known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(json.dumps(known) + "\n")
@@ -87,25 +87,25 @@ class MetricsLog:
             self._to_wandb(lambda: self._wandb.log(known))
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        """Send a picture to Weights & Biases, if the run is there, beside the step's metrics."""
+        """Send an image to Weights & Biases, if the run logs there, with the step's metrics."""
         if self._wandb is not None:
             wandb = require("wandb", extra="wandb")
             self._to_wandb(lambda: self._wandb.log({name: wandb.Image(str(picture)), "step": step}))
 
     def _to_wandb(self, call: Callable[[], Any]) -> Any:
-        """What ``call`` asks of wandb; whatever goes wrong there ends the logging there and not the run.
+        """Call wandb and return the result. Any error there stops logging to wandb but not the run.
 
-        Its service is a process of its own, which a cluster's signals reach too.
+        wandb's service is a separate process, which also receives the signals of the cluster.
         """
         try:
             return call()
         except Exception as error:
-            logger.warning("wandb fails (%s); the run goes on without it, see metrics.jsonl", error)
+            logger.warning("wandb failed (%s); the run continues without it, see metrics.jsonl", error)
             self._wandb = None
             return None
 
     def rewind(self, last_step: int) -> None:
-        """Cut off the lines after a step that the run went back to. Weights & Biases draws these steps twice.
+        """Drop the lines after the step of a rollback. Weights & Biases shows the repeated steps twice.
 
         Raises:
             RunDirectoryError: If the file cannot be written.
@@ -116,7 +116,7 @@ class MetricsLog:
             _truncate(path, last_step)
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
-            raise RunDirectoryError(f"{path} cannot be written ({error}); free its disk") from error
+            raise RunDirectoryError(f"cannot write {path} ({error}); free disk space") from error
 
     def _append(self, line: str) -> None:
         content = line.encode()
@@ -127,11 +127,11 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._warned:
-                logger.warning("metrics.jsonl cannot be written (%s); steps are missing from it", error)
+                logger.warning("cannot write metrics.jsonl (%s); steps are missing from it", error)
             self._warned = True
 
     def close(self) -> None:
-        """Finish."""
+        """Close the file and finish the wandb run."""
         with suppress(OSError):
             self._stream.close()
         if self._wandb is not None:
@@ -139,7 +139,7 @@ class MetricsLog:
 
 
 def _truncate(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to ``last_step``; a line cut short by a kill goes too."""
+    """Keep the lines of steps up to ``last_step``. A line that a kill truncated is dropped too."""
     if not path.is_file():
         return
     kept = []
@@ -155,10 +155,10 @@ def _truncate(path: Path, last_step: int) -> None:
 
 
 def check_packages(config: LoggingConfig) -> None:
-    """Refuse a configuration whose packages are missing, before anything is built.
+    """Check that the packages a configuration needs are installed, before anything is built.
 
     Raises:
-        MissingDependencyError: If wandb is asked for and cannot be imported.
+        MissingDependencyError: If ``wandb_project`` is set and wandb cannot be imported.
     """
     if config.wandb_project:
         require("wandb", extra="wandb")
@@ -167,7 +167,7 @@ def check_packages(config: LoggingConfig) -> None:
 def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
     wandb = require("wandb", extra="wandb")
     online = not config.wandb_offline and ("WANDB_MODE" in os.environ or _has_api_key(wandb))
-    reason = "as logging.wandb_offline says" if config.wandb_offline else "no API key"
+    reason = "logging.wandb_offline is set" if config.wandb_offline else "no API key"
     name = config.wandb_name or run_dir.resolve().name
     where = "online" if online else f"offline ({reason})"
     logger.info("wandb: project %s, run %s, %s", config.wandb_project, name, where)
@@ -179,20 +179,20 @@ def _start_wandb(config: LoggingConfig, run_dir: Path) -> Any:
         mode=None if online else "offline",
         resume="allow",
     )
-    # Not wandb's own counter, which passes over a step that a resumed or rolled back run does again.
+    # Not wandb's own step counter, which ignores the repeated steps of a resumed or rolled back run.
     run.define_metric("*", step_metric="step")
     return run
 
 
 def _has_api_key(wandb: Any) -> bool:
-    """Whether wandb would log in without asking: by environment, settings or netrc."""
+    """Whether wandb can log in without a prompt: from the environment, settings or netrc."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False, verify=False))
     return bool(wandb.api.api_key)
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The run's id there: random, so that runs of one name are two, and kept, so that resuming goes on with it."""
+    """The wandb id of the run: random, so runs with the same name stay apart, and stored, so resuming continues it."""
     path = run_dir / "wandb_id"
     if not path.is_file():
         write_atomically(path, secrets.token_hex(8))
@@ -200,41 +200,41 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 class Speed:
-    """Times the steps of an epoch; the time left is what the last hundred or so predict."""
+    """Times the steps of an epoch, and predicts the time left from about the last hundred steps."""
 
     _MEMORY = 0.98
 
     def __init__(self, world_size: int, peak_tflops: float | None) -> None:
-        """Begin the first step now.
+        """Start timing the first step.
 
         Args:
             world_size: Ranks that share a step's FLOPs.
-            peak_tflops: What one of them could do at most; None where it is not known.
+            peak_tflops: Peak of one rank; None if unknown.
         """
         self._world_size, self._peak_tflops = world_size, peak_tflops
         self._began = time.perf_counter()
         self._usual_s: float | None = None
 
     def lap_s(self) -> float:
-        """Seconds since the step before ended."""
+        """Seconds since the previous step ended."""
         return time.perf_counter() - self._began
 
     def restart(self) -> None:
-        """Begin the next step now: what came since the last one, validation or saving, was no step."""
+        """Start timing the next step now, to exclude validation, samples and saving since the last step."""
         self._began = time.perf_counter()
 
     def end_step(self, clips: int, tokens: int, flops: float, steps_left: int) -> dict[str, float]:
-        """End a step and begin the next.
+        """End a step and start the next.
 
         Args:
             clips: Clips of the step.
             tokens: Visible tokens of the step.
             flops: FLOPs of its forward and backward passes, over all ranks.
-            steps_left: Steps to the end of the run.
+            steps_left: Remaining steps of the run.
 
         Returns:
-            ``step_s``, ``clips_per_s``, ``tokens_per_s``, ``tflops_per_s`` of one rank and ``time_left_s``; where the
-            peak is known ``mfu`` and ``peak_tflops``.
+            ``step_s``, ``clips_per_s``, ``tokens_per_s``, ``tflops_per_s`` of one rank and ``time_left_s``; also
+            ``mfu`` and ``peak_tflops`` if the peak is known.
         """
         step_s = self.lap_s()
         self._began += step_s
@@ -252,7 +252,7 @@ class Speed:
 
 
 def console_line(metrics: Mapping[str, Any], max_steps: int) -> str:
-    """One line for a person."""
+    """Format the metrics of a step as one console line."""
     loss, velocity, insertion = (
         "not finite" if metrics[name] is None else f"{metrics[name]:.4f}"
         for name in ("loss", "loss/velocity", "loss/insertion")
@@ -277,12 +277,12 @@ def console_line(metrics: Mapping[str, Any], max_steps: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 45s, 3m05s, 2h07m or 3d04h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    """Format seconds as 45s, 3m05s, 2h07m or 3d04h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"

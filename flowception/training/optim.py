@@ -1,6 +1,7 @@
-"""AdamW, its two parameter groups, and the learning rate as a pure function of the step.
+"""AdamW with two parameter groups, and the learning rate as a pure function of the step.
 
-Weights with two or more dimensions decay; vectors (biases, norm scales) and embedding tables do not.
+Weight decay applies to weights with two or more dimensions, but not to vectors (biases, norm scales) or embedding
+tables.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ class OptimConfig:
     lr: float = 1e-4
     """Learning rate after warm-up."""
     weight_decay: float = 0.01
-    """Decoupled decay of weights with two or more dimensions, embeddings excepted."""
+    """Decoupled weight decay of weights with two or more dimensions, except embeddings."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     warmup_steps: int = 1000
     """Optimizer steps over which the learning rate rises linearly from 0."""
     lr_schedule: LrSchedule = "constant"
-    """After warm-up: constant, or linear or cosine decay to ``lr_end_ratio`` at ``max_steps``."""
+    """Schedule after warm-up: constant, or linear or cosine decay to ``lr_end_ratio`` at ``max_steps``."""
     lr_end_ratio: float = 0.1
-    """Learning rate at ``max_steps`` over ``lr``, for linear and cosine."""
+    """Ratio of the final learning rate (at ``max_steps``) to ``lr``, for linear and cosine."""
     clip_grad_norm: float | None = 1.0
-    """Largest global gradient norm; None is off."""
+    """Clip the global gradient norm to this value; None is off."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -58,8 +59,8 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 
     Args:
         config: The schedule.
-        step: Number of the step being taken, from 0. The first step of a warm-up of n uses ``lr / n``.
-        max_steps: Steps of the run, where a decay ends.
+        step: Number of the current step, from 0. The first step of a warm-up of n steps uses ``lr / n``.
+        max_steps: Total steps of the run, where the decay ends.
 
     Returns:
         The learning rate.
@@ -74,9 +75,9 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """The model's parameters in two groups: with weight decay and without.
+    """Split the model's parameters into two groups, with and without weight decay.
 
-    Works on partitioned weights too (ZeRO-3).
+    Partitioned weights (ZeRO-3) are supported.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decay: list[nn.Parameter] = []
@@ -92,12 +93,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the two groups; the learning rate is set before each step. Fused on CUDA: no temporary copies.
+    """Build AdamW over the two groups. It is fused on CUDA, to avoid temporary copies.
 
     Args:
-        model: Its parameters, which need not be where they will be trained.
+        model: The model; its parameters need not be on ``device`` yet.
         config: The optimizer.
-        device: Where they will be trained.
+        device: Device to train on.
 
     Returns:
         The optimizer.

@@ -1,9 +1,8 @@
-"""A few steps under ``torch.profiler``: where the time of a step goes.
+"""Profile a few steps with ``torch.profiler``.
 
-Of each chosen rank ``RUN/profile/rank_00000_step_00000015.json`` is a trace for https://ui.perfetto.dev or
-``chrome://tracing``, and the ``.txt`` beside it a table of the operators that took longest. Steps are counted from the
-start of the job, so a resumed run is profiled again. Everything else of the run stays as it is, but profiled steps are
-slower.
+For each chosen rank, ``RUN/profile/rank_00000_step_00000015.json`` is a trace for https://ui.perfetto.dev or
+``chrome://tracing``, and the ``.txt`` file beside it is a table of the slowest operators. Steps are counted from the
+start of the job, so a resumed run is profiled again. Profiled steps are slower, but the run's results are the same.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from flowception.ranges import check_ranges, integer, list_of
 logger = logging.getLogger(__name__)
 
 _ROWS = 40
-"""Operators in the table."""
+"""Rows of the operator table."""
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
-    """A trace of a few steps."""
+    """Profiler trace of a few steps."""
 
     active_steps: int | None = None
     """Steps to record; None is off."""
     wait_steps: int = 10
-    """Steps of the job before, in which caches fill and kernels are chosen."""
+    """Steps of the job to skip first, while caches fill and kernels are selected."""
     warmup_steps: int = 2
-    """Steps after these that are traced and thrown away, as the first ones of a trace are slow."""
+    """Steps after those that are traced and discarded, because the first steps of a trace are slow."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that are traced."""
+    """Ranks to trace."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -48,28 +47,27 @@ class ProfileConfig:
         check_ranges("profile", self, rules)
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse a rank that there is not.
+        """Check that the ranks to trace exist.
 
         Raises:
-            ConfigError: Naming it.
+            ConfigError: If one does not.
         """
         if self.active_steps is not None and max(self.ranks) >= world_size:
             raise ConfigError(
-                f"profile.ranks is {list(self.ranks)} and there are {world_size} ranks; give ranks from 0 to "
-                f"{world_size - 1}"
+                f"profile.ranks must be ranks from 0 to {world_size - 1}, got {list(self.ranks)} and {world_size} ranks"
             )
 
 
 class StepProfiler:
-    """Traces this rank's steps, if it is one of the chosen; else does nothing."""
+    """Traces steps of this rank if it is in ``ranks``; otherwise does nothing."""
 
     def __init__(self, config: ProfileConfig, run_dir: str | Path, rank: int) -> None:
-        """Begin to count steps.
+        """Start counting steps.
 
         Args:
-            config: Which steps and ranks.
-            run_dir: The run.
-            rank: This one.
+            config: Which steps and ranks to trace.
+            run_dir: The run directory.
+            rank: This rank.
         """
         self._folder, self._rank, self._step = Path(run_dir) / "profile", rank, 0
         self._profile: torch.profiler.profile | None = None
@@ -91,7 +89,7 @@ class StepProfiler:
         """Count a step of the job.
 
         Args:
-            step: Optimizer steps of the run done by now, for the files' names.
+            step: Optimizer steps of the run done so far, for the file names.
         """
         if self._profile is None:
             return
@@ -102,7 +100,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Stop tracing; a trace that was being recorded is written as far as it goes."""
+        """Stop tracing. An unfinished trace is written with the steps recorded so far."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
@@ -115,10 +113,10 @@ class StepProfiler:
             profile.export_chrome_trace(str(path))
             path.with_suffix(".txt").write_text(table + "\n")
         except (OSError, RuntimeError) as error:
-            logger.warning("the profile %s could not be written (%s); training goes on", path, error, extra=EVERY_RANK)
+            logger.warning("cannot write the profile %s (%s); training continues", path, error, extra=EVERY_RANK)
         else:
             logger.info(
-                "profile of rank %d: %s, and its longest operators in %s.txt",
+                "profile of rank %d: %s, slowest operators in %s.txt",
                 self._rank,
                 path,
                 path.stem,

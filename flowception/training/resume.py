@@ -1,7 +1,7 @@
-"""Loads a run's training state: every rank its own part, nothing gathered.
+"""Load the training state of a run. Every rank reads only its own part; nothing is gathered.
 
-The files are described in ``flowception.checkpoint.format``; ``training.checkpointer`` writes them. Loading reads the
-ranges that a rank now needs, whatever ranks and ZeRO stage the checkpoint was saved by.
+``flowception.checkpoint.format`` describes the files, and ``training.checkpointer`` writes them. A rank reads the
+ranges that it needs now, regardless of the number of ranks and the ZeRO stage that saved the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,24 +33,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are saved and how many are kept."""
+    """When to save checkpoints and how many to keep."""
 
     save_every_steps: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int | None = 3
-    """Newest checkpoints kept; None keeps all. The one of step 0 is never removed."""
+    """Number of newest checkpoints to keep; None keeps all. The checkpoint of step 0 is never removed."""
     keep_every_steps: int | None = None
     """Checkpoints at multiples of this are never removed; None is off."""
     save_at_start: bool = True
-    """Save step 0, the untrained model: a rollback before the first checkpoint goes there, and the storage is tried."""
+    """Save step 0, the untrained model: the rollback target until the next checkpoint, and an early test of the
+    storage."""
     save_timeout_s: float = 600.0
-    """Seconds that rank 0, when its own part is written, waits for the other ranks' parts; then the save has failed.
-    Below ``guard.hang_timeout_s``, and below the half hour after which ranks that wait for rank 0 give up."""
+    """Seconds that rank 0 waits for the other ranks' parts after writing its own, before the save fails. Must be less
+    than ``guard.hang_timeout_s``, and than the 30 minutes after which ranks that wait for rank 0 time out."""
 
     def __post_init__(self) -> None:
         rules = {
             "save_every_steps": integer(at_least=1),
-            "keep_last": integer(at_least=2, note="a damaged one needs one before it").or_null("all"),
+            "keep_last": integer(
+                at_least=2, note="if the newest is damaged, a run resumes from the one before"
+            ).or_null("all"),
             "keep_every_steps": integer(at_least=1).or_null("off"),
             "save_timeout_s": number(above=0, at_most=1500),
         }
@@ -58,37 +61,37 @@ class CheckpointConfig:
 
 
 def load_newest(run_dir: str | Path, shards: ShardedState) -> RunState | None:
-    """Load the newest whole checkpoint of a run. Collective.
+    """Load the newest valid checkpoint of a run. Collective.
 
     Returns:
-        Where the run is; None if it has no checkpoint.
+        The state of the run; None if it has no checkpoint.
 
     Raises:
-        CheckpointError: If all are damaged, belong to another model, or a rank cannot read its part.
+        CheckpointError: If all checkpoints are damaged, or belong to a different model, or a rank cannot read its part.
     """
     folder = find_latest(run_dir, shards)
     return None if folder is None else RunState.from_json(load(folder, shards).state)
 
 
 def set_aside_newer(run_dir: str | Path, step: int, ranks: Ranks) -> None:
-    """Rename what is newer than the checkpoint that a run goes on from: it is damaged, and is not deleted."""
+    """Rename checkpoints newer than the one that a run continues from. They are damaged, but are not deleted."""
     if not ranks.is_main:
         return
     try:
         for folder in writer.set_aside(run_dir, newer_than=step):
-            logger.info("a damaged checkpoint was renamed to %s; remove it when you have no use for it", folder)
+            logger.info("renamed a damaged checkpoint to %s; delete it if you do not need it", folder)
     except OSError as error:
-        logger.warning("damaged checkpoints after step %d could not be renamed (%s)", step, error)
+        logger.warning("cannot rename the damaged checkpoints after step %d (%s)", step, error)
 
 
 def load(folder: str | Path, shards: ShardedState) -> Manifest:
-    """Load a checkpoint into the masters, moments, EMA and model. Collective.
+    """Load a checkpoint into master weights, moments, EMA and model. Collective.
 
     Returns:
-        Its manifest, with the run's state.
+        The manifest, with the state of the run.
 
     Raises:
-        CheckpointError: If it belongs to another model, or a rank cannot read it.
+        CheckpointError: If it belongs to a different model, or a rank cannot read it.
     """
     manifest = run_on_all_ranks(lambda: _read(folder, shards, {kind: kind for kind in KINDS}))
     shards.optimizer_steps = int(manifest.state["optimizer_steps"])
@@ -97,21 +100,21 @@ def load(folder: str | Path, shards: ShardedState) -> Manifest:
 
 
 def load_initial_weights(run_dir: str | Path, shards: ShardedState, meta: ShardMeta, ranks: Ranks) -> None:
-    """Start weights and EMA from the newest EMA of another run. Collective.
+    """Initialize weights and EMA from the newest EMA of another run. Collective.
 
     Args:
         run_dir: The other run.
-        shards: Filled.
-        meta: Of the shard set to train on.
+        shards: Training state to fill.
+        meta: Metadata of the shard set to train on.
         ranks: This rank.
 
     Raises:
-        CheckpointError: If it has no checkpoint, or one of another model.
-        RunDirectoryError: If it was trained on latents of another codec.
+        CheckpointError: If the other run has no checkpoint, or a different model.
+        RunDirectoryError: If it was trained on latents of a different codec.
     """
     folder = find_latest(run_dir, shards)
     if folder is None:
-        text = f"init_from={run_dir} has no checkpoint; give the run directory of a run that saved one"
+        text = f"init_from={run_dir} has no checkpoint; give the directory of a run that has saved one"
         raise mark_on_all_ranks(CheckpointError(text))
     on_main(ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
     run_on_all_ranks(lambda: _read(folder, shards, {"weight": "ema", "ema": "ema"}))
@@ -121,7 +124,7 @@ def load_initial_weights(run_dir: str | Path, shards: ShardedState, meta: ShardM
 
 @torch.no_grad()
 def _read(folder: str | Path, shards: ShardedState, sources: dict[str, str]) -> Manifest:
-    """Fill this rank's tensors of each kind in ``sources`` with those of the kind it names there."""
+    """Fill this rank's tensors of each kind in ``sources`` from the kind in the checkpoint that it maps to."""
     slices = reader.SliceReader(folder)
     _check_same_model(slices.manifest, shards, folder)
     for kind, source in sources.items():
@@ -136,21 +139,21 @@ def _check_same_model(manifest: Manifest, shards: ShardedState, folder: str | Pa
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) != ours.get(name):
             raise CheckpointError(
-                f"{folder} belongs to another model: {name} has shape {saved.get(name)} there and {ours.get(name)} "
-                "here; use the model configuration it was trained with"
+                f"{folder} is a checkpoint of a different model: {name} has shape {saved.get(name)} there and "
+                f"{ours.get(name)} here; use the model configuration that it was trained with"
             )
 
 
 def find_latest(run_dir: str | Path, shards: ShardedState, up_to: int | None = None) -> Path | None:
-    """The newest whole checkpoint of a run; the ranks share the reading. Collective.
+    """Find the newest valid checkpoint of a run; the ranks share the verification. Collective.
 
     Args:
-        run_dir: The run.
-        shards: For rank, world size and device.
-        up_to: The latest step that is wanted; None for any.
+        run_dir: The run directory.
+        shards: For the rank and the world size.
+        up_to: Latest acceptable step; None for any.
 
     Returns:
-        Its folder, or None if there is none at all.
+        Its folder; None if there are no checkpoints.
 
     Raises:
         CheckpointError: If there are checkpoints and all are damaged.

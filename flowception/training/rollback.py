@@ -1,10 +1,10 @@
-"""Going back to the last good checkpoint in the running job.
+"""Roll back to the last good checkpoint within the running job.
 
-A good checkpoint is a whole one saved before the first of the steps that were skipped in a row. The run loads it, takes
-the clips of those steps into the guards' quarantine, where they are padding in their places for the rest of the epoch,
-and saves itself at once in that checkpoint's place: when that is done a kill changes nothing any more. A kill before
-loses the decision together with the steps it was made from; they are done again, and it is made again. The checkpoints
-saved during those steps are removed first, so that no resume takes them.
+A good checkpoint is a valid one saved before the first of the steps skipped in a row. The run loads it, adds the clips
+of those steps to the guards' quarantine, which turns them into padding for the rest of the epoch, and immediately
+overwrites that checkpoint. After that, a kill loses nothing. A kill before that loses the decision together with the
+steps that led to it; the resumed run repeats the steps and decides again. Checkpoints saved during those steps are
+removed first, so that no run resumes from them.
 """
 
 from __future__ import annotations
@@ -32,40 +32,40 @@ def roll_back(
     state: RunState,
     ranks: Ranks,
 ) -> RunState:
-    """Load the last checkpoint before the skipped steps. Collective; no save may be under way.
+    """Load the last checkpoint before the skipped steps. Collective; no save may be in progress.
 
     Args:
-        config: How often a run may go back.
-        run_dir: The run.
-        guard: Knows the journal.
-        shards: Filled from the checkpoint.
-        state: Where the run is.
+        config: How often a run may roll back.
+        run_dir: The run directory.
+        guard: Owner of the journal.
+        shards: Training state to fill from the checkpoint.
+        state: State of the run.
         ranks: This rank.
 
     Returns:
-        Where the run is now; save it.
+        The new state of the run, which the caller must save.
 
     Raises:
-        GuardError: If the run has gone back too often without getting further, or there is no checkpoint to go to.
+        GuardError: If the run has rolled back too often without progress, or has no earlier checkpoint.
     """
     skipped, good_step = state.guard.skipped_in_a_row, state.guard.good_step
-    what = f"{skipped} steps in a row were skipped, up to step {state.step}, for reasons that {guard.journal} names"
+    what = f"skipped {skipped} steps in a row up to step {state.step} (reasons in {guard.journal})"
     if state.guard.rollbacks >= config.max_rollbacks:
         raise mark_on_all_ranks(
             GuardError(
-                f"{what}; the run went back {state.guard.rollbacks} times without getting further, and "
-                f"guard.max_rollbacks={config.max_rollbacks}. Look at the clips there; lower optim.lr, or raise "
-                "guard.spike_factor if the gradients only look unusual; then run the same command again"
+                f"{what} after {state.guard.rollbacks} rollbacks without progress "
+                f"(guard.max_rollbacks={config.max_rollbacks}); inspect the clips listed there, lower optim.lr, or "
+                "raise guard.spike_factor if the large gradients are harmless; then run the same command again"
             )
         )
     folder = resume.find_latest(run_dir, shards, up_to=good_step)
     if folder is None:
         raise mark_on_all_ranks(
-            GuardError(f"{what}, and there is no checkpoint before them; lower optim.lr and start anew")
+            GuardError(f"{what}, and no checkpoint was saved before them; lower optim.lr and start a new run")
         )
     on_main(ranks, lambda: _discard(run_dir, good_step))
     found = RunState.from_json(resume.load(folder, shards).state)
-    reason = f"left out by the guards: {skipped} steps up to step {state.step} were skipped"
+    reason = f"excluded by the guards: skipped {skipped} steps up to step {state.step}"
     quarantine = state.guard.quarantine | dict.fromkeys(state.guard.suspects, reason)
     found.guard = replace(
         found.guard,
@@ -73,7 +73,7 @@ def roll_back(
         rollbacks=state.guard.rollbacks + 1,
         rollback_step=state.step,
     )
-    logger.warning("%s; back to step %d without their %d clips", what, found.step, len(state.guard.suspects))
+    logger.warning("%s; rolled back to step %d without their %d clips", what, found.step, len(state.guard.suspects))
     guard.note_rollback(state.step, found.step, found.guard)
     resume.set_aside_newer(run_dir, found.step, ranks)
     return found
@@ -84,6 +84,6 @@ def _discard(run_dir: str | Path, newer_than: int) -> None:
         writer.discard_newer(run_dir, newer_than)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoints of {run_dir} after step {newer_than}, saved while steps were skipped, cannot be removed "
-            f"({error}); remove them and run the same command again"
+            f"cannot remove the checkpoints of {run_dir} after step {newer_than}, which were saved while steps were "
+            f"skipped ({error}); remove them and run the same command again"
         ) from error

@@ -1,4 +1,4 @@
-"""Where a run is: everything besides tensors that a checkpoint holds."""
+"""State of a run besides tensors, as stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunState:
-    """Counters and the place in the data."""
+    """Counters and the position in the data."""
 
     step: int = 0
     """Steps done."""
     cursor: Cursor = field(default_factory=Cursor)
-    """The step to do next."""
+    """Position of the next step in the data."""
     plan_fingerprint: str = ""
     """Fingerprint of the plan of the cursor's epoch."""
     plan_quarantine: list[str] = field(default_factory=list)
-    """Keys of clips that the epoch's plan leaves out."""
+    """Keys of clips that the epoch's plan excludes."""
     quarantine: dict[str, str] = field(default_factory=dict)
-    """Keys of all clips found bad so far, with the reason; the next epoch's plan leaves them out."""
+    """Keys of all bad clips so far, with the reason; the next epoch's plan excludes them."""
     clips: int = 0
-    """Clips seen; those that could not be read are not counted."""
+    """Clips trained on; unreadable ones are not counted."""
     tokens: int = 0
     """Visible tokens of these clips."""
     skipped_steps: int = 0
-    """Steps that the guards refused, so that the weights stayed."""
+    """Steps that the guards skipped, leaving the weights unchanged."""
     guard: GuardState = field(default_factory=GuardState)
-    """What the guards remember."""
+    """State of the guards."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to a JSON-serializable dictionary."""
         return asdict(self)
 
     def advance(self, next_cursor: Cursor, clips: int, tokens: int) -> None:
-        """Note that a step is done.
+        """Count a finished step.
 
         Args:
-            next_cursor: The step after it.
-            clips: What it trained on.
+            next_cursor: Position of the next step.
+            clips: Clips that the step trained on.
             tokens: Visible tokens of these clips.
         """
         self.step += 1
@@ -58,33 +58,33 @@ class RunState:
         self.tokens += tokens
 
     def bad_clips_of_epoch(self) -> int:
-        """Clips found bad so far in the epoch that the run is in."""
+        """Number of bad clips so far in the current epoch."""
         return len(self.quarantine.keys() - set(self.plan_quarantine))
 
     def left_out_of_epoch(self) -> dict[str, str]:
-        """Clips of the epoch's plan that are padding by the guards' choice, with the reason."""
+        """Clips of the epoch's plan that the guards turned into padding, with the reason."""
         not_planned = set(self.plan_quarantine)
         return {key: reason for key, reason in self.guard.quarantine.items() if key not in not_planned}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunState:
-        """From the state of a checkpoint; what else is in it is left alone."""
+        """Create from the state in a checkpoint; other entries there are ignored."""
         own = {name: found[name] for name in cls.__dataclass_fields__}
         return cls(**own | {"cursor": Cursor(**found["cursor"]), "guard": GuardState(**found["guard"])})
 
 
 def plan_of(state: RunState, plan: Plan) -> Plan:
-    """The plan of the epoch that a run is in, checked to be the one that the epoch began with.
+    """Return the plan of the current epoch, and check that it is the one the epoch started with.
 
     Args:
-        state: Where the run is; its fingerprint and quarantine are brought up to date where an epoch begins.
+        state: State of the run; its fingerprint and quarantine are updated at the start of an epoch.
         plan: The plan of the configuration, without quarantine.
 
     Returns:
-        The plan to go on with.
+        The plan to continue with.
 
     Raises:
-        PlanError: If the plan was changed in mid-epoch.
+        PlanError: If the plan changed in the middle of an epoch.
     """
     if state.cursor.step == 0:
         state.plan_quarantine = sorted({*state.plan_quarantine, *state.quarantine, *state.guard.quarantine})
@@ -93,36 +93,38 @@ def plan_of(state: RunState, plan: Plan) -> Plan:
     if state.cursor.step and plan.fingerprint != state.plan_fingerprint:
         raise PlanError(
             f"the plan changed in the middle of epoch {state.cursor.epoch} (step {state.cursor.step}): its "
-            f"fingerprint is {plan.fingerprint[:12]}, the epoch began with {state.plan_fingerprint[:12]}. Set seed, "
-            "data, model sizes, token_budget, packs_per_step and the process as they were (see config.yaml in the run "
-            "directory), or start another run with init_from"
+            f"fingerprint is {plan.fingerprint[:12]}, at the start of the epoch it was {state.plan_fingerprint[:12]}; "
+            "restore seed, data, model sizes, token_budget, packs_per_step and the process (see config.yaml in the run "
+            "directory), or start a new run with init_from"
         )
     state.plan_fingerprint = plan.fingerprint
     return plan
 
 
 def note_bad_clips(state: RunState, batch: StepBatch, config: DataConfig) -> None:
-    """List all ranks' bad clips of a step; too many are a fault of the storage. Collective.
+    """Quarantine the bad clips of a step on all ranks. Too many of them indicate a storage problem. Collective.
 
     Args:
-        state: Where the run is, this step not yet counted; its quarantine is added to.
+        state: State of the run before this step is counted; its quarantine is updated.
         batch: This rank's packs.
         config: How many bad clips an epoch may have.
 
     Raises:
-        DataError: On all ranks, if no clip of a full step could be read, or more of the epoch's than allowed.
+        DataError: On all ranks, if a full step has no readable clip, or the epoch has more bad clips than allowed.
     """
     own = [(bad.key, bad.reason) for bad in batch.quarantined if bad.key not in state.guard.quarantine]
     found = [pair for pairs in gather_values(own) for pair in pairs]
     for key, reason in found:
         state.quarantine[key] = reason
-        logger.info("clip %s is left out from the next epoch on: %s", key, reason)
+        logger.info("clip %s is skipped from the next epoch on: %s", key, reason)
     in_epoch, allowed, plan = state.bad_clips_of_epoch(), config.max_bad_clips, batch.step_plan
-    if len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch:  # an epoch's last step may be one clip
+    if (
+        len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch
+    ):  # the last step of an epoch may be a single clip
         what = f"none of the {plan.clips} clips of step {plan.step} of epoch {plan.epoch} could be read"
     elif allowed is not None and in_epoch > allowed:
         what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"
     else:
         return
     stores = " and ".join(share.path for share in config.sets)
-    raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. The last: {found[-1][1]}"))
+    raise mark_on_all_ranks(DataError(f"{what}; check the storage of {stores}. Last error: {found[-1][1]}"))

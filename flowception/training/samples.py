@@ -1,7 +1,7 @@
-"""Clips sampled while a run trains, made by all ranks together.
+"""Sample clips during training, on all ranks together.
 
-Under ZeRO-3 an evaluation gathers weights and is collective, so every rank evaluates the network equally often. What
-samples is in another layer (``generation.training_sampler``) and is handed in by ``train/main.py``.
+Under ZeRO-3 a network evaluation gathers weights and is collective, so every rank runs the same number of evaluations.
+The sampler itself is in another layer (``generation.training_sampler``); ``train/main.py`` passes it in.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from flowception.training.distributed.collectives import Ranks, gather_values
 
 @dataclass(kw_only=True)
 class SamplesConfig:
-    """Clips sampled from the EMA weights while the run trains, into ``samples/`` of the run directory."""
+    """Clips sampled from the EMA weights during training, written to ``samples/`` in the run directory."""
 
     every_steps: int | None = None
     """Steps between samples; None is off."""
     num_clips: int = 8
-    """Clips each time, spread over the ranks. Clip i has seed i and the task, context, class and text of the same
-    held-out clip each time."""
+    """Clips per sampling, divided among the ranks. Clip i always has seed i and the task, context, class and text of
+    the same held-out clip."""
     num_inference_steps: int = 50
-    """Evaluations that a frame takes from noise to data; a clip takes up to twice as many."""
+    """Network evaluations per frame from noise to data; a clip takes up to twice as many."""
     max_frames: int = 64
-    """Cap on latent frames of a clip."""
+    """Maximum latent frames of a clip."""
     guidance: float | None = None
-    """Classifier-free guidance on the velocity; None is off."""
+    """Classifier-free guidance scale on the velocity; None is off."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -44,26 +44,26 @@ class SamplesConfig:
 
 
 class ClipSampler(Protocol):
-    """Samples a run's clips."""
+    """Samples clips of a run."""
 
     def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
-        """Sample and write this rank's clips, and describe them. Every rank calls the model equally often."""
+        """Sample and write this rank's clips, and return their records. All ranks call the model equally often."""
 
     def join(self, step: int, records: list[dict[str, Any]]) -> Path | None:
-        """List the clips of all ranks; the picture that shows them. One rank calls this."""
+        """Write the list of all ranks' clips, and return a contact sheet of them. Called on one rank."""
 
 
 def take_samples(sampler: ClipSampler, engine: Any, step: int, ranks: Ranks) -> Path | None:
-    """Sample from the engine's present weights. Collective.
+    """Sample from the engine's current weights. Collective.
 
     Args:
-        sampler: What samples.
-        engine: Put into evaluation mode and back.
+        sampler: The sampler.
+        engine: DeepSpeed engine; switched to evaluation mode and back.
         step: Steps done.
         ranks: This rank.
 
     Returns:
-        On rank 0 the picture of all clips, if one could be drawn.
+        On rank 0, the contact sheet of all clips if it could be made; otherwise None.
     """
     engine.eval()
     own = sampler.sample(engine, step)

@@ -1,6 +1,7 @@
-"""Stopping on a signal: note it, finish the step, save, leave.
+"""Stop on a signal: set a flag, finish the step, save, exit.
 
-Imported before torch, whose import takes seconds in which the default action of SIGUSR1 would kill the process.
+Install this before importing torch. That import takes seconds, during which the default action of SIGUSR1 would kill
+the process.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import signal
 from types import FrameType
 
 EXIT_STOPPED = 85
-"""Exit code of a run that was stopped by a signal and saved, or could not; a batch script requeues on it."""
+"""Exit code of a run stopped by a signal, whether or not its save succeeded; a batch script requeues on it."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Whether a signal asked this process to stop."""
+    """Whether a signal requested this process to stop."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
 
     def install(self) -> StopFlag:
-        """Take over SIGTERM and SIGUSR1."""
+        """Install handlers for SIGTERM and SIGUSR1."""
         for number in _SIGNALS:
             signal.signal(number, self._note)
         return self

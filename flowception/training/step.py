@@ -1,10 +1,10 @@
-"""The micro-steps of one optimizer step, and what all ranks saw of it.
+"""The micro-steps of one optimizer step, and their summary over all ranks.
 
-Every rank runs A micro-steps of one pack each. With ``S`` a micro-step's loss sums and ``N`` the step's denominators
-from the plan, its loss is ``A W (S_velocity / N_velocity + weight S_insertion / N_insertion)``: ``engine.backward``
-divides by A and DeepSpeed averages over the W ranks (DESIGN.md section 4). A micro-step without a pack is all padding:
-its sums are zero, and so are their gradients. Whether the optimizer then steps is for the ranks to agree on
-(``training.guard``).
+Every rank runs A micro-steps of one pack each. With ``S`` the loss sums of a micro-step and ``N`` the denominators of
+the step from the plan, the loss of the micro-step is ``A W (S_velocity / N_velocity + weight S_insertion /
+N_insertion)``, because ``engine.backward`` divides by A and DeepSpeed averages over the W ranks (DESIGN.md section 4).
+A micro-step without a pack is all padding, so its sums and their gradients are zero. The ranks then decide together
+whether to apply the optimizer step (``training.guard``).
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from flowception.training.hardware import peak_memory_gib
 
 
 class MicroSteps(NamedTuple):
-    """What one rank saw."""
+    """Result of the micro-steps of one rank."""
 
     velocity_sum: float
     """Weighted loss sums of this rank's packs."""
     insertion_sum: float
     observed: list[float]
-    """Sums that ``observe`` describes, over this rank's packs."""
+    """Sums from ``observe``, over this rank's packs."""
     not_finite: list[int]
-    """Micro-steps whose own loss sums are not finite."""
+    """Micro-steps whose loss sums are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSummary:
-    """What all ranks saw of a step; the same on each."""
+    """Summary of a step over all ranks; the same on each rank."""
 
     loss: float
-    """The step's: ``velocity_loss`` and the weighted ``insertion_loss``."""
+    """Loss of the step: ``velocity_loss`` plus the weighted ``insertion_loss``."""
     velocity_loss: float
     insertion_loss: float
     loss_by_rank: list[float]
-    """What each rank brings to ``loss``."""
+    """Contribution of each rank to ``loss``."""
     loss_sums: list[float]
-    """Loss sums of all ranks; a loss that is not finite is seen here, whatever its weight."""
+    """Loss sums of all ranks; they show a loss that is not finite even if its weight is 0."""
     clips: int
-    """Clips that could be read."""
+    """Readable clips."""
     tokens: int
     """Their visible tokens."""
     stop: bool
-    """Whether a signal asked any rank to stop."""
+    """Whether any rank received a signal to stop."""
     data_wait_s: float
-    """Of the rank that waited longest."""
+    """Longest wait of any rank."""
     peak_memory_gib: float
-    """Of the rank that needed most."""
+    """Highest peak memory of any rank."""
     observed: list[float]
-    """Sums that ``observe`` describes, over the packs of all ranks."""
+    """Sums from ``observe``, over the packs of all ranks."""
 
 
 def run_micro_steps(
@@ -72,17 +72,17 @@ def run_micro_steps(
     insertion_loss_weight: float,
     phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> MicroSteps:
-    """Run a rank's forward and backward passes; the gradients wait for the optimizer. Collective.
+    """Run this rank's forward and backward passes, and accumulate gradients for the optimizer step. Collective.
 
     Args:
         engine: From ``build_engine``.
         batch: This rank's packs.
         ranks: This rank.
         insertion_loss_weight: Weight of the insertion loss.
-        phase: Opened around each part by its name, ``forward`` and ``backward``.
+        phase: Context manager entered around each part with its name, ``forward`` or ``backward``.
 
     Returns:
-        Loss sums and what was observed.
+        Loss sums and diagnostics.
     """
     plan, micro_steps, rows = batch.step_plan, len(batch.packs), list[torch.Tensor]()
     for number, pack in enumerate(packs_on_device(batch.packs, ranks.device)):
@@ -96,7 +96,7 @@ def run_micro_steps(
             rows.append(torch.cat([torch.stack([velocity, insertion]).detach().double(), observe(output, pack)]))
             if number + 1 < micro_steps:
                 engine.step()
-    with phase("backward"):  # here the host waits for its GPU, which may be in the middle of the passes
+    with phase("backward"):  # the host waits here for its GPU, which may still be running the passes
         by_micro_step = torch.stack(rows).tolist()
     velocity_sum, insertion_sum, *observed = (sum(column) for column in zip(*by_micro_step, strict=True))
     not_finite = [number for number, row in enumerate(by_micro_step) if not all(map(math.isfinite, row[:2]))]
@@ -106,7 +106,7 @@ def run_micro_steps(
 def summarize(
     own: MicroSteps, batch: StepBatch, ranks: Ranks, insertion_loss_weight: float, *, data_wait_s: float, stop: bool
 ) -> StepSummary:
-    """Tell all ranks what this one saw of a step, and learn what they saw. Collective.
+    """Combine the results of a step over all ranks. Collective.
 
     Args:
         own: From ``run_micro_steps``.
@@ -114,10 +114,10 @@ def summarize(
         ranks: This rank.
         insertion_loss_weight: Weight of the insertion loss.
         data_wait_s: How long this rank waited for its packs.
-        stop: Whether a signal asked this rank to stop.
+        stop: Whether this rank received a signal to stop.
 
     Returns:
-        The step.
+        The summary of the step.
     """
     plan, bad = batch.step_plan, batch.quarantined
     bad_tokens, memory_gib = sum(clip.tokens for clip in bad), peak_memory_gib(ranks.device)
@@ -153,15 +153,15 @@ def step_metrics(
     skipped_steps: int,
     expected_attention_ratio: float,
 ) -> dict[str, Any]:
-    """A step's line of ``metrics.jsonl``, but for its number and times.
+    """Metrics of a step for ``metrics.jsonl``, except its number and times.
 
     Args:
-        step: What all ranks saw.
-        plan: What was planned.
+        step: Summary over all ranks.
+        plan: Plan of the step.
         lr: Learning rate.
         grad_norm: Global gradient norm before clipping.
-        skipped_steps: Steps of the run that were refused so far.
-        expected_attention_ratio: Of the whole set.
+        skipped_steps: Skipped steps of the run so far.
+        expected_attention_ratio: Expected ratio over the complete data set.
 
     Returns:
         Metrics by name, the same on all ranks.

@@ -1,4 +1,4 @@
-"""The training job, read top to bottom: open, build, resume, loop, save."""
+"""The training job, in reading order: open the data, build, resume, loop, save."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ from flowception.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 SamplerFactory = Callable[[TrainConfig, TrainingData, Ranks], ClipSampler]
-"""Makes what samples clips during training; ``train/main.py`` hands it in, since generation stands beside training."""
+"""Builds the sampler. ``train/main.py`` passes it in, because training does not import generation."""
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: StopFlag, make_sampler: SamplerFactory | None = None) -> bool:
-    """Train until ``max_steps`` or until a signal; the same call resumes. Collective.
+    """Train until ``max_steps`` or a signal. The same call resumes. Collective.
 
     Args:
         config: The run.
-        ranks: This process among all.
+        ranks: This rank.
         stop: Set by a signal.
-        make_sampler: Makes what samples clips every ``samples.every_steps``; None samples nothing.
+        make_sampler: Builds the sampler of ``samples.every_steps``; None does not sample.
 
     Returns:
-        True when the run is complete, False when it was stopped.
+        True if the run is complete, False if it was stopped.
     """
     run_on_all_ranks(lambda: check_world_size(config.plan.packs_per_step, ranks.world_size))
     run_on_all_ranks(lambda: config.zero.check_world_size(ranks.world_size))
@@ -106,7 +106,7 @@ class Trainer:
         watchdog: Watchdog,
         make_sampler: SamplerFactory | None = None,
     ) -> None:
-        """Build the engine and resume where the run is. Collective."""
+        """Build the engine, and resume or initialize the run. Collective."""
         self.config, self.ranks, self.data = config, ranks, data
         self.stop, self.watchdog = stop, watchdog
         self.stopping, self.save_is_due = False, False
@@ -161,7 +161,7 @@ class Trainer:
             return None
         if not len(self.data.heldout_rows):
             logger.info(
-                "no held-out loss: data.heldout_fraction=%s holds no clip out; raise it, or set "
+                "no held-out loss: data.heldout_fraction=%s holds out no clip; raise it, or set "
                 "validation.every_steps=null",
                 config.data.heldout_fraction,
             )
@@ -169,7 +169,7 @@ class Trainer:
         return Validation(config.validation, heldout_plan(config, self.data), self.data.reader, self.ranks)
 
     def run(self) -> bool:
-        """Train to the end or to a signal, and save. Collective.
+        """Train to the end or until a signal, and save. Collective.
 
         Returns:
             Whether the run is complete.
@@ -205,7 +205,7 @@ class Trainer:
         return self.state.step >= self.config.max_steps and not self.guard.must_roll_back(self.state.guard)
 
     def _run_epoch(self, metrics: MetricsLog | None) -> None:
-        """Steps from the cursor to the end of its epoch, of the run, or to a signal. Collective."""
+        """Train from the cursor to the end of the epoch or the run, or until a signal or a rollback. Collective."""
         config, state = self.config, self.state
         with self.watchdog.phase("plan"):
             self.plan = run_on_all_ranks(lambda: plan_of(state, self.plan))
@@ -231,7 +231,7 @@ class Trainer:
             speed.restart()
 
     def _batches(self) -> Iterator[StepBatch]:
-        """This rank's packs of every step of the epoch, from the cursor on."""
+        """Yield this rank's packs for each step of the epoch, from the cursor on."""
         data, state = self.config.data, self.state
         loader = PackLoader(
             self.plan,
@@ -253,11 +253,11 @@ class Trainer:
             yield batch
 
     def _is_due(self, every_steps: int | None) -> bool:
-        """Whether the step just done is one of these; nothing is due in a job that stops."""
+        """Whether the step just done is a multiple of the interval; always False in a job that is stopping."""
         return every_steps is not None and self.state.step % every_steps == 0 and not self.stopping
 
     def _step(self, batch: StepBatch, data_wait_s: float) -> dict[str, Any]:
-        """One optimizer step, its EMA and its bookkeeping. Collective. Returns metrics, the same on all ranks."""
+        """Run one optimizer step with its EMA update. Collective. Returns metrics, the same on all ranks."""
         config, state, ranks = self.config, self.state, self.ranks
         lr = learning_rate(config.optim, state.step, config.max_steps)
         self.shards.set_learning_rate(lr)
@@ -287,12 +287,12 @@ class Trainer:
         )
 
     def _validate(self, validation: Validation) -> dict[str, float]:
-        """Held-out loss of the EMA weights. Collective."""
+        """Measure the held-out loss of the EMA weights. Collective."""
         with self.watchdog.each_forward(self.engine, "validation"), self.shards.ema_weights():
             return validation.run(self.engine)
 
     def _sample(self, sampler: ClipSampler, metrics: MetricsLog | None) -> None:
-        """Clips of the EMA weights. Collective."""
+        """Sample clips from the EMA weights. Collective."""
         step = self.state.step
         with self.watchdog.each_forward(self.engine, "samples"), self.shards.ema_weights():
             picture = take_samples(sampler, self.engine, step, self.ranks)
@@ -306,7 +306,7 @@ class Trainer:
             self.saver.begin(self.state.step, self.state.to_json())
 
     def _save_at_end(self, complete: bool) -> None:
-        """Save the last step, before anything that may take long: a job that is stopped has little time. Collective."""
+        """Save the last step. A stopped job has little time, so nothing slow runs before this. Collective."""
         with self.watchdog.phase("save"):
             saved_step = self.saver.wait()
         if saved_step == self.state.step:
@@ -316,10 +316,10 @@ class Trainer:
                 self.saver.save(self.state.step, self.state.to_json())
         except CheckpointError:
             if complete:
-                raise  # a run that was stopped comes again and makes the lost steps from the checkpoint before
+                raise  # a stopped run resumes from the previous checkpoint and repeats the lost steps
 
     def _roll_back(self, metrics: MetricsLog | None) -> None:
-        """Go back to the last checkpoint before the skipped steps, and save without their clips. Collective."""
+        """Roll back to the last checkpoint before the skipped steps, and save without their clips. Collective."""
         config, ranks = self.config, self.ranks
         with self.watchdog.phase("save"):
             self.saver.wait()
@@ -328,7 +328,7 @@ class Trainer:
             self.plan, self.saver.saved_step, self.save_is_due = self.data.plan, None, False
             step = self.state.step
             on_main(ranks, lambda: metrics.rewind(step) if metrics else None)
-            with suppress(CheckpointError):  # the saver warns of it; a kill then makes the run decide again
+            with suppress(CheckpointError):  # the saver logs a warning; after a kill the run decides again
                 self.saver.save(step, self.state.to_json())
 
     def _log_start(self) -> None:
@@ -342,7 +342,7 @@ class Trainer:
             f"attention ratio {self.expected_attention_ratio:.3f}, effective sample ratio {effective:.2f}"
         )
         if self.peak:
-            logger.info("MFU refers to %g TFLOP/s a rank (%s)", self.peak.tflops, self.peak.source)
+            logger.info("MFU is relative to %g TFLOP/s per rank (%s)", self.peak.tflops, self.peak.source)
         else:
-            logger.info("no MFU: no peak is known here; logging.peak_tflops sets one")
+            logger.info("no MFU: the peak of this device is unknown; set logging.peak_tflops")
         log_what_is_not_used(config, self.data)

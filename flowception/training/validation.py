@@ -1,6 +1,6 @@
-"""Held-out loss at fixed times: the same clips, frames and noise each time, so that only the weights change.
+"""Held-out loss at fixed times, with the same clips, frames and noise each time, so that only the weights change.
 
-Every rank runs the same number of forwards; a rank without a pack runs one of padding.
+Every rank runs the same number of forward passes; a rank without a pack runs a padding pack.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from flowception.training.distributed.collectives import Ranks, all_sum
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Held-out loss; the held-out part itself is ``data.heldout_fraction``."""
+    """Held-out loss. ``data.heldout_fraction`` sets the held-out split."""
 
     every_steps: int | None = 1000
     """Steps between validations; None is off."""
     num_clips: int = 64
-    """Held-out clips, the same ones each time."""
+    """Held-out clips, the same each time."""
     global_times: list[float] = field(default_factory=lambda: [0.25, 0.75, 1.25, 1.75])
-    """Values of tau_g at which the loss is measured, at least 0. A clip whose clock never shows a time is left out of
-    it: clocks end at 2, under ``full_sequence`` at 1, under ``autoregressive`` at the number of generated frames."""
+    """Global times tau_g >= 0 at which to measure the loss. A clip whose clock never reaches a time is excluded from
+    it: clocks end at 2, for ``full_sequence`` at 1, and for ``autoregressive`` at the number of generated frames."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -45,15 +45,15 @@ class ValidationConfig:
 
 
 class Validation:
-    """The held-out loss of a run."""
+    """Measures the held-out loss of a run."""
 
     def __init__(self, config: ValidationConfig, plan: Plan, reader: ClipReader, ranks: Ranks) -> None:
-        """Choose the clips and plan their packs.
+        """Select the clips and plan their packs.
 
         Args:
             config: Clips and times.
-            plan: A plan over the held-out rows, made with a fixed seed.
-            reader: Where to read them.
+            plan: Plan of the held-out rows, made with a fixed seed.
+            reader: Reader of their latents.
             ranks: This rank.
         """
         self._plan, self._reader, self._ranks = plan, reader, ranks
@@ -62,14 +62,14 @@ class Validation:
         self._packs = {time: packs for time in config.global_times if (packs := self._plan_packs(time))}
 
     def _uniforms(self, global_time: float) -> NDArray[np.float64]:
-        """The uniform that leads each clip to the time, at least 1 for a clip that training never shows at it."""
+        """The uniform draw that gives each clip this time; at least 1 if it never has this time in training."""
         process, places = self._plan.process, np.arange(len(self._rows))
         roles = self._plan.clip_draws(PackPlan(0, 0, self._rows, places)).clips.roles
         times = torch.full((len(places),), global_time, dtype=torch.float64)
         return build_delay_law(process.delay_law).uniform_of(times, roles, process.insertion_share).numpy()
 
     def _plan_packs(self, global_time: float) -> list[PackPlan]:
-        """Packs of all clips at one time, filled first-come."""
+        """Pack all clips at one time, first come, first served."""
         u_time = self._uniforms(global_time)
         places = np.flatnonzero(u_time < 1)
         if not len(places):
@@ -88,10 +88,10 @@ class Validation:
 
     @torch.no_grad()
     def run(self, engine: Any) -> dict[str, float]:
-        """Measure the engine's present weights. Collective.
+        """Measure the loss of the engine's current weights. Collective.
 
         Args:
-            engine: Put into evaluation mode and back.
+            engine: DeepSpeed engine; switched to evaluation mode and back.
 
         Returns:
             ``validation/loss``, its two terms, and ``validation/velocity/TIME`` for each time.
@@ -113,7 +113,7 @@ class Validation:
         }
 
     def _sums(self, engine: Any, packs: list[PackPlan]) -> list[float]:
-        """Velocity loss, its elements, insertion loss, its sites, over this rank's packs."""
+        """Sums over this rank's packs: velocity loss, its elements, insertion loss, its sites."""
         sums = [0.0, 0.0, 0.0, 0.0]
         for first in range(0, len(packs), self._ranks.world_size):
             number = first + self._ranks.rank

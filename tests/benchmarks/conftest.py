@@ -1,3 +1,3 @@
-"""Runs for the benchmarks that sample, as the tests of generation write them."""
+"""Runs for benchmarks that sample, from the fixtures of the generation tests."""
 
 from tests.generation.conftest import make_run  # noqa: F401  a fixture

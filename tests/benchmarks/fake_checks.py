@@ -1,4 +1,4 @@
-"""Checks that end in every way, for the tests of the runner of ``benchmarks/gpu.sh``."""
+"""Checks with every possible outcome, for the tests of the runner of ``benchmarks/gpu.sh``."""
 
 from __future__ import annotations
 

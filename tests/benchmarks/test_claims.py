@@ -1,4 +1,4 @@
-"""The claims study: equal budgets, a rule that judges as it says, and a file with every arm."""
+"""The claims study: equal budgets, the rule of verdicts, and results of every arm."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_every_arm_stops_at_the_first_step_with_the_same_flops(study, name):
 
 
 def test_flops_and_flow_frames_by_hand_for_full_sequence(study):
-    """Under full-sequence every frame of every clip is visible and in flow."""
+    """With full-sequence, every frame of every clip is visible and has a velocity loss."""
     plan = open_data(study.config(ARMS["full_sequence"], seed=0)).plan
-    spent = spend(plan, "trained_clips", len(plan.rows))  # the whole first epoch
+    spent = spend(plan, "trained_clips", len(plan.rows))  # the full first epoch
     frames = plan.index.clips["frames"].astype(int)
     assert spent.trained_clips == TINY.data_clips
     assert spent.flow_frames == frames.sum()
@@ -81,11 +81,11 @@ def test_flops_and_flow_frames_by_hand_for_full_sequence(study):
     assert spent.training_flops == pytest.approx(training_flops(plan.spec, frames, 1, 1).sum())
 
 
-def test_autoregression_goes_on_to_flowceptions_flow_frames(study):
+def test_autoregression_continues_to_flowceptions_flow_frames(study):
     ours = study.spent_at(ARMS[FLOWCEPTION], 0, EQUAL_FLOPS)
     arm = ARMS["autoregressive_full"]
     first, second = (study.spent_at(arm, 0, point) for point in arm.measured_at)
-    assert first.flow_frames == first.trained_clips  # one frame a clip and pass
+    assert first.flow_frames == first.trained_clips  # one frame per clip and pass
     assert second.steps > first.steps
     assert second.flow_frames >= ours.flow_frames > second.flow_frames - second.flow_frames / second.steps * 2
 
@@ -106,7 +106,7 @@ def test_metrics_of_real_and_of_random_clips():
     assert found["independent_frames"]["frechet_px2"] > 20 * found["real"]["frechet_px2"]
 
 
-def test_the_frechet_reference_is_the_law_of_any_run_of_frames():
+def test_the_frechet_reference_is_the_law_of_any_window_of_frames():
     """First and last frames of the true clips have the same moments, so either end may be compared."""
     first = np.stack([track[:SCORED_FRAMES].ravel() for track in real_tracks(4000)])
     mean, covariance = (moment.numpy() for moment in reference())
@@ -114,7 +114,7 @@ def test_the_frechet_reference_is_the_law_of_any_run_of_frames():
     assert np.abs(np.cov(first, rowvar=False) - covariance).max() < 0.35
 
 
-def test_errors_do_not_depend_on_how_long_clips_are():
+def test_errors_do_not_depend_on_clip_length():
     random = np.random.default_rng(0)
     tracks = [random.uniform(4, 12, (10, 2)) for _ in range(300)]
     long, short = score(tracks, True), score([track[:6] for track in tracks] + [np.zeros((3, 2))], True)
@@ -123,7 +123,7 @@ def test_errors_do_not_depend_on_how_long_clips_are():
     assert score([np.zeros((3, 2))], True)["trajectory_error_px"] is None
 
 
-def test_lengths_count_only_for_a_law_that_chooses_them():
+def test_lengths_are_scored_only_for_a_law_that_chooses_them():
     tracks = [np.full((6, 2), 8.0)] * 4
     assert score(tracks, chose_lengths=False)["length_total_variation"] is None
     assert score(tracks, chose_lengths=True)["length_total_variation"] == pytest.approx(0.7)
@@ -134,7 +134,7 @@ def test_lengths_count_only_for_a_law_that_chooses_them():
     [
         ([1.0, 1.1, 0.9], HOLDS),
         ([-1.0, -1.1, -0.9], DOES_NOT_HOLD),
-        ([1.0, 0.1, 0.05], NOT_DECIDED),  # all positive, and the interval has zero in it
+        ([1.0, 0.1, 0.05], NOT_DECIDED),  # all positive, but the interval contains zero
         ([0.5, -0.5, 0.1], NOT_DECIDED),
         ([1.0], NOT_DECIDED),
         ([1.0, 1.0, math.nan], NOT_DECIDED),
@@ -152,7 +152,7 @@ def test_interval_by_hand():
     assert (found.low, found.high) == pytest.approx((2 - 2.920 / math.sqrt(3), 2 + 2.920 / math.sqrt(3)))
 
 
-def test_chance_of_a_wrong_verdict_is_what_the_page_says():
+def test_chance_of_a_wrong_verdict_matches_the_page():
     draws = np.random.default_rng(0).standard_normal((4000, 3))
     verdicts = [judge("x", row).verdict for row in draws]
     assert verdicts.count(HOLDS) / 4000 == pytest.approx(0.05, abs=0.012)
@@ -167,7 +167,7 @@ def test_verdict_of_a_claim():
 
 
 def made_up(better: str | None) -> dict:
-    """Results of three seeds in which one arm has a third of the others' errors."""
+    """Results of three seeds where one arm has a third of the errors of the others."""
     names = {name for arm in ARMS.values() for name in arm.results()}
     share = {name: 1 / 3 if name == better else 1.0 for name in names}
     return {
@@ -183,23 +183,23 @@ def made_up(better: str | None) -> dict:
     }
 
 
-def test_claims_point_at_the_better_arm():
+def test_claims_identify_the_better_arm():
     assert [claim["verdict"] for claim in judge_claims(made_up(FLOWCEPTION), range(3))[:4]] == [HOLDS] * 4
     against = judge_claims(made_up("full_sequence"), range(3))
     assert [claim["verdict"] for claim in against[:2]] == [NOT_DECIDED, DOES_NOT_HOLD]
-    # full attention alone got better, so a window costs full-sequence more
+    # only full attention improved, so a window costs full-sequence more
     assert against[4]["verdict"] == HOLDS
     worse_with_a_window = judge_claims(made_up(FLOWCEPTION), range(3))[4]
     assert worse_with_a_window["verdict"] == DOES_NOT_HOLD
     assert worse_with_a_window["comparisons"][0]["mean"] == pytest.approx(-math.log(3))
 
 
-def test_claims_without_their_arms_are_left_out():
+def test_claims_without_their_arms_are_skipped():
     results = {name: seeds for name, seeds in made_up(None).items() if "window" not in name}
     assert [claim["letter"] for claim in judge_claims(results, range(3))] == ["a", "b", "b", "b"]
 
 
-def test_what_a_claim_compares_is_an_arm_and_is_shown():
+def test_every_comparison_is_between_arms_on_the_page():
     names = {name for arm in ARMS.values() for name in arm.results()}
     for claim in CLAIMS:
         needed = {name for comparison in claim.comparisons for name in comparison.needs()}
@@ -208,7 +208,7 @@ def test_what_a_claim_compares_is_an_arm_and_is_shown():
     assert result_name("autoregressive_causal", EQUAL_FLOW_FRAMES) in names
 
 
-def test_the_page_says_which_arms_drift_at_all():
+def test_the_page_lists_the_arms_that_drift():
     results = made_up(None)
     names = claims_page.SHOWN["b"]
     for name in names[1:]:
@@ -225,13 +225,13 @@ def test_a_folder_of_another_budget_is_refused(tmp_path):
         claims.study_of(tmp_path, "full")
 
 
-def test_the_budgets_have_seeds_enough():
+def test_the_budgets_have_enough_seeds():
     assert all(budget.seeds >= 3 for budget in BUDGETS.values())
     assert BUDGETS["full"].training_flops > 20 * BUDGETS["quick"].training_flops
 
 
 @pytest.mark.long
-def test_a_tiny_study_has_all_arms_and_is_not_run_again(tmp_path):
+def test_a_tiny_study_has_all_arms_and_is_not_rerun(tmp_path):
     script = (
         "import sys\nfrom benchmarks.claims import run as claims\nfrom tests.benchmarks.test_claims import TINY\n"
         "if __name__ == '__main__':\n    claims.BUDGETS['quick'] = TINY\n    sys.exit(claims.main(sys.argv[1:]))\n"

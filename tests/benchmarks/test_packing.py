@@ -1,4 +1,4 @@
-"""The benchmark's file has the promised entries, and its packed and padded runs are the same computation."""
+"""The benchmark writes all entries, and its packed and padded runs are the same computation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_entries_of_the_file(packing, monkeypatch, tmp_path):
     assert picture.stat().st_size > 1000
 
 
-def test_defaults_are_those_of_the_issue(packing, monkeypatch, tmp_path):
+def test_defaults(packing, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["packing.py", "--json", str(tmp_path / "figures.json")])
     settings = vars(packing.parse_arguments())
     expected = {"frames": 16, "tokens_per_frame": 36, "width": 192, "depth": 4, "heads": 4, "clips": 8, "threads": 2}
@@ -69,7 +69,7 @@ def figures(padded: float, full: float) -> dict[str, float]:
         ({"share_1": figures(0.70, 0.44)}, ["share_1: packed_over_full", "share_1: packed_over_padded"]),
     ],
 )  # fmt: skip
-def test_check_fails_when_a_promised_bound_is_missed(packing, monkeypatch, tmp_path, capsys, results, missed):
+def test_check_fails_when_a_target_is_missed(packing, monkeypatch, tmp_path, capsys, results, missed):
     shares = [key.removeprefix("share_") for key in results]
     command = ["packing.py", "--json", str(tmp_path / "figures.json"), "--shares", *shares]
     monkeypatch.setattr(packing, "measure", lambda _, share: results[f"share_{share:g}"])
@@ -81,7 +81,7 @@ def test_check_fails_when_a_promised_bound_is_missed(packing, monkeypatch, tmp_p
     assert [line.removeprefix("MISSED ").split(" is ")[0] for line in lines] == missed
 
 
-def test_a_wrong_padded_run_is_noticed(packing, monkeypatch, tmp_path):
+def test_a_wrong_padded_run_is_detected(packing, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["packing.py", "--json", str(tmp_path / "figures.json"), *TINY.split()])
     arguments = packing.parse_arguments()
     model, latents = packing.make_model(arguments), packing.make_latents(arguments)

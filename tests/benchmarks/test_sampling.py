@@ -1,4 +1,4 @@
-"""``benchmarks/sampling.py``: its scores against known laws, its costs by hand, and the whole of it on a tiny run."""
+"""``benchmarks/sampling.py``: scores of known laws, costs by hand, and the full benchmark on a tiny run."""
 
 import json
 
@@ -15,7 +15,7 @@ from flowception.shards.reader import ShardReader
 
 
 def result_of(clips):
-    """A finished result that holds clips [n, C]."""
+    """A finished result with clips [n, C]."""
     sizes = torch.tensor([len(clip) for clip in clips])
     frames = torch.cat([torch.as_tensor(clip) for clip in clips]).float()[:, :, None, None]
     return SampleResult(
@@ -24,13 +24,13 @@ def result_of(clips):
     )  # fmt: skip
 
 
-def test_clips_of_the_gaussian_law_score_no_worse_than_their_number_allows():
+def test_true_gaussian_clips_score_at_the_noise_floor():
     generator = np.random.default_rng(0)
     clips = [clip for n in (4, 8) for clip in gaussian_clips.draw_clips(2000, n, generator)]
     score = sampling.score_gaussian([result_of(clips[:3000]), result_of(clips[3000:])])
     assert score["frechet"] < 2 * score["frechet_of_sampling"] < 0.01
     assert score["length_total_variation"] == 0
-    # Independent frames of the right variance: the distance of the identity from the law, in closed form.
+    # Independent frames with the correct variance: closed-form distance of the identity from the law.
     values = np.linalg.eigvalsh(gaussian_clips.covariance(4))
     lone = sampling.score_gaussian([result_of([generator.standard_normal((4, 3)) for _ in range(20_000)])])
     assert lone["frechet_by_length"]["4"] == pytest.approx(((1 - np.sqrt(values)) ** 2).sum(), rel=0.05)
@@ -48,7 +48,7 @@ def test_the_set_has_the_law_and_can_be_read(tmp_path):
     assert np.abs(np.cov(values.T) - gaussian_clips.covariance(4)).max() < 0.06
 
 
-def test_windows_are_moves_in_a_row_without_gaps():
+def test_windows_are_consecutive_moves_without_gaps():
     track = np.array([[0.0, 0], [1, 10], [3, 30], [6, 60], [10, 100], [15, 150]])
     gap = track.copy()
     gap[1] = np.nan
@@ -56,7 +56,7 @@ def test_windows_are_moves_in_a_row_without_gaps():
     assert rows.tolist() == [[1, 2, 3, 10, 20, 30], [2, 3, 4, 20, 30, 40], [3, 4, 5, 30, 40, 50], [3, 4, 5, 30, 40, 50]]
 
 
-def test_the_world_is_at_no_distance_from_itself():
+def test_the_world_has_no_distance_from_itself():
     world = sampling.WorldMoves.draw()
     tracks = [draw_clip(seed=5, number=number).positions for number in range(500)]
     assert world.distance(tracks) < 0.03
@@ -65,7 +65,7 @@ def test_the_world_is_at_no_distance_from_itself():
     assert world.distance(still) == pytest.approx(float(world.covariance.trace()), rel=0.05)
 
 
-def test_full_sequence_sampling_costs_what_it_is_compared_with(make_run):
+def test_full_sequence_sampling_has_the_cost_of_the_reference(make_run):
     run = load_run(make_run(delay_law="full_sequence"))
     setting = sampling.Setting("full_sequence", 4)
     with Progress(5, "sampling") as progress:
@@ -76,7 +76,7 @@ def test_full_sequence_sampling_costs_what_it_is_compared_with(make_run):
     assert cost["evaluations_per_clip"] == 4
 
 
-def test_the_whole_benchmark_on_a_tiny_run(make_run, tmp_path, capsys):
+def test_the_full_benchmark_on_a_tiny_run(make_run, tmp_path, capsys):
     json_path, picture = tmp_path / "a" / "sampling.json", tmp_path / "sampling.png"
     arguments = ["--steps", "4", "--refresh", "1", "2", "--quick", "--gaussian-clips", "5"]
     paths = ["--json", str(json_path), "--picture", str(picture)]
@@ -94,7 +94,7 @@ def test_the_whole_benchmark_on_a_tiny_run(make_run, tmp_path, capsys):
         sampling.main([])
 
 
-def test_cached_sampling_is_held_against_plain_sampling_at_as_many_steps(make_run):
+def test_cached_sampling_is_compared_with_plain_sampling_at_the_same_number_of_steps(make_run):
     settings = [sampling.Setting("plain", 4), sampling.Setting("plain", 2), sampling.Setting("cached", 2, 1)]
     rows = sampling.measure_run("gaussian", load_run(make_run()), settings, clips=4, seed=0)
     assert rows[2]["rms_from_plain"] < 1e-5

@@ -19,7 +19,7 @@ def script():
 
     spec = importlib.util.spec_from_file_location("score_demo", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["score_demo"] = module  # dataclasses look their module up
+    sys.modules["score_demo"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -70,14 +70,14 @@ def test_check_follows_the_promises(script, folders, tmp_path, capsys, generated
     assert report["generated"]["single_shape"] == (1 if code == 0 else 0)
 
 
-def test_without_check_figures_are_shown_and_nothing_is_promised(script, folders, tmp_path, capsys):
+def test_without_check_scores_are_printed_without_promises(script, folders, tmp_path, capsys):
     assert run(script, folders, tmp_path, "noise", check=False) == 0
     assert "BROKEN" not in (out := capsys.readouterr().out)
     assert "color right" in out
 
 
 def test_the_demo_shows_both_tables_and_fails_at_the_end(tmp_path):
-    """With stand-ins for its commands, of which the one that scores T2V fails."""
+    """With fake commands, where the one that scores T2V fails."""
     for folder in ("bin", "benchmarks", "demo/clips"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "benchmarks/demo.sh").write_text((SCRIPT.parent / "demo.sh").read_text())
@@ -99,7 +99,7 @@ def test_the_demo_shows_both_tables_and_fails_at_the_end(tmp_path):
     assert demo("train/main.py").stdout.count("score_demo.py") == 0
 
 
-def test_picture_and_bad_folders(script, folders, tmp_path, capsys):
+def test_plot_and_bad_folders(script, folders, tmp_path, capsys):
     assert run(script, folders, tmp_path, "good", "--picture", str(tmp_path / "a" / "scores.png")) == 0
     assert (tmp_path / "a" / "scores.png").stat().st_size > 5000
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""The length law that a folder of generated clips should show."""
+"""The expected length law of a folder of generated clips."""
 
 import importlib.util
 import json
@@ -43,10 +43,10 @@ def test_the_context_is_read_from_the_roles(script, task, roles, given):
 def test_the_expected_law_by_hand(script):
     """The toy world: 6, 7, 8, 9, 10 frames with 0.3, 0.1, 0.2, 0.1, 0.3."""
     process = ProcessConfig(tasks={"v2v": 1}, num_start_frames=2, max_context_frames=6)
-    # c = 5 of at most min(6, n - 1) frames, and 2 starts: 6 frames cannot be, all others are as likely as before.
+    # c = 5 of at most min(6, n - 1) frames, and 2 starts: 6 frames are impossible, other lengths as likely as before.
     law = script.expected_law([record("v2v", "PPPPAssf")], process)
     assert law == pytest.approx({7: 1 / 7, 8: 2 / 7, 9: 1 / 7, 10: 3 / 7})
-    # c = 3: 6 frames have 5 numbers to choose from, longer clips 6. Half the clips are text-to-video.
+    # c = 3: 6 frames allow 5 context sizes, longer clips 6. Half of the clips are text-to-video.
     both = script.expected_law([record("v2v", "PPAss"), record("t2v", "ss")], process)
     weight = 0.3 / 5 + 0.7 / 6
     assert both[6] == pytest.approx((0.3 / 5 / weight + 0.3) / 2)

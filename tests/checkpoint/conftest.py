@@ -10,19 +10,19 @@ SHAPES = {"a.weight": (3, 4), "b.bias": (5,), "c.scale": ()}
 
 
 def values(kind, name):
-    """Elements that tell kind, parameter and place apart."""
+    """Elements that identify kind, parameter and index."""
     base = 1000 * KINDS.index(kind) + 100 * sorted(SHAPES).index(name)
     return (base + torch.arange(torch.Size(SHAPES[name]).numel(), dtype=torch.float32)).view(SHAPES[name])
 
 
 def split(count, writers):
-    """Cut ``count`` elements among writers, unevenly."""
+    """Split ``count`` elements unevenly among writers."""
     cuts = sorted((count * (i * i) // (writers * writers)) for i in range(writers + 1))
     return list(zip(cuts[:-1], cuts[1:]))
 
 
 def _part(rank, writers):
-    """One rank's tensors and ranges."""
+    """Tensors and ranges of one rank."""
     tensors, ranges = {}, {}
     for name, shape in SHAPES.items():
         start, stop = split(torch.Size(shape).numel(), writers)[rank]
@@ -35,7 +35,7 @@ def _part(rank, writers):
 
 @pytest.fixture
 def save():
-    """save(run_dir, step, writers) writes a checkpoint and gives its folder."""
+    """save(run_dir, step, writers) writes a checkpoint and returns its folder."""
 
     def write(run_dir, step, writers=2, state=None):
         folder = writer.make(writer.attempt_dir(run_dir, step, "test"))
@@ -49,19 +49,19 @@ def save():
 
 @pytest.fixture
 def part():
-    """part(writer, writers) is one writer's tensors and ranges."""
+    """part(writer, writers) returns the tensors and ranges of one writer."""
     return _part
 
 
 @pytest.fixture
 def expected():
-    """expected(kind) is what was saved."""
+    """expected(kind) returns the saved values."""
     return lambda kind: {name: values(kind, name) for name in SHAPES}
 
 
 @pytest.fixture
 def edit_manifest():
-    """edit_manifest(folder, change) alters manifest.json and keeps its checksum right."""
+    """edit_manifest(folder, change) alters manifest.json and updates its checksum."""
     from flowception.checkpoint.format import _checksum
 
     def edit(folder, change):

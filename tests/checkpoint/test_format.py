@@ -12,7 +12,7 @@ from flowception.errors import CheckpointError, CheckpointUnreadableError
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3])
-def test_what_is_saved_is_read(tmp_path, save, expected, writers):
+def test_saved_values_are_read_back(tmp_path, save, expected, writers):
     folder = save(tmp_path, 7, writers)
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     for kind, title in (("weight", "weights"), ("ema", "ema")):
@@ -33,7 +33,7 @@ def test_a_range_across_files(tmp_path, save, expected):
             assert reader.read("exp_avg", "a.weight", start, stop).equal(whole[start:stop])
 
 
-def test_hashes_do_not_depend_on_the_files_but_on_everything_else(tmp_path, save):
+def test_hashes_depend_on_the_contents_but_not_on_the_files(tmp_path, save):
     one, three = save(tmp_path / "one", 4, writers=1), save(tmp_path / "three", 4, writers=3)
     assert hashes(one) == hashes(three)
     assert list(hashes(one)) == ["weights", "ema", "optimizer"]
@@ -76,7 +76,7 @@ def flip(path, place):
         ),
     ],
 )
-def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, reason, caplog):
+def test_damage_is_found_and_the_previous_checkpoint_is_used(tmp_path, save, damage, reason, caplog):
     save(tmp_path, 3)
     newest = save(tmp_path, 6)
     assert latest_valid(tmp_path) == newest
@@ -88,7 +88,7 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, save, damage, rea
     assert "skipping the checkpoint of step 6" in said
 
 
-def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
+def test_an_unreadable_file_does_not_fall_back_to_an_earlier_checkpoint(tmp_path, save, monkeypatch):
     save(tmp_path, 3)
     newest = save(tmp_path, 6)
     real = reader_module.sha256_bytes
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_read_now_does_not_send_a_run_back_to_an_earlier_c
             look()
 
 
-def test_a_listing_that_fails_is_an_error_of_ours(tmp_path, save, monkeypatch):
+def test_a_failed_listing_is_a_checkpoint_error(tmp_path, save, monkeypatch):
     save(tmp_path, 3)
 
     def iterdir(path):
@@ -115,7 +115,7 @@ def test_a_listing_that_fails_is_an_error_of_ours(tmp_path, save, monkeypatch):
         list_steps(tmp_path)
 
 
-def test_ranks_can_share_verification(tmp_path, save):
+def test_ranks_can_split_verification(tmp_path, save):
     folder = save(tmp_path, 1, writers=3)
     flip(folder / "rank_00002.safetensors", -1)
     verify(folder, part=0, parts=3)
@@ -125,7 +125,7 @@ def test_ranks_can_share_verification(tmp_path, save):
 
 
 def place_of(path, kind, name="a.weight"):
-    """Where a tensor's last byte is in a file."""
+    """Offset of a tensor's last byte in a file."""
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
     return 8 + size + header[f"{kind}/{name}"]["data_offsets"][1] - 1
@@ -133,8 +133,8 @@ def place_of(path, kind, name="a.weight"):
 
 @pytest.mark.parametrize("name", ["a.weight", "b.bias", "c.scale"])
 @pytest.mark.parametrize("damaged", KINDS)
-def test_one_kind_can_be_verified_by_itself(tmp_path, save, damaged, name):
-    """A flipped bit anywhere in one kind is found by who reads it, and by nobody else."""
+def test_one_kind_can_be_verified_separately(tmp_path, save, damaged, name):
+    """A flipped bit in one kind is found by readers of that kind only."""
     folder = save(tmp_path, 1, writers=1)
     flip(folder / "rank_00000.safetensors", place_of(folder / "rank_00000.safetensors", damaged, name))
     for kind in KINDS:
@@ -147,7 +147,7 @@ def test_one_kind_can_be_verified_by_itself(tmp_path, save, damaged, name):
         verify(folder)
 
 
-def test_a_kind_alone_is_read_to_verify_it(tmp_path, save, monkeypatch):
+def test_only_the_verified_kind_is_read(tmp_path, save, monkeypatch):
     folder = save(tmp_path, 1, writers=1)
     read = []
     real = reader_module.sha256_bytes
@@ -174,7 +174,7 @@ def test_no_checkpoint_and_only_damaged_ones(tmp_path, save):
 
 
 @pytest.mark.parametrize("name", ["../../rank_00000.safetensors", "/etc/passwd", "rank_0.pt"])
-def test_a_manifest_cannot_name_other_files(tmp_path, save, edit_manifest, name):
+def test_a_manifest_cannot_list_other_files(tmp_path, save, edit_manifest, name):
     folder = save(tmp_path, 1)
     edit_manifest(folder, lambda content: content["files"][0].__setitem__(0, name))
     with pytest.raises(CheckpointError, match="must be rank_NNNNN.safetensors"):
@@ -196,7 +196,7 @@ def test_a_slice_longer_than_its_tensor_is_refused(tmp_path, save, edit_manifest
         read_full(folder, "weights")
 
 
-def test_an_unknown_parameter_is_another_model(tmp_path, save):
+def test_an_unknown_parameter_means_another_model(tmp_path, save):
     with pytest.raises(CheckpointError, match="another model"):
         SliceReader(save(tmp_path, 1)).read("weight", "d.weight")
 

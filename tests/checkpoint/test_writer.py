@@ -16,7 +16,7 @@ def begin(run_dir, step, attempt="test"):
 
 
 class Clock:
-    """Time that passes only while somebody waits; ``then`` happens at the given second."""
+    """A clock that advances only while waiting and calls ``then`` at the given second."""
 
     def __init__(self, at_s=0.0, then=lambda: None):
         self.now_s, self.at_s, self.then = 0.0, at_s, then
@@ -34,7 +34,7 @@ def wait(folder, writers, clock, timeout_s=60.0):
     return writer.wait_for_receipts(folder, writers, lambda: timeout_s, clock_s=clock, pause=clock.pause)
 
 
-def test_receipts_are_waited_for(tmp_path):
+def test_waits_for_receipts(tmp_path):
     folder = begin(tmp_path, 5)
     writer.write_slices(folder, 1, {}, {})
     clock = Clock(at_s=40, then=lambda: writer.write_slices(folder, 0, {}, {}))
@@ -77,8 +77,8 @@ def test_a_writer_that_failed_is_quoted_when_the_others_are_done(tmp_path):
     assert clock.now_s >= 5
 
 
-def test_attempts_are_never_joined(tmp_path, part):
-    """A killed job left rank 1's part of step 4, written to the end; the next job's rank 1 never writes its own."""
+def test_attempts_are_never_mixed(tmp_path, part):
+    """A killed job left a complete part of rank 1 for step 4; rank 1 of the next job never writes its part."""
     left_over = begin(tmp_path, 4, "killed-1")
     for rank in (0, 1):
         writer.write_slices(left_over, rank, *part(rank, 2))
@@ -89,7 +89,7 @@ def test_attempts_are_never_joined(tmp_path, part):
         wait(folder, 2, Clock())
 
 
-def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path, save):
+def test_leftovers_are_not_checkpoints_and_are_removed(tmp_path, save):
     save(tmp_path, 2)
     for step, attempt in ((2, "pruned"), (2, "a-1"), (4, "a-2"), (4, "replaced")):
         writer.write_slices(begin(tmp_path, step, attempt), 0, {}, {})
@@ -100,7 +100,7 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path, save):
     writer.remove_leftovers(tmp_path / "new run")
 
 
-def test_a_commit_needs_the_files_that_the_receipts_tell_of(tmp_path, part):
+def test_a_commit_needs_the_files_of_the_receipts(tmp_path, part):
     folder = begin(tmp_path, 4)
     for rank in (0, 1):
         writer.write_slices(folder, rank, *part(rank, 2))
@@ -115,11 +115,11 @@ def test_a_commit_needs_the_files_that_the_receipts_tell_of(tmp_path, part):
 
 
 class Killed(BaseException):
-    """As if the process were gone: nothing of ours catches it."""
+    """Simulates the end of the process; not caught by our code."""
 
 
 class Operations:
-    """Counts what is done to files, and ends the process before one of them."""
+    """Counts file operations, and ends the process before one of them."""
 
     NAMES = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
 
@@ -141,7 +141,7 @@ class Operations:
 
 
 def save_over(run_dir, part):
-    """Save steps 4 (again), and 6, and prune."""
+    """Save step 4 again, then step 6, then prune."""
     for step in (4, 6):
         folder = begin(run_dir, step)
         for rank in (0, 1):
@@ -150,7 +150,7 @@ def save_over(run_dir, part):
         writer.prune(run_dir, step, keep_last=2)
 
 
-def test_after_a_kill_at_any_operation_nothing_is_lost_and_the_next_job_goes_on(tmp_path, save, part, monkeypatch):
+def test_after_a_kill_at_any_operation_nothing_is_lost_and_the_next_job_continues(tmp_path, save, part, monkeypatch):
     for step in (0, 2, 4):
         save(tmp_path / "before", step)
     shutil.copytree(tmp_path / "before", tmp_path / "whole")
@@ -208,7 +208,7 @@ def test_prune_keeps_the_newest_and_step_0(tmp_path, save, keep_last, keep_every
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
-def test_nothing_is_pruned_for_a_checkpoint_that_is_not_complete(tmp_path, save):
+def test_nothing_is_pruned_after_an_incomplete_checkpoint(tmp_path, save):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     path = checkpoint_dir(tmp_path, 8) / "rank_00001.safetensors"
@@ -218,7 +218,7 @@ def test_nothing_is_pruned_for_a_checkpoint_that_is_not_complete(tmp_path, save)
     assert list_steps(tmp_path) == [2, 4, 6, 8]
 
 
-def test_a_replacement_that_cannot_appear_leaves_what_it_was_to_replace(tmp_path, save, part, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_checkpoint(tmp_path, save, part, monkeypatch):
     before = hashes(save(tmp_path, 4))
     folder = begin(tmp_path, 4, "again")
     writer.write_slices(folder, 0, *part(0, 1))
@@ -235,7 +235,7 @@ def test_a_replacement_that_cannot_appear_leaves_what_it_was_to_replace(tmp_path
     assert hashes(latest_valid(tmp_path)) == before
 
 
-def test_damaged_checkpoints_after_the_resumed_step_are_set_aside_and_never_counted(tmp_path, save):
+def test_damaged_checkpoints_after_the_resumed_step_are_renamed_and_not_counted(tmp_path, save):
     for step in (0, 3, 4, 6, 8):
         save(tmp_path, step, writers=1)
     for step in (6, 8):
@@ -257,8 +257,8 @@ def test_no_pickle_in_a_checkpoint(tmp_path, save):
     assert names == ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
 
 
-def test_a_disk_that_fills_up_is_an_error_of_ours(tmp_path, monkeypatch):
-    """safetensors reports it as an error of its own, which is no OSError."""
+def test_a_full_disk_is_a_checkpoint_error(tmp_path, monkeypatch):
+    """safetensors reports it as SafetensorError, which is not an OSError."""
 
     def save_file(tensors, path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

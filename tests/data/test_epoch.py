@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory is returned to the OS."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def own_mb():
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 blocks = [bytes([number % 255 + 1]) * 4096 for number in range(25_000)]
-last = blocks.pop()  # lies above the others, so that the heap cannot simply end earlier
+last = blocks.pop()  # above the others, so that the heap cannot simply shrink
 del blocks
 before = own_mb()
 return_freed_memory()
@@ -23,7 +23,7 @@ print(before - own_mb(), len(last))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
-def test_freed_blocks_below_a_live_one_are_given_back():
+def test_freed_blocks_below_a_live_one_are_returned():
     done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True, timeout=240)
-    given_back_mb, _ = done.stdout.split()
-    assert float(given_back_mb) > 80  # of 98
+    returned_mb, _ = done.stdout.split()
+    assert float(returned_mb) > 80  # of 98

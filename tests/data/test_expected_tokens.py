@@ -8,7 +8,7 @@ from flowception.shards.index import ClipIndex
 
 
 @pytest.mark.parametrize("delay_law", DELAY_LAWS)
-def test_moments_are_those_of_a_simulation(delay_law):
+def test_moments_match_a_simulation(delay_law):
     config = ProcessConfig(tasks={"t2v": 1.0, "i2v": 1.0}, delay_law=delay_law, insertion_share=0.7)
     lengths, random = np.array([1, 2, 6, 19]), np.random.default_rng(3)
     mean, variance = visible_moments(config, lengths)
@@ -20,7 +20,7 @@ def test_moments_are_those_of_a_simulation(delay_law):
         assert variance[place] == pytest.approx(visible.var(), rel=0.15, abs=0.01)
 
 
-def test_text_counts_by_how_often_it_is_shown():
+def test_text_tokens_are_weighted_by_how_often_the_text_is_shown():
     # Full-sequence: every frame is visible, so only the text varies: 10 tokens in 3 of 4 epochs, else 2.
     config = ProcessConfig(delay_law="full_sequence", condition_dropout=0.25)
     index = ClipIndex.from_arrays(frames=[3, 3], height=2, width=3, text_tokens=[10, 0])
@@ -31,11 +31,11 @@ def test_text_counts_by_how_often_it_is_shown():
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
 @pytest.mark.parametrize("starts", [1, 3])
-def test_the_mean_is_right_to_a_fraction_of_a_percent_at_every_length(share, starts):
-    """Text-to-video, linear: frame 0 and the starts are visible; any other is, with probability the clipped clock."""
+def test_the_mean_is_accurate_to_a_fraction_of_a_percent_at_every_length(share, starts):
+    """Text-to-video, linear: frame 0 and start frames are visible, others with the clipped clock's probability."""
     config = ProcessConfig(tasks={"t2v": 1.0}, num_start_frames=starts, insertion_share=share)
     lengths = np.arange(1, 65)
     mean, _ = visible_moments(config, lengths)
     free = np.maximum(0, lengths - starts)
     exact = lengths - free + free * (share * 0.5 + (1 - share))
-    assert np.abs(mean / exact - 1).max() < 4e-3  # below the margin that epoch.py leaves for it
+    assert np.abs(mean / exact - 1).max() < 4e-3  # below the margin in epoch.py

@@ -26,7 +26,7 @@ def world(make_set, make_config, make_spec):
 
 
 def tensors(batch):
-    """Every tensor of a batch, with its name."""
+    """Every tensor of a batch, by name."""
     found = {}
     for number, pack in enumerate(batch.packs):
         for part in (pack, pack.layout):
@@ -38,7 +38,7 @@ def tensors(batch):
 
 
 def order(batch):
-    """Clips and places of a step's packs, from which the plan draws everything else."""
+    """Clips and places of a step's packs, which determine all other draws of the plan."""
     return [(pack.epoch, pack.number, pack.rows.tolist(), pack.places.tolist()) for pack in batch.step_plan.packs]
 
 
@@ -52,7 +52,7 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_from_a_cursor_equals_going_on(world, num_workers):
+def test_resuming_from_a_cursor_equals_continuing(world, num_workers):
     plan, reader = world
     whole = [*PackLoader(plan, reader), *PackLoader(plan, reader, cursor=Cursor(1, 0))]
     steps = plan.steps_in_epoch(0)
@@ -68,7 +68,7 @@ def test_resuming_from_a_cursor_equals_going_on(world, num_workers):
             assert_equal(first, second)
 
 
-def test_loading_leaves_torch_randomness_alone(world):
+def test_loading_does_not_change_torch_random_state(world):
     plan, reader = world
     before = torch.get_rng_state()
     next(iter(PackLoader(plan, reader)))
@@ -86,7 +86,7 @@ def test_ranks_share_a_step_and_get_padding_where_packs_run_out(world):
     assert second.packs[1].keys == ()
 
 
-def test_micro_steps_by_hand():
+def test_micro_steps_of_a_small_example():
     packs = list("abcdefg")
     assert packs_of_rank(packs, 0, 3) == ["a", "d", "g"]
     assert packs_of_rank(packs, 2, 3) == ["c", "f", None]
@@ -122,8 +122,8 @@ def test_settings_out_of_range_are_refused():
             DataConfig(path="x", **keys)
 
 
-def test_many_packs_a_step_need_few_file_descriptors(make_set, make_config, make_spec):
-    """A step of 40 packs has about a thousand tensors; one descriptor for each would not fit."""
+def test_many_packs_per_step_need_few_file_descriptors(make_set, make_config, make_spec):
+    """A step of 40 packs has about a thousand tensors, so one descriptor per tensor would exceed the limit."""
     folder, _ = make_set(count=60)
     reader = ShardReader(folder)
     plan = Plan(reader.index, None, *make_config(packs_per_step=40, token_budget=100), make_spec(), 1)
@@ -139,8 +139,8 @@ def test_many_packs_a_step_need_few_file_descriptors(make_set, make_config, make
     assert len(blocks) == 1
 
 
-def test_packs_of_workers_leave_nothing_behind_when_everything_is_killed(world):
-    """The shared memory that they lie in has no name any more; /proc says so of a mapped file."""
+def test_packs_of_killed_workers_leave_nothing_in_shared_memory(world):
+    """Their shared memory no longer has a name; /proc shows the mapped file as deleted."""
     plan, reader = world
     batches = iter(PackLoader(plan, reader, num_workers=1))
     batch = next(batches)
@@ -160,16 +160,16 @@ def test_packs_of_workers_leave_nothing_behind_when_everything_is_killed(world):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_packs_are_in_page_locked_memory_where_there_is_a_gpu(world, num_workers):
+def test_packs_are_in_page_locked_memory_with_a_gpu(world, num_workers):
     plan, reader = world
     for name, tensor in tensors(next(iter(PackLoader(plan, reader, num_workers=num_workers)))).items():
         assert tensor.is_pinned(), name
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_clips_left_out_are_padding_in_their_places_and_listed(world, num_workers):
+def test_skipped_clips_become_padding_in_place_and_are_listed(world, num_workers):
     plan, reader = world
-    keys = {plan.index.key(row): "left out" for row in (3, 30)}
+    keys = {plan.index.key(row): "skipped" for row in (3, 30)}
     whole = list(PackLoader(plan, reader))
     found = list(PackLoader(plan, reader, num_workers=num_workers, skipped=keys))
     assert sorted(bad.key for batch in found for bad in batch.quarantined) == sorted(keys)
@@ -179,8 +179,8 @@ def test_clips_left_out_are_padding_in_their_places_and_listed(world, num_worker
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_who_waits_for_a_batch_is_told_for_which_clips(world, num_workers, tmp_path):
-    """The reader stands still in the second step until the file appears; meanwhile another thread asks."""
+def test_waiting_for_names_the_clips_of_the_next_batch(world, num_workers, tmp_path):
+    """The reader blocks in the second step until the file appears; meanwhile another thread calls ``waiting_for``."""
     plan, reader = world
     rows = np.concatenate([pack.rows for pack in plan.step(Cursor(0, 1)).packs])
     loader = PackLoader(plan, Slow(reader.folder, set(rows.tolist()), tmp_path), num_workers=num_workers, prefetch=1)
@@ -213,12 +213,12 @@ class Slow(ShardReader):
         return super().read_clip(row, frames)
 
 
-def test_workers_leave_the_signals_that_stop_a_run_to_the_training_process(world):
-    """Slurm sends them to every process of a task, and the step under way needs its workers."""
+def test_workers_ignore_the_signals_that_stop_a_run(world):
+    """Slurm sends them to every process of a task, and the current step needs its workers."""
     plan, reader = world
     before = set(multiprocessing.active_children())
     batches = iter(PackLoader(plan, reader, num_workers=2, prefetch=1))
-    found = [next(batches), next(batches)]  # one from each worker, so both have begun
+    found = [next(batches), next(batches)]  # one from each worker, so both have started
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:

@@ -18,7 +18,7 @@ def test_the_order_is_a_permutation_that_changes_with_seed_and_epoch():
     assert not any(np.array_equal(orders[0], other) for other in orders[1:])
 
 
-def test_a_block_holds_whole_shards():
+def test_a_block_holds_complete_shards():
     shards = (np.arange(500) // 10).astype(np.uint32)
     order = epoch_order(ids(500), shards, 50, seed=1, epoch=0, shuffle_block_shards=5)
     blocks = [set(shards[order[i : i + 50]].tolist()) for i in range(0, 500, 50)]
@@ -28,7 +28,7 @@ def test_a_block_holds_whole_shards():
 
 
 @pytest.mark.parametrize("skipped", [[7, 123], list(range(490, 500)), list(range(230, 240))])
-def test_leaving_clips_out_moves_no_other_even_if_a_shard_loses_all(skipped):
+def test_skipping_clips_moves_no_others_even_if_a_shard_loses_all(skipped):
     shards = (np.arange(500) // 10).astype(np.uint32)
     kept = np.delete(np.arange(500), skipped)
     whole = epoch_order(ids(500), shards, 50, seed=1, epoch=3, shuffle_block_shards=4)
@@ -51,7 +51,7 @@ def test_any_subset_of_places_gets_the_same_times():
     assert np.array_equal(stratified_uniforms(some, 1000, seed=3, epoch=5, block_clips=32), whole[some])
 
 
-def test_every_place_is_uniform_over_epochs_also_in_the_short_last_block():
+def test_every_place_is_uniform_over_epochs_even_in_the_short_last_block():
     epochs = 4000
     values = np.array([stratified_uniforms(np.arange(19), 19, seed=3, epoch=e, block_clips=8) for e in range(epochs)])
     ordered = np.sort(values, axis=0)
@@ -60,7 +60,7 @@ def test_every_place_is_uniform_over_epochs_also_in_the_short_last_block():
     assert kolmogorov_smirnov.max() < 2.0  # p = 7e-4 for one place, 19 of them
 
 
-def test_block_means_hardly_vary():
+def test_block_means_have_small_variance():
     values = stratified_uniforms(np.arange(32 * 500), 32 * 500, seed=3, epoch=0, block_clips=32)
     means = values.reshape(500, 32).mean(axis=1)
     independent = (1 / 12 / 32) ** 0.5

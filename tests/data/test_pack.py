@@ -19,7 +19,7 @@ SEED = 11
 
 @pytest.fixture
 def world(make_set, make_config, make_spec):
-    """A set with text, and a plan of both tasks that shifts time."""
+    """A set with text, and a plan with both tasks and a time shift."""
     folder, records = make_set(text=True)
     reader = ShardReader(folder)
     config = make_config(tasks={"t2v": 0.5, "i2v": 0.5}, time_shift=3.0, condition_dropout=0.3, insertion_share=0.7)
@@ -31,7 +31,7 @@ def packs_of_epoch(plan, epoch=0):
 
 
 def test_contents_of_a_pack_frame_by_frame(world):
-    """Everything in the pack is worked out again from the records, one frame at a time, without tensors' masks."""
+    """Everything in the pack is recomputed from the records, one frame at a time, without tensor masks."""
     plan, reader, records = world
     met = set()
     for pack_plan in packs_of_epoch(plan):
@@ -93,7 +93,7 @@ def test_contents_of_a_pack_frame_by_frame(world):
     assert met >= kinds | {(Role.CONTEXT_ACTIVE, False, True), (Role.CONTEXT_ACTIVE, False, False)}
 
 
-def test_a_clip_is_the_same_in_another_pack_and_place_of_the_pack(world):
+def test_a_clip_does_not_depend_on_its_pack_or_its_place_in_the_pack(world):
     plan, reader, _ = world
     pack_plan = max(packs_of_epoch(plan), key=lambda p: len(p.rows))
     whole = build_pack(plan, pack_plan, reader)
@@ -129,7 +129,7 @@ def test_prescribed_times_are_used(world):
     assert pack.layout.clip_frames[:3].tolist() == [len(records[i].latents) for i in rows]
 
 
-def test_bad_clips_become_padding_in_their_place(world, make_set):
+def test_bad_clips_become_padding_in_place(world, make_set):
     plan, reader, records = world
     pack_plan = max(packs_of_epoch(plan), key=lambda p: len(p.rows))
     before = build_pack(plan, pack_plan, reader)
@@ -155,7 +155,7 @@ def test_bad_clips_become_padding_in_their_place(world, make_set):
     assert after.class_label[1] == -1
 
 
-def test_a_clip_that_is_left_out_is_as_if_it_could_not_be_read(world):
+def test_a_skipped_clip_is_treated_like_an_unreadable_one(world):
     plan, reader, _ = world
     pack_plan = packs_of_epoch(plan)[0]
     key = plan.index.key(int(pack_plan.rows[1]))
@@ -193,7 +193,7 @@ def test_an_empty_pack_has_the_shapes_of_any_other_and_no_loss(world):
     assert empty.to("cpu").keys == ()
 
 
-def test_a_network_of_other_widths_is_refused(world, make_config, make_spec):
+def test_a_network_with_other_widths_is_refused(world, make_config, make_spec):
     plan, reader, _ = world
     pack_plan = packs_of_epoch(plan)[0]
     for keys, wanted in (({"in_channels": 8}, "in_channels=4"), ({"text_dim": 9}, "text_dim=6")):
@@ -202,7 +202,7 @@ def test_a_network_of_other_widths_is_refused(world, make_config, make_spec):
             build_pack(other, pack_plan, reader)
 
 
-def test_a_plan_of_another_null_text_is_refused(world, make_config, make_spec):
+def test_a_plan_for_another_null_text_is_refused(world, make_config, make_spec):
     _, reader, _ = world
     other = Plan(reader.index, None, *make_config(), make_spec(text_dim=6), SEED, null_text_tokens=1)
     with pytest.raises(ConfigError, match="null_text_tokens must be the length of the set's null text, got 1 and 2"):
@@ -218,7 +218,7 @@ def test_a_network_without_text_or_classes_gets_neither(world, make_config, make
     assert (pack.class_label == -1).all()
 
 
-def test_the_network_is_told_generated_active_or_passive():
+def test_model_roles_are_generated_active_or_passive():
     told = model_role(torch.tensor([int(role) for role in Role]))
     generated, active, passive = ModelRole.GENERATED, ModelRole.ACTIVE, ModelRole.PASSIVE
     assert told.tolist() == [generated, generated, generated, active, passive]

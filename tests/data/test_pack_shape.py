@@ -1,4 +1,4 @@
-"""Sizes that no pack can exceed."""
+"""Static sizes of packs."""
 
 import numpy as np
 import pytest

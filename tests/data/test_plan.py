@@ -67,7 +67,7 @@ def test_an_epoch_has_every_clip_once_and_visible_frames_as_drawn(index, plan):
         assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(len(index)))
 
 
-def test_figures_of_a_step_are_those_of_its_packs(index, plan, make_spec):
+def test_figures_of_a_step_match_its_packs(index, plan, make_spec):
     step = plan.step(Cursor(0, 2))
     draws = [plan.clip_draws(p).clips for p in step.packs]
     visible = [d.visible_frames.numpy() for d in draws]
@@ -85,7 +85,7 @@ def test_figures_of_a_step_are_those_of_its_packs(index, plan, make_spec):
     assert step.attention_ratio == pytest.approx(pairs / full)
 
 
-def test_denominators_by_hand(make_config, make_spec):
+def test_denominators_of_a_small_example(make_config, make_spec):
     # Clips of 5 frames of 2 x 3, 4 channels, text-to-video with 3 starts, linear kappa.
     index = ClipIndex.from_arrays(frames=[5, 5], height=2, width=3)
     step = Plan(index, None, *make_config(), make_spec(), seed=0).step(Cursor())
@@ -98,8 +98,8 @@ def test_only_the_last_step_is_short(plan):
     assert min(step.fill for step in steps[:-1]) > 0.9
 
 
-def test_a_short_clip_among_long_ones_is_not_put_off_for_ever():
-    # Packs of 10: the clip of 3 never fits beside one of 8, and longest-first would always take the 8.
+def test_a_short_clip_among_long_ones_does_not_wait_forever():
+    # Packs of 10: the clip of 3 never fits next to one of 8, and longest-first would always take the 8.
     tokens = np.array([3] + [8] * 9)
     ones = np.ones(10)
 
@@ -111,7 +111,7 @@ def test_a_short_clip_among_long_ones_is_not_put_off_for_ever():
     assert [steps.step(step).packs[0].tolist() for step in range(4)] == [[1], [2], [0], [3]]
 
 
-def test_draws_of_a_clip_do_not_depend_on_what_else_is_asked(plan):
+def test_draws_of_a_clip_do_not_depend_on_other_requests(plan):
     rows, places = np.array([5, 60, 300]), np.array([17, 2, 600])
     together = plan.clip_draws(PackPlan(1, 0, rows, places)).clips
     for i in range(3):
@@ -141,7 +141,7 @@ def test_measured_attention_ratio_agrees_with_the_expected(make_config, make_spe
         assert measured == pytest.approx(expected_attention_ratio(config[0], np.full(1, 12)), rel=0.01)
 
 
-def test_a_quarantined_clip_is_left_out_and_changes_the_fingerprint(index, plan):
+def test_a_quarantined_clip_is_skipped_and_changes_the_fingerprint(index, plan):
     bad = [index.key(3), index.key(500), "unknown"]
     after = plan.with_quarantine(bad)
     assert after.fingerprint != plan.fingerprint
@@ -191,7 +191,7 @@ def test_the_order_hash_covers_times_roles_and_clips(index, make_config, make_sp
 
 
 def test_the_order_hash_covers_delays_and_condition_dropout(index, make_config, make_spec, monkeypatch):
-    # Delays that move by 1e-9 change the frames' times and hide none of them.
+    # Delays that move by 1e-9 change the frames' times but hide no frame.
     def plan_of(**keys):
         return Plan(index, None, *make_config(num_start_frames=1, **keys), make_spec(), seed=3)
 
@@ -227,7 +227,7 @@ def test_conditions_are_kept_by_the_clips_own_uniform(index, plan):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_of_the_demo_are_full(seed):
-    # An epoch's last step holds what is left of it and may be short: it is skipped, the 50 steps go on behind it.
+    # An epoch's last step may be short: it is skipped, and the 50 steps continue after it.
     root = Path(__file__).parents[2]
     config = load_config([root / "configs" / "demo.yaml"])
     assert (config.plan.token_budget, config.plan.packs_per_step) == (1024, 2)
@@ -256,7 +256,7 @@ def test_text_counts_only_for_a_network_that_reads_it(make_config, make_spec):
 
 
 def test_a_dropped_caption_counts_as_the_null_text(make_config, make_spec):
-    """A step's tokens with text less those without: each clip's own caption, or the null text."""
+    """A step's tokens with text minus those without: each clip's own caption, or the null text."""
     text = np.arange(40) % 5
     index = ClipIndex.from_arrays(frames=[2] * 40, height=2, width=3, text_tokens=text)
     config = make_config(condition_dropout=0.5, packs_per_step=1, token_budget=2000)
@@ -306,7 +306,7 @@ def test_there_is_no_step_after_the_last(plan):
 
 
 @pytest.mark.parametrize("frames", [[1], [25], [1, 1, 1], [20] * 30])
-def test_awkward_sets_are_planned_whole(frames, make_config, make_spec):
+def test_awkward_sets_are_planned_completely(frames, make_config, make_spec):
     index = ClipIndex.from_arrays(frames=frames, height=1, width=7)
     for packs in (1, 3):
         plan = Plan(index, None, *make_config(packs_per_step=packs), make_spec(), seed=0)
@@ -315,7 +315,7 @@ def test_awkward_sets_are_planned_whole(frames, make_config, make_spec):
 
 
 def test_two_hundred_thousand_clips_in_segments(make_config, monkeypatch):
-    """A large epoch is full, balanced and complete, and any step of it is found without those before."""
+    """A large epoch is full, balanced, and complete, and any step is planned without the steps before it."""
     frames = np.random.default_rng(0).integers(4, 20, 200_000)
     index = ClipIndex.from_arrays(frames=frames, height=8, width=8)
     xl = ModelSpec(hidden_size=1152, num_layers=28, num_heads=16, in_channels=128, mlp_hidden_size=3072)
@@ -356,7 +356,7 @@ def test_small_segments_hold_every_clip_once_and_full_steps(make_config, make_sp
         rows = np.concatenate([pack.rows for step in steps for pack in step.packs])
         assert np.array_equal(np.sort(rows), np.arange(6000))
         assert min(step.fill for step in steps[:-1]) > 0.95
-    # A run that begins in the middle and works the left-over clips out bit by bit comes to the same end.
+    # A run that starts in the middle and plans the leftover clips step by step gets the same result.
     steps, late = all_steps(plan, 1), Plan(index, None, plan.process, plan.sizes, plan.spec, seed=3)
     late.step(Cursor(1, len(steps) // 2))
     for _ in range(3):
@@ -373,7 +373,7 @@ def test_small_segments_hold_every_clip_once_and_full_steps(make_config, make_sp
     ],
 )
 def test_segments_of_clips_of_one_length_do_not_run_short(process, make_config, make_spec):
-    """What expected tokens are off by is then off for every clip of the set in one direction."""
+    """The error of expected tokens then has the same sign for every clip of the set."""
     index = ClipIndex.from_arrays(frames=np.full(140_000, 4), height=8, width=8)
     config = make_config(token_budget=8192, packs_per_step=8, **process)
     _, steps = Plan(index, None, *config, make_spec(), seed=0)._epoch(0)

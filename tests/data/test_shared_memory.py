@@ -1,4 +1,4 @@
-"""Packs between processes: all that they hold, in one block."""
+"""Sending packs between processes: all their tensors in one block."""
 
 import dataclasses
 import pickle
@@ -16,7 +16,7 @@ from flowception.shards.reader import ShardReader
 
 @pytest.fixture(params=[True, False], ids=["text", "silent"])
 def packs(request, make_set, make_config, make_spec):
-    """Those of one step and an empty one."""
+    """Packs of one step, and an empty pack."""
     folder, _ = make_set(count=60, text=request.param)
     reader = ShardReader(folder)
     spec = make_spec(**({"text_dim": 6} if request.param else {}))
@@ -38,7 +38,7 @@ def assert_same(sent, pack):
             assert ours == theirs, known.name
 
 
-def test_packs_come_out_as_they_were_sent(packs):
+def test_packs_arrive_as_they_were_sent(packs):
     sent = pickle.loads(pickle.dumps(SentPacks.of(packs)))
     for came, pack in zip(sent.packs(), packs, strict=True):
         assert_same(came, pack)

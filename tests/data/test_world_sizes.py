@@ -1,4 +1,4 @@
-"""What a run sees does not depend on how many ranks and workers share it, nor on where it was stopped."""
+"""A run's data does not depend on the numbers of ranks and workers, or on where it was stopped."""
 
 import threading
 
@@ -29,7 +29,7 @@ def loaders(plan, reader, world_size, cursor, num_workers=0):
 
 
 def next_step(plan, running):
-    """Hash of the next step, from what each rank got, and the cursor after it."""
+    """Hash of the next step, from the packs of each rank, and the cursor after it."""
     batches = [next(rank) for rank in running]
     digests, keys = {}, {}
     for rank, batch in enumerate(batches):
@@ -85,7 +85,7 @@ def test_any_sequence_of_world_sizes_sees_every_step_once(world, expected):
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
-def test_workers_change_nothing_and_the_cursor_is_that_of_the_step_handed_out(world, expected, num_workers):
+def test_workers_change_nothing_and_the_cursor_is_that_of_the_returned_step(world, expected, num_workers):
     plan, reader = world
     (running,) = loaders(plan, reader, 1, Cursor(), num_workers)
     for number, at in enumerate(cursor for cursor in expected if cursor.epoch == 0):
@@ -98,7 +98,7 @@ def test_workers_change_nothing_and_the_cursor_is_that_of_the_step_handed_out(wo
             assert resumed == expected[batch.next_cursor]
 
 
-def test_what_goes_wrong_while_planning_ahead_is_raised_in_the_loader(world, monkeypatch):
+def test_an_error_while_planning_ahead_is_raised_in_the_loader(world, monkeypatch):
     plan, reader = world
     real = Plan.step
 
@@ -114,7 +114,7 @@ def test_what_goes_wrong_while_planning_ahead_is_raised_in_the_loader(world, mon
         next(running)
 
 
-def test_planning_ahead_ends_when_nobody_wants_it(world):
+def test_planning_ahead_ends_when_iteration_ends(world):
     plan, _ = world
     before = set(threading.enumerate())  # loaders of other tests may still be planning
     ahead = steps_ahead(plan, Cursor(), 1)

@@ -59,14 +59,14 @@ def test_a_set_that_cannot_be_opened_is_bad(copied, capsys):
     assert "BAD SET: shard" in capsys.readouterr().err
 
 
-def test_another_codec_is_said(copied, capsys):
+def test_another_codec_is_reported(copied, capsys):
     meta = json.loads((copied / "meta.json").read_text())
     (copied / "meta.json").write_text(json.dumps(meta | {"codec_config": {"patch_size": 2}}))
     assert main([str(copied)]) == 0
     assert "cannot be rebuilt here (the codec patchify built here has fingerprint" in capsys.readouterr().out
 
 
-def test_the_suggested_budget_holds_the_longest_clip_and_so_many_on_average(good):
+def test_the_suggested_budget_fits_the_longest_clip_and_the_mean_clips_per_pack(good):
     reader = ShardReader(good)
     frames = reader.index.clips["frames"].astype(int)
     budget, least = suggested_token_budget(reader, 16)

@@ -1,4 +1,4 @@
-"""Encoding in several jobs, interrupted ones, and beside others: the set comes out the same."""
+"""Encoding in several jobs, interrupted jobs, and concurrent jobs yields the same set."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from flowception.shards.reader import ShardReader
 from tests.data_prep.toy_set import ROOT, bytes_of, toy_config
 
 
-def test_interrupted_and_run_again_the_bytes_are_the_same(toy_folder, tmp_path, monkeypatch):
+def test_an_interrupted_and_restarted_job_writes_the_same_bytes(toy_folder, tmp_path, monkeypatch):
     config = toy_config(toy_folder / "manifest.jsonl", tmp_path / "cut", videos_per_shard=3)
     encoder, encode, calls = ShardEncoder(config), PatchifyCodec.encode, []
 
@@ -46,7 +46,7 @@ def test_interrupted_and_run_again_the_bytes_are_the_same(toy_folder, tmp_path, 
 
 
 @pytest.mark.long
-def test_killed_and_run_again_the_bytes_are_the_same(tmp_path):
+def test_a_killed_and_restarted_job_writes_the_same_bytes(tmp_path):
     source = make_toy(tmp_path / "videos", clips=300, seed=5)
     (tmp_path / "videos" / "clip_000007.mp4").write_text("broken")
     command = [sys.executable, "data_prep/encode_shards.py", "--config", "configs/encode_toy.yaml", f"source={source}"]
@@ -68,7 +68,7 @@ def test_killed_and_run_again_the_bytes_are_the_same(tmp_path):
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
 
 
-def test_workers_and_parts_do_not_show(toy_folder, tmp_path):
+def test_workers_and_parts_do_not_change_the_set(toy_folder, tmp_path):
     source = toy_folder / "manifest.jsonl"
     ShardEncoder(toy_config(source, tmp_path / "one")).run()
     ShardEncoder(toy_config(source, tmp_path / "two", num_workers=2)).run()
@@ -90,7 +90,7 @@ def test_a_folder_of_another_job_is_refused(toy_folder, tmp_path):
     )
 
 
-def test_a_changed_list_of_videos_is_refused_in_words(tmp_path, write_counting_video):
+def test_a_changed_list_of_videos_is_refused(tmp_path, write_counting_video):
     videos = tmp_path / "videos"
     videos.mkdir()
     write_counting_video(videos / "a.mp4", 2)
@@ -113,8 +113,8 @@ def test_a_second_encoder_of_the_same_part_is_refused(toy_folder, tmp_path):
     assert encoder.run().open_shards == 0
 
 
-def test_a_shard_that_another_job_writes_is_left_to_it(toy_folder, tmp_path):
-    """Parts numbered otherwise by mistake: 0 of 1 meets a shard of another job, does the rest, and closes nothing."""
+def test_a_shard_that_another_job_is_writing_is_skipped(toy_folder, tmp_path):
+    """With wrong part numbers, part 0 of 1 skips another job's shard, encodes the rest, and leaves the set open."""
     encoder = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set"))
     with FileLock(tmp_path / "set" / ".shard-000001.lock", ConfigError):
         assert encoder.run().open_shards == 1
@@ -133,7 +133,9 @@ def test_a_shard_finished_meanwhile_is_not_written_again(toy_folder, tmp_path):
     def other_first(shard, clips):
         late.writer.write_shard = write_shard
         count = write_shard(shard, clips)
-        ShardEncoder(replace(config, part=0, num_parts=3))._encode_shards()  # shard 0 is done, 1 and 2 are its turn's
+        ShardEncoder(
+            replace(config, part=0, num_parts=3)
+        )._encode_shards()  # shard 0 is done, 1 and 2 are of other parts
         ShardEncoder(replace(config, part=2, num_parts=3))._encode_shards()
         return count
 
@@ -145,8 +147,8 @@ def test_a_shard_finished_meanwhile_is_not_written_again(toy_folder, tmp_path):
     assert ShardEncoder(replace(config, part=1)).run().open_shards == 0
 
 
-def test_batches_do_not_show(tmp_path, write_counting_video):
-    """Clips of different lengths and shapes and videos that fail, in batches of any size."""
+def test_batch_size_does_not_change_the_set(tmp_path, write_counting_video):
+    """Clips of different lengths and shapes, and unreadable videos, in batches of any size."""
     videos = tmp_path / "videos"
     videos.mkdir()
     for number, frames in enumerate([9, 4, 1, 7, 3]):
@@ -168,7 +170,7 @@ def test_batches_do_not_show(tmp_path, write_counting_video):
 
 
 def test_a_full_disk_ends_the_job_with_one_line(toy_folder, tmp_path, capsys):
-    """The second shard's counts go to ``/dev/full``, which refuses them; with room the job goes on there."""
+    """The second shard's counts go to ``/dev/full``, which fails. With space, the job continues at that shard."""
     words = ["--config", str(ROOT / "configs/encode_toy.yaml"), f"source={toy_folder / 'manifest.jsonl'}"]
     words += [f"out={tmp_path / 'set'}", "videos_per_shard=5"]
     partial = tmp_path / "set" / ".shard-000001.dropped.json.partial"

@@ -1,4 +1,4 @@
-"""What an encoded set holds and leaves out, and the command that makes it."""
+"""Content of an encoded set, what it skips, and the command that makes it."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from flowception.shards.reader import ShardReader
 from tests.data_prep.toy_set import ROOT, bytes_of, toy_config
 
 
-def test_shards_hold_what_the_videos_show(toy_folder, tmp_path):
+def test_shards_match_the_videos(toy_folder, tmp_path):
     summary = ShardEncoder(toy_config(toy_folder / "manifest.jsonl", tmp_path / "set")).run()
     assert (summary.videos, summary.unreadable, summary.clips, summary.open_shards) == (12, 0, 12, 0)
     codec = build_codec(CodecConfig())
@@ -42,7 +42,7 @@ def test_shards_hold_what_the_videos_show(toy_folder, tmp_path):
         )
 
 
-def test_what_cannot_be_read_is_listed_skipped_and_counted(tmp_path, write_counting_video):
+def test_unreadable_videos_are_listed_skipped_and_counted(tmp_path, write_counting_video):
     videos = tmp_path / "videos"
     videos.mkdir()
     write_counting_video(videos / "a.mp4", 9)
@@ -66,7 +66,7 @@ def test_what_cannot_be_read_is_listed_skipped_and_counted(tmp_path, write_count
     assert sorted(int(n) for n in ShardReader(out).index.clips["frames"]) == [3, 4, 4, 4]
 
 
-def test_nothing_readable_is_an_error_that_points_to_the_reasons(tmp_path):
+def test_a_source_without_readable_videos_is_an_error_that_points_to_the_reasons(tmp_path):
     (tmp_path / "a.mp4").write_text("no")
     with pytest.raises(DataError, match=r"none of the 1 videos.*unreadable\.jsonl"):
         ShardEncoder(toy_config(tmp_path, tmp_path / "set")).run()
@@ -80,7 +80,7 @@ def test_nothing_readable_is_an_error_that_points_to_the_reasons(tmp_path):
         ({"height": 100, "width": 96}, "height must be a multiple of 32 for the ltx codec, such as 96, got 100"),
     ],
 )
-def test_what_the_codec_cannot_encode_is_refused_before_work(tmp_path, changes, message):
+def test_sizes_that_the_codec_cannot_encode_are_refused_before_encoding(tmp_path, changes, message):
     class Fake:
         name, spatial_stride = "ltx", 32
 
@@ -91,7 +91,9 @@ def test_what_the_codec_cannot_encode_is_refused_before_work(tmp_path, changes, 
         replace(EncodeConfig(source="a", out="b"), **changes).check_codec(Fake())
 
 
-def test_pieces_are_trimmed_to_what_the_codec_accepts(tmp_path, write_counting_video, frame_numbers, monkeypatch):
+def test_pieces_are_trimmed_to_lengths_that_the_codec_accepts(
+    tmp_path, write_counting_video, frame_numbers, monkeypatch
+):
     class ByThrees(PatchifyCodec):
         def usable_frames(self, pixel_frames):
             return pixel_frames // 3 * 3
@@ -144,7 +146,7 @@ def test_configs_in_the_repository_are_valid():
     load(EncodeConfig, [ROOT / "configs/encode_toy.yaml"])
     ltx = load(EncodeConfig, [ROOT / "configs/encode_ltx.yaml"], ["source=a", "out=b"])
     assert (ltx.codec.name, ltx.max_frames) == ("ltx", 145)
-    assert (ltx.fps, ltx.height, ltx.width) == (16, 256, 256)  # what configs/*_2b.yaml say of their shards
+    assert (ltx.fps, ltx.height, ltx.width) == (16, 256, 256)  # as the comments of configs/*_2b.yaml
 
 
 def test_a_long_video_goes_through_the_codec_in_groups(tmp_path, write_counting_video, monkeypatch):
@@ -172,7 +174,7 @@ def test_a_long_video_goes_through_the_codec_in_groups(tmp_path, write_counting_
 
 
 def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, capsys):
-    """Pieces of four frames that move (m) or stand still (s), and rests of one frame; c gives no clip at all."""
+    """Pieces of four frames that move (m) or are static (s), and remainders of one frame; c has no clip at all."""
     videos, levels = tmp_path / "videos", {"m": [40, 90, 140, 190], "s": [128] * 4, "r": [128]}
     videos.mkdir()
     for name, pieces in (("a", "msmsr"), ("b", "mmr"), ("c", "ssr"), ("d", "ms")):
@@ -198,7 +200,7 @@ def test_dropped_pieces_are_counted_by_the_setting_that_dropped_them(tmp_path, c
     assert said in capsys.readouterr().out
 
 
-def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp_path):
+def test_a_folder_of_frames_is_encoded_and_an_unreadable_one_is_listed(tmp_path):
     images = np.random.default_rng(6).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     for name in ("good", "bad", "empty"):
         (tmp_path / name).mkdir()
@@ -216,7 +218,7 @@ def test_a_folder_of_frames_is_encoded_and_one_that_cannot_be_read_is_listed(tmp
     assert reasons[1].startswith("empty contains no frames")
 
 
-def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_counting_video, capsys):
+def test_missing_and_filtered_videos_are_reported_next_to_the_set(tmp_path, write_counting_video, capsys):
     (tmp_path / "video").mkdir()
     write_counting_video(tmp_path / "video" / "a.mp4", 4)
     (tmp_path / "OpenVid-1M.csv").write_text("video,caption,motion score\na.mp4,x,3\nb.mp4,y,3\n")
@@ -233,7 +235,7 @@ def test_what_is_missing_and_filtered_is_written_beside_the_set(tmp_path, write_
         ShardEncoder(replace(config, filters={"motion score": FilterRange(min=1)}))
 
 
-def test_filters_are_read_from_words(tmp_path):
+def test_filters_can_be_overridden_on_the_command_line(tmp_path):
     from flowception.config import load
 
     words = ["source=a", "out=b", "filters.seconds.min=1", "filters.seconds.max=9", "source_format=openvid"]

@@ -14,7 +14,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def test_manifest_tells_the_truth(toy_folder):
+def test_the_manifest_matches_the_clips(toy_folder):
     rows = rows_of(toy_folder)
     assert len(rows) == 12
     for row in rows:
@@ -24,8 +24,8 @@ def test_manifest_tells_the_truth(toy_folder):
         assert row["frames"] in LENGTH_LAW
 
 
-def test_a_clip_depends_on_seed_and_number_alone(toy_folder, tmp_path):
-    """To the codec's precision: about one of 1,000 files that x264 writes differs in its bytes, and we know not why."""
+def test_a_clip_depends_only_on_seed_and_number(toy_folder, tmp_path):
+    """Up to codec precision: about 1 in 1,000 files from x264 differs in its bytes, for unknown reasons."""
     make_toy(tmp_path, clips=3, seed=3)
     for number in (0, 2):
         name, drawn = f"clip_{number:06d}.mp4", draw_clip(3, number).video.astype(int)
@@ -35,7 +35,7 @@ def test_a_clip_depends_on_seed_and_number_alone(toy_folder, tmp_path):
             assert off_by.mean() <= 2
 
 
-def test_the_laws_survive_h264_and_the_codec(tmp_path):
+def test_the_rules_of_the_world_survive_h264_and_the_codec(tmp_path):
     make_toy(tmp_path, clips=60, seed=11)
     codec = build_codec(CodecConfig())
     scores = []

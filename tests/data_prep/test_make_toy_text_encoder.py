@@ -8,7 +8,7 @@ from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.evaluation.toy.world import caption_of
 
 
-def test_it_knows_every_word_and_tells_captions_apart(tmp_path):
+def test_it_knows_every_word_and_distinguishes_captions(tmp_path):
     pytest.importorskip("transformers")
     encoder = TextEncoder.from_config(TextEncoderConfig(model=str(make_text_encoder(tmp_path)), dtype="float32"))
     captions = [caption_of(label, left, up) for label in range(4) for left in (False, True) for up in (False, True)]
@@ -21,7 +21,7 @@ def test_it_knows_every_word_and_tells_captions_apart(tmp_path):
     assert encoder.encode([""])[0].shape == (1, 32)
 
 
-def test_the_seed_decides_the_weights(tmp_path):
+def test_the_seed_determines_the_weights(tmp_path):
     pytest.importorskip("transformers")
     one, same, other = (
         TextEncoder.from_config(TextEncoderConfig(model=str(make_text_encoder(tmp_path / name, seed=seed))))

@@ -9,7 +9,7 @@ from flowception.evaluation.toy.world import CLASS_COLORS
 from flowception.shards.reader import ShardReader
 
 
-def test_the_picture_shows_the_clips_that_are_named(toy_folder, tmp_path, capsys):
+def test_the_image_shows_the_named_clips(toy_folder, tmp_path, capsys):
     out = tmp_path / "set"
     config = EncodeConfig(source=str(toy_folder / "manifest.jsonl"), out=str(out), height=16, width=16)
     ShardEncoder(config).run()
@@ -28,7 +28,7 @@ def test_the_picture_shows_the_clips_that_are_named(toy_folder, tmp_path, capsys
         assert near.sum() > 500
 
 
-def test_rows_are_spread_or_drawn_without_repetition():
+def test_rows_are_spread_or_drawn_without_replacement():
     assert choose_rows(100, 3, None).tolist() == [0, 50, 99]
     assert choose_rows(2, 5, None).tolist() == [0, 1]
     drawn = choose_rows(100, 30, 4)

@@ -1,4 +1,4 @@
-"""Fréchet distance: one dimension by hand, commuting covariances, rotations, and the sampling floor."""
+"""Fréchet distance: one dimension by hand, commuting covariances, rotations, and the noise floor."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def test_one_dimension_by_hand():
     assert distance == pytest.approx(4 + 1)
 
 
-def test_diagonal_covariances_add_up_and_a_rotation_changes_nothing():
+def test_diagonal_covariances_add_up_and_rotations_have_no_effect():
     first, second = torch.tensor([1.0, 4.0, 9.0]).double().diag(), torch.tensor([4.0, 4.0, 0.0]).double().diag()
     zero = torch.zeros(3, dtype=torch.float64)
     assert frechet_distance(zero, first, zero, second) == pytest.approx(1 + 0 + 9)
@@ -22,7 +22,7 @@ def test_diagonal_covariances_add_up_and_a_rotation_changes_nothing():
     assert frechet_distance(zero, first, zero, first) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_floor_is_what_true_samples_show():
+def test_the_floor_matches_true_samples():
     covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double()
     mean = torch.tensor([0.0, 2.0]).double()
     generator = torch.Generator().manual_seed(1)

@@ -17,7 +17,7 @@ def test_total_variation_by_hand():
     assert total_variation({1: 0.5, 2: 0.5}, {2: 0.75, 3: 0.25}) == pytest.approx(0.5)
 
 
-def test_sampling_distance_is_what_samples_show():
+def test_sampling_distance_matches_true_samples():
     law = {6: 0.3, 7: 0.1, 8: 0.2, 9: 0.1, 10: 0.3}
     generator = np.random.default_rng(0)
     draws = generator.choice(list(law), p=list(law.values()), size=(400, 50))

@@ -1,4 +1,4 @@
-"""A tiny network whose every part matters, states to show it, and runs that hold it."""
+"""A tiny network in which every part has an effect, sampler states for it, and run directories with it."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def tiny_config(**changes):
 
 
 def tiny_model(**changes):
-    """Random values everywhere, so that zero-initialized gates hide nothing; still close to nothing at the rate."""
+    """Random values everywhere, so that zero-initialized gates hide nothing, with rates close to zero."""
     model = FlowceptionDiT(tiny_config(**changes)).initialize(seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def model():
 
 @pytest.fixture
 def make_state():
-    """A state of clips that begin with the given numbers of context and start frames, ``step`` steps into sampling."""
+    """A state of clips with the given numbers of context and start frames, ``step`` steps into sampling."""
 
     def make(starts, contexts=(), *, step=0, seed=0, num_inference_steps=10, time_shift=1.0) -> SamplerState:
         generator = torch.Generator().manual_seed(100 + seed)
@@ -66,7 +66,7 @@ def make_state():
 def write_run(
     folder, *, steps=(0, 4), class_names=("red", "green", "blue"), model_changes=(), meta_changes=(), **config_changes
 ):
-    """A run directory as training leaves it: config, manifest with the shard set's description, checkpoints.
+    """Write a run directory as training does: config, manifest with the description of the shard set, checkpoints.
 
     EMA weights of step s are those of ``tiny_model`` plus s / 1000; the live weights are all zero.
     """
@@ -94,7 +94,7 @@ def write_run(
 
 
 def text_changes(encoder_folder):
-    """Changes for ``write_run``: its shard set names a T5 encoder and holds the empty caption's embedding."""
+    """Changes for ``write_run``: a shard set with a T5 encoder and the embedding of the empty caption."""
     config = TextEncoderConfig(model=str(encoder_folder), dtype="float32")
     encoder = TextEncoder.from_config(config)
     null_text = NullText.of(encoder.encode([""])[0])
@@ -115,7 +115,7 @@ def write_checkpoint(run_dir, step, ema):
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory):
-    """Write run directories; one without changes is written once."""
+    """Write run directories; the one without changes is written only once."""
     made = {}
 
     def make(**changes):

@@ -1,4 +1,4 @@
-"""From context files to what the sampler is given, for every task."""
+"""From context files to the sampler's context, for every task."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SIZE = (6, 4)
 
 
 class StrideFour(Codec):
-    """A causal stand-in for a codec that compresses time: latent j is the mean of its pixel frames, 1 + 4 k of them."""
+    """A causal fake codec that compresses time: latent j is the mean of its pixel frames, for 1 + 4 k pixel frames."""
 
     name, latent_channels, spatial_stride, temporal_stride = "stride-four", 1, 2, 4
 
@@ -46,7 +46,7 @@ class StrideFour(Codec):
 
 @pytest.fixture
 def clip(tmp_path):
-    """A gray video file and what its frames decode to; frame k is about ``8 k`` bright."""
+    """A gray video file and its decoded frames; frame k has brightness about ``8 k``."""
 
     def make(frames, fps=8.0, name="a.mp4"):
         video = np.repeat(np.arange(frames, dtype=np.uint8) * 8, 6 * 4 * 3).reshape(frames, *SIZE, 3)
@@ -72,24 +72,24 @@ def reader(task, keep=None, codec=PATCHIFY, fps=None, max_context_frames=8):
 
 
 def marks(context):
-    """What the sampler is told beside the frames."""
+    """The fields of a context besides its frames."""
     return list(context.active), context.num_start_frames, context.begins_with_start
 
 
 @pytest.mark.parametrize(
     ("word", "expected"), [("0-3,8-11", (0, 1, 2, 3, 8, 9, 10, 11)), ("5", (5,)), ("4, 2-3,3", (2, 3, 4))]
 )
-def test_keep_names_frames_and_ranges(word, expected):
+def test_keep_accepts_frames_and_ranges(word, expected):
     assert parse_keep(word) == expected
 
 
 @pytest.mark.parametrize("word", ["", "a", "3-1", "-2", "0-", "0;2", "1,,2", "0-99999999"])
-def test_keep_that_names_nothing_is_refused(word):
+def test_malformed_keep_is_refused(word):
     with pytest.raises(ConfigError, match="--keep must be"):
         parse_keep(word)
 
 
-def test_continuation_is_given_the_run_or_the_end(clip):
+def test_continuation_uses_the_kept_frames_or_the_end(clip):
     path, pixels = clip(7)
     latents = PATCHIFY.encode(pixels)
     (context,) = reader("v2v", keep=(1, 2, 3)).read(context_sources([path]))
@@ -99,7 +99,7 @@ def test_continuation_is_given_the_run_or_the_end(clip):
     assert torch.equal(reader("v2v").read(context_sources([path]))[0].frames, latents)
 
 
-def test_interpolation_between_images_or_frames_of_a_video(clip, image):
+def test_interpolation_between_images_or_video_frames(clip, image):
     files = [image(10, "a.png"), image(90, "b.png"), image(200, "c.png")]
     (context,) = reader("interpolation").read(context_sources(files))
     assert context.frames.mean(dim=(1, 2, 3)).tolist() == pytest.approx([v / 127.5 - 1 for v in (10, 90, 200)])
@@ -122,7 +122,7 @@ def test_interpolation_between_images_or_frames_of_a_video(clip, image):
         ((1, 3), [True, True], True),
     ],
 )
-def test_completion_marks_the_ends_of_its_runs(clip, keep, active, begins_with_start):
+def test_completion_marks_the_ends_of_kept_runs(clip, keep, active, begins_with_start):
     path, pixels = clip(8)
     (context,) = reader("completion", keep=keep).read(context_sources([path]))
     assert torch.equal(context.frames, PATCHIFY.encode(pixels)[list(keep)])
@@ -137,7 +137,7 @@ def test_completion_keeps_the_first_and_the_last_quarter(clip):
 
 
 def test_a_codec_that_compresses_time(clip, image):
-    """15 pixel frames are 13 that fit: latent 0 is frame 0, latent j the frames 4 j - 3 to 4 j."""
+    """13 of 15 pixel frames are usable: latent 0 is frame 0, latent j is frames 4 j - 3 to 4 j."""
     path, pixels = clip(15)
     gray, codec = pixels.astype(float).mean(axis=(1, 2, 3)), StrideFour()
 
@@ -149,14 +149,14 @@ def test_a_codec_that_compresses_time(clip, image):
         return context.frames[:, 0, 0, 0].tolist()
 
     assert read("completion", keep=(1, 3)) == means((1, 4), (9, 12))
-    # A continuation is a clip of its own: its first latent is the last pixel frame of latent 1.
+    # A continuation is encoded as a separate clip: its first latent is the last pixel frame of latent 1.
     assert read("v2v", keep=(1, 2, 3)) == means((4, 4), (5, 8), (9, 12))
     assert read("v2v", max_context_frames=3) == means((6, 6), (7, 10), (11, 14))
     assert read("interpolation", keep=(1, 3)) == means((4, 4), (9, 12))
     assert read("interpolation", files=[image(30, "a.png"), image(70, "b.png")]) == [30, 70]
 
 
-def test_a_video_is_brought_to_the_frame_rate_of_training(clip):
+def test_a_video_is_resampled_to_the_training_frame_rate(clip):
     path, pixels = clip(9, fps=24.0)
     (context,) = reader("v2v", fps=8.0).read(context_sources([path]))
     assert torch.equal(context.frames, PATCHIFY.encode(pixels[[0, 3, 6]]))
@@ -195,7 +195,7 @@ def test_a_video_that_is_too_short_is_refused(clip):
         reader("interpolation").read(context_sources([clip(1, name="c.mp4")[0]]))
 
 
-def test_what_training_never_showed_is_said(clip):
+def test_context_unseen_in_training_is_reported(clip):
     path, _ = clip(7)
     process = ProcessConfig(tasks={"v2v": 1, "completion": 1}, max_context_frames=4, max_cuts=2)
     assert untrained("v2v", reader("v2v", keep=(0, 1, 2, 3)).read(context_sources([path])), process, 20) is None

@@ -1,4 +1,4 @@
-"""Sampling on ``cuda`` without a GPU: frames live there, all else on the CPU, and each crossing is known by name."""
+"""Sampling on ``cuda`` without a GPU: frames are there, everything else on the CPU, and every transfer is listed."""
 
 import pytest
 import torch
@@ -19,17 +19,17 @@ STEP = {
     "to device: generation/predictor.py:velocity_frames (_to_copy)",
     "to device: flow/sampler.py:_move (_to_copy)",
 }
-"""A step makes its pack on the CPU, of frames from the device, and sends it and the places of its answer there."""
+"""A step builds its pack on the CPU from device frames, and sends it and the output indices to the device."""
 INSERTION = {
     "to host: flow/sampler.py:_insertion_counts (_to_copy)",
     "to device: flow/sampler.py:_insert (_to_copy)",
 }
-"""The rates decide on the CPU how many frames are inserted; new noise and the frames' new places go to the device."""
+"""The CPU draws insertions from the rates; new noise and new frame indices go to the device."""
 CACHE = {
     "to device: generation/kv_cache.py:FrozenFramePredictor._evaluate (_to_copy)",
     "to device: generation/kv_cache.py:FrozenFramePredictor._begin_step (_to_copy)",
 }
-"""Places of live and kept tokens."""
+"""Indices of live and cached tokens."""
 
 
 def texts_of(model):
@@ -41,7 +41,7 @@ def texts_of(model):
 
 
 def sampled(predictor, device, **changes):
-    """Two clips, one with a given frame; they finish at different steps."""
+    """Two clips, one with a context frame; they finish at different steps."""
     config = {"num_inference_steps": N, "num_start_frames": 2, "max_frames": 3, **changes}
     return sample(
         predictor,
@@ -60,11 +60,11 @@ SETTINGS = {
     "finished frames kept, autocast": (FrozenFramePredictor, torch.bfloat16, {"refresh_steps": 2}),
     "kept and guided": (FrozenFramePredictor, None, {"refresh_steps": 2, "guidance": 1.5}),
 }
-"""Predictor, precision, and what it is built with; text where it is guided."""
+"""Predictor, precision and settings; with text if guided."""
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sampling_gives_the_cpu_s_clips_and_crosses_by_name_only(make_model, name):
+def test_sampling_matches_the_cpu_with_known_transfers_only(make_model, name):
     kind, autocast, settings = SETTINGS[name]
     text_dim = 5 if "guidance" in settings else None
     model = make_model(text_dim=text_dim, num_layers=1)

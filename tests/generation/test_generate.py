@@ -49,8 +49,8 @@ def test_every_file_is_written_and_listed(job, tmp_path):
     assert (out / "contact.png").is_file()
 
 
-def test_a_clip_is_the_same_whatever_the_batch(job, monkeypatch):
-    """Compared before H.264, where one pixel that rounds the other way would move its whole block."""
+def test_a_clip_does_not_depend_on_the_batch(job, monkeypatch):
+    """Compared before H.264, where one pixel that rounds differently would change its entire block."""
     written = {}
 
     def write_mp4(path, video, *, fps):
@@ -62,10 +62,10 @@ def test_a_clip_is_the_same_whatever_the_batch(job, monkeypatch):
     for number in range(4):
         one, other = (written[out, f"clip_{number:04d}.mp4"] for out in ("together", "alone"))
         assert one.shape == other.shape
-        assert np.abs(one - other).max() <= 1  # latents agree to 1e-4 (test_predictor), so a level may round either way
+        assert np.abs(one - other).max() <= 1  # latents agree to 1e-4 (test_predictor), so a level may round up or down
 
 
-def test_i2v_begins_with_the_context_image(job, tmp_path):
+def test_i2v_starts_with_the_context_image(job, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for image, file in zip(images, files):
@@ -74,13 +74,13 @@ def test_i2v_begins_with_the_context_image(job, tmp_path):
     for number, record in enumerate(records):
         assert record["task"] == "i2v"
         shown = read_video(tmp_path / "out" / record["file"])[0].astype(int)
-        assert np.abs(shown - images[number % 2]).mean() <= 8  # of H.264's loss 2 were measured
+        assert np.abs(shown - images[number % 2]).mean() <= 8  # the measured loss of H.264 is 2
         assert np.abs(shown - images[1 - number % 2]).mean() > 20
 
 
 @pytest.fixture
 def video(tmp_path):
-    """A file of 7 different noisy frames, and what it decodes to."""
+    """A file of 7 different noisy frames, and its decoded frames."""
     pixels = np.random.default_rng(1).integers(0, 256, (7, 6, 4, 3), dtype=np.uint8)
     write_video(tmp_path / "context.mp4", pixels, fps=8)
     return tmp_path / "context.mp4", read_video(tmp_path / "context.mp4")
@@ -102,8 +102,8 @@ def given_frames(record):
         ("completion", (2, 3, 6), [2, 3, 6]),
     ],
 )
-def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task, keep, given):
-    """Pixels before H.264: the codec is lossless, so they are the file's own; and nothing lies right of a passive."""
+def test_context_frames_are_unchanged(job, monkeypatch, video, task, keep, given):
+    """Pixels before H.264 equal the file's, since the codec is lossless; nothing is right of a passive frame."""
     path, pixels = video
     written = []
     monkeypatch.setattr("flowception.generation.clip.write_mp4", lambda path, video, *, fps: written.append(video))
@@ -127,7 +127,7 @@ def test_given_frames_come_out_as_they_were_given(job, monkeypatch, video, task,
     assert max(record["latent_frames"] for record in records) > begun_with, "something must have been inserted"
 
 
-def test_what_the_run_was_not_trained_on_is_said(job, video, console):
+def test_a_task_unseen_in_training_is_reported(job, video, console):
     job(task="completion", context=(video[0],), num=1)
     assert "WARNING: the run was not trained on completion, only on t2v" in console.readouterr().out
 
@@ -147,7 +147,7 @@ def test_a_run_of_a_prescribed_law_continues_and_interpolates(job, video, law):
 
 
 @pytest.mark.parametrize("law", PRESCRIBED_LAWS)
-def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law):
+def test_a_run_of_a_prescribed_law_makes_clips_of_the_requested_length(job, law):
     changes = {"delay_law": law}
     records = job(changes, num=2, num_frames=7)
     assert [r["latent_frames"] for r in records] == [7, 7]
@@ -173,13 +173,13 @@ def test_a_run_of_a_prescribed_law_makes_clips_of_the_length_asked_for(job, law)
         ({"device": "abacus"}, "`device` must be .*, got abacus"),
     ],
 )
-def test_wishes_that_cannot_be_met_write_nothing(job, tmp_path, options, message):
+def test_unsupported_options_write_nothing(job, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         job(**options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(job, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(job, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ConfigError, match="must be a folder, got the file"):
         job(out="file")

@@ -1,4 +1,4 @@
-"""The picture of a clip's growth shows the frames, their noise, and where they were inserted."""
+"""The growth plot shows frames, noise levels and insertions."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def picture(tmp_path):
     return draw
 
 
-def test_marks_of_each_kind_appear_as_often_as_frames_of_it(picture):
+def test_every_frame_has_one_mark_of_its_kind(picture):
     start, free, active = Role.START, Role.FREE, Role.CONTEXT_ACTIVE
     few = picture([0, 0, 0.5, 0], [active, start, free, start])
     assert min(count(few, color) for color in (CONTEXT_COLOR, START_COLOR, INSERTION_COLOR)) > 25
@@ -58,12 +58,12 @@ def test_marks_of_each_kind_appear_as_often_as_frames_of_it(picture):
     assert count(only, INSERTION_COLOR) > 1.8 * count(few, INSERTION_COLOR)
 
 
-def test_a_birth_is_marked_where_it_happened(picture):
+def test_an_insertion_is_marked_at_its_clock(picture):
     columns = []
     for born_at in (0.1, 0.9):
         shown = picture([0, born_at, 1.0], [Role.START, Role.FREE, Role.FREE])
         orange = np.abs(shown.astype(float) - 255 * np.array(to_rgb(INSERTION_COLOR))).max(axis=-1) < 12
-        band = orange[: int(0.55 * len(orange))]  # above the last frame's mark and the legend
+        band = orange[: int(0.55 * len(orange))]  # above the mark of the last frame and the legend
         columns.append(np.flatnonzero(band.any(axis=0)).mean() / shown.shape[1])
     assert columns[1] - columns[0] > 0.2
 
@@ -73,7 +73,7 @@ def test_a_long_clip_is_drawn_in_full(picture):
     assert shown.shape[0] > 1000
 
 
-def test_a_title_is_not_mathematics(tmp_path):
+def test_a_title_is_not_parsed_as_math(tmp_path):
     growth = Growth(born_at=[0.0], roles=[Role.START], num_inference_steps=2, title="class a$\\foo$")
     growth.save(tmp_path / "growth.png")
     assert (tmp_path / "growth.png").is_file()

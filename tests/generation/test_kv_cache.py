@@ -1,4 +1,4 @@
-"""Finished frames as keys and values only: what it computes, by hand, and what it costs."""
+"""Cached keys and values of finished frames: results and cost."""
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from tests.varlen_on_cpu import choose_varlen
 FRAME_SHAPE = (12, 3, 2)
 N = 6
 NEVER = 1000
-"""A refresh period that no clip reaches: all frames are computed in the clock's last step and then never again."""
+"""A refresh period that no clip reaches: the clock's last step is the last to compute all frames."""
 
 
 def arguments(predict, labels, seed=10):
-    """Image-to-video, without context for class 2; the clips finish at different steps, some cut by the cap."""
+    """Image-to-video, without context for class 2; clips finish at different steps, some at the cap."""
     images = [Context(frames=torch.full((1, *FRAME_SHAPE), 0.1 * (label + 1))) for label in labels]
     return {
         "predict": predict,
@@ -54,7 +54,7 @@ def test_refreshing_in_every_step_is_the_plain_sampler(make_model, text_dim, gui
 
 
 @pytest.mark.parametrize("refresh_steps", [2, NEVER])
-def test_a_clip_comes_out_the_same_alone_or_in_a_batch(model, refresh_steps):
+def test_a_clip_is_the_same_alone_or_in_a_batch(model, refresh_steps):
     labels = [0, 1, 2]
     settings = {"refresh_steps": refresh_steps, "guidance": 1.5, "rate_guidance": 0.7}
     batch = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
@@ -67,8 +67,8 @@ def test_a_clip_comes_out_the_same_alone_or_in_a_batch(model, refresh_steps):
         assert float(batch.clip_flops[clip]) == pytest.approx(float(alone.clip_flops[0]), rel=1e-12)
 
 
-def test_with_one_layer_finished_frames_are_as_they_were_in_their_last_step(make_model):
-    """With one block a finished frame's keys depend on nothing but itself, so what is kept can be said exactly."""
+def test_with_one_layer_cached_frames_equal_their_last_step(make_model):
+    """With one block, the keys of a finished frame depend only on that frame, so the cache is exact."""
     model, labels = make_model(num_layers=1), [0]
     plain, frozen = NetworkPredictor(model, labels), FrozenFramePredictor(model, labels, refresh_steps=NEVER)
     states = list(sample_states(**arguments(plain, labels)))
@@ -88,8 +88,8 @@ def test_with_one_layer_finished_frames_are_as_they_were_in_their_last_step(make
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5])
-def test_kept_keys_go_through_the_kernel_for_variable_lengths(model, monkeypatch, guidance):
-    """As on CUDA, where the kernel refuses queries and keys with different numbers of segments."""
+def test_cached_keys_go_through_the_variable_length_kernel(model, monkeypatch, guidance):
+    """As on CUDA, where the kernel requires the same number of segments in queries and keys."""
     labels = [0, 1, 2]
     settings = {"refresh_steps": NEVER, "guidance": guidance}
     reference = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
@@ -124,12 +124,12 @@ def test_flops_are_those_that_torch_counts(make_model, refresh_steps, guidance, 
     with counter, sdpa_kernel(SDPBackend.MATH):
         result = sample(**arguments(predict, labels))
     pooling = 0
-    if text_dim is not None:  # the mean over a clip's text is left out of the count, see tests/packing/test_flops.py
+    if text_dim is not None:  # the mean over a clip's text is not counted, see tests/packing/test_flops.py
         pooling = 5e-3 * result.flops
     assert result.flops == pytest.approx(counter.get_total_flops(), abs=pooling, rel=1e-9)
 
 
-def test_finished_frames_are_not_computed(model):
+def test_finished_frames_are_not_recomputed(model):
     labels = [0, 1, 2]
     plain = sample(**arguments(NetworkPredictor(model, labels), labels))
     costs = [
@@ -140,7 +140,7 @@ def test_finished_frames_are_not_computed(model):
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].layout.frame_rank)))
     last = list(sample_states(**arguments(FrozenFramePredictor(model, labels, refresh_steps=NEVER), labels)))
     handle.remove()
-    # Until the clock's end every frame is computed, then the moving ones.
+    # Every frame is computed until the clock ends, then only the moving ones.
     assert seen == [int(s.moving.sum()) if s.step >= N else len(s.roles) for s in last[:-1]]
 
 

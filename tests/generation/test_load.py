@@ -1,4 +1,4 @@
-"""A run directory is read whole: EMA weights of the right step, the codec that made the shards; or refused clearly."""
+"""Loading a run directory: EMA weights of the correct step, the codec that made the shards, and clear errors."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def test_a_step_can_be_chosen(make_run, make_model):
     assert all(torch.equal(value, expected[name]) for name, value in run.model.named_parameters())
 
 
-def test_a_step_that_is_not_there(make_run):
+def test_a_missing_step(make_run):
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; available: 0, 4"):
         load_run(make_run(), step=3)
 
@@ -40,7 +40,7 @@ def copied_run(make_run, tmp_path):
     return shutil.copytree(make_run(), tmp_path / "run")
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, console):
+def test_a_damaged_newest_checkpoint_is_skipped(copied_run, console):
     file = next((copied_run / "checkpoints" / "step_00000004").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     assert load_run(copied_run).step == 0
@@ -49,8 +49,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied_run, console):
         load_run(copied_run, step=4)
 
 
-def test_the_network_takes_the_weights_that_were_read(make_run, monkeypatch):
-    """They are not copied into memory that the network had before."""
+def test_the_network_uses_the_loaded_weights_without_a_copy(make_run, monkeypatch):
+    """They are not copied into existing parameters."""
     weights = {}
     monkeypatch.setattr(load, "read_full", lambda *what: weights.update(read_full(*what)) or weights)
     parameters = dict(load_run(make_run()).model.named_parameters())
@@ -59,7 +59,7 @@ def test_the_network_takes_the_weights_that_were_read(make_run, monkeypatch):
 
 
 def damage(folder, kind):
-    """Overwrite all of one kind in place: sizes stay."""
+    """Overwrite all data of one kind in place, keeping sizes."""
     (file,) = folder.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     header = json.loads(content[8 : (data := 8 + int.from_bytes(content[:8], "little"))])
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_model(copied_run):
         load_run(copied_run)
 
 
-def test_recomputation_is_nothing_to_generation(copied_run, make_state):
+def test_activation_checkpointing_does_not_affect_generation(copied_run, make_state):
     config = json.loads((copied_run / "config.yaml").read_text())
     config["model"]["activation_checkpointing"] = "auto"
     (copied_run / "config.yaml").write_text(json.dumps(config))
@@ -114,7 +114,7 @@ def test_another_codec(copied_run):
         load_run(copied_run)
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_not_a_run(tmp_path):
     with pytest.raises(RunDirectoryError, match="is not a run directory"):
         load_run(tmp_path)
 

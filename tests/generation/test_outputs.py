@@ -1,4 +1,4 @@
-"""One set made by several jobs: the clips and the list of one job."""
+"""A set split over several jobs has the clips and list of a single job."""
 
 import json
 
@@ -12,7 +12,7 @@ from flowception.generation.outputs import begin_lists, check_part, first_clips,
 
 @pytest.fixture
 def pixels(monkeypatch):
-    """Folder and clip to its pixels before H.264, whose encoder does not always decide alike."""
+    """Pixels by folder and clip before H.264, whose encoder is not deterministic."""
     written = {}
 
     def write_mp4(path, video, *, fps):
@@ -27,8 +27,8 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("clip")}
 
 
-def test_the_set_is_the_same_to_the_bit_at_any_number_of_jobs(make_run, pixels, tmp_path):
-    """Three clips in two batches, by one job and by three, of which one has nothing to do."""
+def test_the_set_is_bitwise_the_same_for_any_number_of_jobs(make_run, pixels, tmp_path):
+    """Three clips in two batches, by one job and by three, one of which has no batch."""
 
     def job(out, part=0, num_parts=1):
         settings = {"num_inference_steps": 4, "batch_size": 2, "seed": 7, "max_frames": 9, "device": "cpu"}
@@ -51,7 +51,7 @@ def test_the_set_is_the_same_to_the_bit_at_any_number_of_jobs(make_run, pixels, 
 
 
 def write_part(folder, part, num_parts, numbers):
-    """A job's lists, of clips made up."""
+    """Write a job's lists for made-up clips."""
     names = {"task": "t2v", "prompt": None, "class_name": None, "class_label": None}
     records = [{"file": f"clip_{number:04d}.mp4", "seed": 7 + number, **names} for number in numbers]
     begin_lists(folder, part, num_parts)
@@ -62,7 +62,7 @@ def listed(folder):
     return [json.loads(line)["seed"] - 7 for line in (folder / "clips.jsonl").read_text().splitlines()]
 
 
-def test_the_list_is_in_the_order_of_clips_whoever_ends_last(tmp_path):
+def test_the_list_is_in_clip_order_whichever_job_ends_last(tmp_path):
     numbers = [[0, 1, 4, 5, 9_999, 10_000], [2, 3, 6, 7]]
     for order in ([0, 1], [1, 0]):
         folder = tmp_path / str(order[0])
@@ -73,7 +73,7 @@ def test_the_list_is_in_the_order_of_clips_whoever_ends_last(tmp_path):
         assert listed(folder) == [0, 1, 2, 3, 4, 5, 6, 7, 9_999, 10_000]
 
 
-def test_a_set_that_takes_the_place_of_another_is_listed_in_the_end(tmp_path):
+def test_a_set_that_replaces_another_is_listed_at_the_end(tmp_path):
     for numbers in ([[0, 1], [2, 3]], [[0, 1], [2]]):
         for part in range(2):
             write_part(tmp_path, part, 2, numbers[part])
@@ -94,6 +94,6 @@ def test_parts_make_every_batch_once(num_clips, batch_size):
 
 
 @pytest.mark.parametrize(("part", "num_parts"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_part_that_there_is_not_is_refused(part, num_parts):
+def test_a_part_out_of_range_is_refused(part, num_parts):
     with pytest.raises(ConfigError, match=f"`part` must be .*, got {part} and {num_parts}"):
         check_part(part, num_parts)

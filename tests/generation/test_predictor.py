@@ -1,4 +1,4 @@
-"""The network adapter: a pack of many clips answers as the model does for each clip, shown what it should be."""
+"""The network as a predictor: a pack of many clips equals the model on each clip, with the correct inputs."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ FRAME_SHAPE = (12, 3, 2)
 
 
 def one_clip(model, frames, condition, times, roles, label):
-    """Velocity [n, C, H, W] and rate [n] of one clip, its pack laid out by hand: frame by frame, row by row."""
+    """Velocity [n, C, H, W] and rate [n] of one clip, with its pack laid out explicitly."""
     count, channels, height, width = frames.shape
     layout = build_layout([ClipShape(count, height, width)])
     noisy, clean, at = torch.zeros(len(layout.token_kind), channels), torch.zeros(len(layout.token_kind), channels), 0
@@ -83,7 +83,7 @@ def test_guidance_extrapolates_from_the_null_class(model, make_state):
     assert not torch.allclose(conditional[0], null[0], atol=1e-3)
 
 
-def test_guidance_leaves_the_rate_alone_unless_asked(model, make_state):
+def test_guidance_does_not_change_the_rate_by_default(model, make_state):
     state = make_state([3], step=2)
     plain = NetworkPredictor(model, [1])(state)[1]
     torch.testing.assert_close(NetworkPredictor(model, [1], guidance=7.0)(state)[1], plain, atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_guidance_is_one_call_of_the_model(model, make_state):
     assert calls == [1]
 
 
-def test_text_stands_before_its_clip_and_is_the_null_text_in_the_null_half(make_model, make_state):
+def test_text_precedes_its_clip_and_is_null_text_in_the_unconditional_half(make_model, make_state):
     model = make_model(text_dim=16)
     texts, null = [torch.randn(5, 16), torch.randn(0, 16)], torch.randn(2, 16)
     predictor = NetworkPredictor(model, [0, 1], texts=texts, null_text=null, guidance=2.0)
@@ -142,7 +142,7 @@ def test_a_clip_alone_equals_the_same_clip_in_a_batch(model, scales):
     assert float(batch.clip_flops[1]) == float(alone.clip_flops[0])
 
 
-def test_the_context_frame_comes_out_unchanged(model):
+def test_the_context_frame_is_unchanged(model):
     clean = torch.randn(1, *FRAME_SHAPE)
     result = sample(
         NetworkPredictor(model, [0]), frame_shape=FRAME_SHAPE, batch_size=1,
@@ -151,7 +151,7 @@ def test_the_context_frame_comes_out_unchanged(model):
     assert torch.equal(result.frames[:1], clean)
 
 
-def test_finished_clips_are_passed_over(model, make_state):
+def test_finished_clips_are_skipped(model, make_state):
     state = dataclasses.replace(make_state([2, 2, 2]), step=14)
     state = dataclasses.replace(state, born_step=torch.tensor([0, 0, 0, 9, 0, 0]))
     predictor = NetworkPredictor(model, [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Prompts on a run trained with text: the encoder that made the shards, another one, and none; files of prompts."""
+"""Prompts for a run trained with text: correct, wrong and missing encoder, and prompts files."""
 
 import json
 
@@ -27,7 +27,7 @@ def run_with_text(make_run, encoder_folder):
     return make_run(**text_changes(encoder_folder))
 
 
-def test_the_encoder_of_the_shards_is_taken(run_with_text, encoder_folder):
+def test_the_encoder_of_the_shards_is_used(run_with_text, encoder_folder):
     run = load_run(run_with_text)
     captions = ["a red disc moving left and up", "a disc", "", None]
     found = encode_prompts(run, captions, None, torch.device("cpu"))
@@ -52,7 +52,7 @@ def test_another_encoder_is_refused(run_with_text, tmp_path):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Folder to its clips before H.264, where one pixel that rounds the other way would move its whole block."""
+    """Clips by folder before H.264, where one pixel that rounds differently would change its entire block."""
     clips = {}
 
     def write_mp4(path, video, *, fps):
@@ -73,7 +73,7 @@ def largest_difference(clips, others):
 SETTINGS = {"num_inference_steps": 4, "max_frames": 6, "device": "cpu", "class_label": "null"}
 
 
-def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tmp_path, written, console):
+def test_the_prompt_changes_the_clip_and_no_prompt_means_null_text(run_with_text, tmp_path, written, console):
     for name, prompt in (("red", "a red disc"), ("cyan", "a cyan disc"), ("none", None), ("empty", "")):
         out = tmp_path / name
         records = generate(
@@ -81,19 +81,19 @@ def test_the_prompt_changes_the_clip_and_none_is_the_null_text(run_with_text, tm
         )
         assert [record["prompt"] for record in records] == [prompt] * 2
         assert ("WARNING: clips are unconditional" in console.readouterr().out) == (prompt is None)
-    assert largest_difference(written["red"], written["cyan"]) > 4  # 9 and 16 were measured
+    assert largest_difference(written["red"], written["cyan"]) > 4  # measured: 9 and 16
     assert largest_difference(written["red"], written["none"]) > 4
     assert (
         largest_difference(written["empty"], written["none"]) <= 1
-    )  # the same text, but read back from the set: a level may round
+    )  # the same text, but read back from the set, so a level may round
 
 
 RED, CYAN, GREEN = (f"a {color} disc moving left and up" for color in ("red", "cyan", "green"))
 
 
 @pytest.mark.parametrize("cache_refresh", [None, 2])
-def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tmp_path, written, cache_refresh):
-    """Two rounds over three prompts of different lengths, with guidance: clip i is what --prompt makes of its seed."""
+def test_a_clip_depends_only_on_its_own_prompt(run_with_text, tmp_path, written, cache_refresh):
+    """Two rounds over three prompts of different lengths, with guidance: clip i equals --prompt with its seed."""
     captions = [RED, "a disc", CYAN]
     (tmp_path / "prompts.txt").write_text("".join(f"{caption}\n\n" for caption in captions))
     settings = {**SETTINGS, "guidance": 3.0, "cache_refresh": cache_refresh, "run_dir": run_with_text}
@@ -110,14 +110,14 @@ def test_a_clip_of_a_batch_of_prompts_is_the_one_of_its_prompt(run_with_text, tm
         generate(GenerateOptions(out_dir=tmp_path / "alone", prompt=caption, num=1, seed=number, **settings))
         alone, clip = written["alone"]["clip_0000.mp4"], written["together"][f"clip_{number:04d}.mp4"]
         assert alone.shape == clip.shape
-        # Latents agree to 1e-4 (test_predictor), so a level may round either way.
+        # Latents agree to 1e-4 (test_predictor), so a level may round up or down.
         assert np.abs(alone - clip).max() <= 1
     first, second = ({name: written["together"][name]} for name in ("clip_0000.mp4", "clip_0002.mp4"))
     assert largest_difference(first, {"clip_0000.mp4": second["clip_0002.mp4"]}) > 8
 
 
-def test_tasks_share_the_prompts(run_with_text, tmp_path, written):
-    """Five clips with seeds in disorder, in batches of two: the set of one job, in the order of clips."""
+def test_jobs_share_the_prompts(run_with_text, tmp_path, written):
+    """Five clips with unordered seeds, in batches of two: the set of one job, in the order of clips."""
     lines = [{"prompt": RED, "seed": 9}, {"prompt": CYAN}, {"prompt": GREEN, "seed": 3, "class_label": "blue"},
              {"prompt": "", "seed": 9}, {"prompt": RED, "class_label": None}]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -146,7 +146,7 @@ def test_tasks_share_the_prompts(run_with_text, tmp_path, written):
     assert largest_difference(written["whole"], written["parts"]) <= 1
 
 
-def test_each_context_file_meets_its_prompt(run_with_text, tmp_path, written):
+def test_each_context_file_is_paired_with_its_prompt(run_with_text, tmp_path, written):
     """Two images and two prompts, each pair twice."""
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     images = np.random.default_rng(0).integers(0, 256, (2, 6, 4, 3), dtype=np.uint8)
@@ -208,7 +208,7 @@ def test_lines_become_prompts(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, name, content, message):
+def test_a_malformed_prompts_file_writes_nothing(run_with_text, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     options = {"run_dir": run_with_text, "out_dir": tmp_path / "out", "prompts_file": tmp_path / name, "num": 1}
     with pytest.raises(ConfigError, match=message):
@@ -216,7 +216,7 @@ def test_a_file_that_is_none_of_prompts_writes_nothing(run_with_text, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_wishes_that_contradict_each_other_write_nothing(make_run, run_with_text, tmp_path):
+def test_contradictory_options_write_nothing(make_run, run_with_text, tmp_path):
     file = tmp_path / "prompts.txt"
     options = {"out_dir": tmp_path / "out", "prompts_file": file, "num": 1, **SETTINGS}
     with pytest.raises(ConfigError, match="cannot read --prompts"):

@@ -1,4 +1,4 @@
-"""The public API: a run is loaded, sampled and streamed; the command makes the same clips."""
+"""The public API: load, sample and stream a run; the command line makes the same clips."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def same(clip, other):
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    """And the public names are there all the same."""
+    """The public names are nevertheless available."""
     code = (
         "import sys, flowception\n"
         "assert set(flowception.__all__) < set(dir(flowception))\n"
@@ -49,14 +49,14 @@ def test_importing_the_package_imports_nothing_heavy():
         flowception.lode  # noqa: B018
 
 
-def test_a_run_says_what_it_is(run, make_run):
+def test_properties_of_a_run(run, make_run):
     assert (run.path, run.step, run.device) == (make_run(), 4, torch.device("cpu"))
     assert (run.class_names, run.sizes, run.fps) == (["red", "green", "blue"], [(6, 4)], 16.0)
     assert repr(run) == f"Run('{make_run()}', step=4, device='cpu')"
     assert flowception.load(str(make_run()), step=0, device="cpu").step == 0
 
 
-def test_what_cannot_be_loaded(make_run, tmp_path):
+def test_loading_errors(make_run, tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(RunDirectoryError, match="is not a run directory"):
             flowception.load(folder, device="cpu")
@@ -66,7 +66,7 @@ def test_what_cannot_be_loaded(make_run, tmp_path):
         flowception.load(make_run(), device="abacus")
 
 
-def test_a_clip_says_how_it_came_about(run):
+def test_attributes_of_a_clip(run):
     clips = run.sample(num=4, **QUICK)
     assert [(clip.class_label, clip.class_name, clip.seed) for clip in clips] == [
         (0, "red", 20), (1, "green", 21), (2, "blue", 22), (0, "red", 23)
@@ -89,7 +89,7 @@ def test_a_clip_says_how_it_came_about(run):
     assert not same(again[0], other[0])
 
 
-def test_a_class_has_a_name_and_a_number(run):
+def test_a_class_by_name_or_number(run):
     (one,), (other,) = (run.sample(class_label=label, **QUICK) for label in ("blue", 2))
     assert same(one, other)
     assert (one.class_label, one.class_name) == (2, "blue")
@@ -97,7 +97,7 @@ def test_a_class_has_a_name_and_a_number(run):
     assert (none.class_label, none.class_name) == (None, None)
 
 
-def test_an_image_may_be_a_path_an_array_a_tensor_or_a_picture(run, pixels, tmp_path):
+def test_an_image_can_be_a_path_array_tensor_or_pil_image(run, pixels, tmp_path):
     image = pixels[0]
     Image.fromarray(image).save(tmp_path / "first.png")
     kinds = [tmp_path / "first.png", str(tmp_path / "first.png"), image, torch.from_numpy(image)]
@@ -108,7 +108,7 @@ def test_an_image_may_be_a_path_an_array_a_tensor_or_a_picture(run, pixels, tmp_
     assert [same(first, other) for other in others] == [True] * 7
 
 
-def test_a_video_may_be_a_file_or_an_array(run, pixels, tmp_path):
+def test_a_video_can_be_a_file_or_an_array(run, pixels, tmp_path):
     write_video(tmp_path / "video.mp4", pixels, fps=8)
     video = read_video(tmp_path / "video.mp4")
     settings = {"task": "v2v", "keep": [3, 1, 2], **QUICK}
@@ -150,8 +150,8 @@ def test_clips_cycle_over_their_context(run, pixels):
         ({"size": (7, 4)}, "multiples of 2"),
     ],
 )
-def test_errors_name_arguments_and_come_at_once(run, options, message):
-    """No flags of the command line; and a stream raises them before its first frame."""
+def test_errors_name_arguments_and_are_immediate(run, options, message):
+    """Messages have no command-line flags, and a stream raises them before its first frame."""
     for call in (run.sample, run.stream):
         if call == run.stream and ("num" in options or "num_frames" in options):
             continue
@@ -160,7 +160,7 @@ def test_errors_name_arguments_and_come_at_once(run, options, message):
         assert "--" not in str(found.value)
 
 
-def test_the_command_makes_the_clips_of_the_api(run, make_run, monkeypatch, tmp_path):
+def test_the_command_line_and_the_api_make_the_same_clips(run, make_run, monkeypatch, tmp_path):
     written = []
     monkeypatch.setattr("flowception.generation.clip.write_mp4", lambda path, video, *, fps: written.append(video))
     options = {**QUICK, "num": 3, "batch_size": 2, "guidance": 2.0, "class_label": "green"}
@@ -172,7 +172,7 @@ def test_the_command_makes_the_clips_of_the_api(run, make_run, monkeypatch, tmp_
         assert (clip.seed, clip.flops, clip.evaluations) == (record["seed"], record["flops"], record["evaluations"])
 
 
-def test_clips_and_pictures_are_saved_by_their_suffix(run, tmp_path):
+def test_the_suffix_selects_the_file_format(run, tmp_path):
     (clip,) = run.sample(**QUICK)
     clip.save(tmp_path / "clip.mp4")
     clip.save(str(tmp_path / "clip.gif"), fps=10)
@@ -196,7 +196,7 @@ def test_clips_and_pictures_are_saved_by_their_suffix(run, tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Evaluations made so far, at each state that a sampler gave."""
+    """Number of evaluations at each state of a sampler."""
     seen = []
 
     def watched(*arguments, **settings):
@@ -209,12 +209,12 @@ def steps(monkeypatch):
 
 
 def arrivals(stream, steps):
-    """The frames of a stream, and the evaluations after which each one came."""
+    """The frames of a stream, and the number of evaluations before each."""
     pairs = [(frame, steps[-1]) for frame in stream]
     return np.stack([frame for frame, _ in pairs]), [step for _, step in pairs]
 
 
-def test_a_stream_hands_out_the_clip_of_sample(run, pixels, steps):
+def test_a_stream_yields_the_clip_of_sample(run, pixels, steps):
     (clip,) = run.sample(**QUICK)
     frames, came = arrivals(run.stream(**QUICK), steps)
     assert np.array_equal(frames, clip.frames)
@@ -235,7 +235,7 @@ def test_an_autoregressive_run_streams_frame_by_frame(make_run, steps):
     assert came == [5, 10, 15, 20]
 
 
-def test_a_codec_that_mixes_frames_decodes_the_whole_clip_once(make_run, pixels, steps, monkeypatch):
+def test_a_codec_that_mixes_frames_decodes_the_full_clip_once(make_run, pixels, steps, monkeypatch):
     run, decoded = flowception.load(make_run(), device="cpu"), []
     decode = run.loaded.codec.decode
     settings = {"task": "v2v", "context": pixels[:3], **QUICK}

@@ -1,4 +1,4 @@
-"""Sampling shows the network what training showed it: one clip in one moment makes the same pack on both roads."""
+"""Sampling and training give the network the same inputs: a clip in a given state makes the same pack in both."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ STEPS = 1000
 
 
 class Latents:
-    """A reader of clips that exist nowhere: frame j of clip i is drawn from (i, j)."""
+    """A reader of synthetic clips: frame j of clip i is drawn from (i, j)."""
 
     text_width, latent_channels, null_text = None, 12, None
 
@@ -33,7 +33,7 @@ class Latents:
 
 
 def state_of(plan, pack_plan, draws):
-    """The sampler's state of the same clips, by DESIGN.md section 2: one clip a call, frame by frame."""
+    """The sampler state of the same clips by DESIGN.md section 2, built frame by frame."""
     frames, condition, roles, ages, counts = [], [], [], [], []
     for slot, row in enumerate(pack_plan.rows.tolist()):
         visible = torch.nonzero(draws.visible[slot]).flatten().tolist()
@@ -51,8 +51,8 @@ def state_of(plan, pack_plan, draws):
             condition.append(clean if given else torch.zeros_like(clean))
             roles.append(role)
             ages.append(round(float(draws.global_time[slot].clamp(0, 1)) * STEPS) if given else round(time * STEPS))
-    # A state has one clock for all its clips, drawn clips have one each: the test allows for that. Just short of the
-    # clock's end no clip is passed over as finished.
+    # A state has one clock for all clips, while drawn clips have separate ones, which the test allows for. Just before
+    # the clock ends, no clip is skipped as finished.
     step = STEPS - 1
     return SamplerState(
         frames=torch.stack(frames),
@@ -69,7 +69,7 @@ def state_of(plan, pack_plan, draws):
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v", "v2v", "interpolation", "completion"])
-def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
+def test_a_training_pack_equals_the_sampling_pack_of_the_same_state(model, task):
     config = configs(
         tasks={task: 1.0}, token_budget=400, packs_per_step=1, num_start_frames=2, time_shift=3.0, condition_dropout=0.0
     )
@@ -90,7 +90,7 @@ def test_a_training_pack_equals_the_pack_of_the_same_moment(model, task):
     torch.testing.assert_close(trained.condition[:tokens].float(), sampled.condition, atol=1e-6, rtol=0)
     torch.testing.assert_close(trained.noisy[:tokens].float(), sampled.noisy, atol=1e-5, rtol=0)
     clock = draws.global_time.clamp(0, 1)[sampled.layout.frame_clip].float()
-    at_the_clock = torch.where(sampled.role > 0, clock, sampled.time)  # the state's own clock is 1 for every clip
+    at_the_clock = torch.where(sampled.role > 0, clock, sampled.time)  # the clock of the state is 1 for every clip
     torch.testing.assert_close(trained.time[:frames], at_the_clock, atol=2e-3, rtol=0)
 
 
@@ -98,7 +98,7 @@ NULL_TEXT = torch.linspace(-1, 1, 2 * 16).view(2, 16).bfloat16()
 
 
 class Captioned(Latents):
-    """The same clips with a caption each, of row % 4 tokens (so some have none)."""
+    """The same clips with captions of row % 4 tokens, so some have none."""
 
     text_width, null_text = 16, NULL_TEXT
 
@@ -106,8 +106,8 @@ class Captioned(Latents):
         return torch.full((row % 4, 16), float(row)) if row % 4 else None
 
 
-def test_a_clip_trained_without_its_condition_looks_like_an_unprompted_one(make_model):
-    """Length and rows of the text, the class, and every position: what the sampler shows without a prompt."""
+def test_a_clip_with_dropped_condition_equals_an_unprompted_one(make_model):
+    """Text length, text rows, class and all positions equal those of sampling without a prompt."""
     model = make_model(text_dim=16)
     config = configs(
         tasks={"t2v": 1.0}, token_budget=600, packs_per_step=1, num_start_frames=2, time_shift=3.0,

@@ -1,4 +1,4 @@
-"""Clips written to files come back as they were, within what H.264 may change."""
+"""Clips are read back as written, up to the loss of H.264."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ COLORS = np.array([[230, 30, 30], [30, 200, 60], [40, 80, 240], [240, 200, 20]],
 
 
 def moving_disc(frames, side, color):
-    """A disc on black that moves one pixel a frame."""
+    """A disc on black that moves one pixel per frame."""
     rows, columns = np.mgrid[:side, :side]
     inside = [(rows - side / 2) ** 2 + (columns - side / 4 - t) ** 2 < (side / 5) ** 2 for t in range(frames)]
     return np.where(np.stack(inside)[..., None], color, np.uint8(10)).astype(np.uint8)
@@ -56,7 +56,7 @@ def test_pad_to_even_repeats_the_edge():
     assert np.array_equal(padded[0, 3, :5], video[0, 2])
 
 
-def test_the_preview_has_every_frame_enlarged_by_whole_pixels(tmp_path):
+def test_the_preview_has_every_frame_enlarged_by_an_integer_factor(tmp_path):
     video = moving_disc(5, 16, COLORS[2])
     write_preview(tmp_path / "clip.gif", video, fps=8)
     with Image.open(tmp_path / "clip.gif") as image:
@@ -78,7 +78,7 @@ def test_the_contact_sheet_has_a_row_for_each_clip(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 3), (2, 16, 16, 4), (0, 16, 16, 3)])
-def test_what_is_no_video_is_refused(tmp_path, shape):
+def test_an_array_that_is_not_a_video_is_refused(tmp_path, shape):
     with pytest.raises(DataError, match="a video must be uint8"):
         write_mp4(tmp_path / "clip.mp4", np.zeros(shape, dtype=np.uint8), fps=8)
 
@@ -91,7 +91,7 @@ def test_the_first_frame_of_an_image_and_of_a_video(tmp_path):
     assert np.abs(read_first_frame(tmp_path / "video.mp4").astype(int) - video[0]).max() <= 16
 
 
-def test_a_file_that_is_neither_is_refused(tmp_path):
+def test_a_file_that_is_neither_image_nor_video_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(DataError, match=r"notes\.txt"):
         read_first_frame(tmp_path / "notes.txt")
@@ -109,6 +109,6 @@ def test_cover_and_crop_keeps_the_middle_and_the_proportions():
     assert cropped[:, 7:13].min() > 215
 
 
-def test_an_image_of_the_right_size_is_not_touched():
+def test_an_image_of_the_correct_size_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     assert np.array_equal(cover_and_crop(image, 16, 24), image)

@@ -1,6 +1,6 @@
-"""What a mutant is: a named wrong change of the code, and the tests that must notice it.
+"""Mutants: named faults in the code, each with the tests that must detect it.
 
-A mutant replaces exact pieces of source, each found exactly once in its file, so that a mutant of code that has changed
+A mutant replaces exact pieces of source that must occur exactly once in their file, so that a mutant of changed code
 fails instead of going stale.
 """
 
@@ -21,7 +21,7 @@ class Edit:
     new: str
 
     def apply(self, root: Path) -> None:
-        """Replace in the copy at ``root``; the old source must be there exactly once."""
+        """Apply the replacement in the copy at ``root``; the old source must occur exactly once."""
         file = root / self.path
         text = file.read_text()
         if text.count(self.old) != 1:
@@ -34,16 +34,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A named fault and what must find it."""
+    """A named fault and the tests that must detect it."""
 
     name: str
     edits: tuple[Edit, ...]
     tests: tuple[str, ...]
-    """pytest node ids, the cheapest that are enough; without their arguments all of a test's cases run."""
+    """pytest node ids, the cheapest that suffice; without parameters, all cases of a test run."""
 
 
 def mutant(name: str, tests: str | tuple[str, ...], *edits: tuple[str, str, str]) -> Mutant:
-    """A mutant from ``(path under flowception, old, new)`` and tests under ``tests``."""
+    """Make a mutant from ``(path under flowception, old, new)`` and tests under ``tests``."""
     node_ids = (tests,) if isinstance(tests, str) else tests
     changed = tuple(Edit(f"flowception/{path}", old, new) for path, old, new in edits)
     return Mutant(name, changed, tuple(f"tests/{node_id}" for node_id in node_ids))

@@ -176,12 +176,12 @@ PROCESS_MUTANTS = (
     ),
     mutant(
         "active and passive roles swapped",
-        "data/test_pack.py::test_the_network_is_told_generated_active_or_passive",
+        "data/test_pack.py::test_model_roles_are_generated_active_or_passive",
         ("data/pack.py", "int(ModelRole.ACTIVE), generated", "int(ModelRole.PASSIVE), generated"),
         ("data/pack.py", "int(ModelRole.PASSIVE), active", "int(ModelRole.ACTIVE), active"),
     ),
     mutant(
-        "importance weights left out",
+        "no importance weights",
         "flow/test_prior.py",
         (
             "flow/prior.py",

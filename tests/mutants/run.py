@@ -1,8 +1,8 @@
 """Apply every mutant to a copy of the repository and print which test killed it: ``python tests/mutants/run.py``.
 
-torch and its compiler are imported once; each mutant is then tested in a forked child, which imports the mutated
-package afresh. A mutant is killed when a test named for it fails; an import error or a test that cannot be collected
-kills nothing. The same tests must pass on an unchanged copy.
+torch and its compiler are imported once. Each mutant is tested in a forked child that imports the mutated package. A
+mutant is killed if one of its tests fails; import and collection errors do not count. The same tests must pass on an
+unchanged copy.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ WRONG_PACKAGE = 99
 
 @dataclass
 class Verdict:
-    """What became of one mutant."""
+    """Result of one mutant."""
 
     name: str
     killed_by: str | None
     """The first test that failed; None if none did."""
     exit_code: int
-    """pytest's: 0 all passed, 1 some failed."""
+    """Exit code of pytest: 0 all passed, 1 some failed."""
     seconds: float
     log: str
-    """The end of what pytest said."""
+    """End of the pytest output."""
 
     @property
     def as_it_should_be(self) -> bool:
-        """A mutant killed by a failing test, or the unchanged copy with all tests passed."""
+        """Whether the mutant was killed by a failing test, or the unchanged copy passed all tests."""
         if self.name == UNCHANGED:
             return self.exit_code == 0
         return self.exit_code == 1 and self.killed_by is not None
 
 
 class _FirstFailure:
-    """pytest plugin: the first test that failed."""
+    """pytest plugin that records the first failed test."""
 
     node_id: str | None = None
 
@@ -63,14 +63,14 @@ class _FirstFailure:
 
 
 def _test_in_child(copy: Path, tests: tuple[str, ...]) -> None:
-    """In the forked child: run the tests of a copy on its own package, note the result beside it, leave."""
+    """In the forked child: run the tests of a copy on its package, write the result next to it, and exit."""
     os.chdir(copy)
     log = os.open(copy / "log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    os.environ["PYTHONPATH"] = str(copy)  # for processes that tests start
+    os.environ["PYTHONPATH"] = str(copy)  # for processes started by tests
     sys.path.insert(0, str(copy))
     first = _FirstFailure()
     code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[first]))
@@ -83,7 +83,7 @@ def _test_in_child(copy: Path, tests: tuple[str, ...]) -> None:
 
 
 def _start(mutant: Mutant, folder: Path) -> tuple[int, Path]:
-    """Make the mutant's copy and fork a child that tests it."""
+    """Make the copy of a mutant and fork a child that tests it."""
     copy = Path(tempfile.mkdtemp(dir=folder)).resolve()
     for name in COPIED:
         if (ROOT / name).is_dir():
@@ -110,14 +110,14 @@ def _finish(mutant: Mutant, copy: Path, began: float) -> Verdict:
 
 
 def run(mutants: tuple[Mutant, ...], processes: int = 2) -> Iterator[Verdict]:
-    """Test the unchanged copy and every mutant, as many at once as there are processes.
+    """Test the unchanged copy and every mutant, several at once.
 
     Args:
-        mutants: Which.
-        processes: Children at once.
+        mutants: Mutants to test.
+        processes: Maximum number of concurrent children.
 
     Yields:
-        A verdict each, as they come.
+        Verdicts in order of completion.
     """
     every_test = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     waiting = [Mutant(UNCHANGED, (), every_test), *mutants]
@@ -133,11 +133,11 @@ def run(mutants: tuple[Mutant, ...], processes: int = 2) -> Iterator[Verdict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 0 if every mutant was killed."""
+    """Print the table; return 0 if every mutant was killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", help="mutants whose name contains this")
+    parser.add_argument("--only", help="only mutants whose name contains this")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the verdicts here")
+    parser.add_argument("--json", type=Path, help="file for the verdicts")
     options = parser.parse_args(arguments)
     chosen = tuple(mutant for mutant in MUTANTS if (options.only or "") in mutant.name)
     if not chosen:

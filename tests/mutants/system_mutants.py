@@ -3,13 +3,13 @@
 from mutant import mutant
 
 FORWARD = "nn/test_fake_cuda.py::test_a_forward_stays_on_the_device_and_waits_for_nothing"
-STEP = "training/test_fake_cuda.py::test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees"
-SAMPLED = "generation/test_fake_cuda.py::test_sampling_gives_the_cpu_s_clips_and_crosses_by_name_only"
+STEP = "training/test_fake_cuda.py::test_a_step_synchronizes_once_at_its_end_and_matches_the_cpu"
+SAMPLED = "generation/test_fake_cuda.py::test_sampling_matches_the_cpu_with_known_transfers_only"
 
 SYSTEM_MUTANTS = (
     mutant(
         "per-rank instead of global denominators",
-        "training/test_step.py::test_ranks_together_have_the_loss_of_one",
+        "training/test_step.py::test_the_loss_does_not_depend_on_the_number_of_ranks",
         (
             "training/step.py",
             "loss = velocity / plan.velocity_denominator + ",
@@ -31,7 +31,7 @@ SYSTEM_MUTANTS = (
         ),
     ),
     mutant(
-        "the rate head's logarithm taken for the rate",
+        "the log rate used as the rate",
         "generation/test_predictor.py",
         (
             "generation/predictor.py",
@@ -40,7 +40,7 @@ SYSTEM_MUTANTS = (
         ),
     ),
     mutant(
-        "the forward pass asks for a number",
+        "the forward pass reads a number on the host",
         f"{FORWARD}[fp32]",
         (
             "nn/dit.py",

@@ -1,4 +1,4 @@
-"""Every mutant, each with the tests that must notice it. ``run.py`` applies them to copies of the repository."""
+"""All mutants, each with the tests that must detect it. ``run.py`` applies them to copies of the repository."""
 
 from mutant import ROOT, Edit, Mutant
 from process_mutants import PROCESS_MUTANTS

@@ -1,4 +1,4 @@
-"""Every mutant is killed by the test named for it (``run.py``), and fits the code as it is."""
+"""Every mutant is killed by its test (``run.py``) and applies to the current code."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ import table  # noqa: E402
 
 @pytest.mark.parametrize("mutant", table.MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_fits_the_code(mutant, tmp_path):
-    """Each edit finds its source exactly once and the result is Python; so no mutant goes stale."""
+    """Each edit finds its source exactly once and the result is valid Python, so no mutant goes stale."""
     for edit in mutant.edits:
         copy = tmp_path / edit.path
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An index whose rows and keys contradict each other is refused when it is opened."""
+"""An index with inconsistent rows and keys is refused on opening."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ def index():
     return ClipIndex.from_arrays(frames=[2, 3, 1], height=[1, 2, 3], width=5)
 
 
-def test_tokens_of_a_frame_are_its_grid_and_one_for_insertion(index):
+def test_a_frame_has_one_token_per_cell_and_one_insertion_token(index):
     index.check()
     assert index.tokens_per_frame.tolist() == [6, 11, 16]
 
 
 @pytest.mark.parametrize("key", [b"../clip", b"", b"a b", b"\xff", b"x" * 81])
-def test_a_key_that_could_be_a_path_is_refused_also_with_a_matching_id(index, key):
+def test_a_path_as_key_is_refused_even_with_a_matching_id(index, key):
     keys = index.keys.astype("S81")
     keys[1] = key
     index.clips["clip_id"][1] = clip_id(key.decode("latin-1"))

@@ -1,4 +1,4 @@
-"""MDS sets, in an environment with mosaicml-streaming (``make setup-mds``); without it these tests fail."""
+"""MDS sets. These tests need an environment with mosaicml-streaming (``make setup-mds``) and fail without it."""
 
 import json
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.long, pytest.mark.mds]
 
 @pytest.fixture
 def both(make_set, tmp_path):
-    """Readers of one set as tars and as MDS, and the clips."""
+    """Readers of one set as tars and as MDS, and its clips."""
     folder, records = make_set(count=60, text=True)
     assert convert(folder, tmp_path / "mds", shard_bytes=10_000) == 60
     return ShardReader(folder), MdsReader(tmp_path / "mds"), records
@@ -41,7 +41,7 @@ def test_the_library_itself_reads_the_set(both):
         assert torch.equal(latents, record.latents)
 
 
-def test_both_formats_give_the_same_packs(both, make_config, make_spec):
+def test_both_formats_yield_the_same_packs(both, make_config, make_spec):
     tars, mds, _ = both
     assert type(open_set(mds.folder)) is MdsReader
     plan = Plan(
@@ -65,7 +65,7 @@ def test_both_formats_give_the_same_packs(both, make_config, make_spec):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_mds_run_goes_on_exactly_at_any_world_size(both, make_config, make_spec, num_workers):
+def test_a_resumed_mds_run_continues_exactly_at_any_world_size(both, make_config, make_spec, num_workers):
     _, reader, _ = both
     plan = Plan(reader.index, None, *make_config(packs_per_step=4, token_budget=120), make_spec(), 1)
     whole = list(PackLoader(plan, reader))
@@ -104,7 +104,7 @@ def test_damage_to_an_mds_shard_is_named(both):
 
 
 def replace_last(reader: MdsReader) -> MdsReader:
-    """The reader without the clip it remembers."""
+    """The reader without its cached clip."""
     reader._last = None
     return reader
 

@@ -1,4 +1,4 @@
-"""A run on an MDS set, by the commands: training, its samples, and clips by prompt and by context afterwards."""
+"""A run on an MDS set from the command line: training with samples, then clips from prompts and from context."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from flowception.shards.mds import MdsReader
 
 ROOT = Path(__file__).resolve().parents[2]
 FPS = 6
-"""Of the set alone: neither that of the toy videos nor what generation falls back to."""
+"""Only the set has this value: it differs from the toy videos' and from the default of generation."""
 
 pytestmark = [pytest.mark.long, pytest.mark.mds]
 

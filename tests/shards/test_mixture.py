@@ -35,7 +35,7 @@ def mixture_of(folders, weights):
     return open_reader(DataConfig(mixture=[SetShare(path=str(f), weight=w) for f, w in zip(folders, weights)]))
 
 
-def test_rows_lead_to_the_clips_of_both_sets(two_sets):
+def test_rows_map_to_the_clips_of_both_sets(two_sets):
     *folders, records = two_sets
     reader = mixture_of(folders, (1, 2))
     for row, wanted in enumerate(records):
@@ -44,7 +44,7 @@ def test_rows_lead_to_the_clips_of_both_sets(two_sets):
     assert len(set(reader.index.clips["shard"].tolist())) == 5
 
 
-def test_weights_are_the_expected_times_shown():
+def test_weights_are_the_mean_times_shown():
     weights = np.repeat([0.25, 1.0, 2.5], 20000)
     times = times_shown(weights, np.random.default_rng(0).random(60000))
     assert set(times[20000:40000]) == {1}
@@ -53,7 +53,7 @@ def test_weights_are_the_expected_times_shown():
         assert abs(times[part].mean() - expected) < 4 * (0.25 / 20000) ** 0.5
 
 
-def test_repeats_are_shuffled_apart():
+def test_repeats_are_shuffled_independently():
     ids = np.array([7, 9, 11], dtype=np.uint64)
     repeated = repeat_ids(ids, np.array([2, 0, 3]))
     assert repeated[0] == 7
@@ -61,7 +61,7 @@ def test_repeats_are_shuffled_apart():
     assert len(set(repeated.tolist())) == 5
 
 
-def test_an_epoch_shows_each_clip_as_often_as_its_weight_says(two_sets, make_config, make_spec):
+def test_an_epoch_shows_each_clip_as_often_as_its_weight(two_sets, make_config, make_spec):
     *folders, records = two_sets
     reader = mixture_of(folders, (0.5, 2))
     config = make_config(packs_per_step=3, token_budget=100)
@@ -74,7 +74,7 @@ def test_an_epoch_shows_each_clip_as_often_as_its_weight_says(two_sets, make_con
     assert np.all(shown[:, 30:] == 2)
     assert set(shown[:, :30].ravel()) == {0, 1}
     assert abs(shown[:, :30].mean() - 0.5) < 4 * (0.25 / 1200) ** 0.5
-    assert len({tuple(row) for row in shown[:, :30].tolist()}) > 30  # which half, is drawn anew each epoch
+    assert len({tuple(row) for row in shown[:, :30].tolist()}) > 30  # each epoch draws another half
     batches = list(PackLoader(plan, reader, cursor=Cursor(3, 0), num_workers=1))
     assert sum(len(pack.keys) for batch in batches for pack in batch.packs) == shown[3].sum()
     again = Plan(mixture_of(folders, (0.5, 2)).index, None, *config, make_spec(), 1)
@@ -84,7 +84,7 @@ def test_an_epoch_shows_each_clip_as_often_as_its_weight_says(two_sets, make_con
     assert other.fingerprint != plan.fingerprint
 
 
-def test_weights_of_one_are_the_plan_of_the_joined_index(two_sets, make_config, make_spec):
+def test_weights_of_one_yield_the_plan_of_the_joined_index(two_sets, make_config, make_spec):
     *folders, _ = two_sets
     index = mixture_of(folders, (1, 1)).index
     plain = ClipIndex(index.clips, index.frame_checksum, index.keys)
@@ -92,7 +92,7 @@ def test_weights_of_one_are_the_plan_of_the_joined_index(two_sets, make_config, 
     assert first.order_hash(first.step(Cursor())) == second.order_hash(second.step(Cursor()))
 
 
-def test_sets_that_do_not_go_together_are_refused(two_sets, tmp_path):
+def test_incompatible_sets_are_refused(two_sets, tmp_path):
     a, b, records = two_sets
     with pytest.raises(DataError, match=r"clip clip_000 is in both .*a and .*all"):
         mixture_of((a, tmp_path / "all"), (1, 1))
@@ -119,7 +119,7 @@ def set_with(folder, records, meta, **changes):
     return folder
 
 
-def test_null_texts_may_differ_by_rounding_and_by_no_more(make_set, tmp_path):
+def test_null_texts_may_differ_by_rounding_only(make_set, tmp_path):
     folder, records = make_set(count=20, text=True, name="all")
     meta = ShardMeta.load(folder)
     null_text = meta.null_embedding()
@@ -134,7 +134,7 @@ def test_null_texts_may_differ_by_rounding_and_by_no_more(make_set, tmp_path):
         assert len(str(caught.value)) < 800
 
 
-def test_a_set_without_classes_goes_with_one_that_has_them(two_sets, tmp_path):
+def test_a_set_without_classes_mixes_with_one_that_has_them(two_sets, tmp_path):
     *_, records = two_sets
     meta = ShardMeta.load(tmp_path / "a")
     labeled = [replace(each, class_label=1) for each in records[:10]]

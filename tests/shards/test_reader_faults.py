@@ -1,4 +1,4 @@
-"""Damage to a set is found, and its shard and clip are named."""
+"""Damage to a set is detected, and the error names the shard and the clip."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ def damage(path, offset: int, content: bytes) -> None:
         file.write(content)
 
 
-def test_one_flipped_bit_in_a_frame_is_found_and_the_other_frames_still_read(make_set):
+def test_a_bit_flip_in_a_frame_is_detected_and_the_other_frames_still_read(make_set):
     folder, records = make_set()
     reader = ShardReader(folder)
     row = next(i for i, r in enumerate(records) if len(r.latents) >= 4)
@@ -31,7 +31,7 @@ def test_one_flipped_bit_in_a_frame_is_found_and_the_other_frames_still_read(mak
     assert np.array_equal(reader.read(row, [1, 3]).float(), records[row].latents[[1, 3]].float())
 
 
-def test_a_flipped_text_byte_is_found(make_set):
+def test_a_flipped_text_byte_is_detected(make_set):
     folder, records = make_set(text=True)
     reader = ShardReader(folder)
     clip = reader.index.clips[3]
@@ -42,7 +42,7 @@ def test_a_flipped_text_byte_is_found(make_set):
         reader.read_metadata(3)
 
 
-def test_garbage_over_a_header_is_found_where_tar_readers_stop_silently(make_set):
+def test_a_damaged_header_is_detected_where_tar_readers_stop_silently(make_set):
     folder, records = make_set()
     path = folder / "shard-000001.tar"
     reader = ShardReader(folder)
@@ -54,7 +54,7 @@ def test_garbage_over_a_header_is_found_where_tar_readers_stop_silently(make_set
     assert reader.read_text(15) is None
 
 
-def test_a_cut_shard_is_named_when_the_set_is_opened(make_set):
+def test_a_truncated_shard_is_named_on_opening(make_set):
     folder, _ = make_set()
     path = folder / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:-3000])
@@ -62,7 +62,7 @@ def test_a_cut_shard_is_named_when_the_set_is_opened(make_set):
         ShardReader(folder)
 
 
-def test_a_shard_cut_while_the_set_is_open_is_named(make_set):
+def test_a_shard_truncated_while_the_set_is_open_is_named(make_set):
     folder, records = make_set()
     reader = ShardReader(folder)
     path = folder / "shard-000002.tar"
@@ -89,7 +89,7 @@ def test_another_codec_is_refused(make_set):
         ShardReader(folder, codec="patchify", codec_fingerprint="abd")
 
 
-def test_an_index_that_was_changed_is_refused(make_set):
+def test_a_changed_index_is_refused(make_set):
     folder, _ = make_set()
     index = ClipIndex.load(folder)
     clips = np.array(index.clips)
@@ -118,7 +118,7 @@ def test_offsets_outside_the_shard_are_refused_even_with_a_matching_hash(make_se
 
 
 @pytest.mark.parametrize("name", ["index-clips.npy", "index-keys.npy", "meta.json"])
-def test_a_missing_or_cut_index_file_is_refused(make_set, name):
+def test_a_missing_or_truncated_index_file_is_refused(make_set, name):
     folder, _ = make_set()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
@@ -143,7 +143,7 @@ def test_frame_numbers_are_checked(make_set, frames):
         ShardReader(folder).read(0, frames)
 
 
-def test_another_schema_is_refused(make_set):
+def test_another_schema_version_is_refused(make_set):
     folder, _ = make_set()
     path = folder / "meta.json"
     path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 9'))

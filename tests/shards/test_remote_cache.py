@@ -1,4 +1,4 @@
-"""Remote shards from a real HTTP server on the loopback interface, with its faults."""
+"""Remote shards from a real HTTP server on the loopback interface, with injected faults."""
 
 import errno
 import multiprocessing
@@ -31,7 +31,7 @@ from tests.small_sets import NULL_TEXT_TOKENS
 
 @pytest.fixture
 def served(make_set, tmp_path, monkeypatch):
-    """A server of a set of 6 shards, the set's clips, and a function that opens it."""
+    """A server with a set of 6 shards, the set's clips, and a function that opens the set."""
     folder, records = make_set(count=60, text=True)
     monkeypatch.setattr(remote_module, "FIRST_PAUSE_S", 0.01)
 
@@ -44,7 +44,7 @@ def served(make_set, tmp_path, monkeypatch):
 
 
 def time_limit(fault):
-    """Only an answer that never comes has to be given up soon; others may be slow."""
+    """A short timeout only where a response never comes; other responses may be slow."""
     return {"timeout_s": 2.0} if fault == "stall" else {}
 
 
@@ -88,7 +88,7 @@ def test_a_remote_set_reads_like_a_local_one_and_each_shard_is_fetched_once(serv
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "cut", "short", "error"])
-def test_a_fetch_that_fails_is_tried_again(served, fault):
+def test_a_failed_fetch_is_retried(served, fault):
     server, records, open_remote = served
     server.faults["shard-000001.tar"] = [fault, fault]
     assert torch.equal(open_remote(**time_limit(fault)).read(10, [0]), records[10].latents[:1])
@@ -96,7 +96,7 @@ def test_a_fetch_that_fails_is_tried_again(served, fault):
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "cut", "short", "error"])
-def test_a_fetch_that_fails_for_good_is_named_and_not_tried_at_every_clip(served, fault):
+def test_a_permanently_failed_fetch_is_named_and_not_retried_at_every_clip(served, fault):
     server, records, open_remote = served
     server.faults["shard-000001.tar"] = [fault] * 100
     reader = open_remote(**time_limit(fault))
@@ -137,7 +137,7 @@ def test_a_missing_remote_shard_is_named_at_once(served):
         reader.read(30, [0])
 
 
-def test_a_flipped_byte_on_the_way_is_found(served):
+def test_a_byte_flipped_in_transit_is_detected(served):
     server, records, open_remote = served
     path = server.folder / "shard-000000.tar"
     content = bytearray(path.read_bytes())
@@ -146,10 +146,10 @@ def test_a_flipped_byte_on_the_way_is_found(served):
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"clip {records[3].key} in .*latent frame 0 does not match"):
         open_remote().read(3, [0])
-    assert server.asked["shard-000000.tar"] == 2  # fetched once more, for the copy could have been to blame
+    assert server.asked["shard-000000.tar"] == 2  # fetched again, as the cached copy could have been damaged
 
 
-def test_a_damaged_copy_is_fetched_once_more(served):
+def test_a_damaged_copy_is_fetched_again(served):
     server, records, open_remote = served
     readers = [open_remote(), open_remote()]
     for reader in readers:
@@ -163,7 +163,7 @@ def test_a_damaged_copy_is_fetched_once_more(served):
     assert server.asked["shard-000000.tar"] == 2
 
 
-def test_a_set_encoded_again_behind_one_url_is_fetched_anew(served):
+def test_a_set_encoded_again_at_the_same_url_is_fetched_again(served):
     server, records, open_remote = served
     assert torch.equal(open_remote().read(0, [0]), records[0].latents[:1])
     sizes = {path.name: path.stat().st_size for path in server.folder.glob("*.tar")}
@@ -182,7 +182,7 @@ def test_a_set_encoded_again_behind_one_url_is_fetched_anew(served):
     assert not list(again.folder.glob("*.dropped"))
 
 
-def test_the_cache_stays_within_its_size_and_keeps_what_is_open(served):
+def test_the_cache_stays_within_its_size_and_keeps_open_shards(served):
     server, records, open_remote = served
     largest = max(path.stat().st_size for path in server.folder.glob("*.tar"))
     reader = open_remote(cache_gb=3.2 * largest / 1e9)
@@ -191,14 +191,14 @@ def test_the_cache_stays_within_its_size_and_keeps_what_is_open(served):
         assert torch.equal(reader.read(row, [0]), records[row].latents[:1])
         held = sum(path.stat().st_size for path in reader.folder.glob("*.tar"))
         assert held <= 3.2 * largest
-    assert server.asked["shard-000000.tar"] == 2  # used longest ago, so deleted, and fetched again
+    assert server.asked["shard-000000.tar"] == 2  # least recently used, so deleted, then fetched again
     small = open_remote(cache_gb=3.2 * largest / 1e9)
     small.max_open_shards = 10
     with pytest.raises(ConfigError, match="full of shards in use.*raise data.cache.cache_gb"):
         read_all(small)
 
 
-def test_half_fetched_shards_count_and_those_of_killed_processes_are_deleted(served):
+def test_partial_shards_count_and_those_of_killed_processes_are_deleted(served):
     server, records, open_remote = served
     largest = max(path.stat().st_size for path in server.folder.glob("*.tar"))
     reader = open_remote(cache_gb=2.5 * largest / 1e9)
@@ -274,7 +274,7 @@ def _open(url, config, barrier):
 
 
 def open_in_processes(url, config, count):
-    """Processes that have all begun when the first opens the set, as the ranks of a node have."""
+    """Processes that all start before the first opens the set, like the ranks of a node."""
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(count)
     processes = [spawn.Process(target=_open, args=(url, config, barrier)) for _ in range(count)]
@@ -296,26 +296,26 @@ def test_processes_of_a_node_fetch_description_and_index_once(served, tmp_path, 
     assert server.asked == once | {"meta.json": 2}
 
 
-def test_a_process_never_takes_one_copy_of_the_description_twice(served):
+def test_a_process_never_reads_the_same_copy_of_the_description_twice(served):
     server, _, open_remote = served
     for times in (1, 2, 3):
         open_remote()
         assert server.asked == {"meta.json": times, **dict.fromkeys(INDEX_NAMES, 1)}
 
 
-def test_a_description_that_another_process_began_to_fetch_before_is_fetched_anew(served, monkeypatch):
+def test_a_description_whose_fetch_started_before_this_process_is_fetched_again(served, monkeypatch):
     server, _, open_remote = served
     path = ShardCache(server.url, open_remote().cache.config).folder / "meta.json"
     for since, asked in ((path.stat().st_mtime, 1), (path.stat().st_mtime + 1e-3, 2)):
         monkeypatch.setattr(remote_module, "_last_read", {})
-        monkeypatch.setattr(remote_module, "_BEGAN", since)
+        monkeypatch.setattr(remote_module, "_STARTED", since)
         open_remote()
         assert server.asked["meta.json"] == asked
 
 
 @pytest.mark.parametrize("name", INDEX_NAMES)
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_copy_of_the_index_is_fetched_once_more(served, name, damage):
+def test_a_damaged_copy_of_the_index_is_fetched_again(served, name, damage):
     server, records, open_remote = served
     path = open_remote().folder / name
     content = bytearray(path.read_bytes())
@@ -327,7 +327,7 @@ def test_a_damaged_copy_of_the_index_is_fetched_once_more(served, name, damage):
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "missing"])
-def test_who_waited_for_a_fetch_that_failed_fails_with_it(served, fault):
+def test_waiting_for_a_failed_fetch_fails_with_the_same_error(served, fault):
     server, _, open_remote = served
     reader = open_remote(**time_limit(fault))
     name, size = "shard-000004.tar", reader.meta.shards[4].size_bytes
@@ -342,19 +342,19 @@ def test_who_waited_for_a_fetch_that_failed_fails_with_it(served, fault):
     attempts = 1 if fault == "missing" else 3
     assert server.asked[name] == attempts
     if fault == "missing":
-        with pytest.raises(DataError, match="not found"):  # a run that starts again asks again
+        with pytest.raises(DataError, match="not found"):  # a restarted run requests it again
             ShardCache(server.url, reader.cache.config).fetch(name, size)
         assert server.asked[name] == 2
 
 
-def test_a_failure_is_forgotten_after_a_while_and_by_success(served, monkeypatch):
+def test_a_failure_is_forgotten_after_a_while_and_after_a_success(served, monkeypatch):
     server, records, open_remote = served
     reader = open_remote()
     server.faults["shard-000004.tar"] = ["reset"] * 3
     with pytest.raises(DataError, match="after 3 attempts"):
         reader.read(40, [0])
     now = time.time()
-    # Longer than all attempts take at worst: 3 of connecting and reading, 30 s each, and their pauses.
+    # Longer than the worst case of all attempts: 3 times connecting and reading, 30 s each, plus the pauses.
     monkeypatch.setattr(remote_module.time, "time", lambda: now + 180)
     with pytest.raises(DataError, match="after 3 attempts"):
         reader.read(40, [0])
@@ -364,7 +364,7 @@ def test_a_failure_is_forgotten_after_a_while_and_by_success(served, monkeypatch
     assert not list(reader.folder.glob("*.failed"))
 
 
-def test_shards_are_fetched_before_they_are_wanted(served):
+def test_shards_are_fetched_before_they_are_needed(served):
     server, _, open_remote = served
     reader = open_remote()
     reader.prefetch(np.array([20, 55]))
@@ -382,10 +382,10 @@ def test_a_changed_remote_index_is_refused(served):
     path.write_bytes(content)
     with pytest.raises(DataError, match="does not match meta.json"):
         open_remote()
-    assert server.asked["index-clips.npy"] == 2  # the copy could have been to blame
+    assert server.asked["index-clips.npy"] == 2  # the cached copy could have been damaged
 
 
-def test_what_cannot_be_opened_is_named(served, tmp_path):
+def test_errors_name_what_cannot_be_opened(served, tmp_path):
     server, _, open_remote = served
     (server.folder / "meta.json").unlink()
     with pytest.raises(DataError, match=r"cannot fetch .*set/meta.json after 1 attempt "):

@@ -1,4 +1,4 @@
-"""Records and meta.json hold what they must, or are refused by name."""
+"""Invalid records and invalid fields of meta.json are refused by name."""
 
 import json
 
@@ -12,7 +12,7 @@ from flowception.shards.writer import shard_name
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3.4e38])  # the last is finite only in float32
 @pytest.mark.parametrize("part", ["latents", "text"])
-def test_what_is_not_finite_in_a_shard_is_refused(part, wrong):
+def test_nan_and_infinity_are_refused(part, wrong):
     tensors = {"latents": torch.zeros(1, 4, 1, 1), "text": torch.zeros(2, 3)}
     ClipRecord(key="a", **tensors)
     tensors[part].view(-1)[1] = wrong
@@ -34,7 +34,7 @@ def described():
     return json.loads(meta.to_json())
 
 
-def test_what_was_written_is_read_back(described):
+def test_meta_json_round_trips(described):
     meta = ShardMeta.from_json(json.dumps(described), "meta.json")
     assert json.loads(meta.to_json()) == described
 
@@ -47,25 +47,25 @@ def test_what_was_written_is_read_back(described):
         ("codec_config", []), ("tokens_per_frame", [{"height": 1.5}]), ("index_sha256", None),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_is_refused_by_name(described, name, value):
+def test_a_value_of_the_wrong_type_is_refused_by_name(described, name, value):
     with pytest.raises(DataError, match=f"meta.json: {name} is "):
         ShardMeta.from_json(json.dumps(described | {name: value}), "meta.json")
 
 
 @pytest.mark.parametrize("shards", [3, [3], [{"name": "shard-000000.tar"}], [{"name": 3, "size_bytes": 1, "clips": 1}]])
-def test_shards_that_are_not_shards_are_refused(described, shards):
+def test_malformed_shard_entries_are_refused(described, shards):
     with pytest.raises(DataError, match=r"does not describe a shard set|name is 3"):
         ShardMeta.from_json(json.dumps(described | {"shards": shards}), "meta.json")
 
 
 @pytest.mark.parametrize("name", ["../shard-000001.tar", "shard-1.tar", "shard-000001.tar.gz", "shard-000000.tar"])
-def test_shards_have_their_own_names_each_once(described, name):
+def test_shard_names_are_valid_and_unique(described, name):
     described["shards"][1]["name"] = name
     with pytest.raises(DataError, match="listed once, with a name like shard-000000.tar"):
         ShardMeta.from_json(json.dumps(described), "meta.json")
 
 
-def test_the_null_text_travels_in_the_description(described):
+def test_the_null_text_is_stored_in_meta_json(described):
     embedding = torch.linspace(-3, 3, 12).view(2, 6).bfloat16()
     null_text = {"bf16_base64": NullText.of(embedding).bf16_base64, "crc": NullText.of(embedding).crc}
     meta = ShardMeta.from_json(json.dumps(described | {"text_width": 6, "null_text": null_text}), "meta.json")

@@ -42,7 +42,7 @@ def test_a_shard_is_a_plain_tar(make_set):
         assert [m.name for m in tar] == [f"clip_00{i}.{s}" for i in range(3) for s in ("json", "latents.bf16")]
 
 
-def test_reader_returns_what_was_written_whole_and_in_part(make_set):
+def test_reader_returns_what_was_written_complete_and_in_part(make_set):
     folder, records = make_set(text=True)
     reader = ShardReader(folder, codec="patchify", codec_fingerprint="abc")
     random = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def test_reader_returns_what_was_written_whole_and_in_part(make_set):
         assert reader.read_metadata(row)["source"] == wanted.source
 
 
-def test_meta_says_what_the_set_holds(make_set):
+def test_meta_describes_the_set(make_set):
     folder, records = make_set(count=25, per_shard=10)
     meta = ShardMeta.load(folder)
     assert meta.clips == 25
@@ -69,7 +69,7 @@ def test_meta_says_what_the_set_holds(make_set):
     ]
 
 
-def test_a_killed_encoder_goes_on_at_the_first_unfinished_shard(tmp_path, make_set):
+def test_a_killed_encoder_continues_at_the_first_unfinished_shard(tmp_path, make_set):
     reference, records = make_set(count=20, per_shard=10)
     meta = ShardMeta(codec="patchify", codec_fingerprint="abc", latent_channels=4)
 
@@ -91,7 +91,7 @@ def test_a_killed_encoder_goes_on_at_the_first_unfinished_shard(tmp_path, make_s
         assert (tmp_path / "again" / name).read_bytes() == (reference / name).read_bytes()
 
 
-def test_a_finished_set_is_no_set_while_a_shard_of_it_is_written_again(make_set):
+def test_rewriting_a_shard_makes_a_finished_set_unfinished(make_set):
     folder, records = make_set(count=6, per_shard=3)
     expected = {path.name: path.read_bytes() for path in folder.iterdir()}
     writer = ShardSetWriter(folder, ShardReader(folder).meta)
@@ -114,8 +114,8 @@ def test_a_finished_set_is_no_set_while_a_shard_of_it_is_written_again(make_set)
     assert len(ShardReader(folder).index) == 3
 
 
-def test_a_full_disk_is_said_with_the_file_and_the_way_on(tmp_path, make_set):
-    """``/dev/full`` refuses every write as a full disk does."""
+def test_the_error_of_a_full_disk_names_the_file_and_how_to_continue(tmp_path, make_set):
+    """``/dev/full`` fails every write like a full disk."""
     _, records = make_set(count=4, per_shard=4)
     meta = ShardMeta(codec="patchify", codec_fingerprint="abc", latent_channels=4)
     writer = ShardSetWriter(tmp_path / "full", meta)
@@ -163,7 +163,7 @@ def test_equal_keys_are_refused(tmp_path):
         writer.finish()
 
 
-def test_the_split_is_by_key_and_of_the_asked_size():
+def test_the_split_is_by_key_and_of_the_requested_size():
     index = ClipIndex.from_arrays(frames=np.full(20000, 3), height=2, width=2)
     train, held = index.split(0.1)
     assert len(train) + len(held) == 20000

@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine, started for the tests that ask for it and stopped after them."""
+"""A real two-node Slurm on this machine, started for the tests that use it and stopped after them."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 @dataclass(frozen=True)
 class SlurmCluster:
-    """Two nodes of two CPUs and one pretended GPU each."""
+    """Two nodes with two CPUs and one fake GPU each."""
 
     environment: dict[str, str]
     """For Slurm's commands and for jobs: this interpreter, this checkout."""
@@ -58,7 +58,7 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory):
-    """A ``SlurmCluster``. Where Slurm can be neither found nor installed the test fails and says why."""
+    """A ``SlurmCluster``. If Slurm is not found and cannot be installed, the test fails with the reason."""
     folder = tmp_path_factory.mktemp("slurm")
     settings = {"NODES": str(NODES), "CPUS": "2", "GPUS": "1", "PORT": str(free_ports(NODES + 1))}
     environment = {**os.environ, **settings}

@@ -1,4 +1,4 @@
-"""The job array on a real Slurm: two of four tasks are killed, run again, and nothing shows."""
+"""The job array on a real Slurm: two of four tasks are killed and run again, with the same result."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPT = ROOT / "slurm/encode_shards.sh"
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """5,000 video files, of 250 different ones."""
+    """5,000 video files, 250 of them different."""
     folder = tmp_path_factory.mktemp("videos")
     rows = [json.loads(line) for line in make_toy(folder, clips=DISTINCT, seed=9).read_text().splitlines()]
     with (folder / "all.jsonl").open("w") as manifest:
@@ -43,14 +43,14 @@ def bytes_of(folder):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.xdist_group("slurm")
-def test_a_job_array_with_two_tasks_killed_makes_the_bytes_of_one_process(slurm_cluster, videos, tmp_path):
+def test_a_job_array_with_two_killed_tasks_makes_the_bytes_of_one_process(slurm_cluster, videos, tmp_path):
     out, logs = tmp_path / "array", f"--output={tmp_path}/task-%a.log"
     words = ["--config", "configs/encode_toy.yaml", f"source={videos}", f"out={out}"]
     words.append(f"videos_per_shard={VIDEOS_PER_SHARD}")
     batch = [f"--array=0-{PARTS - 1}", "--cpus-per-task=1", logs, SCRIPT, *words]
     job = slurm_cluster.submit(*batch)
     draws = random.Random(0)
-    kill_after = {task: draws.randint(1, 3) for task in draws.sample(range(PARTS), 2)}  # of 25: most is left to do
+    kill_after = {task: draws.randint(1, 3) for task in draws.sample(range(PARTS), 2)}  # of 25, so most work remains
     print(f"killing tasks after shards: {kill_after}")
     chosen, deadline = set(kill_after), time.monotonic() + 240
     while kill_after:
@@ -84,8 +84,8 @@ def test_a_job_array_with_two_tasks_killed_makes_the_bytes_of_one_process(slurm_
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
-def test_an_array_that_is_not_whole_is_refused(tmp_path):
-    """Without Slurm: tasks 3 and 7 alone would take wrong shards for theirs."""
+def test_a_partial_array_is_an_error(tmp_path):
+    """Without Slurm: tasks 3 and 7 of a partial array would encode the wrong shards."""
     environment = {**os.environ, "FLOWCEPTION_HOME": str(ROOT), "FLOWCEPTION_SITE": os.devnull}
     environment |= {f"SLURM_ARRAY_TASK_{name}": value for name, value in
                     (("COUNT", "2"), ("MIN", "3"), ("MAX", "7"), ("ID", "3"))}  # fmt: skip

@@ -10,7 +10,7 @@ SLURM = Path(__file__).resolve().parents[2] / "slurm"
 SITE = SLURM / "site.sh"
 
 
-def test_a_sourced_copy_sets_what_sbatch_and_the_jobs_read(tmp_path):
+def test_a_sourced_copy_sets_the_variables_of_sbatch_and_the_jobs(tmp_path):
     activate = tmp_path / ".venv/bin/activate"
     activate.parent.mkdir(parents=True)
     activate.write_text("export ACTIVATED=yes\n")
@@ -38,8 +38,8 @@ def test_a_sourced_copy_sets_what_sbatch_and_the_jobs_read(tmp_path):
         ("encode_shards.sh", "data_prep/encode_shards.py"),
     ],
 )
-def test_a_site_may_read_variables_that_are_not_set(tmp_path, script, program):
-    """As modules and conda do. The stand-in for srun runs one task."""
+def test_a_site_may_read_unset_variables(tmp_path, script, program):
+    """Modules and conda do that. The stand-in for srun runs one task."""
     stands_in = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": "echo node1",

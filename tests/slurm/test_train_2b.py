@@ -1,4 +1,4 @@
-"""The batch script with stand-ins for Slurm's commands; a real Slurm is not needed."""
+"""The batch script with stand-ins for Slurm's commands, without a real Slurm."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "slurm/train_2b.sh"
 
 @pytest.fixture
 def submit(tmp_path):
-    """Runs the script: the status with which the tasks end, and the newest checkpoint before and after them."""
+    """Run the script, given the exit status of the tasks and the newest checkpoint before and after them."""
 
     def run(srun_status, before=-1, after=-1, **environment):
         newest = tmp_path / "newest"
@@ -43,12 +43,12 @@ def requeued(text):
 
 
 @pytest.mark.parametrize("status", [0, 2, 130, 143])
-def test_an_end_that_is_wanted_or_would_repeat_is_final(submit, status):
+def test_intended_or_permanent_exits_are_not_requeued(submit, status):
     assert not requeued(submit(status, before=3, after=6))
 
 
 @pytest.mark.parametrize("status", [85, 86, 137, 1])
-def test_any_other_end_is_requeued(submit, tmp_path, status):
+def test_any_other_exit_is_requeued(submit, tmp_path, status):
     text = submit(status)
     assert requeued(text)
     assert "meeting at node1:12007" in text
@@ -57,18 +57,18 @@ def test_any_other_end_is_requeued(submit, tmp_path, status):
     assert (tmp_path / "python.log").read_text() == asked * (1 if status == 85 else 2)
 
 
-def test_a_failure_that_repeats_is_given_up(submit, tmp_path):
+def test_a_repeated_failure_is_given_up(submit, tmp_path):
     assert [requeued(submit(137, 6, 6)) for _ in range(3)] == [True, True, True]
     text = submit(86, 6, 6)
     assert not requeued(text)
-    assert "failed with exit code 86, newest checkpoint: 6 (at its start 6); failed 4 times in a row" in text
+    assert "failed with exit code 86, newest checkpoint: 6 (at its start: 6); failed 4 times in a row" in text
     assert not list(tmp_path.glob("*.failures"))
     assert requeued(submit(1, 6, 6)), "started again by a person, it is tried as often as a new one"
     assert not requeued(submit(1, 6, 6, MAX_FAILURES="1"))
 
 
 @pytest.mark.parametrize(("status", "after"), [(137, 9), (85, 6)])
-def test_progress_or_a_save_begins_the_count_again(submit, tmp_path, status, after):
+def test_progress_or_a_save_resets_the_count(submit, tmp_path, status, after):
     for _ in range(3):
         assert requeued(submit(1, 6, 6))
     assert requeued(submit(status, 6, after))
@@ -76,12 +76,12 @@ def test_progress_or_a_save_begins_the_count_again(submit, tmp_path, status, aft
     assert [requeued(submit(1, after, after)) for _ in range(4)] == [True, True, True, False]
 
 
-def test_where_no_checkpoint_can_be_found_a_failure_is_one_without_progress(submit, tmp_path):
+def test_without_a_checkpoint_a_failure_counts_as_no_progress(submit, tmp_path):
     text = submit(1, "", "", FLOWCEPTION_SITE=str(tmp_path / "nowhere.sh"))
-    assert "newest checkpoint: -1 (at its start -1); requeueing" in text
+    assert "newest checkpoint: -1 (at its start: -1); requeueing" in text
     assert (tmp_path / "flowception-7.failures").read_text() == "1\n"
 
 
-def test_the_tasks_hear_before_the_limit_and_the_log_goes_on():
+def test_tasks_get_a_signal_before_the_limit_and_the_log_is_appended():
     options = [line.removeprefix("#SBATCH ") for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=USR1@300", "--requeue", "--open-mode=append", "--mem=0"} <= set(options)

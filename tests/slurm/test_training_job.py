@@ -1,7 +1,7 @@
-"""``slurm/train_2b.sh`` on a real two-node Slurm: preempted, requeued, canceled, a rank lost; the run ends the same.
+"""``slurm/train_2b.sh`` on a real two-node Slurm: preempted, requeued, canceled, a rank lost. The result is the same.
 
-A time limit is the same signal by the same way as the first test's (``--signal=USR1@300`` and ``scancel --signal=USR1``
-both reach the tasks and not the script); Slurm counts limits in minutes, so none is waited for here.
+A time limit sends the same signal as the first test (``--signal=USR1@300`` and ``scancel --signal=USR1`` both reach the
+tasks and not the script). Slurm counts limits in minutes, so no test waits for one.
 """
 
 import os
@@ -32,7 +32,7 @@ def job(slurm_cluster, data, tmp_path):
         job.wait_for_end()
 
 
-def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_happened(slurm_cluster, job):
+def test_a_preempted_job_is_requeued_and_ends_like_an_uninterrupted_one(slurm_cluster, job):
     job.submit()
     job.wait_for_steps(2)
     step = slurm_cluster.run("scontrol", "--oneliner", "show", "step", f"{job.number}.0")
@@ -78,7 +78,7 @@ def test_a_lost_rank_requeues_the_job_and_a_canceled_one_saves(slurm_cluster, jo
         job.wait_until_requeued(1)
         saved = job.newest_checkpoint()
         assert saved >= 3
-        assert f"exit code 137, newest checkpoint: {saved} (at its start -1); requeueing" in job.text()
+        assert f"exit code 137, newest checkpoint: {saved} (at its start: -1); requeueing" in job.text()
 
     job.wait_for_checkpoint(saved + 3)
     job.wait_for_text(f"resuming {job.run_dir} at step {saved} of")
@@ -94,11 +94,11 @@ def test_a_lost_rank_requeues_the_job_and_a_canceled_one_saves(slurm_cluster, jo
 
 
 def test_a_job_array_generates_the_set_of_one_process(slurm_cluster, job, tmp_path):
-    """Five clips in batches of two by two tasks."""
+    """Five clips in batches of two, on two tasks."""
     job.run_uninterrupted(1)
     run_dir, out = job.folder / "uninterrupted", tmp_path / "array"
-    wishes = {"num": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in wishes.items()]
+    requests = {"num": 5, "batch_size": 2, "num_inference_steps": 3, "max_frames": 8, "seed": 11}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in requests.items()]
     logs = f"--output={tmp_path}/task-%a.log"
     sizes = ["--array=0-1", "--cpus-per-task=1", logs]
     array = slurm_cluster.submit(*sizes, "slurm/generate.sh", run_dir, *words, f"--out={out}")
@@ -106,8 +106,8 @@ def test_a_job_array_generates_the_set_of_one_process(slurm_cluster, job, tmp_pa
     texts = [(tmp_path / f"task-{task}.log").read_text() for task in (0, 1)]
     assert states == {"0": "COMPLETED", "1": "COMPLETED"}, texts
     assert ["wrote 3 clips" in texts[0], "wrote 2 clips" in texts[1]] == [True, True], texts
-    generate(GenerateOptions(run_dir=run_dir, out_dir=tmp_path / "one", device="cpu", **wishes))
-    compared = ["clips.jsonl", *(f"clip_{number:04d}.gif" for number in range(5))]  # H.264 does not always decide alike
+    generate(GenerateOptions(run_dir=run_dir, out_dir=tmp_path / "one", device="cpu", **requests))
+    compared = ["clips.jsonl", *(f"clip_{number:04d}.gif" for number in range(5))]  # H.264 is not always deterministic
     for name in compared:
         assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
     assert len(list(out.glob("clip_*.mp4"))) == 5

@@ -1,4 +1,4 @@
-"""A training job on the test cluster: submit the production script, follow it, and the same run without Slurm."""
+"""A training job on the test cluster: submit the production script, follow it, and do the same run without Slurm."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.ports import free_port
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/train_2b.sh"
 NEVER = 1_000_000
-"""``max_steps`` of a job that must not end by itself."""
+"""``max_steps`` of a job that must not complete."""
 PATIENCE_S = 400
-"""For anything that takes ten seconds on an idle machine."""
+"""Timeout for anything that takes ten seconds on an idle machine."""
 OVERLAY = {
     "token_budget": 96,
     "packs_per_step": 3,
@@ -45,7 +45,7 @@ class TrainingJob:
         self.set_max_steps(NEVER)
 
     def set_max_steps(self, value: int):
-        """For the job's next start: a job reads its files when it starts."""
+        """Set for the job's next start, when it reads its files."""
         (self.folder / "overlay.yaml").write_text(yaml.safe_dump({"max_steps": value, **OVERLAY}))
 
     def submit(self, **environment):
@@ -76,15 +76,15 @@ class TrainingJob:
             time.sleep(0.1)
 
     def wait_for_steps(self, count: int):
-        """Until the run has done so many steps."""
+        """Wait until the run has done this many steps."""
         self.wait_until(lambda: self.steps_done() >= count, f"waiting for step {count}")
 
     def wait_for_checkpoint(self, step: int):
-        """Until the run has saved that step or a later one, which it does in the background."""
+        """Wait until the run has saved this step or a later one; saves run in the background."""
         self.wait_until(lambda: self.newest_checkpoint() >= step, f"waiting for a checkpoint of step {step}")
 
     def wait_for_text(self, text: str):
-        """Until the log has it: what a rank prints comes there through ``srun``, later than its files."""
+        """Wait until the log has the text; output of ranks arrives through ``srun``, later than their files."""
         self.wait_until(lambda: text in self.text(), f"waiting for {text!r} in the log")
 
     def wait_until_requeued(self, restarts: int):
@@ -99,7 +99,7 @@ class TrainingJob:
 
     @contextlib.contextmanager
     def nodes_drained(self):
-        """No job starts inside, those that run go on: as before maintenance."""
+        """Drain the cluster: no job starts inside the block, and running ones continue."""
         self.cluster.run("scontrol", "update", "nodename=node[1-2]", "state=drain", "reason=test")
         try:
             yield
@@ -124,7 +124,7 @@ class TrainingJob:
         return max(list_steps(self.run_dir), default=-1)
 
     def run_uninterrupted(self, steps: int) -> str:
-        """The same training in two processes without Slurm; its hash."""
+        """Run the same training in two processes without Slurm, and return its hash."""
         run_dir, port, server = self.folder / "uninterrupted", free_port(), Server.shared()
         words = ["train/main.py", "--config", "configs/t2v_2b.yaml", *self.words]
         words += [f"run_dir={run_dir}", f"max_steps={steps}"]
@@ -139,7 +139,7 @@ class TrainingJob:
         return self.hash_of(run_dir)
 
     def hash_of(self, run_dir: Path | None = None) -> str:
-        """What ``flowception checkpoint RUN --hash`` prints."""
+        """Output of ``flowception checkpoint RUN --hash``."""
         words = ["-m", "flowception.cli", "checkpoint", run_dir or self.run_dir, "--hash"]
         code, said = run_python(words, os.environ | {"PYTHONPATH": str(ROOT)}, PATIENCE_S)
         assert code == 0, said

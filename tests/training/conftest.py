@@ -1,4 +1,4 @@
-"""What several training tests share: runs in several processes, made once."""
+"""Fixtures shared by several training tests: runs in several processes, made once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORKER = "tests.training.workers.small_engine"
 
 @pytest.fixture(scope="session")
 def stages():
-    """The small model trained by two ranks under every stage: stage (as text) to result."""
+    """The small model trained by two ranks at every stage: stage (as text) to result."""
     return run_distributed(WORKER, "train_every_stage", 2, steps=10)[0]
 
 

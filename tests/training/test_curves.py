@@ -27,7 +27,7 @@ def write(folder, lines):
     return folder
 
 
-def test_curves_are_the_file_s_numbers_and_what_is_torn_or_null_is_said(tmp_path):
+def test_curves_match_the_file_and_damaged_or_null_values_are_reported(tmp_path):
     lines = [line(1), line(2, loss=None), line(3), '{"step": 4, "lo', "[1]", line(6, **{"validation/loss": 0.25})]
     metrics = read_metrics(write(tmp_path, lines))
     assert metrics.curves["loss"].steps.tolist() == [1, 3, 6]
@@ -35,46 +35,46 @@ def test_curves_are_the_file_s_numbers_and_what_is_torn_or_null_is_said(tmp_path
     assert metrics.curves["validation/loss"].steps.tolist() == [6]
     assert metrics.last_step == 6
     assert metrics.notes == [
-        "2 lines of metrics.jsonl cannot be read and are left out",
-        "loss is no finite number in 1 steps",
+        "skipped 2 unreadable lines of metrics.jsonl",
+        "loss is not a finite number in 1 steps",
         "2 steps between 1 and 6 are missing",
     ]
 
 
-def test_a_whole_file_has_no_notes(tmp_path):
+def test_a_complete_file_has_no_notes(tmp_path):
     assert read_metrics(write(tmp_path, [line(step) for step in range(1, 9)])).notes == []
 
 
-def test_ratio_is_of_sums_so_that_steps_with_few_sites_weigh_little(tmp_path):
+def test_ratio_is_of_sums_so_steps_with_few_sites_have_little_weight(tmp_path):
     many = [line(step, **{"rate/predicted": 80.0, "rate/true": 100.0}) for step in range(1, 101)]
-    many[49] = line(50, **{"rate/predicted": 8.0, "rate/true": 0.0})  # alone it would be infinite
+    many[49] = line(50, **{"rate/predicted": 8.0, "rate/true": 0.0})  # by itself its ratio is infinite
     metrics = read_metrics(write(tmp_path, many))
     add_ratios(metrics)
     ratio = metrics.curves["rate/predicted over rate/true"]
     assert len(ratio.values) == 100
     assert ratio.values[10] == pytest.approx(0.8)
-    assert ratio.values[49] == pytest.approx(88 / 100)  # the mean over two steps of both
+    assert ratio.values[49] == pytest.approx(88 / 100)  # both are means over two steps
 
 
-def test_moving_mean_by_hand():
+def test_moving_mean_of_known_values():
     assert moving_mean(np.array([1.0, 2.0, 6.0]), 1).tolist() == [1, 2, 6]
     assert moving_mean(np.array([1.0, 2.0, 6.0, 7.0]), 3).tolist() == [1.5, 3, 5, 6.5]
 
 
-def test_a_panel_holds_the_metrics_that_it_names(tmp_path):
+def test_a_panel_has_the_metrics_that_it_names(tmp_path):
     by_title = {panel.title: panel for panel in PANELS}
     known = ["loss", "loss/velocity", "loss/velocity/0-0.25", "loss/velocity/0.25-0.5", "validation/velocity/0.5"]
     assert names_of(by_title["loss by term"], known) == ["loss/velocity"]
-    bins = next(panel for panel in PANELS if "frame's time" in panel.title)
+    bins = next(panel for panel in PANELS if "frame time" in panel.title)
     assert names_of(bins, known) == ["loss/velocity/0-0.25", "loss/velocity/0.25-0.5"]
     assert names_of(by_title["model FLOPs utilization"], known) == []
 
 
-def test_plot_draws_what_is_there_and_says_what_is_not(tmp_path, capsys):
+def test_plot_draws_available_metrics_and_lists_missing_ones(tmp_path, capsys):
     write(tmp_path, [line(step) for step in range(1, 301)] + ["{"])
     assert cli.main(["plot", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "1 lines of metrics.jsonl cannot be read" in said
+    assert "skipped 1 unreadable lines of metrics.jsonl" in said
     absent = next(text for text in said.splitlines() if text.startswith("not in metrics.jsonl"))
     assert "model FLOPs utilization" in absent
     assert "gradient norm" not in absent
@@ -83,14 +83,14 @@ def test_plot_draws_what_is_there_and_says_what_is_not(tmp_path, capsys):
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
 
-def test_plot_refuses_what_it_cannot_read_or_write(tmp_path, capsys):
+def test_plot_fails_if_it_cannot_read_or_write(tmp_path, capsys):
     assert cli.main(["plot", str(tmp_path)]) == 2
     assert "metrics.jsonl does not exist" in capsys.readouterr().err
-    with pytest.raises(RunDirectoryError, match="no line that can be read"):
+    with pytest.raises(RunDirectoryError, match="no readable line"):
         read_metrics(write(tmp_path, ["{", ""]))
     with pytest.raises(RunDirectoryError, match="none of the metrics"):
         draw_curves(write(tmp_path, ['{"step": 1}']), tmp_path / "a.png")
     write(tmp_path, [line(1)])
     for wrong in (tmp_path / "no" / "a.png", tmp_path / "a.nothing"):
-        with pytest.raises(RunDirectoryError, match="cannot be written"):
+        with pytest.raises(RunDirectoryError, match="cannot write"):
             draw_curves(tmp_path, wrong)

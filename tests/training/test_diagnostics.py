@@ -1,4 +1,4 @@
-"""What a step shows, against sums by hand."""
+"""Diagnostics of a step, against sums computed separately."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,8 @@ from flowception.training.diagnostics import OBSERVED, TIME_BINS, observe, obser
 
 @pytest.fixture
 def pack():
-    """Five tokens of three frames, two channels; the last token has no velocity loss, the last frame no site."""
+    """Five tokens of three frames, two channels; the last token has no velocity loss, and the last frame is not a
+    site."""
     return SimpleNamespace(
         velocity_mask=torch.tensor([True, True, True, True, False]),
         velocity_target=torch.zeros(5, 2),
@@ -29,11 +30,11 @@ def output():
     return ModelOutput(velocity, torch.tensor([math.log(2.0), math.log(0.5), math.nan]))
 
 
-def test_sums_are_those_of_the_elements_in_each_bin_and_of_the_sites(output, pack):
+def test_sums_cover_the_elements_of_each_bin_and_the_sites(output, pack):
     sums = observe(output, pack)
     assert sums.shape == (OBSERVED,)
     assert sums.dtype == torch.float64
-    # times 0.1 (two tokens), 0.25 (one, the second bin begins there) and 1 (one: the last bin has its end)
+    # times 0.1 (two tokens), 0.25 (one, at the start of the second bin) and 1 (one, at the end of the last bin)
     assert sums[:TIME_BINS].tolist() == [5.0, 9.0, 0.0, 2.0]
     assert sums[TIME_BINS:-2].tolist() == [4.0, 2.0, 0.0, 2.0]
     assert sums[-2:].tolist() == pytest.approx([2.5, 3.0])
@@ -52,6 +53,6 @@ def test_metrics_are_means_and_an_empty_bin_has_none(output, pack):
     )
 
 
-def test_observing_leaves_the_gradient_alone(output, pack):
+def test_observing_does_not_change_the_gradient(output, pack):
     velocity = output.velocity.clone().requires_grad_()
     assert not observe(ModelOutput(velocity, output.log_rate), pack).requires_grad

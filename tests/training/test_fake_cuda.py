@@ -1,4 +1,5 @@
-"""A step and a validation on ``cuda`` without a GPU: packs arrive whole, and the host waits where it is written."""
+"""A step and a validation on a fake ``cuda`` device: packs arrive complete, and the host synchronizes only where
+intended."""
 
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -20,24 +21,24 @@ from tests.fake_cuda import DEVICE, FakeCuda, content, gradients
 from tests.training.workers.toy_set import write_config, write_set
 
 ROPE = "to device: nn/rope.py:VideoRoPE._constants (_to_copy)"
-"""Constants of the rotary positions, once for a device."""
+"""Constants of the rotary positions, once per device."""
 STEP = {
     ROPE,
     "to device, non_blocking: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/step.py:run_micro_steps (_local_scalar_dense)",
 }
-"""Packs, from pinned memory; all sums of a step are read once, after its last backward pass."""
+"""Packs come from pinned memory; all sums of a step are read once, after its last backward pass."""
 VALIDATION = {
     "to device: packing/layout.py:HoldsTensors.to.<lambda> (_to_copy)",
     "wait: training/validation.py:Validation._sums (_local_scalar_dense)",
     "to device: training/distributed/collectives.py:all_sum (_to_copy)",
     "wait: training/distributed/collectives.py:all_sum (_local_scalar_dense)",
 }
-"""Each pack's sums are read as it ends, and the ranks' sums of each time: seldom, and no step waits behind it."""
+"""The sums of each pack, and the sums of ranks at each time, are read separately: validation is rare."""
 
 
 class Engine:
-    """The network where DeepSpeed's engine stands; keeps the gradients of every loss that it is given."""
+    """Stand-in for DeepSpeed's engine; keeps the gradients of every loss."""
 
     def __init__(self, model: FlowceptionDiT, cuda: FakeCuda | None = None) -> None:
         self.model, self.cuda = model.requires_grad_(), cuda
@@ -71,7 +72,7 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def _stream_of_its_own(monkeypatch):
-    """The copying stream is kept for a process; that of a test ends with it."""
+    """The copy stream is cached per process; drop it after a test."""
     monkeypatch.setattr("flowception.data.transfer._copy_stream", lru_cache(lambda device: torch.cuda.Stream(device)))
 
 
@@ -88,7 +89,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(data):
-    """A rank's step: two packs of clips, and one of padding as a rank has that no clip is left for."""
+    """A step of one rank: two packs of clips, and one padding pack."""
     _, opened = data
     batch = next(iter(PackLoader(opened.plan, opened.reader, 0, 1)))
     return replace(batch, packs=[*batch.packs[:2], empty_pack(opened.plan)])
@@ -96,7 +97,7 @@ def batch(data):
 
 @pytest.fixture
 def network(data):
-    """The run's network, no weight at zero."""
+    """The network of the run, without zero weights."""
     config, _ = data
 
     def build():
@@ -111,7 +112,7 @@ def network(data):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch, precision):
+def test_a_step_synchronizes_once_at_its_end_and_matches_the_cpu(network, batch, precision):
     on_cpu = Engine(network())
     expected = run_micro_steps(on_cpu, batch, ranks("cpu"), 0.3)
     with FakeCuda() as cuda:
@@ -133,7 +134,7 @@ def test_a_step_waits_once_at_its_end_and_sees_what_the_cpu_sees(network, batch,
     assert result.not_finite == []
 
 
-def test_what_is_not_finite_is_told_without_waiting_for_it(network, batch):
+def test_values_that_are_not_finite_need_no_extra_synchronization(network, batch):
     batch = replace(batch, packs=[batch.packs[0], replace(batch.packs[1], noisy=batch.packs[1].noisy * torch.nan)])
     with FakeCuda() as cuda:
         engine = Engine(cuda.to_cuda(network()), cuda)
@@ -155,7 +156,7 @@ def tensors_of(item, path=""):
 
 
 def test_every_tensor_of_a_pack_arrives(batch):
-    """As a worker sends it, with text; the keys and the host's copy of lengths stay what they are."""
+    """As a worker sends it, with text; the keys and the host's copy of lengths do not change."""
     sent = replace(batch.packs[0], text=torch.randn(len(batch.packs[0].layout.text_token), 5))
     (pack,) = SentPacks.of([sent]).packs()
     with FakeCuda() as cuda:
@@ -171,7 +172,7 @@ def test_every_tensor_of_a_pack_arrives(batch):
     assert there.layout.segment_lengths == pack.layout.segment_lengths
 
 
-def test_validation_measures_what_the_cpu_measures(data, network, monkeypatch):
+def test_validation_matches_the_cpu(data, network, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     config, opened = data
     plan = heldout_plan(config, opened)

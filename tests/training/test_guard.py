@@ -1,4 +1,4 @@
-"""Steps that the guards refuse, on two real processes, and what a run that goes back ends with."""
+"""Steps that the guards skip, on two real processes, and the result of a run that rolls back."""
 
 import json
 import math
@@ -27,7 +27,7 @@ REASONS = {"loss": "the loss is not finite", "gradient": "the gradient is not fi
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A set, and the keys of its clips by (step from 1 on, pack) of epoch 0."""
+    """A set, and the keys of its clips by (step from 1, pack) of epoch 0."""
     folder = tmp_path_factory.mktemp("guards")
     data = write_set(folder / "shards", clips=120)
     config = write_config(folder / "plan.yaml", folder / "none", data, model__num_layers=1)  # as in the worker
@@ -73,7 +73,7 @@ def refused(run_dir):
 
 
 def check_one_refused_step(run_dir, keys, harm):
-    """The poisoned step alone was refused: all that is saved is as before it, and then goes on."""
+    """Only the poisoned step was skipped: the saved state is as before it, and training then continues."""
     saved = [hashes(checkpoint_dir(run_dir, step)) for step in range(6)]
     assert saved[POISONED_STEP] == saved[POISONED_STEP - 1]
     others = [saved[step] != saved[step - 1] for step in range(1, 6) if step != POISONED_STEP]
@@ -104,7 +104,7 @@ def test_one_bad_step_on_one_rank_is_skipped_by_all(runs, harm):
 def test_the_same_at_every_stage_and_type(clips):
     folder, keys = clips
     settings = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-    settings.remove((3, "fp32"))  # seen above
+    settings.remove((3, "fp32"))  # tested above
     arguments = {"rank_1": rank_1_of(keys), "settings": settings}
     results = run_distributed(WORKER, "harms", 2, folder=str(folder), timeout_s=800, **arguments)
     assert results[0] == results[1] == dict.fromkeys(results[0], True)
@@ -113,13 +113,13 @@ def test_the_same_at_every_stage_and_type(clips):
         check_one_refused_step(folder / name, keys, name.split("-")[0])
 
 
-def test_a_resumed_run_knows_the_usual_norm(runs):
+def test_a_resumed_run_restores_the_usual_norm(runs):
     folder, _, results = runs
     assert (results["spike_stopped"], results["spike_resumed"]) == (False, True)
     assert refused(folder / "spike_stopped") == refused(folder / "spike-3-fp32")
 
 
-def test_after_a_rollback_the_run_is_that_in_which_the_clips_were_always_bad(runs):
+def test_a_rolled_back_run_equals_one_where_the_clips_were_always_bad(runs):
     folder, keys, results = runs
     assert results["rolled"] is results["oracle"] is True
     assert list_steps(folder / "rolled") == [0, 6, 9, 12]
@@ -137,40 +137,40 @@ def test_after_a_rollback_the_run_is_that_in_which_the_clips_were_always_bad(run
     assert (state["quarantine"], state["optimizer_steps"]) == ({}, 9)
 
 
-def test_a_rollback_goes_before_the_first_skipped_step_and_is_written_down(runs):
+def test_a_rollback_goes_before_the_first_skipped_step_and_is_recorded(runs):
     journal = lines(runs[0] / "rolled" / "skipped.jsonl")
     assert [line["step"] for line in journal] == [5, 6, 7, 7]
     number = len(of_steps(runs[1], (5, 6, 7)))
     assert journal[-1] == {"step": 7, "rollback_to": 3, "rollbacks": 1, "left_out": number}
 
 
-def test_saving_often_and_keeping_few_leaves_the_checkpoint_to_go_back_to(runs):
+def test_frequent_saves_and_few_kept_leave_the_rollback_target(runs):
     folder, _, results = runs
     assert results["tight"] is True
     assert [line["rollback_to"] for line in lines(folder / "tight" / "skipped.jsonl") if "rollback_to" in line] == [4]
 
 
-def test_a_kill_right_after_the_rollback_loses_nothing_of_it(runs):
-    """Resumed where the clips do no harm any more, the run still leaves them out."""
+def test_a_kill_right_after_a_rollback_loses_nothing(runs):
+    """The resumed run still excludes the clips, even though they are no longer harmful."""
     folder, _, results = runs
     assert results["after_the_kill"] is True
     assert hashes(checkpoint_dir(folder / "killed", 12)) == hashes(checkpoint_dir(folder / "rolled", 12))
 
 
-def test_a_run_stopped_among_skipped_steps_decides_the_same(runs):
+def test_a_run_stopped_among_skipped_steps_makes_the_same_decision(runs):
     folder, _, results = runs
     assert (results["stopped"], results["resumed"]) == (False, True)
     assert hashes(checkpoint_dir(folder / "stopped", 12)) == hashes(checkpoint_dir(folder / "rolled", 12))
 
 
-def test_a_run_that_gets_no_further_ends_and_names_the_journal(runs):
+def test_a_run_without_progress_ends_and_names_the_journal(runs):
     folder, _, results = runs
-    assert results["hopeless"].startswith("GuardError: 2 steps in a row were skipped, up to step 8")
+    assert results["hopeless"].startswith("GuardError: skipped 2 steps in a row up to step 8")
     assert str(folder / "hopeless" / "skipped.jsonl") in results["hopeless"]
     assert "guard.max_rollbacks=1" in results["hopeless"]
 
 
-def test_getting_further_between_rollbacks_is_progress(runs):
+def test_applied_steps_between_rollbacks_are_progress(runs):
     folder, _, results = runs
     assert results["twice"] is True
     assert [line["rollbacks"] for line in lines(folder / "twice" / "skipped.jsonl") if "rollback_to" in line] == [1, 1]
@@ -181,13 +181,14 @@ def test_getting_further_between_rollbacks_is_progress(runs):
     [("spike_factor", 1.0), ("spike_memory_steps", 0), ("max_skipped_in_a_row", 0), ("max_rollbacks", -1)]
     + [("hang_timeout_s", 0.0), ("data_stall_warning_s", -1.0)],
 )
-def test_config_refuses_what_is_out_of_range(name, value):
+def test_config_out_of_range_is_an_error(name, value):
     with pytest.raises(ConfigError, match=f"guard.{name} must be .*, got {value}$"):
         GuardConfig(**{name: value})
 
 
-def test_the_usual_norm_is_the_plain_mean_and_then_forgets(tmp_path):
-    """The law in closed form: after the first M, weights r (1 - r)^(n - i) with r = 1 / M, the rest for their mean."""
+def test_the_usual_norm_is_a_plain_then_an_exponential_mean(tmp_path):
+    """Closed form: after the first M norms, weights r (1 - r)^(n - i) with r = 1 / M, and the rest for the mean of the
+    first M."""
     config = GuardConfig(spike_memory_steps=4, spike_factor=3.0)
     guard, state = make_guard(config, tmp_path), GuardState()
     norms = np.random.default_rng(0).uniform(1, 2, 9)

@@ -21,18 +21,18 @@ CPU = torch.device("cpu")
         ("NVIDIA L40S", 362),
     ],
 )
-def test_peaks_are_the_data_sheets(name, tflops):
+def test_peaks_match_the_data_sheets(name, tflops):
     peak = gpu_peak(name)
     assert peak.tflops == tflops
     assert name in peak.source
 
 
 @pytest.mark.parametrize("name", ["NVIDIA L40", "Tesla V100-SXM2-16GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""])
-def test_what_is_not_known_is_not_guessed(name):
+def test_unknown_gpus_have_no_peak(name):
     assert gpu_peak(name) is None
 
 
-def test_there_is_no_peak_on_the_cpu_unless_it_is_given(monkeypatch):
+def test_a_cpu_has_no_peak_unless_configured(monkeypatch):
     assert find_peak(None, "bf16", CPU) is None
     assert find_peak(0.5, "fp32", CPU) == (0.5, "logging.peak_tflops")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -50,7 +50,7 @@ print(peak_memory_gib(torch.device("cpu")) - before)
 """
 
 
-def test_peak_memory_remembers_what_was_let_go():
+def test_peak_memory_includes_released_memory():
     grown = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=120)
     assert float(grown.stdout) * GIB == pytest.approx(256 * 2**20, rel=0.2)
     assert peak_memory_gib(CPU) > 0

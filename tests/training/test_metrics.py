@@ -38,7 +38,7 @@ def steps_in(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_object_a_step_and_a_line_now_and_then(tmp_path, console):
+def test_one_object_per_step_and_occasional_console_lines(tmp_path, console):
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=2), max_steps=5, first_step=0)
     for step in range(1, 6):
         log.write(values(step))
@@ -58,7 +58,7 @@ def test_one_object_a_step_and_a_line_now_and_then(tmp_path, console):
         assert part in lines[0]
 
 
-def test_resuming_cuts_off_later_steps_and_a_torn_line(tmp_path):
+def test_resuming_drops_later_steps_and_a_truncated_line(tmp_path):
     log = MetricsLog(tmp_path, LoggingConfig(), 9, 0)
     for step in range(1, 6):
         log.write(values(step))
@@ -71,7 +71,7 @@ def test_resuming_cuts_off_later_steps_and_a_torn_line(tmp_path):
     assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
-def test_what_is_not_finite_becomes_null(tmp_path, console):
+def test_values_that_are_not_finite_become_null(tmp_path, console):
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
     log.write(values(1, loss=math.nan))
     log.close()
@@ -96,16 +96,16 @@ def test_speed_predicts_the_time_left(monkeypatch):
     speed = Speed(world_size=2, peak_tflops=None)
     assert speed.lap_s() == 0.5
     first = speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=3)
-    rates = {"clips_per_s": 5.0, "tokens_per_s": 50.0, "tflops_per_s": 2.0}  # of a rank
+    rates = {"clips_per_s": 5.0, "tokens_per_s": 50.0, "tflops_per_s": 2.0}  # per rank
     assert first == {"step_s": 2.0, "time_left_s": 6.0, **rates}
     assert speed.lap_s() == 0.25
     assert speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=2)["step_s"] == 2.0
-    speed.restart()  # five seconds of saving are nobody's data wait
+    speed.restart()  # five seconds of saving do not count as data wait
     assert speed.lap_s() == 0.5
     assert speed.end_step(clips=10, tokens=100, flops=8e12, steps_left=1)["step_s"] == 1.0
 
 
-def test_mfu_is_a_rank_s_flops_over_its_peak(monkeypatch):
+def test_mfu_is_the_flops_of_a_rank_over_its_peak(monkeypatch):
     clock = iter([0.0, 4.0])
     monkeypatch.setattr("flowception.training.metrics.time.perf_counter", lambda: next(clock))
     found = Speed(world_size=2, peak_tflops=100.0).end_step(clips=1, tokens=1, flops=320e12, steps_left=1)
@@ -121,7 +121,7 @@ def test_console_line_shows_the_calibration_of_the_rate():
 
 @pytest.fixture
 def fake_wandb(monkeypatch):
-    """What ``wandb.init`` and ``log`` were called with; set ``key`` for a login that wandb knows of."""
+    """Records the calls of ``wandb.init`` and ``log``; set ``key`` to simulate a stored login."""
     seen = {"key": False}
     run = types.SimpleNamespace(
         log=lambda values: seen.update({values["step"]: values}),
@@ -147,24 +147,24 @@ def test_wandb_is_offline_without_a_key(tmp_path, fake_wandb, key, mode):
     assert fake_wandb["step_metric"] == ("*", "step")
 
 
-def test_a_full_disk_is_warned_of_once_and_the_run_goes_on(tmp_path, console):
+def test_a_full_disk_warns_once_and_the_run_continues(tmp_path, console):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = MetricsLog(tmp_path, LoggingConfig(every_steps=1), 9, 0)
     for step in (1, 2, 3):
         log.write(values(step))
     log.close()
     out = console.readouterr().out
-    assert out.count("WARNING: metrics.jsonl cannot be written") == 1
+    assert out.count("WARNING: cannot write metrics.jsonl") == 1
     assert "step 3/9" in out
 
 
-def test_a_log_that_cannot_be_opened_is_refused(tmp_path):
+def test_a_log_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunDirectoryError, match="metrics.jsonl"):
         MetricsLog(tmp_path, LoggingConfig(), 9, 0)
 
 
-def test_runs_of_one_name_are_two_in_wandb_and_a_resumed_one_is_one(tmp_path, fake_wandb):
+def test_wandb_separates_runs_with_the_same_name_and_continues_a_resumed_one(tmp_path, fake_wandb):
     ids = []
     for folder in ("a/run", "b/run", "a/run"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def test_runs_of_one_name_are_two_in_wandb_and_a_resumed_one_is_one(tmp_path, fa
     assert fake_wandb["resume"] == "allow"
 
 
-def test_a_missing_wandb_is_refused_before_anything_is_built(monkeypatch):
+def test_a_missing_wandb_is_an_error_before_anything_is_built(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_packages(LoggingConfig())
     with pytest.raises(MissingDependencyError, match="wandb"):
@@ -185,12 +185,12 @@ ASK_WANDB = """
 import os, wandb
 from flowception.training.metrics import _has_api_key
 print("KEY", _has_api_key(wandb), flush=True)
-os._exit(0)  # wandb's own service would wait at exit for a server that this machine cannot reach
+os._exit(0)  # at exit, wandb's service would wait for a server that this machine cannot reach
 """
 
 
 @pytest.mark.parametrize("has_key", [False, True])
-def test_wandb_itself_says_whether_there_is_a_key(tmp_path, has_key):
+def test_the_real_wandb_reports_whether_there_is_a_key(tmp_path, has_key):
     pytest.importorskip("wandb")
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine wandb.example login user password {'0' * 40}\n" if has_key else "")
@@ -203,15 +203,15 @@ def test_wandb_itself_says_whether_there_is_a_key(tmp_path, has_key):
     assert f"KEY {has_key}" in asked.stdout, asked.stderr
 
 
-def test_wandb_stays_offline_when_told_to(tmp_path, fake_wandb, console, monkeypatch):
+def test_wandb_stays_offline_if_configured(tmp_path, fake_wandb, console, monkeypatch):
     fake_wandb["key"] = True
     monkeypatch.setenv("WANDB_MODE", "online")
     MetricsLog(tmp_path, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0).close()
     assert fake_wandb["mode"] == "offline"
-    assert "offline (as logging.wandb_offline says)" in console.readouterr().out
+    assert "offline (logging.wandb_offline is set)" in console.readouterr().out
 
 
-def test_config_refuses():
+def test_config_out_of_range_is_an_error():
     with pytest.raises(ConfigError, match="logging.peak_tflops"):
         LoggingConfig(peak_tflops=0.0)
     with pytest.raises(ConfigError, match="logging.every_steps"):
@@ -240,7 +240,7 @@ os._exit(0)
 """
 
 
-def test_a_signal_that_ends_wandb_s_service_does_not_end_the_run(tmp_path):
+def test_a_signal_to_the_wandb_service_does_not_end_the_run(tmp_path):
     """Slurm sends SIGTERM to every process of a task."""
     pytest.importorskip("wandb")
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": str(tmp_path)}
@@ -249,7 +249,7 @@ def test_a_signal_that_ends_wandb_s_service_does_not_end_the_run(tmp_path):
         env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("WARNING: wandb fails") == 1
+    assert done.stdout.count("WARNING: wandb failed") == 1
     assert steps_in(tmp_path) == [1, 2]
 
 
@@ -261,4 +261,4 @@ def test_a_wandb_that_does_not_start_does_not_end_the_run(tmp_path, fake_wandb, 
     log = MetricsLog(tmp_path, LoggingConfig(wandb_project="p"), 9, 0)
     log.write(values(1))
     log.close()
-    assert "WARNING: wandb fails (no network); the run goes on" in console.readouterr().out
+    assert "WARNING: wandb failed (no network); the run continues" in console.readouterr().out

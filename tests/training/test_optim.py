@@ -19,7 +19,7 @@ def test_warm_up_then_constant():
 
 
 @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
-def test_decay_begins_at_lr_and_ends_at_the_last_step(schedule, middle):
+def test_decay_starts_at_lr_and_ends_at_the_last_step(schedule, middle):
     config = OptimConfig(lr=1.0, warmup_steps=10, lr_schedule=schedule, lr_end_ratio=0.1)
     assert learning_rate(config, 9, 111) == learning_rate(config, 10, 111) == 1.0
     assert learning_rate(config, 60, 111) == pytest.approx(middle)
@@ -32,7 +32,7 @@ def test_cosine_is_a_cosine():
     assert learning_rate(config, 25, 101) == pytest.approx(1 + math.cos(math.pi / 4))
 
 
-def test_only_matrices_that_are_no_embeddings_decay():
+def test_only_matrices_other_than_embeddings_decay():
     model = nn.ModuleDict({"table": nn.Embedding(3, 4), "linear": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
     decaying, plain = build_optimizer(model, OptimConfig(weight_decay=0.3), CPU).param_groups
     assert [p is model["linear"].weight for p in decaying["params"]] == [True]
@@ -40,7 +40,7 @@ def test_only_matrices_that_are_no_embeddings_decay():
     assert (decaying["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
 
 
-def test_it_is_fused_where_the_run_will_compute_on_cuda_wherever_the_weights_are_now():
+def test_the_optimizer_is_fused_if_the_run_is_on_cuda():
     model = nn.Linear(4, 2)
     assert build_optimizer(model, OptimConfig(), torch.device("cuda", 0)).defaults["fused"]
     assert not build_optimizer(model, OptimConfig(), CPU).defaults["fused"]
@@ -69,7 +69,7 @@ def test_partitioned_weights_are_grouped_by_their_full_shape():
         {"weight_decay": -1},
     ],
 )
-def test_out_of_range_is_refused_by_name(wrong):
+def test_values_out_of_range_are_errors_that_name_the_key(wrong):
     with pytest.raises(ConfigError, match=f"optim.{next(iter(wrong))}"):
         OptimConfig(**wrong)
 

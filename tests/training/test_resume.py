@@ -46,8 +46,8 @@ def test_another_world_size_and_stage_load_the_same_state(resumes, tmp_path, wor
 
 
 @pytest.mark.long
-def test_from_two_ranks_over_four_one_and_three_and_back(resumes, tmp_path):
-    """Every stop loads what the one before saved, under all stages; the last goes on as if nothing had happened."""
+def test_resumes_on_two_four_one_three_and_two_ranks(resumes, tmp_path):
+    """Each part loads what the previous one saved, at all stages; the last continues like an uninterrupted run."""
     folder, results = resumes
     start = source = folder / "3-fp32-whole"
     for world_size, stages in ((4, (0, 1, 2, 3)), (1, (1, 2)), (3, (0, 2, 3)), (2, (1, 0, 2, 3))):
@@ -63,7 +63,7 @@ def test_from_two_ranks_over_four_one_and_three_and_back(resumes, tmp_path):
     assert hashes(checkpoint_dir(source, 6)) == hashes(checkpoint_dir(start, 6))
 
 
-def test_a_damaged_checkpoint_is_passed_over(resumes, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped(resumes, tmp_path, caplog):
     folder, _ = resumes
     shutil.copytree(folder / "3-fp32-whole", tmp_path / "run")
     newest = checkpoint_dir(tmp_path / "run", 6) / "rank_00001.safetensors"

@@ -1,4 +1,4 @@
-"""Clips sampled during training: made by all ranks, of the run's own tasks, and nothing of the training changes."""
+"""Clips sampled during training: by all ranks, with the run's own tasks, and without any change of the training."""
 
 import json
 
@@ -44,7 +44,7 @@ def listed(folder):
     return [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_leave_clips_and_a_picture(runs):
+def test_two_ranks_write_clips_and_a_contact_sheet(runs):
     samples = runs / "sampled" / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["step_00000002", "step_00000004"]
     for folder in samples.iterdir():
@@ -57,12 +57,12 @@ def test_two_ranks_leave_clips_and_a_picture(runs):
     assert [(r["of"], r["task"]) for r in before] == [(r["of"], r["task"]) for r in after]
 
 
-def test_training_is_to_the_bit_what_it_is_without_samples(runs):
+def test_samples_do_not_change_training_by_a_bit(runs):
     plain, sampled = (hashes(checkpoint_dir(runs / name, 4)) for name in ("plain", "sampled"))
     assert plain == sampled
 
 
-def test_a_prescribed_law_gets_the_clip_s_own_length(runs):
+def test_a_prescribed_order_gets_the_length_of_the_clip(runs):
     data = open_data(load_config([runs / "ordered.yaml"]))
     records = listed(runs / "ordered" / "samples" / "step_00000004")
     for record in records:
@@ -77,7 +77,7 @@ def test_samples_that_cannot_be_written_do_not_end_training(runs):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A sampler for any rank of any number, and a network whose calls are counted."""
+    """A sampler for any rank and world size, and a network that counts its calls."""
     folder = tmp_path_factory.mktemp("alone")
     data_folder = decodable_set(folder / "shards")
     model = None
@@ -113,8 +113,8 @@ def alone(tmp_path_factory):
     return run
 
 
-def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone, monkeypatch):
-    """Compared before H.264, where one pixel that rounds the other way would move its whole block."""
+def test_clips_and_evaluations_do_not_depend_on_the_number_of_ranks(alone, monkeypatch):
+    """Compared before H.264 encoding, where one pixel that rounds differently changes a complete block."""
     written = {}
 
     def keep_and_write(path, video, *, fps):
@@ -135,10 +135,10 @@ def test_clips_are_the_same_at_any_number_of_ranks_and_evaluations_too(alone, mo
         assert ours.shape == theirs.shape
         assert (
             np.abs(ours - theirs).max() <= 1
-        )  # latents agree to 1e-4 (test_predictor), so a level may round either way
+        )  # latents agree to 1e-4 (test_predictor), so a pixel level may differ by one
 
 
-def test_given_frames_are_those_of_the_held_out_clip(alone):
+def test_given_frames_are_from_the_held_out_clip(alone):
     sampler, _, _, _ = alone(0, 1)
     seen = 0
     for row, task, context, _ in sampler.given:
@@ -154,6 +154,6 @@ def test_given_frames_are_those_of_the_held_out_clip(alone):
 
 
 @pytest.mark.parametrize("name", ["every_steps", "num_clips", "num_inference_steps", "max_frames"])
-def test_less_than_one_is_refused(name):
+def test_less_than_one_is_an_error(name):
     with pytest.raises(ConfigError, match=f"samples.{name} must be an integer >= 1.*, got 0"):
         SamplesConfig(**{name: 0})

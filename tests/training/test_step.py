@@ -1,4 +1,4 @@
-"""The loss of one step, without processes or DeepSpeed: an engine that only notes what is sent backward."""
+"""The loss of one step, without processes or DeepSpeed: the engine only records the losses passed to backward."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ INSERTION_LOSS_WEIGHT = 0.3
 
 
 class NotingEngine:
-    """A network of one number. As DeepSpeed's, it divides a loss by the number of micro-steps and sums gradients."""
+    """A network with one number. Like DeepSpeed's engine, it divides a loss by the number of micro-steps and sums
+    gradients."""
 
     def __init__(self, micro_steps):
         self.micro_steps, self.gradient = micro_steps, 0.0
@@ -51,8 +52,8 @@ def first_batch(data, rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_together_have_the_loss_of_one(data, world_size):
-    """The mean over ranks of their gradients is that of the weighted sums over the plan's denominators, written out."""
+def test_the_loss_does_not_depend_on_the_number_of_ranks(data, world_size):
+    """The mean gradient over ranks equals that of the weighted sums over the plan's denominators."""
     gradients, sums = [], torch.zeros(2)
     for rank in range(world_size):
         batch = first_batch(data, rank, world_size)

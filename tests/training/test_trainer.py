@@ -19,13 +19,13 @@ from flowception.training.data import open_data
 from tests.distributed_worker import run_distributed
 from tests.training.workers.toy_set import write_config, write_set
 
-pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one set-up makes all runs
+pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one fixture makes all runs
 
 WORKER = "tests.training.workers.trainer_worker"
 
 
 def damage_all_clips(folder):
-    """Shards of their old sizes that hold nothing but zeros."""
+    """Shards of the same sizes that contain only zeros."""
     for path in folder.glob("*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
 
@@ -39,7 +39,7 @@ def damage_last_step(folder):
 
 
 def damage_one_clip(folder, row=None):
-    """Flip a byte in the latents of a training clip; gives its key."""
+    """Flip a byte in the latents of a training clip; returns its key."""
     index = ClipIndex.load(folder)
     row = int(index.split(0.2)[0][0]) if row is None else row
     clip = index.clips[row]
@@ -79,7 +79,7 @@ def losses(run_dir):
     return [line["loss"] for line in metrics(run_dir)]
 
 
-def test_a_run_leaves_what_the_design_says(runs):
+def test_a_run_writes_the_files_of_the_design(runs):
     folder, results = runs
     run_dir = folder / "whole"
     assert results["whole"] is True
@@ -116,7 +116,7 @@ def test_the_loss_falls_and_is_the_weighted_sum_of_its_terms(runs):
     assert held_out[1] < held_out[0]
 
 
-def test_what_a_step_shows_is_the_plan_s_over_all_ranks(runs):
+def test_step_metrics_match_the_plan_over_all_ranks(runs):
     run_dir = runs[0] / "whole"
     config = load_config([run_dir / "config.yaml"])
     plan, lines = open_data(config).plan, metrics(run_dir)
@@ -130,7 +130,7 @@ def test_what_a_step_shows_is_the_plan_s_over_all_ranks(runs):
         times = draws.shown_time[draws.flow_mask]
         bins = {f"loss/velocity/{low / 4:g}-{(low + 1) / 4:g}" for low in (times * 4).long().tolist()}
         assert {name for name in line if name.startswith("loss/velocity/")} == bins
-    # before the first step the rate head says the data's mean count everywhere
+    # before the first step the rate head predicts the data's mean count everywhere
     assert lines[0]["rate/predicted"] == pytest.approx(lines[0]["rate/true"], rel=0.5)
     assert not any("mfu" in line for line in lines)
 
@@ -149,7 +149,7 @@ def test_step_0_is_the_untrained_model(runs):
     assert not saved["heads.velocity.weight"].any()
 
 
-def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(runs):
+def test_a_signal_to_one_rank_stops_all_and_the_same_command_resumes(runs):
     folder, results = runs
     assert (results["stopped"], results["resumed"], results["finished_again"]) == (False, True, True)
     assert list_steps(folder / "stopped") == [0, 6, 8, 12]
@@ -157,16 +157,16 @@ def test_a_signal_to_one_rank_stops_all_and_the_same_command_goes_on(runs):
     assert losses(folder / "stopped") == losses(folder / "whole")
 
 
-def test_what_must_not_change_in_a_run_is_refused_by_name(runs):
+def test_changing_a_fixed_setting_is_an_error_that_names_it(runs):
     results = runs[1]
     assert results["changed_plan"].startswith("PlanError: the plan changed in the middle of epoch")
     assert results["changed_model"].startswith("RunDirectoryError:")
     assert "model.hidden_size was 32 and is 48" in results["changed_model"]
     assert "codec_fingerprint" in results["changed_codec"]
-    assert load_config([runs[0] / "stopped" / "config.yaml"]).token_budget == 96, "a refused start changed the run"
+    assert load_config([runs[0] / "stopped" / "config.yaml"]).plan.token_budget == 96, "a refused start changed the run"
 
 
-def test_reading_ahead_in_workers_changes_nothing(runs):
+def test_prefetching_in_workers_changes_nothing(runs):
     folder, results = runs
     assert results["workers"] is True
     assert losses(folder / "workers") == losses(folder / "whole")[:6]
@@ -179,20 +179,20 @@ def test_a_full_disk_does_not_end_the_run(runs):
     assert not list((folder / "full_disk" / "checkpoints").glob("*.tmp"))
     assert losses(folder / "full_disk") == losses(folder / "whole")[:8]
     said = results["said_full_disk"]
-    why = "WARNING: the checkpoint of step 4 could not be saved: rank 1: [Errno 28] No space left on device"
-    assert said.count(f"{why}; the last one is of step 0\n") == 1
-    assert said.count("WARNING: old checkpoints could not be removed ([Errno 13] Permission denied)\n") == 2
+    why = "WARNING: cannot save the checkpoint of step 4: rank 1: [Errno 28] No space left on device"
+    assert said.count(f"{why}; the newest is of step 0\n") == 1
+    assert said.count("WARNING: cannot remove old checkpoints ([Errno 13] Permission denied)\n") == 2
     counts = [line["failed_saves"] for line in metrics(folder / "full_disk")]
     assert counts[:4] == [0] * 4
     assert counts == sorted(counts)
 
 
-def test_a_last_save_that_fails_is_an_error_but_not_where_the_run_comes_again(runs):
+def test_a_failed_last_save_is_an_error_unless_the_run_will_resume(runs):
     folder, results = runs
     assert results["full_at_stop"] is False
-    assert "WARNING: the checkpoint of step 2 could not be saved" in results["said_full_at_stop"]
+    assert "WARNING: cannot save the checkpoint of step 2" in results["said_full_at_stop"]
     assert "step 2 of 12: stopped by" in results["said_full_at_stop"]
-    assert results["full_at_end"].startswith("CheckpointError: the checkpoint of step 3 could not be saved: rank 1:")
+    assert results["full_at_end"].startswith("CheckpointError: cannot save the checkpoint of step 3: rank 1:")
     assert list_steps(folder / "full_at_end") == [0]
 
 
@@ -205,14 +205,14 @@ def test_saves_are_timed(runs):
     assert {line["failed_saves"] for line in lines} == {0}
 
 
-def test_a_second_job_is_refused_and_told_who_holds_the_lock(runs, tmp_path):
+def test_a_second_job_is_refused_with_the_holder_of_the_lock(runs, tmp_path):
     assert "is in use by process" in runs[1]["locked"]
     with run_directory.lock(tmp_path), pytest.raises(RunDirectoryError, match="process"):
         run_directory.lock(tmp_path)
     run_directory.lock(tmp_path).release()
 
 
-def test_init_from_starts_at_the_ema_of_the_other_run(runs):
+def test_init_from_starts_from_the_ema_of_the_other_run(runs):
     folder, results = runs
     assert results["init_from"] is True
     start = read_full(checkpoint_dir(folder / "init_from", 0), "weights")
@@ -224,7 +224,7 @@ def test_init_from_starts_at_the_ema_of_the_other_run(runs):
     assert not (folder / "other_codec" / "manifest.json").exists()
 
 
-def test_fewer_packs_than_ranks_are_refused(runs):
+def test_fewer_packs_than_ranks_is_an_error(runs):
     assert runs[1]["too_few_packs"].startswith(
         "ConfigError: packs_per_step must be at least the number of ranks, got 1 and 2 ranks"
     )
@@ -232,7 +232,9 @@ def test_fewer_packs_than_ranks_are_refused(runs):
 
 def test_activation_checkpointing_and_stage_change_nothing(runs):
     folder, results = runs
-    assert results["said_checkpointing"].startswith("WARNING: activation_checkpointing auto: all 2 blocks are computed")
+    assert results["said_checkpointing"].startswith(
+        "WARNING: activation_checkpointing auto: all 2 blocks are recomputed"
+    )
     assert load_config([folder / "checkpointing/config.yaml"]).model.activation_checkpointing == 2
     assert load_config([folder / "stopped/config.yaml"]).model.activation_checkpointing == 0
     assert losses(folder / "checkpointing") == pytest.approx(losses(folder / "whole")[:3], rel=1e-6)
@@ -243,7 +245,7 @@ def test_bf16_is_close(runs):
     assert losses(runs[0] / "bf16") == pytest.approx(losses(runs[0] / "whole")[:3], rel=0.05)
 
 
-def test_a_bad_clip_is_listed_and_left_out_from_the_next_epoch_on(runs):
+def test_a_bad_clip_is_listed_and_skipped_from_the_next_epoch_on(runs):
     folder, results = runs
     assert results["bad_clip"] is True
     key = (folder / "bad_key").read_text()
@@ -257,7 +259,7 @@ def test_a_bad_clip_is_listed_and_left_out_from_the_next_epoch_on(runs):
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
 
 
-def test_an_epoch_whose_last_step_is_unreadable_goes_on(runs):
+def test_an_unreadable_last_step_of_an_epoch_does_not_stop_the_run(runs):
     folder, results = runs
     assert results["bad_last_step"] is True
     lines = metrics(folder / "bad_last_step")
@@ -277,14 +279,14 @@ def test_a_rank_that_cannot_read_stops_every_rank(runs):
     assert runs[1]["unreadable_on_rank_1"] == "CheckpointError: rank 1: the mount is gone"
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_not_kept_in_place_of_a_whole_one(runs):
+def test_a_damaged_newest_checkpoint_is_renamed_and_does_not_displace_a_valid_one(runs):
     folder, results = runs
     assert results["damaged"] is True
     assert list_steps(folder / "damaged") == [0, 8, 10]
     assert (folder / "damaged" / "checkpoints" / "step_00000012.damaged").is_dir()
 
 
-def test_max_steps_below_the_saved_step_is_said(runs):
+def test_max_steps_below_the_saved_step_is_reported(runs):
     folder, results = runs
     assert results["beyond"] is True
     assert "the run is already at step 10, beyond max_steps=9; nothing to do" in results["said_beyond"]
@@ -292,12 +294,12 @@ def test_max_steps_below_the_saved_step_is_said(runs):
     assert [line["step"] for line in metrics(folder / "damaged")] == list(range(1, 11))
 
 
-def test_text_that_the_model_leaves_unused_is_said(runs):
+def test_unused_text_is_reported(runs):
     assert runs[1]["text"] is True
-    assert "the set's text is not used: the model has none; set model.text_dim=9" in runs[1]["said_text"]
+    assert "the model does not use the text of the shard set; set model.text_dim=9" in runs[1]["said_text"]
 
 
-def test_another_world_size_sees_the_same_losses(runs, tmp_path):
+def test_losses_are_the_same_at_another_world_size(runs, tmp_path):
     folder, _ = runs
     run_distributed(WORKER, "one_run", 1, folder=str(folder), name="alone", max_steps=5)
     assert losses(folder / "alone") == pytest.approx(losses(folder / "whole")[:5], rel=1e-5)
@@ -306,7 +308,8 @@ def test_another_world_size_sees_the_same_losses(runs, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
-    """Weight decay on a group and a cosine in mid-flight: 2 ranks at ZeRO-3, then 1, 4 and 2 again, each at another.
+    """Weight decay on one group and a cosine schedule: 2 ranks at ZeRO-3, then 1, 4 and 2 ranks, each at a different
+    stage.
 
     ``test_equivalence.py`` has the 50 steps after one change of world size; this is a chain, and all of the state.
     No job stops at a step of validation, which it would leave out.
@@ -342,6 +345,6 @@ def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
         assert all(torch.allclose(again[name], whole[name], rtol=1e-3, atol=1e-5) for name in whole)
 
 
-def test_config_in_use_is_the_one_of_the_helper(tmp_path):
+def test_the_config_in_use_is_that_of_the_helper(tmp_path):
     config = load_config([write_config(tmp_path / "c.yaml", tmp_path, tmp_path)])
     assert config.zero.param_persistence_threshold == 0

@@ -16,7 +16,7 @@ from tests.training.workers.toy_set import write_config, write_set
 
 
 class Oracle:
-    """Stands where the engine stands: the exact velocity plus an error, and a rate of 1."""
+    """Stand-in for the engine: the exact velocity plus an error, and a rate of 1."""
 
     def __init__(self, error):
         self.error, self.calls = error, 0
@@ -54,12 +54,12 @@ LAWS = {"uniform": 0.8, "random": 1.0, "left_to_right": 0.5, "full_sequence": 0.
 
 @pytest.mark.parametrize("time", [0.25, 1.5, 4.5])
 @pytest.mark.parametrize("law", LAWS)
-def test_every_clip_that_training_shows_at_a_time_is_measured_at_it(data, law, time):
+def test_every_clip_that_has_a_time_in_training_is_measured_at_it(data, law, time):
     config, opened, _ = data
     process = replace(config.process, delay_law=law, insertion_share=LAWS[law])
     plan = heldout_plan(replace(config, process=process), opened)
     frames = {int(row): int(plan.index.clips["frames"][row]) for row in plan.rows}
-    end = {"full_sequence": 1, "random": 1}.get(law, 2)  # random: with share 1 nothing above 1 is trained
+    end = {"full_sequence": 1, "random": 1}.get(law, 2)  # random: with share 1 there are no times above 1
     context = plan.clip_draws(PackPlan(0, 0, plan.rows, np.arange(len(plan.rows)))).clips.task.tolist()
     generated = {row: n - (task == 1) for (row, n), task in zip(frames.items(), context)}
     expected = {row for row in frames if time < (generated[row] if law == "autoregressive" else end)}
@@ -81,7 +81,7 @@ def test_the_loss_is_the_mean_square_error(data, alone, error):
     assert result["validation/velocity/0.25"] == pytest.approx(error**2, abs=1e-12)
 
 
-def test_ranks_share_the_packs_and_run_equally_often(data):
+def test_ranks_divide_the_packs_and_run_the_same_number_of_forwards(data):
     _, opened, plan = data
     config = ValidationConfig(num_clips=9, global_times=[1.5])
     parts = []
@@ -113,7 +113,7 @@ def test_the_same_clips_and_noise_each_time_and_only_held_out_ones(data):
     assert not held_out & {opened.reader.index.key(int(row)) for row in opened.plan.rows}
 
 
-def test_mean_log_rate_is_that_of_the_draws(data):
+def test_mean_log_rate_matches_the_draws(data):
     _, opened, _ = data
     plan = opened.plan
     draws = plan.clip_draws(PackPlan(0, 0, plan.rows, np.arange(len(plan.rows)))).clips
@@ -121,7 +121,7 @@ def test_mean_log_rate_is_that_of_the_draws(data):
     assert mean_log_rate(plan) == pytest.approx(float(missing.mean().log()))
 
 
-def test_config_refuses():
+def test_config_out_of_range_is_an_error():
     for wrong in ({"every_steps": 0}, {"num_clips": 0}, {"global_times": []}, {"global_times": [-1.0]}):
         with pytest.raises(ConfigError, match=f"validation.{next(iter(wrong))}"):
             ValidationConfig(**wrong)

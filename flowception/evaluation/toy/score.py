@@ -196,10 +196,10 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
     counts = np.bincount(classes, minlength=len(CLASS_COLORS))
     expected = int(counts.argmax()) if class_label is None else class_label
     areas = np.array([frame.area_px for frame in made])
-    right = np.array([frame.single_shape for frame in frames])
+    correct = np.array([frame.single_shape for frame in frames])
     error, speed = math.nan, math.nan
-    if right.mean() > 0.5:
-        numbers, track = np.flatnonzero(right), np.array([frame.position for frame in frames])[right]
+    if correct.mean() > 0.5:
+        numbers, track = np.flatnonzero(correct), np.array([frame.position for frame in frames])[correct]
         walls = [(RADIUS_PX, video.shape[2 - axis] - RADIUS_PX) for axis in (0, 1)]
         fits = [fit_reflected_line(numbers, track[:, axis], *walls[axis]) for axis in (0, 1)]
         error = math.sqrt(fits[0][0] + fits[1][0])
@@ -207,7 +207,7 @@ def score_clip(video: NDArray[np.uint8], class_label: int | None, given_frames: 
     return ClipScore(
         frames=len(frames),
         color_right=bool(counts[expected] > len(made) / 2),
-        single_shape=float(right[given_frames:].mean()) if made else 0.0,
+        single_shape=float(correct[given_frames:].mean()) if made else 0.0,
         color_constant=float(counts.max() / max(1, len(made))),
         area_variation=float(areas.std() / areas.mean()) if len(areas) and areas.all() else math.nan,
         position_error_px=error,

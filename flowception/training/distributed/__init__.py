@@ -1,1 +1,1 @@
-"""Many processes as one job: launch, collectives, DeepSpeed's engine and its state, and ranks that hang."""
+"""Distributed training: launch, collectives, the DeepSpeed engine and its sharded state, and hang detection."""

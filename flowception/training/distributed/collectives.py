@@ -1,7 +1,4 @@
-"""Ranks: who am I, where do I compute, and what do all of us agree on.
-
-Works under the deepspeed launcher, torchrun, ``srun python``, or alone.
-"""
+"""The rank of this process, and collectives on small values, with errors that all ranks raise together."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This rank, its device, and the number of ranks."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     everyone: str = ""
-    """On how many nodes all ranks compute, on what, and how they talk; for a person."""
+    """Nodes, devices and backend of all ranks, as text for the user."""
 
     @property
     def is_main(self) -> bool:
@@ -35,21 +32,21 @@ class Ranks:
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:
-    """The sum of each value over ranks, in float64. Collective."""
+    """Sum each value over ranks, in float64. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
     return tensor.tolist()
 
 
 def all_max(value: float, device: torch.device) -> float:
-    """The largest of the ranks' values, to the bit the same on all. Collective."""
+    """Maximum over ranks, bit-identical on all of them. Collective."""
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
     return float(tensor)
 
 
 def gather_rows(values: list[float], ranks: Ranks) -> list[list[float]]:
-    """Every rank's values, float64, in the order of ranks. Collective."""
+    """Gather every rank's values, in float64 and rank order. Collective."""
     own = torch.tensor(values, dtype=torch.float64, device=ranks.device)
     rows = [torch.empty_like(own) for _ in range(ranks.world_size)]
     torch.distributed.all_gather(rows, own)
@@ -57,14 +54,14 @@ def gather_rows(values: list[float], ranks: Ranks) -> list[list[float]]:
 
 
 def gather_values(value: Value) -> list[Value]:
-    """Every rank's value in the order of ranks; small things only. Collective."""
+    """Gather every rank's value in rank order; small objects only. Collective."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank; small things only. Collective."""
+    """Return rank 0's value on every rank; small objects only. Collective."""
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
@@ -74,12 +71,12 @@ def on_main(ranks: Ranks, action: Callable[[], Value], share: bool = False) -> A
     """Run ``action`` on rank 0; an error there is raised on all ranks. Collective.
 
     Args:
-        ranks: This process.
-        action: What to do.
-        share: Whether every rank gets the result; it must be small.
+        ranks: This rank.
+        action: Function to run.
+        share: Whether to send the result, which must be small, to every rank.
 
     Returns:
-        The result on rank 0, and elsewhere if shared; else None.
+        The result on rank 0, and on the other ranks if shared; else None.
     """
     result, failure = None, None
     if ranks.is_main:
@@ -94,16 +91,16 @@ def on_main(ranks: Ranks, action: Callable[[], Value], share: bool = False) -> A
 
 
 def run_on_all_ranks(action: Callable[[], Value]) -> Value:
-    """Run ``action``, which has no collectives of its own, on every rank; an error on one is raised on all. Collective.
+    """Run ``action`` on every rank; an error on one rank is raised on all. Collective.
 
     Args:
-        action: What to do.
+        action: Function to run, without collectives.
 
     Returns:
         This rank's result.
 
     Raises:
-        FlowceptionError: The error of the first rank that failed; no rank is left waiting for another.
+        FlowceptionError: On all ranks, the error of the first rank that failed, so that no rank waits for another.
     """
     failure: FlowceptionError | None = None
     try:
@@ -117,6 +114,6 @@ def run_on_all_ranks(action: Callable[[], Value]) -> Value:
 
 
 def mark_on_all_ranks(error: FlowceptionError) -> FlowceptionError:
-    """Note on an error that every rank raises it; the first rank alone will print it."""
+    """Mark an error as raised on every rank, so that only rank 0 prints it."""
     error.on_all_ranks = True
     return error

@@ -1,8 +1,8 @@
-"""Where each rank computes, and whether the ranks fit together, before any collective.
+"""Select the device of each rank, and check that the ranks are compatible, before any collective.
 
-A rank takes the CPU only where nobody meant a GPU: a driver that is too old, or a torch built without CUDA, would else
-train for weeks on the CPU. What the ranks found goes through the store at which they meet, so that all of them refuse
-together; a node whose ranks came up on gloo would leave the others waiting in NCCL.
+A rank uses the CPU only if nothing indicates that a GPU is meant. Otherwise an old driver or a torch built without CUDA
+would silently train on the CPU for weeks. Ranks share their devices through the rendezvous store, so that all of them
+fail together. Otherwise a node whose ranks use gloo would leave the others waiting in NCCL.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _SLURM_GPUS = (
     "SLURM_STEP_GPUS",
 )
 _NO_GPU = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is Slurm's."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is from Slurm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankDevice:
-    """Where a rank computes."""
+    """Device of a rank."""
 
     host: str
     device: str
-    """As torch writes it, such as ``cuda:3``; empty if the rank found none."""
+    """torch device string, such as ``cuda:3``; empty if the rank has none."""
     name: str = ""
     """Name of the GPU."""
     uuid: str = ""
-    """Which GPU of all it is."""
+    """UUID of the GPU."""
     problem: str = ""
     """Why the rank cannot compute."""
 
@@ -54,14 +54,14 @@ class RankDevice:
 
 
 def why_a_gpu_is_meant(environment: Mapping[str, str], driver: Path = _DRIVER) -> str | None:
-    """What says that this process should compute on a GPU; None if nothing does.
+    """Return the evidence that this process should use a GPU; None if there is none.
 
     Args:
-        environment: The process's variables.
-        driver: A file that NVIDIA's driver makes.
+        environment: Environment variables.
+        driver: A file that the NVIDIA driver creates.
 
     Returns:
-        A phrase for an error.
+        A phrase for an error message.
     """
     if environment.get("DS_ACCELERATOR") == "cpu":
         return None
@@ -69,22 +69,22 @@ def why_a_gpu_is_meant(environment: Mapping[str, str], driver: Path = _DRIVER) -
         return "DS_ACCELERATOR=cuda"
     for name in _SLURM_GPUS:
         if environment.get(name, "0") not in ("", "0"):
-            return f"Slurm gave GPUs ({name}={environment[name]})"
+            return f"Slurm allocated GPUs ({name}={environment[name]})"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return None if visible in _NO_GPU else f"CUDA_VISIBLE_DEVICES={visible}"
-    return f"the machine has NVIDIA's driver ({driver})" if driver.exists() else None
+    return f"the NVIDIA driver is installed ({driver})" if driver.exists() else None
 
 
 def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> RankDevice:
-    """This rank's device: the GPU of its local rank, the only GPU that it sees, or the CPU where none is meant.
+    """Find this rank's device: the GPU of its local rank, the only visible GPU, or the CPU if no GPU is meant.
 
     Args:
         local_rank: Number of this rank on its node.
-        environment: The process's variables.
+        environment: Environment variables.
 
     Returns:
-        The place; one with a ``problem`` where there is no right one.
+        The device, or a ``problem`` if there is no suitable one.
     """
     host = socket.gethostname()
     if environment.get("DS_ACCELERATOR") == "cpu":
@@ -95,15 +95,14 @@ def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> 
             return RankDevice(host=host, device="cpu")
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         text = (
-            f"no GPU can be used, though {reason}: torch {torch.__version__} is built {built} and sees none "
-            f"({_cuda_error()}). Install "
-            "a torch that fits the driver (`nvidia-smi`, `flowception doctor`), or set DS_ACCELERATOR=cpu to train on "
-            "the CPU"
+            f"torch {torch.__version__}, built {built}, finds no GPU ({_cuda_error()}), although {reason}; install a "
+            "torch build that matches the driver (see `nvidia-smi` and `flowception doctor`), or set "
+            "DS_ACCELERATOR=cpu to train on the CPU"
         )
         return RankDevice(host=host, device="", problem=text)
     count = torch.cuda.device_count()
     if 1 < count <= local_rank:
-        text = f"local rank {local_rank} has no GPU of its own: {count} are visible; start one rank for each GPU"
+        text = f"local rank {local_rank} has no GPU: only {count} are visible; start one rank per GPU"
         return RankDevice(host=host, device="", problem=text)
     number = local_rank if count > 1 else 0
     properties = torch.cuda.get_device_properties(number)
@@ -113,32 +112,32 @@ def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> 
 
 
 def _cuda_error() -> str:
-    """What CUDA says when it is asked to begin, such as that the driver is too old."""
+    """The error of CUDA's initialization, such as a driver that is too old."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split()).rstrip(".")
-    return "CUDA begins, but there is no device"
+    return "CUDA starts but finds no device"
 
 
 def share_places(own: RankDevice, rank: int, world_size: int, store: Store) -> list[RankDevice]:
-    """Every rank's place, in the order of ranks, by way of the store at which they meet."""
+    """Exchange the devices of all ranks through the rendezvous store. Returns them in rank order."""
     store = PrefixStore("flowception/places", store)
     store.set(str(rank), json.dumps(asdict(own)))
     if rank == 0:
         store.set("all", json.dumps([json.loads(store.get(str(other))) for other in range(world_size)]))
     places = [RankDevice(**place) for place in json.loads(store.get("all"))]
     store.set(f"{rank} has read", "")
-    if rank == 0:  # which may be about to leave, and the store with it
+    if rank == 0:  # rank 0 hosts the store and may exit soon
         store.wait([f"{other} has read" for other in range(world_size)])
     return places
 
 
 def check_places(places: Sequence[RankDevice]) -> None:
-    """Refuse ranks that cannot compute together.
+    """Check that all ranks can compute together.
 
     Raises:
-        ConfigError: Naming the first rank that is to blame, and its node.
+        ConfigError: If they cannot, with the first offending rank and its node.
     """
     for rank, place in enumerate(places):
         if place.problem:
@@ -148,19 +147,20 @@ def check_places(places: Sequence[RankDevice]) -> None:
     for rank, place in enumerate(places):
         if place.kind != usual:
             raise ConfigError(
-                f"rank {rank} on {place.host} computes on {place.kind} and most ranks on {usual}; all must agree: "
-                "run `flowception doctor` on that node, or give DS_ACCELERATOR=cpu to all ranks or to none"
+                f"all ranks must use the same kind of device, got {place.kind} on rank {rank} ({place.host}) and "
+                f"{usual} on most ranks; run `flowception doctor` on that node, or set DS_ACCELERATOR=cpu on all ranks "
+                "or none"
             )
         other = users.setdefault(place.uuid, rank) if place.uuid else rank
         if other != rank:
             raise ConfigError(
                 f"ranks {other} and {rank} on {place.host} see the same GPU, {place.name} {place.uuid}; start one rank "
-                "for each GPU"
+                "per GPU"
             )
 
 
 def describe_places(places: Sequence[RankDevice]) -> str:
-    """For a person, such as '8 ranks on 2 nodes: cuda (NVIDIA H100) x 8'."""
+    """Describe the devices, such as '8 ranks on 2 nodes: cuda (NVIDIA H100) x 8'."""
     nodes = len({place.host for place in places})
     counts = Counter(f"{place.kind} ({place.name})" if place.name else place.kind for place in places)
     kinds = ", ".join(f"{kind} x {count}" for kind, count in counts.items())

@@ -1,11 +1,11 @@
-"""What a rank can say of a hang that its main thread does not see: on CUDA a collective returns at once.
+"""Diagnose a hang on CUDA, where collectives return at once and the stacks do not show which rank is at fault.
 
-Every rank then stands still at the next line that reads a value from its GPU, whoever is to blame. Two things tell
-more: whether the GPU has work left (a rank whose main thread hangs by itself has an idle one), and the flight record,
-in which torch keeps the last collectives that a rank began and finished.
+Every rank then blocks at the next line that reads a value from its GPU. Two things tell more: whether the GPU has work
+left (a rank whose main thread hangs by itself has an idle GPU), and the flight record, where torch keeps the latest
+collectives that a rank started and finished.
 
-Both ask CUDA, which may itself never answer, and torch does not let go of the interpreter meanwhile. So both are asked
-only when a hang is suspected, and a timer that needs no interpreter ends the process where no answer comes.
+Both call CUDA, which may never return, and torch holds the GIL during the call. So they are called only when a hang is
+suspected, under a timer that ends the process without needing the GIL.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 FLIGHT_RECORD = "collectives_rank_"
-"""Beginning of a flight record's name, which ``torchfrtrace`` wants to know; the rank follows."""
+"""File name prefix of flight records, followed by the rank; ``torchfrtrace`` needs it as ``-p``."""
 _CUDA_TIMEOUT_S = 60.0
 
 
 def gpu_is_busy(device: torch.device) -> bool:
-    """Whether work that the main thread gave to its GPU is not done; a collective is such work. False without a GPU."""
+    """Whether the GPU still has work, including collectives, from the main thread. False without a GPU."""
     if device.type != "cuda":
         return False
     with _ended_without_answer():
@@ -31,7 +31,7 @@ def gpu_is_busy(device: torch.device) -> bool:
 
 
 def write_flight_record(folder: Path, rank: int) -> None:
-    """Write the collectives of NCCL that this rank began of late, where torch was built with it."""
+    """Write this rank's recent NCCL collectives, if torch was built with NCCL."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None:
         with _ended_without_answer():
@@ -41,7 +41,7 @@ def write_flight_record(folder: Path, rank: int) -> None:
 
 @contextmanager
 def _ended_without_answer() -> Iterator[None]:
-    """Inside, the process has a limited time; then it prints the stacks and ends with exit code 1."""
+    """Limit the time of the block; on timeout the process prints its stacks and ends with exit code 1."""
     faulthandler.dump_traceback_later(_CUDA_TIMEOUT_S, exit=True, file=2)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Heartbeats of the ranks: one small file each in ``heartbeats/`` of the run directory, and who is behind by them.
+"""Heartbeats of the ranks, one small file each in ``heartbeats/`` of the run directory, and the hang report.
 
-Written and read by threads of ``training.distributed.watchdog`` without a collective, so they work when every
-collective hangs. A job that gave up leaves ``report.txt`` there, which says who was behind, and the stacks of every
-rank that could still write; the next job renames that folder to ``hang_1``, ``hang_2``, ...
+Threads of ``training.distributed.watchdog`` write and read them without collectives, so they work when every collective
+hangs. A job that hung leaves ``report.txt`` there, with the ranks that were behind, and the stacks of every rank that
+could still write. The next job renames that folder to ``hang_1``, ``hang_2``, ...
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says about itself."""
+    """Heartbeat of a rank."""
 
     rank: int
     time_s: float
-    """Time of day when it was written; an old one is of a process that is stopped, dead or cut off."""
+    """Wall-clock time of writing; an old heartbeat is from a process that is stopped, dead or disconnected."""
     turn: int
-    """Phases begun and ended so far. All ranks have the same ones, so the rank with the fewest is behind."""
+    """Phases started and ended so far. All ranks run the same phases, so the rank with the fewest is behind."""
     phase: str
     step: int
     idle_s: float
-    """Seconds since it began the phase, or ended the one before."""
+    """Seconds since it started this phase or ended the previous one."""
     where: str
-    """Innermost line of its main thread."""
+    """Innermost stack frame of its main thread."""
     in_collective: bool
-    """Whether its main thread waits for other ranks."""
+    """Whether its main thread is inside a collective."""
     gpu_is_busy: bool
-    """Whether its GPU has work left, which may be a collective. Known once a hang is suspected."""
+    """Whether its GPU has work left, which may be a collective. Set once a hang is suspected."""
     hung: bool
-    """Whether it has written down its stacks."""
+    """Whether it has written its stacks."""
     host: str
     process: int
 
     @property
     def waits(self) -> bool:
-        """Whether it may be other ranks that it waits for."""
+        """Whether it may be waiting for other ranks."""
         return self.in_collective or self.gpu_is_busy
 
     def describe(self) -> str:
-        """For a person."""
+        """Describe the rank's progress in one line."""
         busy = ", its GPU is busy" * self.gpu_is_busy
         return f"step {self.step}, {self.phase}, no progress for {self.idle_s:.0f} s, at {self.where}{busy}"
 
 
 def folder_of(run_dir: str | Path) -> Path:
-    """Where a run's heartbeats are."""
+    """Folder of a run's heartbeats."""
     return Path(run_dir) / "heartbeats"
 
 
 def begin(run_dir: str | Path) -> None:
-    """Make an empty folder; what an earlier job left is removed, or set aside if it tells of a hang.
+    """Create an empty folder. Files of an earlier job are removed, or renamed if they report a hang.
 
     Raises:
-        RunDirectoryError: If it cannot be made.
+        RunDirectoryError: If the folder cannot be created.
     """
     folder = folder_of(run_dir)
     try:
@@ -82,17 +82,17 @@ def begin(run_dir: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
-            f"{folder} cannot be made ({error}); free its disk or choose another run_dir"
+            f"cannot create {folder} ({error}); free disk space or choose another run_dir"
         ) from error
 
 
 def path_of(folder: Path, rank: int) -> Path:
-    """A rank's heartbeat."""
+    """File of a rank's heartbeat."""
     return folder / f"rank_{rank:05d}.json"
 
 
 def write(folder: Path, beat: Beat) -> None:
-    """Write a rank's heartbeat, whole or not at all; it need not survive a crash of the machine."""
+    """Write a rank's heartbeat atomically, without syncing it to disk."""
     path = path_of(folder, beat.rank)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(beat)))
@@ -100,7 +100,7 @@ def write(folder: Path, beat: Beat) -> None:
 
 
 def read(folder: Path, rank: int) -> Beat | None:
-    """A rank's heartbeat; None if it has none."""
+    """Read a rank's heartbeat; None if it has none."""
     try:
         return Beat(**json.loads(path_of(folder, rank).read_text()))
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def read(folder: Path, rank: int) -> Beat | None:
 
 
 def main_thread() -> tuple[str, bool]:
-    """The innermost line of this process's main thread, and whether it is in a collective."""
+    """Innermost stack frame of this process's main thread, and whether it is in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "no Python code", False
@@ -125,7 +125,7 @@ def _files(frame: FrameType | None) -> list[str]:
 
 
 def all_stacks() -> str:
-    """The Python stacks of every thread of this process, the main thread's first."""
+    """Python stacks of all threads of this process, the main thread first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     parts = []
@@ -136,28 +136,28 @@ def all_stacks() -> str:
 
 
 def own_name() -> tuple[str, int]:
-    """Host and process."""
+    """Host name and process id."""
     return socket.gethostname(), os.getpid()
 
 
 def stacks_of(folder: Path, rank: int) -> Path:
-    """Where a rank writes its stacks when it gives up."""
+    """File of a rank's stacks after a hang."""
     return folder / f"rank_{rank:05d}.stacks.txt"
 
 
 def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
-    """Who is behind, and what the others wait for.
+    """Report which ranks are behind, and what the others wait for.
 
-    Behind are the ranks whose heart has stopped; else those that have entered the fewest phases; else, where all are in
-    the same one, those that wait for no other rank. On CUDA that is a rank whose GPU is idle; where all are busy, none
-    can be named.
+    The ranks without a recent heartbeat are behind. If there are none, it is the ranks that have entered the fewest
+    phases. If all are in the same phase, it is the ranks that do not wait for another rank: on CUDA, those with an idle
+    GPU. If all GPUs are busy, no rank can be named.
 
     Args:
-        beats: The newest heartbeat of every rank; None for a rank that has none.
-        silent: Ranks whose heart has stopped, those without a heartbeat among them.
+        beats: Newest heartbeat of every rank; None for a rank without one.
+        silent: Ranks without a recent heartbeat, including those that have none.
 
     Returns:
-        Some lines, the first of which names the ranks.
+        Several lines; the first names the ranks.
     """
     beating = {rank: beat for rank, beat in beats.items() if beat is not None and rank not in silent}
     turns = {beat.turn for beat in beating.values()}
@@ -166,18 +166,20 @@ def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
         behind = [rank for rank, beat in beating.items() if beat.turn == min(turns)]
     elif not behind:
         behind = [rank for rank, beat in beating.items() if not beat.waits]
-    everyone = "all ranks wait for one another" + " or for a GPU" * any(beat.gpu_is_busy for beat in beating.values())
+    everyone = "all ranks wait for each other" + " or for a GPU" * any(beat.gpu_is_busy for beat in beating.values())
     lines = [f"hang: {_ranks(behind)} behind" if behind else f"hang: {everyone}"]
     for rank in behind or beating:
         beat = beats[rank]
         if beat is None:
-            lines.append(f"rank {rank} has no heartbeat at all")
+            lines.append(f"rank {rank} has never written a heartbeat")
         else:
-            heart = " its heart has stopped (the process is stopped, dead or cut off); last seen at" * (rank in silent)
+            heart = " no recent heartbeat (the process is stopped, dead or disconnected); last seen at" * (
+                rank in silent
+            )
             lines.append(f"rank {rank} (process {beat.process} on {beat.host}):{heart} {beat.describe()}")
     waiting = [beat for rank, beat in beating.items() if behind and rank not in behind]
     if waiting:
-        lines.append(f"{len(waiting)} others wait, such as rank {waiting[0].rank}: {waiting[0].describe()}")
+        lines.append(f"{len(waiting)} other ranks wait, such as rank {waiting[0].rank}: {waiting[0].describe()}")
     return "\n".join(lines)
 
 

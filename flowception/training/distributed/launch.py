@@ -1,4 +1,4 @@
-"""Joining the job: under the deepspeed launcher, torchrun, ``srun python``, or alone."""
+"""Join the process group under the deepspeed launcher, torchrun, ``srun python``, or as a single process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 
 
 def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if the launcher did not.
 
-    Under Slurm they come from its variables, except for MASTER_ADDR of a job of several nodes, which the batch script
-    must set; alone they describe one rank with a free port.
+    Under Slurm the ranks come from its variables, but the batch script must set MASTER_ADDR and MASTER_PORT. A single
+    process becomes rank 0 of 1 with a free port.
 
     Raises:
-        ConfigError: If a job of several ranks has no MASTER_ADDR.
+        ConfigError: If a job of several ranks has no MASTER_ADDR or MASTER_PORT.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
@@ -40,7 +40,7 @@ def fill_environment(environment: MutableMapping[str, str] = os.environ) -> None
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if several and missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not set for {environment['WORLD_SIZE']} ranks; in a Slurm script write: "
+            f"{' and '.join(missing)} must be set for {environment['WORLD_SIZE']} ranks; in a Slurm script write: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
         )
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -54,22 +54,22 @@ def _free_port() -> int:
 
 
 def init_distributed() -> Ranks:
-    """Choose this rank's device, see that those of all ranks fit together, and join the process group.
+    """Select this rank's device, check that all ranks are compatible, and join the process group.
 
-    From here on the package's log is shown: all of it on rank 0 (``progress.show_log``).
+    This also turns on the package's log, which rank 0 shows in full (``progress.show_log``).
 
     Returns:
-        This process's place in it.
+        This rank.
 
     Raises:
-        ConfigError: On all ranks, if one of them has no GPU that is meant to have one, or their devices differ.
+        ConfigError: On all ranks, if one of them should have a GPU but has none, or their devices differ.
     """
     from flowception.training.distributed.zero import COLLECTIVE_TIMEOUT, init_deepspeed
 
     fill_environment()
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     show_log(rank)
-    # The process group reuses this store, which must live until then.
+    # Keep this store alive: the process group reuses it.
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     places = share_places(find_place(local_rank), rank, world_size, store)
     try:
@@ -79,7 +79,7 @@ def init_distributed() -> Ranks:
     device = torch.device(places[rank].device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the number of the device
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,11 +1,11 @@
-"""A rank's own part of the training state, by parameter name, at any ZeRO stage.
+"""A rank's shard of the training state, by parameter name, at any ZeRO stage.
 
-DeepSpeed keeps the float32 weights that a rank updates in a few flat master tensors; the moments and the EMA have the
-same form. A ``Fragment`` says which elements of which parameter lie where in which master:
+DeepSpeed keeps the float32 weights that a rank updates in a few flat master tensors. The moments and the EMA have the
+same layout. A ``Fragment`` maps a range of a parameter to its location in a master:
 
-* stage 0: a master is a whole parameter, the same on every rank; the ranks divide the saving among them;
-* stage 1 and 2: a master is this rank's part of a parameter group laid end to end, so a few parameters are cut;
-* stage 3: a master joins this rank's part of every parameter of a group.
+* stage 0: a master is a complete parameter, replicated on every rank; the ranks divide the saving;
+* stages 1 and 2: a master is this rank's part of the concatenated parameters of a group, so it may split a parameter;
+* stage 3: a master concatenates this rank's part of every parameter of a group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``start`` to ``stop`` of a flattened parameter lie at ``offset`` of master ``master``."""
+    """Elements ``start`` to ``stop`` of a flattened parameter, stored at ``offset`` of master ``master``."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,18 +38,18 @@ class Fragment:
 
 
 def split_evenly(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The range of ``count`` elements that a rank takes: equal chunks, the last ones shorter or empty."""
+    """The range of ``count`` elements assigned to a rank: equal chunks, the last ones shorter or empty."""
     chunk = -(-count // world_size)
     return min(rank * chunk, count), min((rank + 1) * chunk, count)
 
 
 class ShardedState:
-    """Weights, moments and EMA that live on this rank."""
+    """Weights, moments and EMA stored on this rank."""
 
     def __init__(self, engine: Any) -> None:
-        """Find the masters of an engine, and make its optimizer's state and the EMA.
+        """Find the masters of an engine, and create its optimizer state and the EMA.
 
-        The weights have no meaning before ``initialize`` or ``training.resume.load``.
+        The weights are undefined until ``initialize`` or ``training.resume.load``.
         """
         self.engine = engine
         self.stage: int = engine.zero_optimization_stage()
@@ -101,13 +101,13 @@ class ShardedState:
 
     @torch.no_grad()
     def initialize(self, blueprint: nn.Module, write_weights: Callable[[nn.Module, Gather], object]) -> None:
-        """Give weights and EMA their initial values, exactly and without communication. Collective.
+        """Initialize weights and EMA, exactly and with no communication of the values. Collective.
 
-        Each parameter is made whole for a moment on the CPU, and this rank's part of it is copied to the masters.
+        Each parameter is briefly materialized in full on the CPU, and this rank's part is copied to the masters.
 
         Args:
-            blueprint: The model again, on the meta device.
-            write_weights: Writes all its parameters, opening the context manager it gets around each group of them.
+            blueprint: The same model on the meta device.
+            write_weights: Writes all its parameters, entering the given context manager around each group of them.
         """
         names = {id(parameter): name for name, parameter in blueprint.named_parameters()}
         targets: dict[str, list[tuple[Fragment, Tensor]]] = {name: [] for name in names.values()}
@@ -117,14 +117,14 @@ class ShardedState:
 
         @contextmanager
         def gather(parameters: Sequence[nn.Parameter]) -> Iterator[bool]:
-            whole = [nn.Parameter(torch.empty(parameter.shape)) for parameter in parameters]
-            for parameter, real in zip(parameters, whole, strict=True):
+            full = [nn.Parameter(torch.empty(parameter.shape)) for parameter in parameters]
+            for parameter, real in zip(parameters, full, strict=True):
                 torch.utils.swap_tensors(parameter, real)
             yield True
             for parameter in parameters:
                 for fragment, view in targets[names[id(parameter)]]:
                     view.copy_(parameter.view(-1)[fragment.start : fragment.stop])
-            for parameter, real in zip(parameters, whole, strict=True):
+            for parameter, real in zip(parameters, full, strict=True):
                 torch.utils.swap_tensors(parameter, real)
 
         write_weights(blueprint, gather)
@@ -132,7 +132,7 @@ class ShardedState:
 
     @property
     def device(self) -> torch.device:
-        """Where the state lives."""
+        """Device of the state."""
         return self.masters[0].device
 
     @property
@@ -142,7 +142,7 @@ class ShardedState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that the optimizer took; a step with a gradient that was not finite does not count."""
+        """Applied optimizer steps; skipped steps do not count."""
         return int(self._optimizer.state[self.masters[0]]["step"])
 
     @optimizer_steps.setter
@@ -156,40 +156,40 @@ class ShardedState:
             group["lr"] = value
 
     def tensors(self, kind: str) -> list[Tensor]:
-        """The flat tensors of one kind (``checkpoint.format.KINDS``), in the order of the masters."""
+        """Flat tensors of one kind (``checkpoint.format.KINDS``), in the order of the masters."""
         if kind == "weight":
             return [master.data for master in self.masters]
         return self.ema if kind == "ema" else [self._optimizer.state[master][kind] for master in self.masters]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
-        """Every fragment with its elements, flat, as a view that can be written."""
+        """Yield every fragment with a writable flat view of its elements."""
         tensors = self.tensors(kind)
         for fragment in self.fragments:
             count = fragment.stop - fragment.start
             yield fragment, tensors[fragment.master].view(-1).narrow(0, fragment.offset, count)
 
     def saved_range(self, fragment: Fragment) -> tuple[int, int]:
-        """The elements of a fragment that this rank saves: all, but at stage 0 only its share."""
+        """The range of a fragment that this rank saves: all of it, or at stage 0 its share."""
         if self.stage:
             return fragment.start, fragment.stop
         return split_evenly(math.prod(fragment.shape), self.rank, self.world_size)
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """Move the EMA toward the weights, in place: ``ema <- decay * ema + (1 - decay) * weight``."""
+        """Update the EMA in place: ``ema <- decay * ema + (1 - decay) * weight``."""
         if self.ema:
             torch._foreach_lerp_(self.ema, [master.detach() for master in self.masters], 1.0 - decay)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the EMA. Collective, so after an error the weights are not put back."""
+        """Use the EMA weights inside the block. Collective, so the weights are not restored after an error."""
         self.swap_ema()
         yield
         self.swap_ema()
 
     @torch.no_grad()
     def swap_ema(self) -> None:
-        """Exchange weights and EMA, bit-exactly; call twice. Collective."""
+        """Swap weights and EMA bit-exactly; call again to restore them. Collective."""
         for master, average in zip(self.masters, self.ema, strict=True):
             kept = master.data.clone()
             master.data.copy_(average)
@@ -198,12 +198,12 @@ class ShardedState:
 
     @torch.no_grad()
     def push(self) -> None:
-        """Make the model compute with what the masters hold. Collective."""
+        """Copy the masters to the weights that the model computes with. Collective."""
         optimizer = self.engine.optimizer
         if self.stage in (1, 2):
             optimizer.update_lp_params()
         elif self.stage == 3:
-            optimizer.checkpoint_event_prologue()  # drops gathered weights, which are stale now
+            optimizer.checkpoint_event_prologue()  # drops the gathered weights, which are now stale
             for group in range(len(self.masters)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             optimizer.checkpoint_event_epilogue()

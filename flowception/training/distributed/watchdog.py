@@ -1,19 +1,18 @@
-"""Names a rank that hangs, with its stacks, and ends the job; warns of a wait for data.
+"""Detect hangs: report which rank hangs, with stacks, and end the job. Also warns of long waits for data.
 
-A collective waits for ever for a rank that does not come, and so do all ranks that wait in it. Each rank therefore has
-two threads of its own, which take no part in collectives:
+A collective waits forever for a rank that does not join it. Each rank therefore has two threads that use no
+collectives:
 
 * ``watch`` measures how long the main thread has made no progress. After ``guard.hang_timeout_s`` it prints the stacks
-  of all threads. It touches no file, so that storage that hangs cannot stop it, and ends the process with
-  ``EXIT_HUNG`` in any case.
-* ``beat`` writes the rank's heartbeat (``training.distributed.heartbeats``). When a rank hangs, the lowest rank that
-  still beats reports who is behind, at which step, in which phase and line; the other ranks see the report, write down
-  their stacks too, and when all have, everyone leaves. While a rank makes progress it reads no heartbeat but writes its
-  own.
+  of all threads and ends the process with ``EXIT_HUNG``. It touches no files, so hanging storage cannot block it.
+* ``beat`` writes the rank's heartbeat (``training.distributed.heartbeats``). When a rank hangs, the lowest rank with a
+  recent heartbeat reports which ranks are behind, with step, phase and line. The other ranks see the report and write
+  their stacks too. Once all have, every rank exits. A rank that makes progress writes its heartbeat but reads no
+  others.
 
-A rank that cannot run at all (SIGSTOP, a dead node, a call that never lets go of the interpreter) writes nothing; its
-heart stops, and the others name it. Time in which a whole process was stopped does not count, so a job that Slurm
-suspends and continues is no hang.
+A rank that cannot run at all (SIGSTOP, a dead node, a call that never releases the GIL) stops writing heartbeats, and
+the other ranks name it. Time during which a process was stopped does not count, so a job that Slurm suspends and
+resumes is not a hang.
 """
 
 from __future__ import annotations
@@ -36,30 +35,30 @@ from flowception.training.distributed.gpu_hang import gpu_is_busy, write_flight_
 from flowception.training.distributed.heartbeats import Beat
 
 EXIT_HUNG = 86
-"""Exit code of a rank that ended because some rank hung."""
+"""Exit code of every rank of a job that hung."""
 _MOST_POLLS_A_GAP = 3
-"""A longer time between two looks is one in which the process was stopped."""
+"""A longer gap between polls means that the process was stopped."""
 _POLLS_A_BEAT = 6
-"""Looks between two heartbeats while all is well: every rank writes a file that the whole job's storage has to take."""
+"""Polls between heartbeats while there is progress, to limit the load on storage: every rank writes a file."""
 _SILENT_POLLS = 24
-"""A heart that has not beaten for so many looks has stopped."""
+"""Polls after which a heartbeat is no longer recent."""
 _GRACE_POLLS = 20
-"""Looks for which one waits for other ranks' stacks or report."""
+"""Polls to wait for other ranks' stacks or report."""
 _LEAST_JOIN_S = 5.0
-"""What a thread has to end at least, however often it looks."""
+"""Minimum time to wait for a thread to end."""
 
 
 class _Progress(NamedTuple):
-    """Where the main thread is; one object, so that the threads never see one part new and another old."""
+    """Progress of the main thread; a single object, so that the threads always see a consistent state."""
 
     turn: int
-    """Phases begun and ended."""
+    """Phases started and ended."""
     phase: str
     step: int
 
 
 class Watchdog:
-    """Watches over this rank while it is open."""
+    """Context manager that watches this rank."""
 
     def __init__(
         self,
@@ -70,14 +69,14 @@ class Watchdog:
         data_stall_warning_s: float | None,
         poll_s: float | None = None,
     ) -> None:
-        """Make a watchdog; opening it starts the threads. Collective.
+        """Create a watchdog; entering it starts the threads. Collective.
 
         Args:
-            run_dir: The run.
+            run_dir: The run directory.
             ranks: This rank.
-            hang_timeout_s: Seconds without progress after which the job is ended; None is off.
-            data_stall_warning_s: Seconds in the phase ``data`` after which a warning is printed; None is off.
-            poll_s: Seconds between two looks; None chooses by the timeouts.
+            hang_timeout_s: Seconds without progress after which the job ends; None is off.
+            data_stall_warning_s: Seconds in the phase ``data`` after which to warn; None is off.
+            poll_s: Seconds between polls; None derives them from the timeouts.
         """
         self._folder, self._ranks = heartbeats.folder_of(run_dir), ranks
         self.hang_timeout_s, self.data_stall_warning_s = hang_timeout_s, data_stall_warning_s
@@ -96,13 +95,13 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Inside, the main thread is in a phase, and after it in the one around. Every rank has the same phases.
+        """Mark the block as a phase; afterwards the enclosing phase continues. Every rank runs the same phases.
 
-        To begin a phase and to end it is progress.
+        The start and the end of a phase count as progress.
 
         Args:
             name: start, plan, data, forward, backward, optimizer, validation, metrics, samples, save, rollback, close.
-            step: Number of the step that begins; None for the same as before.
+            step: Number of the step that starts; None keeps the current one.
         """
         around = self._progress.phase
         self._enter(name, step)
@@ -113,7 +112,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def each_forward(self, network: nn.Module, name: str) -> Iterator[None]:
-        """A phase in which every evaluation of a network is progress."""
+        """Mark the block as a phase where every forward pass of a network counts as progress."""
         with self.phase(name):
             hook = network.register_forward_pre_hook(lambda module, inputs: self._enter(name))
             try:
@@ -134,7 +133,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._hung.is_set():  # a collective that broke because another rank has left: the exit code is the watch's
+        if self._hung.is_set():  # another rank has left and broken a collective; let the watch thread set the exit code
             threading.Event().wait()
         self._closing.set()
         for thread in self._threads:
@@ -158,7 +157,7 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        """Print the stacks, wait until everyone has, and end the process."""
+        """Print the stacks, wait until all ranks have, and end the process."""
         _, phase, step = self._progress
         what = f"step {step}, {phase}, no progress for {self._idle_s:.0f} s"
         waits = f", waiting for {self.waiting_for()}" if phase == "data" else ""
@@ -168,7 +167,7 @@ class Watchdog:
         os._exit(EXIT_HUNG)
 
     def _print(self, text: str) -> None:
-        """Straight to standard error: the main thread may hold the lock of the stream."""
+        """Write to file descriptor 2, because the main thread may hold the lock of ``sys.stderr``."""
         os.write(2, f"watchdog: rank {self._ranks.rank}: {text}\n".encode())
 
     def _beat(self) -> None:
@@ -176,20 +175,20 @@ class Watchdog:
             try:
                 self._beat_once()
             except (OSError, ValueError, TypeError) as error:
-                self._print(f"heartbeats cannot be written or read ({error})")
+                self._print(f"cannot write or read heartbeats ({error})")
 
     def _beat_once(self) -> None:
-        """Write this rank's heartbeat, seldom while all is well; once nothing moves, act on those of the others."""
+        """Write this rank's heartbeat (rarely while there is progress); if a hang is suspected, act on the others'."""
         suspected = self._hung.is_set() or _exceeds(2 * self._idle_s, self.hang_timeout_s)
         self._polls += 1
         if not suspected and self._polls % _POLLS_A_BEAT != 1:
             return
         report, leave = self._folder / heartbeats.REPORT, self._folder / "leave"
-        written_down = self._hung.is_set()
-        first, self._polls_hung = written_down and not self._polls_hung, self._polls_hung + written_down
+        hung = self._hung.is_set()
+        first, self._polls_hung = hung and not self._polls_hung, self._polls_hung + hung
         if first:
             heartbeats.stacks_of(self._folder, self._ranks.rank).write_text(heartbeats.all_stacks())
-        self._write_heartbeat(written_down, suspected and gpu_is_busy(self._ranks.device))
+        self._write_heartbeat(hung, suspected and gpu_is_busy(self._ranks.device))
         if first:
             write_flight_record(self._folder, self._ranks.rank)
         if not suspected:
@@ -198,7 +197,7 @@ class Watchdog:
             self._may_leave.set()
         elif report.exists():
             self._hung.set()
-            if self._is_reporter() and (self._all_written_down() or self._polls_hung > _GRACE_POLLS):
+            if self._is_reporter() and (self._all_stacks_written() or self._polls_hung > _GRACE_POLLS):
                 leave.touch()
         elif self._is_reporter():
             self._report_a_hang(report)
@@ -227,14 +226,14 @@ class Watchdog:
         return beat is None or time.time() - beat.time_s > _SILENT_POLLS * self._poll_s
 
     def _is_reporter(self) -> bool:
-        """Whether this is the lowest rank whose heart beats."""
+        """Whether this is the lowest rank with a recent heartbeat."""
         lower = (heartbeats.read(self._folder, rank) for rank in range(self._ranks.rank))
         return all(self._is_silent(beat) for beat in lower)
 
     def _read_all(self) -> dict[int, Beat | None]:
         return {rank: heartbeats.read(self._folder, rank) for rank in range(self._ranks.world_size)}
 
-    def _all_written_down(self) -> bool:
+    def _all_stacks_written(self) -> bool:
         return all(self._is_silent(beat) or (beat is not None and beat.hung) for beat in self._read_all().values())
 
     def _report_a_hang(self, path: Path) -> None:
@@ -242,7 +241,7 @@ class Watchdog:
         if any(beat is not None and beat.hung for beat in beats.values()):
             silent = [rank for rank, beat in beats.items() if self._is_silent(beat)]
             text = heartbeats.report(beats, silent)
-            self._print(f"{text}\nthe stacks of all ranks that could write are in {self._folder}")
+            self._print(f"{text}\nthe stacks of all ranks that could write them are in {self._folder}")
             write_atomically(path, text + "\n")
 
 

@@ -1,20 +1,20 @@
-"""DeepSpeed: its configuration, how the engine is built, and its backward pass and optimizer step.
+"""DeepSpeed: configuration, engine construction, backward pass and optimizer step.
 
-This module alone imports DeepSpeed. It and ``sharded_state``, which finds the masters inside the ZeRO optimizers, alone
-know DeepSpeed's inside: these two are what a new version of DeepSpeed can break. To all others an engine is a module to
-call, with ``train``, ``eval`` and, between micro-steps, ``step``. Not public in DeepSpeed and used here are the list
-``FWD_MODULE_STACK``, the optimizers' ``_get_norm_groups`` and ``scaled_global_norm``, ``__compatible_ops__``, and
-``ds_shape`` of a partitioned weight.
+Only this module imports DeepSpeed. Only this module and ``sharded_state``, which finds the masters inside the ZeRO
+optimizers, depend on DeepSpeed internals, so a new DeepSpeed version can break only these two. All other code treats an
+engine as a module to call, with ``train``, ``eval`` and, between micro-steps, ``step``. This module uses these private
+parts of DeepSpeed: the list ``FWD_MODULE_STACK``, the optimizers' ``_get_norm_groups`` and ``scaled_global_norm``,
+``__compatible_ops__``, and ``ds_shape`` of a partitioned weight.
 
-ZeRO stage 0 replicates everything, 1 shards the optimizer, 2 also the gradients, 3 also the weights. Master weights are
-float32, and gradients accumulate and reduce in float32, always. With ``precision: bf16``
+ZeRO stage 0 replicates everything, 1 shards the optimizer state, 2 also the gradients, 3 also the weights. Master
+weights are always float32, and gradients are always accumulated and reduced in float32. With ``precision: bf16``
 
-* stages 2 and 3 work on bfloat16 copies of the weights: half the memory and half the gathering;
-* stages 0 and 1 work on float32 weights under ``torch_autocast``: DeepSpeed's own bfloat16 optimizers there keep their
-  state in other forms.
+* stages 2 and 3 compute with bfloat16 copies of the weights, which take half the memory and half the gather traffic;
+* stages 0 and 1 compute with float32 weights under ``torch_autocast``, because DeepSpeed's bfloat16 optimizers for
+  these stages store their state in a different layout.
 
-DeepSpeed makes its masters from the weights it is given, which are bfloat16 by then; so initial weights are written to
-the masters afterwards (``ShardedState.initialize``), exactly, at any stage.
+DeepSpeed creates its masters from the weights it receives, which are bfloat16 by then. So initial weights are written
+to the masters afterwards (``ShardedState.initialize``), exactly, at any stage.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(kw_only=True)
 class ZeroConfig:
-    """How DeepSpeed shards the training state."""
+    """DeepSpeed ZeRO sharding of the training state."""
 
     stage: int = 3
-    """0 none, 1 optimizer, 2 and gradients, 3 and weights."""
+    """What is sharded: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     param_persistence_threshold: int = 10_000
-    """Stage 3: weights with fewer elements stay gathered on every rank. 0 shards everything."""
+    """Stage 3: weights with fewer elements stay gathered on every rank; 0 shards all weights."""
     bucket_elements: int = 50_000_000
-    """Elements of one reduction or gathering bucket."""
+    """Elements per bucket for reductions and gathers."""
     max_live_elements: int = 1_000_000_000
-    """Stage 3: gathered weights that may be live at once."""
+    """Stage 3: maximum elements of gathered weights held at once."""
     overlap_communication: bool = True
-    """Reduce gradients while the backward pass goes on (ignored on the CPU)."""
+    """Reduce gradients during the backward pass (ignored on CPUs)."""
     hierarchical_partition_size: int | None = None
-    """Stage 3: ranks of a group, usually the GPUs of a node, that keeps a second copy of the weights among its members,
-    so that after a step's first forward pass weights are gathered inside the group (ZeRO++ hpZ). None is off."""
+    """Stage 3: ranks per group, usually the GPUs of a node. Each group keeps a second sharded copy of the weights, so
+    that weights are gathered within the group after the first forward pass of a step (ZeRO++ hpZ). None is off."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -75,10 +75,10 @@ class ZeroConfig:
             )
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse a number of ranks that does not divide into groups.
+        """Check that the ranks divide into groups.
 
         Raises:
-            ConfigError: Naming both numbers.
+            ConfigError: If they do not.
         """
         group = self.hierarchical_partition_size
         if group is not None and world_size % group:
@@ -89,21 +89,21 @@ class ZeroConfig:
 
 
 class StepOutcome(NamedTuple):
-    """What an optimizer step did."""
+    """Result of an optimizer step."""
 
     grad_norm: float
     """Global gradient norm before clipping."""
     refused: str | None
-    """Why the weights were left alone; None where they moved."""
+    """Why the step was skipped; None if it was applied."""
 
     @property
     def applied(self) -> bool:
-        """Whether the weights moved."""
+        """Whether the weights were updated."""
         return self.refused is None
 
 
 def init_deepspeed(backend: str) -> None:
-    """Start the process group from the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """Initialize the process group from the variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
         backend: ``gloo`` or ``nccl``.
@@ -115,7 +115,7 @@ def init_deepspeed(backend: str) -> None:
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
     if backend == "gloo":
-        # DeepSpeed would compile a shared-memory all-reduce for a minute, which only its inference uses.
+        # Otherwise DeepSpeed spends a minute compiling a shared-memory all-reduce that only its inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
@@ -127,10 +127,10 @@ def deepspeed_config(
 
     Args:
         zero: Sharding.
-        precision: Type of the forward and backward pass.
-        accumulation_steps: Micro-steps of an optimizer step.
-        clip_grad_norm: Largest gradient norm; None is off. At stage 0 ``optimizer_step`` clips instead.
-        device: Where the run computes.
+        precision: Precision of the forward and backward pass.
+        accumulation_steps: Micro-steps per optimizer step.
+        clip_grad_norm: Maximum gradient norm; None is off. At stage 0 ``optimizer_step`` clips instead.
+        device: Device of the run.
 
     Returns:
         The configuration as a dictionary.
@@ -147,12 +147,12 @@ def deepspeed_config(
         "torch_autocast": {
             "enabled": low_precision and zero.stage < 2,
             "dtype": "bfloat16",
-            # a module listed here would have its gradients reduced in bf16
+            # modules listed here would have their gradients reduced in bf16
             "lower_precision_safe_modules": [],
         },
         "zero_optimization": {
             "stage": zero.stage,
-            # at stage 3 gradients go into the buckets' own buffers; this would copy them once more before
+            # at stage 3 gradients go directly into bucket buffers; this would add a copy
             "contiguous_gradients": zero.stage < 3,
             "overlap_comm": zero.overlap_communication and device.type == "cuda",
             "reduce_bucket_size": zero.bucket_elements,
@@ -162,10 +162,10 @@ def deepspeed_config(
             "stage3_max_live_parameters": zero.max_live_elements,
             "stage3_max_reuse_distance": zero.max_live_elements,
             "zero_hpz_partition_size": zero.hierarchical_partition_size or 1,
-            # gathered as a whole, its hooks outside: so it can be compiled, and the host has fewer hooks to run
+            # gathered as one module with hooks outside it, so it can be compiled and the host runs fewer hooks
             "leaf_module": {"classes": [f"{Block.__module__}.{Block.__qualname__}"]},
         },
-        # its two waits for the whole device a micro-step would leave the GPU without work
+        # it synchronizes the device twice per micro-step, which would leave the GPU idle
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -176,13 +176,13 @@ def build_engine(
     config: dict[str, Any],
     device: torch.device,
 ) -> Any:
-    """Build the model and hand it to DeepSpeed. Its weights have no meaning before ``ShardedState`` gives them one.
+    """Build the model and the DeepSpeed engine. The weights are undefined until ``ShardedState`` sets them.
 
     Args:
-        build_model: Makes the module; under stage 3 its weights are partitioned as they are made.
-        build_optimizer: Makes the optimizer of the model.
+        build_model: Builds the module; at stage 3 its weights are partitioned as they are created.
+        build_optimizer: Builds the optimizer of the model.
         config: From ``deepspeed_config``.
-        device: Where the run computes; the weights are made there, in float32 at first.
+        device: Device of the run; the weights are created there, in float32 at first.
 
     Returns:
         The DeepSpeed engine.
@@ -197,19 +197,19 @@ def build_engine(
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has partitioned it, so that this rank holds a flat part or nothing."""
+    """Full shape of a parameter, even if ZeRO-3 has partitioned it and this rank has a flat part of it or nothing."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def backward(engine: Any, loss: Tensor) -> None:
     """Run the backward pass of a micro-step. Collective.
 
-    At stage 3 DeepSpeed notes which modules are at work in a list. A checkpointed block's recomputation ends early, and
-    its entry is then never taken out: the list would hold one more for every block and micro-step of the run.
+    At stage 3 DeepSpeed keeps a list of the modules being executed. The recomputation of a checkpointed block stops
+    early and never removes its entry, so the list would grow by one entry per block and micro-step. It is reset here.
 
     Args:
         engine: From ``build_engine``.
-        loss: Of the micro-step.
+        loss: Loss of the micro-step.
     """
     engine.backward(loss)
     if engine.zero_optimization_stage() == 3:
@@ -219,24 +219,24 @@ def backward(engine: Any, loss: Tensor) -> None:
 
 
 Refuse = Callable[[float], str | None]
-"""Says for a gradient norm why a step must not be taken; None to take it."""
+"""Maps a gradient norm to the reason to skip the step; None to apply it."""
 
 
 def optimizer_step(engine: Any, clip_grad_norm: float | None, refuse: Refuse, device: torch.device) -> StepOutcome:
-    """Take the optimizer step after the last micro-step's backward pass, unless it is refused. Collective.
+    """Apply the optimizer step after the backward pass of the last micro-step, unless it is skipped. Collective.
 
-    A refused step moves neither weights nor moments, and its gradients are dropped. One whose gradient is not finite
-    is refused without asking. The norm is made the same to the bit on all ranks before ``refuse`` sees it, so that they
+    A skipped step changes neither weights nor moments, and drops its gradients. A step whose gradient is not finite is
+    skipped without calling ``refuse``. The norm is bit-identical on all ranks before ``refuse`` sees it, so that they
     decide alike.
 
     Args:
         engine: From ``build_engine``.
-        clip_grad_norm: Largest gradient norm; None is off.
-        refuse: Asked on all ranks or on none.
-        device: Where the run computes.
+        clip_grad_norm: Maximum gradient norm; None is off.
+        refuse: Called on all ranks or on none.
+        device: Device of the run.
 
     Returns:
-        The gradient norm, and why the step was refused.
+        The gradient norm, and why the step was skipped.
     """
     seen: list[StepOutcome] = []
 
@@ -250,7 +250,9 @@ def optimizer_step(engine: Any, clip_grad_norm: float | None, refuse: Refuse, de
             engine.step()
         outcome = seen[0] if seen else StepOutcome(math.inf, GRADIENT_NOT_FINITE)
         if engine.was_step_applied() != outcome.applied:
-            raise RuntimeError(f"DeepSpeed applied={engine.was_step_applied()} a step that was to be: {outcome}")
+            raise RuntimeError(
+                f"DeepSpeed reports applied={engine.was_step_applied()} for a step that should be: {outcome}"
+            )
         return outcome
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -265,10 +267,11 @@ def optimizer_step(engine: Any, clip_grad_norm: float | None, refuse: Refuse, de
 
 @contextmanager
 def _norm_judged(optimizer: Any, stage: int, judge: Callable[[float], bool]) -> Iterator[None]:
-    """Inside, the norm that a ZeRO optimizer computes in its step is judged, and infinite where it was refused.
+    """Pass the norm that a ZeRO optimizer computes to ``judge``, and replace it with infinity if the step is skipped.
 
-    With an infinite norm DeepSpeed takes no step and drops the gradients, on its own path for fp16's overflows. Stages
-    1 and 2 may find gradients that are not finite before the norm, all ranks together; then nothing is judged.
+    With an infinite norm DeepSpeed skips the step and drops the gradients, on its code path for fp16 overflows. Stages
+    1 and 2 may find gradients that are not finite before computing the norm, on all ranks together; then ``judge`` is
+    not called.
     """
     from deepspeed.runtime.utils import combine_grad_norm_groups
 

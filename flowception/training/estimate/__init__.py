@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory, communication, time, and what would stop it."""
+"""Estimates before a run starts: memory, communication, step time, and problems that would stop it."""

@@ -1,8 +1,8 @@
-"""Which way to shard a run, with how many blocks kept, would be the fastest: the dry run's ranking.
+"""The dry run's ranking: which sharding, with how many recomputed blocks, would be the fastest.
 
-An arrangement is a ZeRO stage (stage 3 also in groups, hpZ) and a number of blocks that are computed again in the
-backward pass. For each stage the fewest of them that fit a device's memory are the fastest, so there is one candidate a
-stage; they are ranked by the estimated step time if no communication runs beside the computing (``step_time``).
+An arrangement is a ZeRO stage (stage 3 also in groups, hpZ) and a number of blocks that the backward pass recomputes.
+For each stage, the fewest recomputed blocks that fit a device's memory are the fastest, so there is one candidate per
+stage. Candidates are ranked by the estimated step time without overlap of communication and compute (``step_time``).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from flowception.training.estimate.step_time import (
 from flowception.training.hardware import GIB
 
 USABLE_SHARE = 0.9
-"""Share of a device's memory that the estimate may fill. It leaves out the CUDA context and the communication library's
-buffers (2 to 3 GB together), cuBLAS and attention workspaces, gradients of the activations of the block at work, the
-float32 activations of the output heads, the packs, and what the allocator loses to fragmentation."""
+"""Share of a device's memory that the estimate may fill. The estimate does not include the CUDA context and the buffers
+of the communication library (2 to 3 GB together), cuBLAS and attention workspaces, activation gradients of the current
+block, the float32 activations of the output heads, the packs, and fragmentation of the allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all arrangements of a run have in common."""
+    """The properties of a run that all arrangements share."""
 
     parameters: int
     spec: ModelSpec
@@ -44,7 +44,7 @@ class Job:
     """``model.compile``."""
     packs_per_step: int
     step_flops: float = 0.0
-    """Forward and backward passes of a step's packs, without recomputation; 0 where time is not asked for."""
+    """Forward and backward FLOPs of a step's packs, without recomputation; 0 if time is not estimated."""
 
     @classmethod
     def of(cls, config: TrainConfig, parameters: int, step_flops: float = 0.0) -> Job:
@@ -60,11 +60,11 @@ class Job:
         )
 
     def packs(self, world_size: int) -> int | None:
-        """Micro-steps of a rank; None where there are too few packs."""
+        """Micro-steps per rank; None if there are fewer packs than ranks."""
         return -(-self.packs_per_step // world_size) if self.packs_per_step >= world_size else None
 
     def memory(self, zero: ZeroConfig, world_size: int, checkpointed_blocks: int) -> MemoryPerRank:
-        """Memory of a rank."""
+        """Estimated memory of a rank."""
         return memory_per_rank(
             parameters=self.parameters,
             world_size=world_size,
@@ -80,7 +80,7 @@ class Job:
         )
 
     def fewest_checkpointed(self, zero: ZeroConfig, world_size: int, memory_bytes: float) -> int | None:
-        """Fewest checkpointed blocks with which the estimate fits a device; None where all are too few."""
+        """Fewest checkpointed blocks for which the estimate fits a device; None if it does not fit with all of them."""
         for blocks in range(self.spec.num_layers + 1):
             if self.memory(zero, world_size, blocks).total <= USABLE_SHARE * memory_bytes:
                 return blocks
@@ -89,23 +89,23 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """A way to shard, a number of blocks computed again, and what they would cost."""
+    """A sharding and a number of recomputed blocks, with their estimated cost."""
 
     zero: ZeroConfig
     checkpointed_blocks: int
     memory: MemoryPerRank
     traffic: TrafficPerStep
     between_nodes: float
-    """Bytes of a step that a GPU's share of the network between nodes carries."""
+    """Bytes per step over one GPU's share of the network between nodes."""
     time: StepTime
 
     def __str__(self) -> str:
-        """Such as 'ZeRO-3 in groups of 8'."""
+        """Name of the sharding, such as 'ZeRO-3 in groups of 8'."""
         group = self.zero.hierarchical_partition_size
         return f"ZeRO-{self.zero.stage}" + (f" in groups of {group}" if group else "")
 
     def kept(self, num_layers: int) -> str:
-        """How many blocks are not computed again, in words."""
+        """How many blocks keep their activations and are not recomputed, in words."""
         kept = num_layers - self.checkpointed_blocks
         return f"all {kept} blocks kept" if kept == num_layers else f"{kept or 'none'} of {num_layers} blocks kept"
 
@@ -114,11 +114,11 @@ def arrange(job: Job, cluster: Cluster, zero: ZeroConfig, world_size: int, check
     """Estimate one arrangement.
 
     Args:
-        job: The run; it has a pack for each rank.
+        job: The run; it has at least one pack per rank.
         cluster: The machines.
-        zero: How to shard.
-        world_size: Ranks.
-        checkpointed_blocks: Blocks that are computed again in the backward pass.
+        zero: The sharding.
+        world_size: Number of ranks.
+        checkpointed_blocks: Blocks that the backward pass recomputes.
 
     Returns:
         The arrangement.
@@ -151,7 +151,7 @@ def arrange(job: Job, cluster: Cluster, zero: ZeroConfig, world_size: int, check
 
 
 def ways_to_shard(zero: ZeroConfig, world_size: int, gpus_per_node: int) -> Iterator[ZeroConfig]:
-    """Every stage, and stage 3 in groups: the configured ones, else nodes where there are several."""
+    """Yield every stage, and stage 3 in groups: the configured groups, or else the nodes if there are several."""
     for stage in range(4):
         yield replace(zero, stage=stage, hierarchical_partition_size=None)
     configured = zero.hierarchical_partition_size
@@ -163,28 +163,28 @@ def ways_to_shard(zero: ZeroConfig, world_size: int, gpus_per_node: int) -> Iter
 def rank_arrangements(
     job: Job, cluster: Cluster, zero: ZeroConfig, world_size: int, memory_bytes: float
 ) -> list[Arrangement]:
-    """Every way to shard that fits, the fastest first; of equally fast ones that of least memory.
+    """Rank every sharding that fits, fastest first; ties go to the one with less memory.
 
     Args:
-        job: The run; it has a pack for each rank.
+        job: The run; it has at least one pack per rank.
         cluster: The machines.
-        zero: The configured way, whose other settings all share.
-        world_size: Ranks.
-        memory_bytes: Of a device.
+        zero: The configured sharding, whose other settings apply to all.
+        world_size: Number of ranks.
+        memory_bytes: Memory of a device.
 
     Returns:
-        One arrangement for each way, with the fewest blocks computed again that fit.
+        One arrangement per sharding, with the fewest recomputed blocks that fit.
     """
     fitting = []
     for way in ways_to_shard(zero, world_size, cluster.gpus_per_node):
         blocks = job.fewest_checkpointed(way, world_size, memory_bytes)
         if blocks is not None:
             fitting.append(arrange(job, cluster, way, world_size, blocks))
-    return sorted(fitting, key=lambda found: (found.time.in_turn_s, found.memory.total))
+    return sorted(fitting, key=lambda found: (found.time.sequential_s, found.memory.total))
 
 
 def checkpointed_blocks(job: Job, config: TrainConfig, world_size: int, memory_bytes: float) -> int:
-    """``model.activation_checkpointing`` as a number, at these ranks and devices: of ``auto``, all where none fits."""
+    """Resolve ``model.activation_checkpointing`` to a number of blocks; ``auto`` is all blocks if nothing fits."""
     if config.model.activation_checkpointing != AUTO:
         return config.model.checkpointed_blocks()
     blocks = job.fewest_checkpointed(config.zero, world_size, memory_bytes)
@@ -192,21 +192,21 @@ def checkpointed_blocks(job: Job, config: TrainConfig, world_size: int, memory_b
 
 
 def devices(world_size: int, memory_gb: float) -> str:
-    """Such as '8 GPUs of 80 GB'."""
+    """Describe devices, such as '8 GPUs of 80 GB'."""
     return f"{world_size} GPU{'s' * (world_size > 1)} of {memory_gb:.4g} GB"
 
 
 def answer(
     ranked: list[Arrangement], configured: Arrangement, num_layers: int, world_size: int, memory_gb: float
 ) -> str:
-    """The ranking in a sentence, the configured arrangement beside the fastest.
+    """Summarize the ranking in a sentence that compares the configured arrangement with the fastest.
 
     Args:
         ranked: From ``rank_arrangements``.
-        configured: The configured one.
+        configured: The configured arrangement.
         num_layers: Blocks of the network.
-        world_size: Ranks.
-        memory_gb: Of a device, as sold.
+        world_size: Number of ranks.
+        memory_gb: Memory of a device, as sold.
 
     Returns:
         The sentence.
@@ -215,14 +215,17 @@ def answer(
     as_configured = f"{configured}, {configured.kept(num_layers)}"
     needs = f"needs {configured.memory.total / GIB:.1f} GiB and does not fit"
     if not ranked:
-        return f"nothing fits {where}: as configured, {as_configured}, it {needs}; see configs/overlays/low_memory.yaml"
+        return (
+            f"nothing fits {where}: as configured, {as_configured}, the run {needs}; "
+            "see configs/overlays/low_memory.yaml"
+        )
     best = ranked[0]
     fastest = (
         f"fastest on {where}: {best}, {best.kept(num_layers)} ({best.memory.total / GIB:.1f} GiB, "
-        f"{best.time.in_turn_s:.3g} s a step)"
+        f"{best.time.sequential_s:.3g} s per step)"
     )
     if (best.zero, best.checkpointed_blocks) == (configured.zero, configured.checkpointed_blocks):
         return f"{fastest}, as configured"
     if configured.memory.total > USABLE_SHARE * memory_gb * GIB:
-        return f"{fastest}; as configured, {as_configured}, it {needs}"
-    return f"{fastest}; as configured, {as_configured}: {configured.time.in_turn_s:.3g} s"
+        return f"{fastest}; as configured, {as_configured}, the run {needs}"
+    return f"{fastest}; as configured, {as_configured}: {configured.time.sequential_s:.3g} s"

@@ -1,15 +1,15 @@
-"""What one rank sends in an optimizer step, from sizes alone, for DeepSpeed's collectives as ``zero`` sets them.
+"""Bytes that one rank sends per optimizer step, computed from sizes, for DeepSpeed's collectives as ``zero`` sets them.
 
-A ring of W ranks sends ``(W - 1) / W`` of the whole tensor for an all-gather or a reduce-scatter, twice that for an
-all-reduce, and receives as much. Gradients travel in float32, weights in the type that they are kept in. With A
-micro-steps and P parameters:
+In a ring of W ranks, each rank sends ``(W - 1) / W`` of the full tensor for an all-gather or a reduce-scatter, twice
+that for an all-reduce, and receives as much. Gradients are sent in float32, weights in the type they are stored in.
+With A micro-steps and P parameters:
 
-* stage 0 and 1 reduce the gradients once a step, stage 2 and 3 in every micro-step. Stages 0 to 2 use all-reduce
+* stages 0 and 1 reduce the gradients once per step, stages 2 and 3 in every micro-step. Stages 0 to 2 use all-reduce
   (DeepSpeed's default ``use_multi_rank_bucket_allreduce``), stage 3 reduce-scatter;
-* stage 1 and 2 gather the updated weights once;
-* stage 3 gathers them for every forward and every backward pass, ``2 A`` times, less what stays live in between
-  (``zero.max_live_elements``); the figure is for nothing staying. With groups (hpZ) the first of these goes over all
-  ranks, and the others over the group only.
+* stages 1 and 2 gather the updated weights once;
+* stage 3 gathers them for every forward and backward pass, ``2 A`` times. Weights that stay live in between
+  (``zero.max_live_elements``) would reduce this; the estimate assumes that none do. With groups (hpZ) the first gather
+  is over all ranks, and the others are within the group.
 
 ``tests/training/estimate/test_memory.py`` counts the same bytes in real runs of two processes.
 """
@@ -23,12 +23,12 @@ from flowception.training.estimate.memory import FP32_BYTES, kept_weight_bytes
 
 @dataclass(frozen=True)
 class TrafficPerStep:
-    """Bytes that one rank sends in one optimizer step."""
+    """Bytes that one rank sends per optimizer step."""
 
     gathered: float
     """Weights, all-gather over all ranks."""
     gathered_in_group: float
-    """Weights, all-gather inside a group of ``zero.hierarchical_partition_size`` ranks."""
+    """Weights, all-gather within a group of ``zero.hierarchical_partition_size`` ranks."""
     reduced: float
     """Gradients, over all ranks."""
 
@@ -36,7 +36,7 @@ class TrafficPerStep:
 def traffic_per_step(
     *, parameters: int, world_size: int, stage: int, precision: str, micro_steps: int, group_size: int | None
 ) -> TrafficPerStep:
-    """Count what a rank sends.
+    """Count the bytes that a rank sends.
 
     Args:
         parameters: P.

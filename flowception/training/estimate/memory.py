@@ -1,7 +1,7 @@
-"""Memory that one rank needs, by part, from sizes alone.
+"""Estimated memory of one rank by part, computed from sizes.
 
-Counted for how ``training.distributed.zero`` keeps the state: float32 weights, gradients, two moments and EMA, sharded
-by the ZeRO stage. Activations are what autograd keeps of the blocks for their backward pass.
+The state is as in ``training.distributed.zero``: float32 weights, gradients, two moments and EMA, sharded according to
+the ZeRO stage. Activations are what autograd stores in the blocks for the backward pass.
 
 Shape legend: ``P`` parameters, ``W`` ranks, ``T`` tokens of a pack, ``d`` hidden size, ``L`` blocks.
 """
@@ -18,11 +18,11 @@ KEPT_BYTES = {
     "leaves": {"bf16": 40.4, "fp32": 80.6},
     "blocks": {"bf16": 40.5, "fp32": 76.6},
 }
-"""Bytes that a block keeps for its backward pass, per token and unit of hidden size, by ``model.compile`` and
-``precision``: in bf16 the same with bf16 weights and under autocast, whose copies of the weights are counted elsewhere.
-Measured on the CPU by tests/training/estimate/test_memory.py."""
+"""Bytes that a block stores for its backward pass, per token and unit of hidden size, by ``model.compile`` and
+``precision``. In bf16 they are the same with bf16 weights and under autocast, whose weight copies are counted
+separately. Measured on the CPU by tests/training/estimate/test_memory.py."""
 INPUT_BYTES = {"bf16": BF16_BYTES, "fp32": FP32_BYTES}
-"""The same for a checkpointed block, which keeps its input alone."""
+"""The same for a checkpointed block, which stores only its input."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,13 @@ class MemoryPerRank:
     """Bytes, by part."""
 
     weights: float
-    """Weights and masters that live between steps, and a group's second copy (hpZ)."""
+    """Weights and masters that persist between steps, including a group's second copy (hpZ)."""
     working_weights: float
-    """Stage 3: weights gathered for the blocks at work, or kept because they are needed again soon; stages 0 and 1 in
-    bf16: autocast's copies."""
+    """Stage 3: weights gathered for the current blocks or held for reuse. Stages 0 and 1 in bf16: autocast's copies."""
     gradients: float
-    """Those that are kept while a step's backward passes go on."""
+    """Gradients that accumulate over the backward passes of a step."""
     buckets: float
-    """Communication buckets: two where reduction overlaps the backward pass."""
+    """Communication buckets: two if reduction overlaps with the backward pass."""
     optimizer: float
     ema: float
     activations: float
@@ -45,12 +44,12 @@ class MemoryPerRank:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return sum(vars(self).values())
 
 
 def kept_weight_bytes(stage: int, precision: str) -> int:
-    """Bytes of an element of the weights that the network computes with, as they are kept and gathered."""
+    """Bytes per element of the weights that the network computes with, as stored and gathered."""
     return BF16_BYTES if precision == "bf16" and stage >= 2 else FP32_BYTES
 
 
@@ -60,10 +59,10 @@ def checkpoint_bytes(parameters: int) -> int:
 
 
 def block_activations(spec: ModelSpec, token_budget: int, precision: str, compiled: str) -> tuple[float, float]:
-    """Bytes that a block keeps for its backward pass, and those that a checkpointed one keeps.
+    """Bytes that a block stores for its backward pass, and that a checkpointed block stores.
 
     Args:
-        spec: Sizes of the network.
+        spec: Architecture of the network.
         token_budget: T.
         precision: ``bf16`` or ``fp32``.
         compiled: ``model.compile``.
@@ -92,19 +91,19 @@ def memory_per_rank(
         parameters: P.
         world_size: W.
         stage: ZeRO stage.
-        spec: Sizes of the network.
+        spec: Architecture of the network.
         token_budget: T.
         precision: ``bf16`` or ``fp32``.
         compiled: ``model.compile``.
-        checkpointed_blocks: How many blocks, the first ones, are computed again in the backward pass.
+        checkpointed_blocks: Number of blocks, from the first, that the backward pass recomputes.
         bucket_elements: Elements of a communication bucket.
-        max_live_elements: Stage 3: gathered weights that may be live at once.
-        group_size: Stage 3: ranks of a group with a second copy of the weights (hpZ); None for off.
+        max_live_elements: Stage 3: maximum elements of gathered weights held at once.
+        group_size: Stage 3: ranks of a group with a second copy of the weights (hpZ); None is off.
 
     Returns:
         Bytes by part.
     """
-    whole, share = FP32_BYTES * parameters, FP32_BYTES * parameters / world_size
+    full, share = FP32_BYTES * parameters, FP32_BYTES * parameters / world_size
     element_bytes = kept_weight_bytes(stage, precision)
     kept_weights = element_bytes * parameters
     second_copy = kept_weights / group_size if group_size else 0.0
@@ -112,18 +111,18 @@ def memory_per_rank(
         max(max_live_elements, 2 * parameters / spec.num_layers + bucket_elements), parameters
     )
     kept, block_input = block_activations(spec, token_budget, precision, compiled)
-    kept_blocks = max(spec.num_layers - checkpointed_blocks, 1)  # where none is kept, the one that is computed again
+    kept_blocks = max(spec.num_layers - checkpointed_blocks, 1)  # if none is kept, the block being recomputed
     return MemoryPerRank(
         weights={
-            0: whole,
-            1: whole + share,
+            0: full,
+            1: full + share,
             2: kept_weights + share,
             3: kept_weights / world_size + share + second_copy,
         }[stage],
         working_weights=at_work if stage == 3 else BF16_BYTES * parameters * (precision == "bf16" and stage < 2),
-        gradients=whole if stage < 2 else share,
+        gradients=full if stage < 2 else share,
         buckets=(1 if stage < 2 else 2) * FP32_BYTES * min(bucket_elements, parameters),
-        optimizer=2 * (whole if stage == 0 else share),
-        ema=whole if stage == 0 else share,
+        optimizer=2 * (full if stage == 0 else share),
+        ema=full if stage == 0 else share,
         activations=kept * kept_blocks + block_input * (spec.num_layers - kept_blocks),
     )

@@ -1,4 +1,4 @@
-"""What would stop a run, found without starting it and all at once (``train/main.py --dry-run``)."""
+"""Find all problems that would stop a run, without starting it (``train/main.py --dry-run``)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from flowception.training.metrics import check_packages
 
 
 def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
-    """Note everything that is wrong with a run's data.
+    """Collect all problems with the data of a run.
 
     Args:
-        config: The run; ``model.in_channels`` is filled in from the set where it is None.
-        problems: Where problems are noted.
+        config: The run; if ``model.in_channels`` is None, it is set from the shard set.
+        problems: Problems found are added here.
 
     Returns:
-        The plan of the training part, if there can be one.
+        The plan of the training split; None if it cannot be made.
     """
     reader = None
     with problems.collected():
@@ -52,12 +52,12 @@ def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
 
 
 def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problems) -> None:
-    """Note everything else: sizes that do not go together, packages and checkpoints that are not there.
+    """Collect all other problems: incompatible sizes, missing packages and missing checkpoints.
 
     Args:
         config: The run.
-        world_sizes: Numbers of ranks that it is meant for.
-        problems: Where problems are noted.
+        world_sizes: Numbers of ranks to check.
+        problems: Problems found are added here.
     """
     with problems.collected():
         count_parameters(config.model)
@@ -78,9 +78,11 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
     with problems.collected():
         weights = _initial_weights(config)
         if weights is not None and not list_steps(weights):
-            raise CheckpointError(f"init_from={weights} has no checkpoint; give the folder of a saved run")
+            raise CheckpointError(
+                f"init_from={weights} has no checkpoint; give the directory of a run that has saved one"
+            )
 
 
 def _initial_weights(config: TrainConfig) -> str | None:
-    """``init_from``, but None where the run has a checkpoint of its own: then it is not read."""
+    """Return ``init_from``, or None if the run already has a checkpoint, because then it is not read."""
     return None if list_steps(config.run_dir) else config.init_from

@@ -1,8 +1,8 @@
-"""How many blocks a run computes again in the backward pass, where ``model.activation_checkpointing`` is ``auto``.
+"""Number of blocks to recompute in the backward pass if ``model.activation_checkpointing`` is ``auto``.
 
-As few as the memory of a device allows, by the estimate of the dry run (``memory``), which has a margin
-(``arrangements.USABLE_SHARE``). The smallest device of all ranks decides for all of them: they must run the same blocks
-again, or gather weights at different times.
+It is the smallest number that fits the memory of a device according to the dry run's estimate (``memory``), with a
+margin (``arrangements.USABLE_SHARE``). The smallest device of all ranks decides, because all ranks must recompute the
+same blocks; otherwise they would gather weights at different times.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
-    """Replace ``auto`` by a number, the same on all ranks, and log which. Collective.
+    """Replace ``auto`` with a number, the same on all ranks, and log it. Collective.
 
-    An estimate refuses nothing: where it does not fit with every block computed again, it warns.
+    If the estimate does not fit even with every block recomputed, this only warns, because it is an estimate.
 
     Args:
-        config: The run, ``model.in_channels`` known; its ``model.activation_checkpointing`` is changed.
-        ranks: This process among all.
+        config: The run, with ``model.in_channels`` set; ``model.activation_checkpointing`` is replaced.
+        ranks: This rank.
     """
     if config.model.activation_checkpointing != AUTO:
         return
@@ -45,16 +45,16 @@ def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
     limit = f"{USABLE_SHARE:.0%} of {memory_bytes / GIB:.2f} GiB ({source})"
     if fewest is None:
         logger.warning(
-            "activation_checkpointing auto: all %d blocks are computed again, and the estimate, %.2f GiB, is still "
-            "above %s; if memory runs out see configs/overlays/low_memory.yaml",
+            "activation_checkpointing auto: all %d blocks are recomputed, and the estimate of %.2f GiB is still above "
+            "%s; if memory runs out, see configs/overlays/low_memory.yaml",
             layers,
             estimate / GIB,
             limit,
         )
     else:
         logger.info(
-            "activation_checkpointing auto: %d of %d blocks are computed again, %d kept: the most with which the "
-            "estimate, %.2f GiB, is within %s",
+            "activation_checkpointing auto: %d of %d blocks are recomputed, %d kept: the most for which the estimate "
+            "of %.2f GiB is within %s",
             blocks,
             layers,
             layers - blocks,
@@ -64,13 +64,13 @@ def settle_recomputation(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _device_memory(config: TrainConfig, ranks: Ranks) -> tuple[float, str]:
-    """Bytes of the smallest device of all ranks, and where the figure is from. Collective."""
+    """Memory in bytes of the smallest device of all ranks, and the source of the figure. Collective."""
     if config.memory_gib is not None:
         return config.memory_gib * GIB, "memory_gib"
     if ranks.device.type == "cuda":
         own, what = torch.cuda.get_device_properties(ranks.device).total_memory, "GPU"
     else:
-        own, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "rank's part of a node"
+        own, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "rank's share of a node"
     places = gather_values((socket.gethostname(), float(own)))
     hosts = [host for host, _ in places]
     shares = [memory if ranks.device.type == "cuda" else memory / hosts.count(host) for host, memory in places]

@@ -1,4 +1,4 @@
-"""What a configuration would do, at any number of ranks, without starting anything: ``train/main.py --dry-run``."""
+"""Report what a configuration would need at any number of ranks, without training: ``train/main.py --dry-run``."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ _PEAK_GPU = "H100"
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a dry run cannot find in the configuration."""
+    """Assumptions of a dry run that are not in the configuration."""
 
     world_sizes: str = ""
-    """Comma-separated numbers of ranks; empty for the launched number, 8 and 64."""
+    """Comma-separated numbers of ranks; empty is the launched number, 8 and 64."""
     hfu: float = 0.4
-    """Share of the peak at which a rank computes, the recomputation of blocks included (hardware FLOPs utilization)."""
+    """Achieved share of the peak, with recomputation counted (hardware FLOPs utilization)."""
     peak_tflops: float | None = None
-    """TFLOP/s of one rank at most; None takes ``logging.peak_tflops``, or that of an H100."""
+    """Peak TFLOP/s of one rank; None is ``logging.peak_tflops``, or the peak of an H100."""
     bandwidth_gb_per_s: float = 25.0
-    """GB/s that a GPU's share of the network between nodes carries each way; 25 is half of a 400 Gb/s adapter a GPU."""
+    """GB/s each way over one GPU's share of the network between nodes; 25 is half of a 400 Gb/s adapter per GPU."""
     inside_node_gb_per_s: float = 300.0
-    """GB/s that a GPU sends to the others of its node; 300 is two thirds of NVLink 4 (450 each way)."""
+    """GB/s that a GPU sends to the other GPUs of its node; 300 is two thirds of NVLink 4 (450 each way)."""
     gpus_per_node: int = 8
-    """GPUs of a node, which share its network."""
+    """GPUs per node, which share its network."""
     stage_3_block_ms: float = 1.0
-    """ms that a block's forward and backward pass of a micro-step waits at stage 3 for the host, which gathers weights
-    and frees them. A guess: on a busy CPU core the host takes 16 ms more for it than without, part of it hidden."""
+    """Milliseconds per block and micro-step (forward and backward) that stage 3 waits for the host to gather and free
+    weights. A guess: on a busy CPU core the host takes 16 ms more at stage 3, and part of that is hidden."""
     memory_gb_per_s: float = 3000.0
-    """GB/s that a device reads and writes of its own memory, for the optimizer; 3000 is nine tenths of an H100's."""
+    """GB/s of device memory bandwidth, for the optimizer; 3000 is nine tenths of an H100's."""
     memory_gb: str = ""
-    """Comma-separated memory of devices in GB, as they are sold; empty for ``memory_gib``, or 80 (H100) and 141 (H200).
-    Makers' GB are GiB here: an H100 of 80 GB reports 79, an H200 of 141 GB about 140 GiB."""
+    """Comma-separated memory sizes of devices in GB, as sold; empty is ``memory_gib``, or 80 (H100) and 141 (H200).
+    Vendor GB are counted as GiB: an 80 GB H100 reports 79 GiB, a 141 GB H200 about 140 GiB."""
     clip: str | None = None
-    """Latent frames x rows x columns of clips to plan with in place of the set's; None reads the set."""
+    """Latent frames x rows x columns of synthetic clips to plan with; None reads the shard set."""
     text_tokens: int = 0
-    """Text tokens of each such clip."""
+    """Text tokens per synthetic clip."""
     num_clips: int = 20_000
-    """How many such clips."""
+    """Number of synthetic clips."""
 
     def __post_init__(self) -> None:
         number(above=0, at_most=1, note="a share, such as 0.4").check("--hfu", self.hfu)
@@ -80,17 +80,17 @@ class Assumptions:
         integer(at_least=0).check("--text-tokens", self.text_tokens)
 
     def index(self) -> ClipIndex | None:
-        """An index of clips of the given size; None where the set is read."""
+        """Index of synthetic clips of the size ``clip``; None if the shard set is read."""
         if self.clip is None:
             return None
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.clip):
-            raise ConfigError(f"--clip is {self.clip!r}; write latent frames x rows x columns, such as 19x8x8")
+            raise ConfigError(f"--clip must be latent frames x rows x columns, such as 19x8x8, got {self.clip!r}")
         frames, height, width = map(int, self.clip.split("x"))
         lengths = np.full(self.num_clips, frames)
         return ClipIndex.from_arrays(frames=lengths, height=height, width=width, text_tokens=self.text_tokens)
 
     def devices_gb(self, config: TrainConfig) -> list[float]:
-        """Memory of the devices to rank for, in GB."""
+        """Memory sizes to rank for, in GB."""
         if not self.memory_gb and config.memory_gib is not None:
             return [config.memory_gib]
         text = self.memory_gb or _USUAL_MEMORY_GB
@@ -99,11 +99,11 @@ class Assumptions:
         except ValueError:
             found = [0.0]
         if not all(0 < memory < float("inf") for memory in found):
-            raise ConfigError(f"--memory-gb is {text!r}; give GB above 0, such as {_USUAL_MEMORY_GB}")
+            raise ConfigError(f"--memory-gb must be numbers > 0 (GB, such as {_USUAL_MEMORY_GB}), got {text!r}")
         return found
 
     def cluster(self, config: TrainConfig) -> tuple[Cluster, str]:
-        """The machines, and a note on how fast they compute."""
+        """The assumed machines, and a note on their compute speed."""
         peak, source = self.peak_tflops, "as given"
         if peak is None:
             peak, source = config.logging.peak_tflops, "logging.peak_tflops"
@@ -118,11 +118,11 @@ class Assumptions:
             stage_3_block_ms=self.stage_3_block_ms,
             memory_gb_per_s=self.memory_gb_per_s,
         )
-        return cluster, f"HFU {self.hfu:g} of {peak:g} TFLOP/s a rank ({source})"
+        return cluster, f"HFU {self.hfu:g} of {peak:g} TFLOP/s per rank ({source})"
 
 
 def world_sizes(text: str) -> list[int]:
-    """World sizes to report: those of ``text`` (comma-separated), or the launched one, 8 and 64."""
+    """World sizes to report: those in ``text`` (comma-separated), or else the launched one, 8 and 64."""
     if not text:
         return sorted({int(os.environ.get("WORLD_SIZE", "1")), *_USUAL_WORLD_SIZES})
     try:
@@ -130,20 +130,20 @@ def world_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise ConfigError(f"--world-size is {text!r}; give positive numbers, such as 8,64")
+        raise ConfigError(f"--world-size must be integers >= 1 (such as 8,64), got {text!r}")
     return sizes
 
 
 def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
-    """The report.
+    """Write the report.
 
     Args:
         config: The run.
-        assumed: What the configuration does not say.
+        assumed: Assumptions that are not in the configuration.
 
     Returns:
-        Its text (resolved configuration, parameters, FLOPs, by world size memory and days, and by the memory of the
-        devices which way to shard is the fastest), and the problems that would stop the run, which the text names too.
+        The text (resolved configuration, parameters, FLOPs, memory and days by world size, and the fastest sharding by
+        device memory), and the problems that would stop the run, which are also in the text.
     """
     sizes, devices_gb, problems = world_sizes(assumed.world_sizes), assumed.devices_gb(config), Problems()
     index = assumed.index()
@@ -163,7 +163,7 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         "",
         f"parameters: {parameters:,} ({parameters / 1e9:.3f} B)",
         f"checkpoint: {checkpoint_bytes(parameters) / 1e9:.2f} GB (weights, two moments and EMA in fp32); each rank "
-        "holds a copy of its share in host memory, to save in the background",
+        "holds a copy of its share in host memory to save in the background",
         *_plan_lines(config, plan, assumed),
         "",
         *_memory_table(config, job, columns, sizes, devices_gb[0]),
@@ -179,7 +179,7 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
 
 def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) -> list[str]:
     if plan is None:
-        return ["data: no plan can be made (see the problems); --clip 19x8x8 plans with clips of a size instead"]
+        return ["data: no plan (see the problems below); --clip 19x8x8 plans with clips of one size instead"]
     steps = plan.steps_in_epoch(0)
     flops = plan.mean_step_flops(0)
     data = (
@@ -187,15 +187,15 @@ def _plan_lines(config: TrainConfig, plan: Plan | None, assumed: Assumptions) ->
     )
     if assumed.clip is not None:
         text = f", each with {assumed.text_tokens} text tokens" if assumed.text_tokens else ""
-        data = f"data: clips of {assumed.clip} latents assumed{text}, about {len(plan.rows) / steps:.0f} a step"
+        data = f"data: clips of {assumed.clip} latents assumed{text}, about {len(plan.rows) / steps:.0f} per step"
     return [
         data,
-        f"FLOPs per step: {flops:.4g} forward and backward, the mean of epoch 0, without recomputation",
+        f"FLOPs per step: {flops:.4g} forward and backward, mean of epoch 0, without recomputation",
     ]
 
 
 def _configured(config: TrainConfig, job: Job, cluster: Cluster, world_size: int, memory_gb: float) -> Arrangement:
-    """The configured arrangement, on devices of a size where that decides."""
+    """The configured arrangement; with ``auto`` recomputation it depends on the device memory."""
     blocks = checkpointed_blocks(job, config, world_size, memory_gb * GIB)
     return arrange(job, cluster, config.zero, world_size, blocks)
 
@@ -208,11 +208,11 @@ def _memory_table(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], memory_gb: float
 ) -> list[str]:
     kept, block_input = block_activations(job.spec, job.token_budget, job.precision, job.compiled)
-    decided = f"; as many are kept as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
+    decided = f"; as few are recomputed as {memory_gb:.4g} GB allow" * (config.model.activation_checkpointing == AUTO)
     layers, packs = job.spec.num_layers, [job.packs(size) for size in sizes]
     lines = [
-        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks, of "
-        f"which each that is kept and not computed again takes {(kept - block_input) / GIB:.2f}{decided}:",
+        f"memory per rank in GiB, {columns[0]}, {config.precision}, model.compile={job.compiled}, {layers} blocks; "
+        f"a block that is not recomputed adds {(kept - block_input) / GIB:.2f}{decided}:",
         _row("ranks", [str(size) for size in sizes]),
         _row("packs per rank", ["refused" if number is None else str(number) for number in packs]),
         _row("blocks kept", [str(layers - column.checkpointed_blocks) for column in columns]),
@@ -226,17 +226,17 @@ def _memory_table(
 def _times(
     config: TrainConfig, job: Job, columns: list[Arrangement], sizes: list[int], cluster: Cluster, speed: str
 ) -> list[str]:
-    """A step's time and the days of the whole run; ranks without a pack in a step's last micro-step wait."""
+    """Step time and days of the full run. Ranks without a pack in the last micro-step of a step wait."""
     rows = {
-        "computing, s": f"a step, at {speed}, what is computed again included",
-        "between nodes, GB": f"a step and GPU, {cluster.gpus_per_node} GPUs a node",
-        "communication, s": f"a step, at {cluster.between_nodes_gb_per_s:g} GB/s a GPU between nodes and "
+        "compute, s": f"per step, at {speed}, recomputation included",
+        "between nodes, GB": f"per step and GPU, {cluster.gpus_per_node} GPUs per node",
+        "communication, s": f"per step, at {cluster.between_nodes_gb_per_s:g} GB/s per GPU between nodes and "
         f"{cluster.inside_node_gb_per_s:g} inside",
-        "host, s": f"a step, at stage 3 {cluster.stage_3_block_ms:g} ms a block and pack",
-        "optimizer, s": f"a step, at {cluster.memory_gb_per_s:g} GB/s of a device's memory",
-        "days, overlapped": "if all communication runs beside the computing",
-        "days, in turn": "if none does",
-        "MFU, in turn": "what the log would show then",
+        "host, s": f"per step, at stage 3 {cluster.stage_3_block_ms:g} ms per block and pack",
+        "optimizer, s": f"per step, at {cluster.memory_gb_per_s:g} GB/s of device memory",
+        "days, overlapped": "if all communication overlaps with compute",
+        "days, in sequence": "if none does",
+        "MFU, in sequence": "what the log would show then",
     }
     values: list[list[str]] = []
     for column, size in zip(columns, sizes, strict=True):
@@ -244,8 +244,8 @@ def _times(
         if job.packs(size) is None:
             values.append(["refused"] * len(rows))
             continue
-        days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.in_turn_s)]
-        mfu = job.step_flops / (time.in_turn_s * size * cluster.peak_tflops * 1e12)
+        days = [seconds * config.max_steps / DAY_S for seconds in (time.overlapped_s, time.sequential_s)]
+        mfu = job.step_flops / (time.sequential_s * size * cluster.peak_tflops * 1e12)
         values.append(
             [f"{time.compute_s:.3f}", f"{column.between_nodes / 1e9:.2f}", f"{time.communication_s:.3f}"]
             + [f"{time.host_s:.3f}", f"{time.update_s:.3f}", f"{days[0]:.2f}", f"{days[1]:.2f}", f"{mfu:.3f}"]
@@ -254,11 +254,11 @@ def _times(
 
 
 def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], devices_gb: list[float]) -> list[str]:
-    """Every way to shard that fits, by estimated step time, and the answer in a sentence."""
+    """Every sharding that fits, by estimated step time, and a one-sentence summary."""
     layers = job.spec.num_layers
     lines = [
-        f"ways to shard that fit {USABLE_SHARE:.0%} of a device's memory, the fastest first (* as configured): what a "
-        "rank sends in a step, in GB, and its share of what crosses nodes; seconds as above, nothing overlapped:",
+        f"sharding options that fit {USABLE_SHARE:.0%} of a device's memory, fastest first (* as configured): GB "
+        "that a rank sends per step, and its share of the traffic between nodes; seconds as above, without overlap:",
         f"{'':<26}{'blocks kept':>12}{'memory GiB':>12}{'gathered':>10}{'in group':>10}{'reduced':>10}{'crossing':>10}"
         f"{'step, s':>10}",
     ]
@@ -272,7 +272,7 @@ def _ranking(config: TrainConfig, job: Job, cluster: Cluster, sizes: list[int], 
             lines.append(
                 f"{mark} {found!s:<24}{layers - found.checkpointed_blocks:>12}{found.memory.total / GIB:>12.2f}"
                 + "".join(f"{value / 1e9:>10.2f}" for value in sent)
-                + f"{found.time.in_turn_s:>10.3f}"
+                + f"{found.time.sequential_s:>10.3f}"
             )
         configured = _configured(config, job, cluster, size, memory_gb)
         answers.append(answer(ranked, configured, layers, size, memory_gb))

@@ -1,10 +1,10 @@
-"""How long an optimizer step would take, from sizes and assumed speeds: an estimate for planning, not a measurement.
+"""Estimated time of an optimizer step, from sizes and assumed speeds. It is for planning, and is not a measurement.
 
-Computing goes at a share of the GPU's peak, the blocks' recomputation included. What a rank sends goes along rings:
-with nodes of G GPUs a G-th part of it crosses between nodes, on each GPU's share of that network, and the rest stays
-inside a node; both kinds of link work at once, and a ring is as slow as the slower. Communication may run beside the
-computing or not: a step takes as long as the longer of the two, or as both. What the host needs to gather weights at
-stage 3 is counted by the block, and the optimizer by the bytes that it reads and writes.
+Compute runs at a share of the GPU's peak, with recomputation counted. Communication uses rings: with nodes of G GPUs,
+1/G of what a rank sends crosses between nodes, over each GPU's share of that network, and the rest stays inside a node.
+Both kinds of link work at the same time, and the slower one limits the ring. A step takes the maximum of compute and
+communication if they overlap, and their sum if they do not. The host's time to gather weights at stage 3 is counted per
+block, and the optimizer by the bytes that it reads and writes.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from flowception.training.estimate.communication import TrafficPerStep
 
 DAY_S = 86400.0
 UPDATE_BYTES = 48
-"""Read and written for each parameter that a rank updates, all float32: the gradient's clipping 8, AdamW 16 and 12, the
-EMA 8 and 4."""
+"""Bytes read and written for each parameter that a rank updates, all float32: gradient clipping 8, AdamW 16 and 12, EMA
+8 and 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What is assumed of the machines."""
+    """Assumed speeds of the machines."""
 
     peak_tflops: float
-    """TFLOP/s of a rank at most."""
+    """Peak TFLOP/s of a rank."""
     hfu: float
-    """Share of the peak at which it computes, recomputation included (hardware FLOPs utilization)."""
+    """Achieved share of the peak, with recomputation counted (hardware FLOPs utilization)."""
     gpus_per_node: int
     """G."""
     between_nodes_gb_per_s: float
-    """What a GPU's share of the network between nodes carries each way."""
+    """GB/s each way over one GPU's share of the network between nodes."""
     inside_node_gb_per_s: float
-    """What a GPU sends to the others of its node."""
+    """GB/s that a GPU sends to the other GPUs of its node."""
     stage_3_block_ms: float
-    """Stage 3: how long a block's forward and backward pass of a micro-step waits for the host to gather weights."""
+    """Stage 3: wait for the host to gather weights, per block and micro-step (forward and backward)."""
     memory_gb_per_s: float
-    """What a device reads and writes of its own memory."""
+    """Memory bandwidth of a device."""
 
     @property
     def tflops(self) -> float:
-        """What a rank computes in a second, 1e12."""
+        """Achieved TFLOP/s of a rank."""
         return self.hfu * self.peak_tflops
 
 
@@ -58,22 +58,22 @@ class StepTime:
 
     @property
     def overlapped_s(self) -> float:
-        """If all communication runs beside the computing."""
+        """Step time if all communication overlaps with compute."""
         return max(self.compute_s + self.host_s, self.communication_s) + self.update_s
 
     @property
-    def in_turn_s(self) -> float:
-        """If none does."""
+    def sequential_s(self) -> float:
+        """Step time if none does."""
         return self.compute_s + self.host_s + self.communication_s + self.update_s
 
 
 def compute_s(flops: float, tflops: float, recomputed_share: float) -> float:
-    """Seconds that one rank computes.
+    """Compute time of one rank.
 
     Args:
-        flops: Its forward and backward passes, without recomputation.
-        tflops: What it multiplies in a second, 1e12.
-        recomputed_share: Share of the blocks that are computed again in the backward pass, 0 to 1.
+        flops: FLOPs of its forward and backward passes, without recomputation.
+        tflops: Achieved TFLOP/s.
+        recomputed_share: Share of the blocks that the backward pass recomputes, 0 to 1.
 
     Returns:
         Seconds.
@@ -84,13 +84,13 @@ def compute_s(flops: float, tflops: float, recomputed_share: float) -> float:
 def bytes_between_nodes(
     traffic: TrafficPerStep, *, world_size: int, gpus_per_node: int, group_size: int | None
 ) -> float:
-    """What one GPU's share of the network between nodes carries in a step.
+    """Bytes per step over one GPU's share of the network between nodes.
 
     Args:
-        traffic: What a rank sends.
+        traffic: Bytes that a rank sends.
         world_size: W.
         gpus_per_node: G.
-        group_size: Ranks of a group (hpZ); None for off. A group larger than a node crosses nodes too.
+        group_size: Ranks of a group (hpZ); None is off. A group larger than a node crosses nodes too.
 
     Returns:
         Bytes; 0 on one node.
@@ -104,10 +104,10 @@ def bytes_between_nodes(
 
 
 def communication_s(traffic: TrafficPerStep, cluster: Cluster, *, world_size: int, group_size: int | None) -> float:
-    """Seconds that a step's communication takes, one collective after the other.
+    """Communication time of a step, with collectives in sequence.
 
     Args:
-        traffic: What a rank sends.
+        traffic: Bytes that a rank sends.
         cluster: The machines.
         world_size: W.
         group_size: Ranks of a group (hpZ); None for off.

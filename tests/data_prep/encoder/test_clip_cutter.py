@@ -14,7 +14,7 @@ def test_frames_are_counted_by_decoding(tmp_path, write_counting_video, frame_nu
     assert (clip.fps, clip.start_s) == (10.0, 0.0)
 
 
-def test_cut_into_pieces_and_a_short_rest_is_dropped(tmp_path, write_counting_video, frame_numbers):
+def test_videos_are_cut_into_pieces_and_a_short_remainder_is_dropped(tmp_path, write_counting_video, frame_numbers):
     path = write_counting_video(tmp_path / "a.mp4", 11)
     pieces = cut_video(path, CutSettings(max_frames=4, min_frames=3)).clips
     assert [frame_numbers(p.frames) for p in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
@@ -30,10 +30,10 @@ def test_cut_into_pieces_and_a_short_rest_is_dropped(tmp_path, write_counting_vi
         (10.0, [0, 1, 2, 3, 4, 5]),
         (5.0, [0, 2, 4]),
         (20.0, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]),
-        (4.0, [0, 2, 5]),  # ticks 0, 0.25, 0.5: on screen are frames 0, 2, 5
+        (4.0, [0, 2, 5]),  # at 0, 0.25, 0.5 s, frames 0, 2, 5 are on screen
     ],
 )
-def test_resampling_shows_what_is_on_screen(tmp_path, write_counting_video, frame_numbers, fps, expected):
+def test_resampling_picks_the_frames_on_screen(tmp_path, write_counting_video, frame_numbers, fps, expected):
     path = write_counting_video(tmp_path / "a.mp4", 6)
     (clip,) = cut_video(path, CutSettings(fps=fps)).clips
     assert frame_numbers(clip.frames) == expected
@@ -51,14 +51,14 @@ def test_sizes(tmp_path, write_counting_video):
         cut_video(path, CutSettings(size_multiple=64))
 
 
-def test_too_short_is_said(tmp_path, write_counting_video):
+def test_a_too_short_video_is_refused(tmp_path, write_counting_video):
     path = write_counting_video(tmp_path / "a.mp4", 3)
     with pytest.raises(DataError, match="has 3 frames at the clip fps, fewer than min_frames=5"):
         cut_video(path, CutSettings(min_frames=5))
 
 
 def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
-    """Ten frames a second: frame k is on screen from k / 10 s on."""
+    """Ten frames per second: frame k is on screen from k / 10 s on."""
     path = write_counting_video(tmp_path / "a.mp4", 25)
 
     def shown(**settings):
@@ -87,7 +87,7 @@ def test_parts_of_a_video(tmp_path, write_counting_video, frame_numbers):
         {"max_pixels": 600, "size_multiple": 4},
     ],
 )
-def test_a_folder_of_frames_is_cut_like_the_video_that_equals_it(tmp_path, settings):
+def test_a_folder_of_frames_is_cut_like_an_equal_video(tmp_path, settings):
     frames = np.random.default_rng(4).integers(0, 256, (13, 20, 36, 3), dtype=np.uint8)
     write_lossless(tmp_path / "a.mkv", frames, fps=8)
     (tmp_path / "a").mkdir()
@@ -104,7 +104,7 @@ def test_a_folder_of_frames_is_cut_like_the_video_that_equals_it(tmp_path, setti
 
 
 def write_lossless(path, frames, fps):
-    """FFV1 in RGB: decodes to the very same bytes."""
+    """FFV1 in RGB, which decodes to the same bytes."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -115,8 +115,8 @@ def write_lossless(path, frames, fps):
         container.mux(stream.encode())
 
 
-def test_seeking_gives_the_frames_that_decoding_everything_gives(tmp_path):
-    """A file with a key frame every 12 frames, B-frames between: what is sought must not shift by a frame."""
+def test_seeking_yields_the_same_frames_as_decoding_everything(tmp_path):
+    """With a key frame every 12 frames and B-frames between, a seek must not be off by a frame."""
     import av
 
     path = tmp_path / "long.mp4"
@@ -139,8 +139,8 @@ def test_seeking_gives_the_frames_that_decoding_everything_gives(tmp_path):
     assert len(list(decode_frames(path, 3.0))) < 60 - 12
 
 
-def test_a_video_of_any_shape_is_kept_whole(tmp_path):
-    """A picture with a bright left and top edge keeps both."""
+def test_a_video_of_any_shape_is_not_cropped(tmp_path):
+    """An image with a bright left and top edge keeps both."""
     image = np.zeros((50, 90, 3), np.uint8)
     image[:, :8], image[:8, :] = 255, 255
     write_video(tmp_path / "wide.mp4", np.stack([image] * 2), fps=8)
@@ -163,11 +163,11 @@ def test_a_video_too_large_for_the_memory_is_refused_with_advice(tmp_path, write
 
 def test_motion_is_the_mean_change_from_frame_to_frame():
     frames = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (200, 10, 10)]
-    assert motion(frames) == 95.0  # 190 down, then nothing
+    assert motion(frames) == 95.0  # one change by 190, then none
     assert motion(frames[:1]) == 0.0
 
 
-def test_pieces_that_stand_still_are_dropped(tmp_path):
+def test_static_pieces_are_dropped(tmp_path):
     """Four frames that move, four that do not, four that move."""
     still, moving = [128] * 4, [40, 90, 140, 190]
     gray = np.array([*moving, *still, *moving], dtype=np.uint8)

@@ -39,7 +39,7 @@ def test_without_workers(tmp_path, write_counting_video):
     assert isinstance(found[2], str)
 
 
-def test_a_video_that_kills_its_decoder_costs_only_itself(tmp_path, monkeypatch):
+def test_a_video_that_crashes_its_decoder_affects_no_other(tmp_path, monkeypatch):
     (tmp_path / "crashing_decoder.py").write_text(CRASHING_DECODER)
     monkeypatch.syspath_prepend(str(tmp_path))
     from crashing_decoder import decode
@@ -50,7 +50,7 @@ def test_a_video_that_kills_its_decoder_costs_only_itself(tmp_path, monkeypatch)
 
 
 def test_a_video_that_hangs_its_decoder_is_listed_and_the_decoder_killed(tmp_path, monkeypatch):
-    """The second wait ends when the decoder is known to hang, as if its time were over; the others need no end."""
+    """The second wait ends once the decoder hangs, as if it had timed out; the other waits need no timeout."""
     (tmp_path / "hanging_decoder.py").write_text(HANGING_DECODER)
     monkeypatch.syspath_prepend(str(tmp_path))
     from hanging_decoder import decode

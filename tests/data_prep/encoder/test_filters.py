@@ -36,7 +36,7 @@ def test_class_numbers_do_not_depend_on_filters(tmp_path):
     assert [e.class_label for e in manifest.entries] == [1, 2]
 
 
-def test_size_and_duration_come_from_the_files_where_no_column_has_them(tmp_path, write_counting_video):
+def test_size_and_duration_come_from_the_files_without_a_column(tmp_path, write_counting_video):
     write_counting_video(tmp_path / "long.mp4", 20)
     write_counting_video(tmp_path / "short.mp4", 5)
     write_counting_video(tmp_path / "small.mp4", 20, height=8, width=8)
@@ -47,7 +47,7 @@ def test_size_and_duration_come_from_the_files_where_no_column_has_them(tmp_path
     assert [(c.removed, c.without_number) for c in manifest.report.filters] == [(2, 1), (1, 0), (0, 0)]
 
 
-def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
+def test_an_unknown_column_is_refused_and_the_columns_are_listed(tmp_path):
     source = table(tmp_path, "path,motion score,caption\na,1,x\n")
     with pytest.raises(
         ConfigError, match="no video has column 'motion'; the manifest's numeric columns are motion score"
@@ -59,7 +59,7 @@ def test_an_unknown_column_is_refused_with_those_there_are(tmp_path):
         FilterRange(min=3, max=2)
 
 
-def test_a_filter_without_bounds_asks_for_a_number():
+def test_a_filter_without_bounds_requires_a_number():
     rows = [{"a": "1"}, {"a": "x"}, {}, {"a": math.nan}]
     kept, (count,) = apply_filters(rows, [(Path("x"), None)] * 4, {"a": FilterRange()}, HeaderReader())
     assert (kept, count.removed, count.without_number) == ([0], 3, 3)

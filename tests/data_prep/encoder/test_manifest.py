@@ -12,7 +12,7 @@ def touch(folder, *names):
         (folder / name).touch()
 
 
-def test_folder_is_searched_in_order_of_names(tmp_path):
+def test_a_folder_is_searched_in_order_of_names(tmp_path):
     touch(tmp_path, "b.mp4", "sub/a.MOV", "a.webm", "notes.txt", "sub/deep/c.mkv")
     manifest = read_source(tmp_path)
     assert [e.source for e in manifest.entries] == ["a.webm", "b.mp4", "sub/a.MOV", "sub/deep/c.mkv"]
@@ -21,7 +21,7 @@ def test_folder_is_searched_in_order_of_names(tmp_path):
     assert len({e.key for e in manifest.entries}) == 4
 
 
-def test_folders_of_frames_count_where_their_rate_is_known(tmp_path):
+def test_folders_of_frames_count_if_their_frame_rate_is_known(tmp_path):
     touch(tmp_path, "top.png", "a.mp4", "b/1.png", "c/2.JPG", "d/x.mp4", "d/thumb.png", "e/f/1.png", "g/notes.txt")
     assert [e.source for e in read_source(tmp_path).entries] == ["a.mp4", "d/x.mp4"]
     manifest = read_source(tmp_path, frame_folder_fps=25.0)
@@ -36,7 +36,9 @@ def test_folders_of_frames_in_a_table(tmp_path):
     table = tmp_path / "m.csv"
     table.write_text("path,frame_folder_fps\nclips/a.mp4,\nclips/b,12.5\nclips/c,\n")
     assert [e.frame_folder_fps for e in read_source(table, frame_folder_fps=30.0).entries] == [30.0, 12.5, 30.0]
-    with pytest.raises(DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames, .*give it as frame_folder_"):
+    with pytest.raises(
+        DataError, match=r"m.csv, video 3: .*clips/c is a folder of frames and has no frame rate; set frame_folder_fps"
+    ):
         read_source(table)
     for wrong, message in (
         ("fast", r"\(frames per second\), got 'fast'"),
@@ -47,7 +49,7 @@ def test_folders_of_frames_in_a_table(tmp_path):
             read_source(table)
 
 
-def test_only_a_frame_rate_of_its_own_changes_what_a_source_is(tmp_path):
+def test_only_a_set_frame_rate_changes_the_hash_of_a_source(tmp_path):
     touch(tmp_path, "b/1.png")
     table, hashes = tmp_path / "m.csv", set()
     for text in ("path\nb.mp4\n", "path,frame_folder_fps\nb.mp4,\n", "path,frame_folder_fps\nb.mp4,25\n"):
@@ -80,7 +82,7 @@ def test_jsonl_with_numbers_names_and_keys(tmp_path):
     assert str(manifest.entries[1].path) == "/far/y.mp4"
 
 
-def test_keys_are_legal_and_keep_paths_apart():
+def test_keys_are_valid_and_distinguish_paths():
     sources = ["a b.mp4", "a_b.mp4", "a/b.mp4", "../../etc/passwd.mp4", "ü.mp4", "x" * 300 + ".mp4", "v1.5.mp4"]
     keys = [make_key(source) for source in sources]
     assert len(set(keys)) == len(keys)
@@ -112,7 +114,7 @@ def test_malformed_manifests_are_refused(tmp_path, name, text, message):
         read_source(tmp_path / name)
 
 
-def test_a_caption_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+def test_a_caption_may_contain_a_unicode_line_separator(tmp_path):
     row = json.dumps({"path": "a.mp4", "caption": "one\u2028two"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_bytes((row + "\r\n" + '{"path": "b.mp4"}\r\n').encode())
     manifest = read_source(tmp_path / "m.jsonl")

@@ -12,8 +12,8 @@ from flowception.files import FileLock
 
 
 @pytest.fixture
-def begun(toy_folder, tmp_path, monkeypatch):
-    """A set of 6 shards of 2 videos of which three are done, at 100, 110 and 130 s, and one was left half written."""
+def started(toy_folder, tmp_path, monkeypatch):
+    """A set of 6 shards of 2 videos: three done, at 100, 110, and 130 s, and one partially written."""
     config = EncodeConfig(
         source=str(toy_folder / "manifest.jsonl"), out=str(tmp_path / "set"), height=16, width=16, videos_per_shard=2
     )
@@ -34,8 +34,8 @@ def begun(toy_folder, tmp_path, monkeypatch):
     return config, tmp_path / "set"
 
 
-def test_done_running_failed_speed_and_time_left(begun):
-    _, folder = begun
+def test_done_running_failed_speed_and_time_left(started):
+    _, folder = started
     status = read_status(folder)
     assert (status.shards, status.done, status.running, status.failed, status.clips) == (6, 3, (), (3,), 6)
     assert status.clips_per_s == pytest.approx(4 / 30)
@@ -52,8 +52,8 @@ def test_done_running_failed_speed_and_time_left(begun):
     assert status.describe().splitlines()[-1] == "speed: 0.1 clips/s, 0 min 45 s left"
 
 
-def test_a_finished_set_says_so(begun, capsys):
-    config, folder = begun
+def test_a_finished_set_is_reported(started, capsys):
+    config, folder = started
     ShardEncoder(config).run()
     status = read_status(folder)
     assert (status.done, status.failed, status.clips, status.finished) == (6, (), 12, True)

@@ -17,7 +17,7 @@ from flowception.errors import ConfigError
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the files that were opened, in the order in which they were."""
+    """Names of the opened files, in order."""
     names = []
 
     def read(path, fps):
@@ -30,7 +30,7 @@ def opened(monkeypatch):
 
 @pytest.fixture
 def videos(tmp_path, write_counting_video):
-    """Four videos of 1, 2, 3 and 4 frames, ten a second, the third of them broken."""
+    """Four videos of 1, 2, 3, and 4 frames at 10 fps; the third is broken."""
     paths = [write_counting_video(tmp_path / f"{number}.mp4", number) for number in (1, 2, 3, 4)]
     paths[2].write_text("no video")
     return [(path, None) for path in paths]
@@ -49,7 +49,7 @@ def test_all_tasks_together_open_each_file_once(videos, opened, tmp_path):
     assert sorted(opened) == ["1.mp4", "2.mp4", "3.mp4", "4.mp4"]
 
 
-def test_a_file_that_changed_is_opened_again(videos, opened, tmp_path, write_counting_video):
+def test_a_changed_file_is_opened_again(videos, opened, tmp_path, write_counting_video):
     folder = tmp_path / "set"
     assert seconds(HeaderReader(folder).read(videos[:3])) == [0.1, 0.2, None]
     opened.clear()
@@ -64,7 +64,7 @@ def test_a_file_that_changed_is_opened_again(videos, opened, tmp_path, write_cou
     assert opened == ["3.mp4"]
 
 
-def test_a_missing_file_is_read_when_it_is_there(opened, tmp_path, write_counting_video):
+def test_a_missing_file_is_read_once_it_exists(opened, tmp_path, write_counting_video):
     videos = [(tmp_path / "5.mp4", None)]
     assert HeaderReader(tmp_path / "set").read(videos) == [None]
     write_counting_video(tmp_path / "5.mp4", 5)
@@ -73,7 +73,7 @@ def test_a_missing_file_is_read_when_it_is_there(opened, tmp_path, write_countin
     assert opened == ["5.mp4", "5.mp4"]
 
 
-def test_the_rate_of_a_folder_of_frames_is_part_of_what_it_is(tmp_path, opened):
+def test_the_frame_rate_of_a_folder_of_frames_is_part_of_its_identity(tmp_path, opened):
     from PIL import Image
 
     (tmp_path / "clip").mkdir()
@@ -86,7 +86,7 @@ def test_the_rate_of_a_folder_of_frames_is_part_of_what_it_is(tmp_path, opened):
 
 
 @pytest.mark.parametrize("content", [b"{", b'["a"]\n', b"\xff\n", b"3\n"])
-def test_a_damaged_list_is_written_anew(videos, tmp_path, content):
+def test_a_damaged_list_is_rewritten(videos, tmp_path, content):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / HEADERS_NAME).write_bytes(content)
     assert seconds(HeaderReader(tmp_path / "set").read(videos)) == [0.1, 0.2, None, 0.4]
@@ -96,7 +96,7 @@ def test_a_damaged_list_is_written_anew(videos, tmp_path, content):
 
 def test_a_folder_that_cannot_be_written_is_named(videos, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/.headers.jsonl.lock cannot be made"):
+    with pytest.raises(ConfigError, match="file/.headers.jsonl.lock cannot be created or locked"):
         HeaderReader(tmp_path / "file").read(videos)
 
 

@@ -1,8 +1,8 @@
-"""The oracle, the real training targets and the real sampler against one another, on clips of which all is known.
+"""Compare the oracle, the real training targets and the real sampler on clips with a fully known law.
 
-The targets: with f the oracle and y a target, ``E[(y - f(x)) g(x)] = 0`` for every function g of what is seen; that is
-what being the conditional mean means. Tested for several g, as z-scores, and the mean square of ``y - f(x)`` against
-the law's own (see ``test_the_posterior_by_brute_force`` for f itself).
+Targets: with f the oracle and y a target, f is the conditional mean if ``E[(y - f(x)) g(x)] = 0`` for every function g
+of the visible state. This is tested for several g, as z-scores, and the mean square of ``y - f(x)`` is compared with
+that of the law (``test_the_posterior_by_brute_force`` tests f itself).
 """
 
 import itertools
@@ -40,7 +40,7 @@ def first_two(num_frames):
 
 
 def keyframes(num_frames):
-    """Frame 0, the last, and one between; the last is active too, and nothing is ever missing right of it."""
+    """Frame 0, the last frame, and one between; the last is active too, although nothing is missing right of it."""
     others = range(1, num_frames - 1)
     return [
         GivenFrames(positions=(0, k, num_frames - 1), active=(True,) * 3, probability=1 / len(others)) for k in others
@@ -48,7 +48,7 @@ def keyframes(num_frames):
 
 
 def test_the_posterior_by_brute_force():
-    """One generated frame seen at clock t of clips of 1 or 2 frames: two hypotheses, by hand."""
+    """One visible generated frame at clock t in clips of 1 or 2 frames: two hypotheses, by hand."""
     law = GaussianClips(lengths={1: 0.3, 2: 0.7}, correlation=0.6, slope=2.0)
     oracle = GaussianOracle(law, LinearSchedule())
     t = 0.4
@@ -64,7 +64,7 @@ def test_the_posterior_by_brute_force():
     assert velocity.item() == pytest.approx((t - (1 - t)) / variance * 0.7, rel=1e-9)
 
 
-def test_where_a_labeled_frame_lies_by_bayes():
+def test_the_position_of_a_labeled_frame_by_bayes():
     """Two frames of a clip of three, the second at 1 or 2 with means 3 and 6: densities by torch.distributions."""
     law = GaussianClips(lengths={3: 1.0}, correlation=0.5, slope=3.0)
     times, seen = torch.tensor([0.5, 0.3]).double(), torch.tensor([0.2, 1.4]).double()
@@ -97,7 +97,7 @@ CASES = {
 
 
 def draw_states(law, config, clips, seed=0):
-    """Real draws of the process on clips of the law: what is seen, and the targets, flat over visible frames."""
+    """Real draws of the process on clips of the law: visible state and targets, flat over visible frames."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(list(law.lengths))
     chosen = torch.multinomial(torch.tensor(list(law.lengths.values())), clips, replacement=True, generator=generator)
@@ -117,7 +117,7 @@ def draw_states(law, config, clips, seed=0):
 
 
 def largest_z(residual, x, f, times, weight):
-    """Largest z-score of the mean of ``residual * g`` over functions g of what is seen."""
+    """Largest z-score of the mean of ``residual * g`` over functions g of the visible state."""
     features = [torch.ones_like(x), x, x.square(), f, times, x * times, torch.sin(3 * x)]
     products = torch.stack([weight * residual * g for g in features])
     return (products.mean(dim=1) / products.std(dim=1) * math.sqrt(len(x))).abs().max().item()
@@ -137,7 +137,7 @@ def test_the_oracle_is_the_conditional_mean_of_the_real_targets(case):
     missing = draws.missing[see].double()
     assert largest_z((target - f)[flow], x[flow], f[flow], times[flow], weight[flow]) < 4.5
     assert largest_z((missing - rate)[sites], x[sites], rate[sites], times[sites], weight[sites]) < 4.5
-    # Neither is trivial: what the oracle knows is a good part of what there is to know.
+    # Neither is trivial: the oracle explains a substantial part of the variance.
     assert (target - f)[flow].square().mean() < 0.75 * target[flow].var()
     assert (missing - rate)[sites].square().mean() < 0.9 * missing[sites].var()
 
@@ -150,7 +150,7 @@ def clips_of(result, length):
 
 
 def assert_law(result, law, factor=3.0, slack=0.005):
-    """Shares of lengths and Fréchet distance of each length's joint law, against what true samples would show."""
+    """Length law and Fréchet distance of each length's joint law, relative to the noise floor."""
     other = 1.0
     for length, share in law.lengths.items():
         frames, seen_share = clips_of(result, length)
@@ -166,7 +166,7 @@ def assert_law(result, law, factor=3.0, slack=0.005):
 @pytest.mark.parametrize(
     ("num_steps", "clips", "slack"), [(50, 1500, 0.01), pytest.param(200, 6000, 0.005, marks=pytest.mark.long)]
 )
-def test_the_sampler_gives_the_joint_law_of_each_length(num_steps, clips, slack):
+def test_the_sampler_reproduces_the_joint_law_of_each_length(num_steps, clips, slack):
     config = SamplerConfig(num_inference_steps=num_steps, num_start_frames=1)
     result = sample(
         GaussianOracle(TWO_OR_FIVE, LinearSchedule()), frame_shape=(1, 1, 1), batch_size=clips, config=config
@@ -174,7 +174,7 @@ def test_the_sampler_gives_the_joint_law_of_each_length(num_steps, clips, slack)
     assert_law(result, TWO_OR_FIVE, slack=slack)
 
 
-def test_labeled_frames_come_out_in_their_places_with_a_shifted_time_and_another_schedule():
+def test_labeled_frames_are_in_order_with_a_shifted_time_and_another_schedule():
     config = SamplerConfig(num_inference_steps=50, num_start_frames=2, insertion_schedule="cosine", time_shift=3.0)
     result = sample(GaussianOracle(LABELED, CosineSchedule()), frame_shape=(1, 1, 1), batch_size=1000, config=config)
     assert_law(result, LABELED, slack=0.03)
@@ -185,12 +185,12 @@ CONTEXTS = {
     "first two, the first passive": (first_two, 1, 1.5),
     "keyframes": (keyframes, 0, 6),
 }
-"""Law of the context, start frames, and slope: with 6 the value of a keyframe tells its place."""
+"""Law of the context, start frames, and slope; with slope 6 the value of a keyframe reveals its position."""
 
 
 @pytest.mark.parametrize("name", list(CONTEXTS))
-def test_labeled_frames_are_inserted_in_the_right_gap_of_a_context(name):
-    """Given frames of true clips, all of a clip must have the law of clips, context and generated frames jointly."""
+def test_labeled_frames_are_inserted_in_the_correct_gap_of_a_context(name):
+    """With context from true clips, context and generated frames jointly follow the law of clips."""
     context, starts, slope = CONTEXTS[name]
     law = GaussianClips(lengths={5: 1.0}, correlation=0.5, slope=slope, context=context, num_start_frames=starts)
     clips = 900
@@ -209,7 +209,7 @@ def test_labeled_frames_are_inserted_in_the_right_gap_of_a_context(name):
         context=contexts,
     )
     assert_law(result, law, slack=0.03)
-    # Each given frame lies where it was taken from, unchanged: so every gap got its own number of frames.
+    # Each context frame is unchanged at its original position, so every gap has the correct number of frames.
     of_five = torch.nonzero(result.cu_frames.diff() == 5).flatten().tolist()
     right = [
         torch.nonzero(is_context(result.roles[result.cu_frames[i] : result.cu_frames[i + 1]])).flatten().tolist()
@@ -227,7 +227,7 @@ def test_elements_of_a_frame_are_independent_copies():
     x, times = torch.randn(3, 2, 1, 1, generator=generator), torch.tensor([0.6, 0.2, 0.4])
     cu_frames, clock, roles = torch.tensor([0, 3]), torch.tensor([0.6]), torch.tensor([START] * 3)
     both, _ = oracle.predict(x, times, roles, cu_frames, clock)
-    # With the places known, elements do not help each other.
+    # With known positions, elements carry no information about each other.
     fixed = GaussianOracle(GaussianClips(lengths={3: 1.0}, correlation=0.8), LinearSchedule())
     whole, rate = fixed.predict(x, times, roles, cu_frames, torch.ones(1))
     one, _ = fixed.predict(x[:, 1:], times, roles, cu_frames, torch.ones(1))
@@ -236,7 +236,7 @@ def test_elements_of_a_frame_are_independent_copies():
     assert not torch.allclose(both, whole, atol=1e-3)
 
 
-def test_frames_beyond_the_longest_clip_miss_nothing():
+def test_nothing_is_missing_beyond_the_longest_clip():
     law = GaussianClips(lengths={2: 1.0}, correlation=0.0)
     velocity, rate = GaussianOracle(law, LinearSchedule()).predict(
         torch.zeros(3, 1), torch.full((3,), 0.5), torch.tensor([START] * 3), torch.tensor([0, 3]), torch.tensor([0.5])

@@ -33,26 +33,26 @@ def test_noise_leaves_the_residual_of_a_fit_of_three_parameters():
     assert found == pytest.approx(wanted, rel=0.05)
 
 
-def test_never_above_the_distance_to_a_trajectory_that_is_known():
+def test_never_above_the_distance_to_a_known_trajectory():
     tracks, shift = tracks_of(8, 60), np.random.default_rng(1).standard_normal((60, 8, 2))
     known = np.sqrt((shift**2).sum(axis=2).mean(axis=1))
     assert np.all(trajectory_error_px(tracks + shift) <= known + 5e-3)
 
 
 def test_a_still_point_by_hand():
-    """The nearest trajectory of two frames passes a still point with half a step on each side."""
+    """The nearest two-frame trajectory passes a still point with half a step on each side."""
     still = np.full((1, 2, 2), (LOW_PX + HIGH_PX) / 2)
     assert trajectory_error_px(still)[0] == pytest.approx(SPEED_PX / 2, abs=1e-3)
 
 
-def test_a_wrong_speed_is_seen_that_the_free_fit_forgives():
+def test_a_wrong_speed_is_detected_that_the_free_fit_ignores():
     slow = np.stack([5.0 + 0.5 * np.arange(6), np.full(6, 8.0)], axis=1)
     free = fit_reflected_line(np.arange(6), slow[:, 0], LOW_PX, HIGH_PX)[0]
     assert free < 1e-6
     assert trajectory_error_px(slow[None])[0] > 0.3
 
 
-def test_pieces_are_scored_alone():
+def test_pieces_are_scored_separately():
     track = tracks_of(8, 1)[0]
     track[6] += 1.0  # in the last two pieces of four of the five
     other = tracks_of(10, 1)[0]
@@ -66,7 +66,7 @@ def test_pieces_are_scored_alone():
 
 
 def test_drift_is_the_slope_within_clips():
-    """A clip's own level does not count: only how its error rises."""
+    """Only the rise of the error counts, not its level in a clip."""
     errors = [3.0 + 0.2 * np.arange(3), 1.0 + 0.2 * np.arange(7), np.array([9.0])]
     assert drift_px_per_frame(errors) == pytest.approx(0.2)
     assert math.isnan(drift_px_per_frame([np.array([1.0])]))

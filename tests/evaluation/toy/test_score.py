@@ -31,14 +31,14 @@ def test_components_by_hand():
     assert labels.tolist() == [[1, 1, 0, 0], [0, 1, 0, 2], [3, 0, 2, 2]]
 
 
-def test_real_clips_keep_every_law():
+def test_real_clips_satisfy_every_law():
     summary = summarize([score_clip(clip.video, clip.class_label) for clip in (draw_clip(2, k) for k in range(100))])
     assert (summary.color_right, summary.single_shape, summary.color_constant, summary.position_right) == (1, 1, 1, 1)
     assert summary.position_error_px < 0.03
 
 
 @pytest.mark.parametrize("kind", ["uniform", "clipped_normal", "black", "white"])
-def test_noise_keeps_none(kind):
+def test_noise_satisfies_no_law(kind):
     generator = np.random.default_rng(0)
     scores = []
     for number in range(40):
@@ -54,7 +54,7 @@ def test_noise_keeps_none(kind):
     assert max(summary.color_right, summary.single_shape, summary.position_right, summary.color_constant) < 0.05
 
 
-def test_each_wrong_shape_is_seen():
+def test_each_wrong_shape_is_detected():
     square = np.array(EMPTY)
     square[4:11, 4:11] = CLASS_COLORS[0]
     bar = np.array(EMPTY)
@@ -83,14 +83,14 @@ def test_colors():
     assert class_of_first_frame(clip.video) == clip.class_label
 
 
-def test_a_change_of_color_is_seen():
+def test_a_change_of_color_is_detected():
     frames = [render_disc(CENTER, CLASS_COLORS[k // 4]) for k in range(8)]
     score = score_clip(np.stack(frames), 0)
     assert not score.color_right
     assert score.color_constant == 0.5
 
 
-def test_given_frames_earn_nothing():
+def test_context_frames_are_not_scored():
     video = np.stack([render_disc(CENTER, CLASS_COLORS[0]), *[EMPTY] * 2])
     assert score_clip(video, 0).single_shape == pytest.approx(1 / 3)
     score = score_clip(video, 0, given_frames=1)

@@ -19,7 +19,7 @@ from flowception.evaluation.toy.world import (
 
 
 def test_fold_is_a_reflection_step_by_step():
-    """Against a ball that is moved in tiny steps and turned at the walls."""
+    """Compared with a ball that moves in tiny steps and turns at the walls."""
     low, high, x, v, dt = 3.0, 13.0, 5.0, 1.5, 1e-3
     path = [x]
     for _ in range(40):
@@ -31,7 +31,7 @@ def test_fold_is_a_reflection_step_by_step():
     np.testing.assert_allclose(fold(5.0 + 1.5 * np.arange(41), low, high), path, atol=1e-8)
 
 
-def test_disc_has_its_area_and_place():
+def test_disc_area_and_position():
     position = np.array([7.3, 9.6])
     image = render_disc(position, (255, 24, 24))
     cover = (image[..., 0].astype(float) - BACKGROUND[0]) / (255 - BACKGROUND[0])
@@ -54,7 +54,7 @@ def test_motion_has_constant_speed_and_stays_inside():
         assert clip.positions.max() <= SIZE_PX - RADIUS_PX
         steps = np.hypot(*np.diff(clip.positions, axis=0).T)
         assert steps.max() <= SPEED_PX + 1e-9
-        assert np.median(steps) == pytest.approx(SPEED_PX)  # a step is shorter only where it meets a wall
+        assert np.median(steps) == pytest.approx(SPEED_PX)  # a step is shorter only if it hits a wall
         assert clip.video.shape == (len(clip.positions), SIZE_PX, SIZE_PX, 3)
 
 
@@ -66,13 +66,13 @@ def test_lengths_and_classes_follow_their_laws():
     assert (np.abs(np.bincount([c.class_label for c in clips], minlength=4) / 2000 - 0.25) < 0.04).all()
 
 
-def test_draws_repeat_and_differ():
+def test_draws_are_reproducible_and_distinct():
     assert (draw_clip(4, 9).video == draw_clip(4, 9).video).all()
     assert not np.array_equal(draw_clip(4, 9).positions, draw_clip(5, 9).positions)
     assert not np.array_equal(draw_clip(4, 9).positions, draw_clip(4, 10).positions)
 
 
-def test_the_caption_names_color_and_first_direction():
+def test_the_caption_names_color_and_initial_direction():
     seen = set()
     for number in range(200):
         clip = draw_clip(2, number)

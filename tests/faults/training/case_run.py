@@ -1,4 +1,4 @@
-"""Runs one case: the faulty attempts, then the same command until the run is complete, then every comparison."""
+"""Run one case: the faulty attempts, then the same command until the run is complete, then all comparisons."""
 
 from __future__ import annotations
 
@@ -21,47 +21,47 @@ _KILLED, _STOPPED, _REFUSED = -9, 85, 2
 _EXIT_CODES = {"complete": 0, "unsaved": 2}
 _MAX_RECOVERIES = 3
 _MAX_LOST_STEPS = 2 * SAVE_EVERY
-"""The newest checkpoint was cut by the fault, and the run had gone on to just before the next."""
+"""The fault can destroy the newest checkpoint just before the next one is due."""
 _LOSS_TOLERANCE = 1e-4
 _PLAIN_SETTING = (2, 3)
-"""Ranks and stage of the run that changed world sizes are compared to."""
+"""Ranks and stage of the reference for runs that change their world size."""
 _RESUMED = re.compile(r"resuming \S+ at step (\d+)")
 
 
 @dataclass
 class Record:
-    """What came of one fault."""
+    """Result of one case."""
 
     kind: str
     place: str
     world_sizes: list[int]
     stages: list[int]
     ranks: list[int]
-    """Ranks that a fault was put into."""
+    """Ranks with injected faults."""
     exit_codes: list[list[int]] = field(default_factory=list)
-    """Of every start, by rank; minus a signal's number."""
+    """Exit codes of every start, by rank; a negative number is a signal."""
     resumed_steps: list[int | None] = field(default_factory=list)
-    """Where every start went on; None from the beginning."""
+    """Step where every start resumed; None is from scratch."""
     lost_steps: int = 0
-    """Most steps that a start had to do again."""
+    """Largest number of steps that a start had to repeat."""
     mismatches: list[str] = field(default_factory=list)
     """Differences from the uninterrupted run."""
     manual_steps: int = 0
-    """Starts of the unchanged command, without a fault in them, that did not complete the run."""
+    """Starts of the unchanged command, without faults, that did not complete the run."""
     unexpected: list[str] = field(default_factory=list)
-    """What else was not as it must be: the fault did not happen, another exit code, ..."""
+    """Other failures: the fault did not happen, a wrong exit code, ..."""
     loss_difference: float = 0.0
     """Largest relative difference of a step's loss."""
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as it must be."""
+        """Whether there was no failure."""
         return not (self.mismatches or self.manual_steps or self.unexpected)
 
 
 class CaseRun:
-    """One case in a folder of its own."""
+    """One case in its own folder."""
 
     def __init__(self, scene: Scene, case: Case, folder: Path) -> None:
         self.scene, self.case, self.folder, self.run_dir = scene, case, folder, folder / "run"
@@ -70,7 +70,7 @@ class CaseRun:
         self.record = Record(case.kind, case.place, sizes, stages, sorted(faulty))
 
     def run(self) -> Record:
-        """Do it all; the folder is removed if the case passed."""
+        """Run the case; its folder is removed if it passed."""
         began = time.monotonic()
         self.folder.mkdir()
         first = self.case.attempts[0]
@@ -92,13 +92,13 @@ class CaseRun:
         return self.record
 
     def _note_job(self, job: Job, log_from: int = 0) -> list[int]:
-        """Write down how a job ended; returns its exit codes by rank."""
+        """Record how a job ended; returns its exit codes by rank."""
         codes = [job.codes[rank] for rank in range(len(job.pids))]
         found = _RESUMED.search(self._log(log_from))
         self.record.exit_codes.append(codes)
         self.record.resumed_steps.append(int(found[1]) if found else None)
         if job.timed_out:
-            self._unexpected("ranks had to be killed: they neither trained nor ended")
+            self._unexpected("ranks had to be killed: they neither made progress nor exited")
         return codes
 
     def _log(self, start: int = 0) -> str:
@@ -109,7 +109,7 @@ class CaseRun:
         self.record.unexpected.append(text)
 
     def _run_attempt(self, attempt: Attempt) -> None:
-        """One start with faults in it."""
+        """One start with injected faults."""
         before = len(self._log())
         for note in self.folder.glob("fired-*"):
             note.unlink()
@@ -123,7 +123,7 @@ class CaseRun:
                 self._unexpected(f"the rank was not killed: exit codes {codes}")
         elif attempt.outcome == "stopped":
             ended = set(codes) == {0} and attempt.injections[0].place.startswith("save:")
-            if not ended:  # a save goes on beside the steps, so a signal during it may come too late to stop the run
+            if not ended:  # a save runs beside the steps, so a signal during it may be too late to stop the run
                 self._check_stop(codes)
         elif set(codes) != {_EXIT_CODES[attempt.outcome]}:
             self._unexpected(f"exit codes {codes} in place of {_EXIT_CODES[attempt.outcome]}")
@@ -132,7 +132,7 @@ class CaseRun:
             self._unexpected(f"resumed at {self.record.resumed_steps[0]}, the newest good checkpoint is of {expected}")
 
     def _check_stop(self, codes: list[int]) -> None:
-        """A stopped run left with 85, and its newest checkpoint is good and of its last step."""
+        """Check that a stopped run exited with 85, and that its newest checkpoint is good and of its last step."""
         if set(codes) != {_STOPPED}:
             self._unexpected(f"a stopped run must leave with {_STOPPED}: exit codes {codes}")
             return
@@ -146,7 +146,7 @@ class CaseRun:
             self._unexpected(f"the checkpoint saved on a signal is not good: {error}")
 
     def _run_two_jobs(self, attempt: Attempt) -> None:
-        """Hold one job in its training, and see the other refused and the one unharmed."""
+        """Pause one job in training, and check that the other is refused and the first is not affected."""
         command = self.scene.command(self.run_dir, attempt.stage)
         prepare = partial(self.scene.prepare, place=self.folder, injections=attempt.injections)
         logs = [self.folder / "log", self.folder / "second.log"]
@@ -177,7 +177,7 @@ class CaseRun:
             time.sleep(0.01)
 
     def _recover(self) -> None:
-        """The same command again, until it says that the run is complete."""
+        """Repeat the same command until the run is complete."""
         last = self.case.attempts[-1]
         for _ in range(_MAX_RECOVERIES):
             if not any(self.record.exit_codes[-1]):
@@ -188,13 +188,13 @@ class CaseRun:
                 self.record.manual_steps += 1
             self.record.lost_steps = max(self.record.lost_steps, done - (self.record.resumed_steps[-1] or 0))
         if any(self.record.exit_codes[-1]):
-            self._unexpected(f"the run was never completed; its last words: {self._log().splitlines()[-1]}")
+            self._unexpected(f"the run never completed; last log line: {self._log().splitlines()[-1]}")
 
         if self.case.damage is None and self.record.lost_steps > _MAX_LOST_STEPS:
             self._unexpected(f"{self.record.lost_steps} steps were lost, more than {_MAX_LOST_STEPS}")
 
     def _compare(self) -> None:
-        """Hold the completed run against the uninterrupted one."""
+        """Compare the completed run with the uninterrupted one."""
         last = self.case.attempts[-1]
         key = (last.world_size, last.stage) if self.case.same_size else _PLAIN_SETTING
         reference = self.scene.reference(*key)
@@ -217,7 +217,7 @@ class CaseRun:
             self._note_left_over(left)
 
     def _compare_consumed(self, wanted: dict[Any, Any]) -> None:
-        """Every pack that any start took is the uninterrupted run's at that place, and none is missing."""
+        """Check that every pack of every start equals that of the uninterrupted run, and that none is missing."""
         consumed = read_consumed(self.folder)
         if different := sorted({place for place, content in consumed if wanted.get(place) != content}):
             self.record.mismatches.append(f"{len(different)} packs differ, the first at {different[0]}")
@@ -225,6 +225,6 @@ class CaseRun:
             self.record.mismatches.append(f"{len(missing)} packs were never trained on, the first {missing[0]}")
 
     def _note_left_over(self, names: list[str]) -> None:
-        """A folder that the next save would remove may stay only where there was no save after it."""
+        """A folder that the next save removes may remain only if there was no later save."""
         if len(self.record.exit_codes) == 1:
             self._unexpected(f"left behind: {names}")

@@ -1,4 +1,4 @@
-"""The deck of faults: for each kind, what is done to which run, drawn from a seed."""
+"""The deck of faults: for each kind, draws from a seed what to inject into which run."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from tests.faults.training.hooks import STEP_PLACES, Injection
 from tests.faults.training.scene import FAULTY_SAVE, SNAPSHOT_STEP, STEPS, Scene
 
 Outcome = Literal["killed", "stopped", "complete", "unsaved"]
-"""The first injection's rank died by SIGKILL; all ranks left with 85 and a good checkpoint of their last step; with 0;
-with 2, as the last checkpoint could not be saved."""
+"""The rank of the first injection was killed by SIGKILL; all ranks exited with 85 and a good checkpoint of their last
+step; with 0; with 2, because the last checkpoint could not be saved."""
 Settings = Mapping[tuple[int, int], float]
-"""(Ranks, ZeRO stage) and how often it is drawn."""
+"""(Ranks, ZeRO stage) to the weight of drawing it."""
 
 ALL_SETTINGS: Settings = {(2, 3): 8, (2, 2): 1, (2, 1): 1, (2, 0): 1, (3, 3): 2, (4, 3): 1}
 FEW_SETTINGS: Settings = {(2, 3): 3, (3, 3): 1}
 ONE_SETTING: Settings = {(2, 3): 1}
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _EARLY = 0.7
-"""Share of a run's events before which a signal stops it for certain before its last step."""
+"""Share of a run's events; a signal before it always stops the run before its last step."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the command with faults in it, and how it must end."""
+    """One start of the command with injected faults, and how it must end."""
 
     world_size: int
     stage: int
     injections: tuple[Injection, ...] = ()
     outcome: Outcome = "killed"
     grace_s: float = 2.0
-    """What the other ranks have after a rank's death."""
+    """Time that the other ranks get after the death of a rank."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fault, or one story of several."""
+    """One fault, or a sequence of several."""
 
     kind: str
     place: str
     attempts: tuple[Attempt, ...]
     from_snapshot: bool = True
-    """Begin with the run stopped at ``SNAPSHOT_STEP`` in place of an empty folder."""
+    """Start from the run stopped at ``SNAPSHOT_STEP`` instead of an empty folder."""
     damage: Callable[[Path], None] | None = None
-    """Done to the run directory before the first attempt."""
+    """Applied to the run directory before the first attempt."""
     expected_resume: int | None = None
     """Step at which the first attempt must resume."""
     two_jobs: Literal["", "later", "at once"] = ""
-    """Whether a second job is started on the directory."""
+    """When a second job is started on the directory, if any."""
 
     @property
     def same_size(self) -> bool:
-        """Whether all attempts have one number of ranks and one ZeRO stage."""
+        """Whether all attempts have the same number of ranks and ZeRO stage."""
         return len({(attempt.world_size, attempt.stage) for attempt in self.attempts}) == 1
 
 
@@ -80,7 +80,7 @@ class Deck:
         return self._chance.choices(list(self._settings), list(self._settings.values()))[0]
 
     def _grace(self) -> float:
-        """The others are killed at once, as when a node dies, or may notice the death themselves."""
+        """Kill the other ranks at once, as when a node dies, or let them notice the death themselves."""
         return self._chance.choice((0.0, 2.0))
 
     def step_kill(self) -> Case:
@@ -93,7 +93,7 @@ class Deck:
         return Case(f"SIGKILL, {place}", f"event {injection.at} of {events}", (attempt,), from_snapshot=False)
 
     def load_kill(self) -> Case:
-        """SIGKILL while a checkpoint is loaded."""
+        """SIGKILL while loading a checkpoint."""
         world_size, stage = self._setting()
         rank = self._chance.randrange(world_size)
         injection = Injection("load", self._chance.randint(1, 20), rank, "kill")
@@ -101,7 +101,7 @@ class Deck:
         return Case("SIGKILL, resuming", f"slice {injection.at}", (attempt,))
 
     def file_kill(self) -> Case:
-        """SIGKILL at an operation on the run's description, lock or metrics."""
+        """SIGKILL at an operation on the run's description, lock or metrics files."""
         world_size, stage = self._setting()
         operations = self._scene.reference(world_size, stage).file_operations[0]
         at = self._chance.randint(1, len(operations))
@@ -127,11 +127,11 @@ class Deck:
         return cases
 
     def save_kill(self) -> Case:
-        """One of these."""
+        """SIGKILL at a random one of these operations."""
         return self._chance.choice(self.every_save_kill(*self._setting()))
 
     def damage(self) -> Case:
-        """A file of the newest checkpoint, or of the two newest, is cut, changed or gone."""
+        """Truncate, change or remove a file of the newest checkpoint, or of the two newest."""
         world_size, stage = self._setting()
         depth = self._chance.choices((1, 2), (4, 1))[0]
         files = [f"rank_{rank:05d}.safetensors" for rank in range(world_size)]
@@ -154,10 +154,10 @@ class Deck:
         )
 
     def full_disk(self) -> Case:
-        """ENOSPC at an operation of a save, and at some that follow, on one rank.
+        """ENOSPC on one rank at an operation of a save and at some of the following ones.
 
-        The run goes on to its end; or it is killed soon after, and must find the older checkpoint; or it was the last
-        save, and the run must say so.
+        The run continues to its end; or it is killed soon after, and must find the older checkpoint; or it was the last
+        save, and the run must end with an error.
         """
         world_size, stage = self._setting()
         story, rank = next(self._disk_stories), self._chance.randrange(world_size)
@@ -215,7 +215,7 @@ class Deck:
         return Case(f"preemption, {story}", where, (attempt,), from_snapshot)
 
     def stale(self) -> Case:
-        """What killed jobs may leave behind: locks, half-written folders and files, a metrics line cut short."""
+        """Leftovers of killed jobs: locks, partial folders and files, a truncated metrics line."""
         world_size, stage = self._setting()
         chosen = sorted(self._chance.sample(sorted(_LEFT_OVERS), self._chance.randint(2, len(_LEFT_OVERS))))
 
@@ -227,7 +227,7 @@ class Deck:
         return Case("left-overs", ", ".join(chosen), (attempt,), damage=leave, expected_resume=SNAPSHOT_STEP)
 
     def second_job(self) -> Case:
-        """Two jobs on one directory: one holds it and ends well, the other is refused."""
+        """Two jobs on one directory: one holds it and completes, the other is refused."""
         world_size, stage = self._setting()
         which = next(self._second_jobs)
         at = self._chance.randint(1, 5) if which == "later" else 1
@@ -238,7 +238,7 @@ class Deck:
         return Case(kind, f"the first is held at batch {at}", (attempt,), from_snapshot=False, two_jobs=two)
 
     def world_change(self) -> Case:
-        """Stopped or killed, then resumed by another number of ranks, and perhaps at another ZeRO stage."""
+        """Stop or kill a run, then resume it with another number of ranks and possibly another ZeRO stage."""
         attempts: list[Attempt] = []
         for number in range(self._chance.choice((2, 2, 3))):
             sizes = [size for size in (1, 2, 3, 4) if not attempts or size != attempts[-1].world_size]
@@ -255,7 +255,7 @@ class Deck:
         return Case("other world size", place, tuple(attempts), from_snapshot=False)
 
     def draw(self, faults: int) -> list[Case]:
-        """Cases of every kind, as many as asked for; from 200 on with every operation of a save of two ranks."""
+        """Draw this many cases, of every kind; from 200 on with every operation of a save on two ranks."""
         makers = [(share, getattr(self, name)) for name, share in SHARES.items() if name != "save_kill"]
         exhaustive = self.every_save_kill(2, 3) if faults >= 200 else []
         saves = max(len(exhaustive), round(faults * SHARES["save_kill"]))
@@ -282,7 +282,7 @@ SHARES = {
     "second_job": 0.02,
     "world_change": 0.07,
 }
-"""Share of each method of ``Deck`` in a benchmark."""
+"""Share of the cases of each method of ``Deck``."""
 
 
 def _truncate(path: Path, fraction: float) -> None:
@@ -326,7 +326,7 @@ def _half_removed(run_dir: Path) -> None:
 
 
 def _half_replaced(run_dir: Path) -> None:
-    """The next one was to take this one's name, and did not come."""
+    """A new checkpoint was about to replace this one, but never did."""
     newest = checkpoint_dir(run_dir, SNAPSHOT_STEP)
     newest.rename(newest.with_name(f"{newest.name}.replaced.tmp"))
 

@@ -181,7 +181,7 @@ class Server:
                 return job
 
     def close(self) -> None:
-        """End what still runs."""
+        """Kill jobs that are still running."""
         for job in self._jobs:
             job.kill()
 

@@ -1,4 +1,4 @@
-"""What is done to a forked rank before it trains: faults at counted places, and a record of what it trains on.
+"""Hooks in a forked rank: inject faults at counted places, and record what the rank trains on.
 
 A place is where events are counted, from 1, in each rank:
 
@@ -41,9 +41,9 @@ _GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "bro
 _NO_SPACE_NEEDED = ("unlink", "rmdir")
 _PAUSE_TIMEOUT_S = 120.0
 _HIDDEN_NAME = ".tmpFAULTS"
-"""As safetensors names the file that it writes and then renames; a write is cut under either name."""
+"""Temporary name that safetensors writes to and then renames; a write is cut under either name."""
 _ATTEMPT = re.compile(r"\.[0-9a-f]{8}-\d+(?=\.tmp)")
-"""The random part of an attempt's folder, which would make two runs of the benchmark look different."""
+"""Random part of the folder of a save attempt, which would make two runs of the benchmark differ."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Injection:
     """Number of the event."""
     rank: int
     action: str
-    """``kill``; ``cut``: a write done in part, then kill; ``full_disk``: ENOSPC; ``signal``; ``pause``."""
+    """``kill``; ``cut``: a partial write, then kill; ``full_disk``: ENOSPC; ``signal``; ``pause``."""
     operation: str = ""
-    """What the event is, for the record."""
+    """Description of the event, for the record."""
     fraction: float = 0.5
     """Share that ``cut`` and ``full_disk`` write."""
     events: int = 1
-    """Events in a row that ``full_disk`` meets."""
+    """Consecutive events that ``full_disk`` affects."""
     number: int = signal.SIGUSR1
     """Signal of ``signal``."""
     after: int | None = None
@@ -74,14 +74,14 @@ class Hooks:
     def __init__(
         self, rank: int, run_dir: Path, notes: Path, injections: tuple[Injection, ...] = (), record: bool = False
     ) -> None:
-        """Prepare; ``install`` begins.
+        """Prepare the hooks; ``install`` activates them.
 
         Args:
             rank: This rank.
-            run_dir: The run.
-            notes: Folder for what is told: ``fired-I``, ``consumed.jsonl``, ``events-RANK.jsonl``.
+            run_dir: The run directory.
+            notes: Folder for records: ``fired-I``, ``consumed.jsonl``, ``events-RANK.jsonl``.
             injections: Faults of all ranks.
-            record: Write down every file operation, and the number of events of each place at the end.
+            record: Record every event with its file operation.
         """
         self.rank, self.run_dir, self.notes = rank, Path(os.path.abspath(run_dir)), notes
         self._injections = [(i, injection) for i, injection in enumerate(injections) if injection.rank == rank]
@@ -91,19 +91,19 @@ class Hooks:
         self._os_open, self._os_write, self._io_open, self._rename = os.open, os.write, io.open, os.rename
 
     def install(self) -> None:
-        """Put the hooks in place."""
+        """Activate the hooks."""
         self._watch_consumption()
         self._watch_modules()
         self._watch_collectives()
         self._watch_files()
 
     def event(self, place: str, operation: str = "", cut: Callable[[float], None] | None = None) -> None:
-        """Count an event and do what is to be done there.
+        """Count an event and fire the injections there.
 
         Args:
-            place: Where.
-            operation: What comes next.
-            cut: Does a given share of it.
+            place: Name of the place.
+            operation: The operation that follows.
+            cut: Performs a given share of it.
         """
         self._counts[place] += 1
         at = self._counts[place]
@@ -133,13 +133,13 @@ class Hooks:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _note(self, name: str, content: Any) -> None:
-        """Append a line in one write, which a kill cannot cut."""
+        """Append a line in a single write, which a kill cannot truncate."""
         descriptor = self._os_open(self.notes / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._os_write(descriptor, (json.dumps(content) + "\n").encode())
         os.close(descriptor)
 
     def _watch_consumption(self) -> None:
-        """Note the content of every pack when the trainer takes it: keys, and a digest of all its numbers."""
+        """Record the keys and a digest of every pack when the trainer receives it."""
         from flowception.checkpoint.reader import SliceReader
         from flowception.data.loader import PackLoader
 
@@ -235,7 +235,7 @@ class Hooks:
 
             try:
                 self.file_event("write", Path(path), cut)
-            except OSError as error:  # in the words of the library
+            except OSError as error:  # as the library reports it
                 raise safetensors.SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from error
             serialize(content, path, *arguments, **named)
 
@@ -257,9 +257,9 @@ class Hooks:
         return Path(name) if folder is None else Path(os.readlink(f"/proc/self/fd/{folder}"), name)
 
     def _place(self, path: Path) -> str | None:
-        """Of the run's files: ``checkpoints``, ``files`` for those right in its directory, or None.
+        """Place of a file: ``checkpoints``, ``files`` for those directly in the run directory, or None.
 
-        What lies in its other folders is written by the clock, not by the step, and cannot be counted.
+        Files in other folders are written by time, not by step, so their operations cannot be counted.
         """
         absolute = Path(os.path.abspath(path))
         if absolute.is_relative_to(self.run_dir / "checkpoints"):
@@ -267,7 +267,7 @@ class Hooks:
         return "files" if absolute.parent == self.run_dir else None
 
     def file_event(self, operation: str, path: Path, cut: Callable[[float], None] | None = None) -> None:
-        """Count an operation on a file, if it is the run's."""
+        """Count an operation on a file of the run."""
         place = self._place(path)
         what = f"{operation} {_ATTEMPT.sub('', path.name)}"
         if place == "files":
@@ -329,5 +329,5 @@ def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + _PAUSE_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path} did not come")
+            raise TimeoutError(f"{path} did not appear within {_PAUSE_TIMEOUT_S:.0f} s")
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The table of a faults benchmark, as Markdown."""
+"""The results of the faults benchmark as a Markdown page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _kinds(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each kind of fault, and their sum."""
+    """A row for each kind of fault, and a total."""
     head = (
         "| fault | faults | ranks | resumed at steps | mismatches | manual steps | other failures | seconds, median |\n"
         "|---|---|---|---|---|---|---|---|"
@@ -49,20 +49,20 @@ def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each fault that did not pass."""
+    """A line for each failed case."""
     lines = []
     for record in records:
-        said = [*record["mismatches"], *record["unexpected"]]
+        problems = [*record["mismatches"], *record["unexpected"]]
         if record["manual_steps"]:
-            said.append(f"{record['manual_steps']} manual steps")
-        if said:
+            problems.append(f"{record['manual_steps']} manual steps")
+        if problems:
             where = f"ranks {record['world_sizes']}, ZeRO {record['stages']}, exit codes {record['exit_codes']}"
-            lines.append(f"{record['kind']}: {record['place']} ({where}): {'; '.join(said)}")
+            lines.append(f"{record['kind']}: {record['place']} ({where}): {'; '.join(problems)}")
     return lines
 
 
 def page(result: Mapping[str, Any], command: str) -> str:
-    """``docs/training_faults.md``."""
+    """The page ``docs/training_faults.md``."""
     records, plain = result["records"], result["uninterrupted_s"]
     changed = [record["loss_difference"] for record in records if record["kind"] == "other world size"]
     bound = f"{max(changed):.1e}" if changed else "not measured"
@@ -73,24 +73,25 @@ def page(result: Mapping[str, Any], command: str) -> str:
 
     {command}
 
-puts {len(records)} faults into runs of a toy model and starts the same command again until each run is complete. A run
-of {result["steps"]} steps saves every {result["save_every_steps"]}; it passes epochs, warm-up and held-out losses. Its
-last checkpoint is then compared with that of a run without a fault: weights, EMA and optimizer to the bit at the same
-number of ranks; so are the loss of every step, and keys and content of every pack that was trained on. (All on a CPU.
-CUDA adds some gradients up in any order, so there even two runs without a fault differ in the last bits.) At another
-number of ranks the packs must be the same and the losses within 1e-4 relative; the largest difference was {bound}.
+injects {len(records)} faults into runs of a toy model and repeats the same command until each run is complete. A run
+has {result["steps"]} steps, saves every {result["save_every_steps"]} steps, and includes several epochs, warm-up and
+held-out losses. It is then compared with an uninterrupted run. At the same number of ranks, the weights, EMA and
+optimizer state of the last checkpoint, the loss of every step, and the keys and content of every pack must be
+bit-identical. (This is on a CPU. CUDA sums some gradients in no fixed order, so even two uninterrupted runs differ
+there in the last bits.) At a different number of ranks, the packs must be the same and the losses within 1e-4 relative;
+the largest difference was {bound}.
 
 {table(records)}
 
-A mismatch is a difference from the run without a fault; a manual step is a start of the unchanged command, without a
-fault in it, that did not complete the run. Other failures: a fault did not happen, an exit code was not the one
-promised, a resume was not at the newest good checkpoint, more steps were lost than two saves lie apart. SIGKILL in a
-save comes before every operation that ranks 0 and 1 of two hand to the system, and in the middle of every write.
+A mismatch is a difference from the uninterrupted run. A manual step is a start of the unchanged command, without a
+fault, that did not complete the run. Other failures: a fault did not happen, an exit code was not as documented, a run
+did not resume from the newest good checkpoint, or more steps were lost than two save intervals. SIGKILL during a save
+is sent before every system operation of both ranks of a two-rank run, and in the middle of every write.
 
 {chr(10).join(f"- {line}" for line in lines) if lines else "Nothing failed."}
 
-{result["machine"]}; {result["seconds"] / 60:.0f} minutes in all. A run without a fault takes {plain:.1f} s on two
-ranks that are forked from a process with everything imported. The ranks are on one machine: no network fails here, and
-no disk loses what it has confirmed. With `--sabotage moments` (or `ema`, `cursor`, `verify`) every resume is wrong on
-purpose, and the benchmark must fail.
+{result["machine"]}; {result["seconds"] / 60:.0f} minutes in total. An uninterrupted run takes {plain:.1f} s on two
+ranks that are forked from a process with everything imported. The ranks are on one machine, so the benchmark covers
+neither network failures nor disks that lose confirmed writes. With `--sabotage moments` (or `ema`, `cursor`, `verify`)
+every resume is wrong on purpose, and the benchmark must fail.
 """

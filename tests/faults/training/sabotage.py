@@ -1,4 +1,4 @@
-"""Resumes that are wrong on purpose. A benchmark that calls them right is worth nothing."""
+"""Resumes that are wrong on purpose. The benchmark must detect them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def _after_load(spoil: Callable[[Any], None]) -> Callable[[], None]:
-    """A sabotage that spoils a rank's state behind every loaded resume."""
+    """A sabotage that corrupts a rank's state after every load."""
 
     def install() -> None:
         from flowception.training import resume
@@ -37,7 +37,7 @@ def _ema_from_weights(shards: Any) -> None:
 
 
 def _skip_a_step() -> None:
-    """A resume that goes on one step too far in the data."""
+    """Resume one step too far in the data."""
     from flowception.training.run_state import RunState
 
     read = RunState.from_json
@@ -51,7 +51,7 @@ def _skip_a_step() -> None:
 
 
 def _trust_the_newest() -> None:
-    """Checkpoints are taken as they are, without verifying."""
+    """Load checkpoints without verifying them."""
     from flowception.checkpoint import reader
 
     reader.verify = lambda folder, *_: reader.read_manifest(folder)

@@ -1,7 +1,7 @@
-"""The runs that faults are put into: a toy set, a configuration of seconds, and what the run is without a fault.
+"""The runs that faults are injected into: a toy set, a configuration that runs in seconds, and a reference run.
 
-The uninterrupted run is made twice for each number of ranks and ZeRO stage: once bare, and once with the hooks that
-count and write down but inject nothing. Both must end in the same bits, so the hooks change nothing.
+The uninterrupted run is made twice for each number of ranks and ZeRO stage: once without hooks, and once with hooks
+that count and record but inject nothing. Both results must be bit-identical, so the hooks change nothing.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Reference:
     operations: list[list[str]]
     """The file operations of the save of ``FAULTY_SAVE``, by rank."""
     file_operations: list[list[str]]
-    """Those on the run's other files."""
+    """The file operations on other files of the run, by rank."""
 
 
 def write_set(folder: Path) -> None:
-    """Smooth drifting latents of 4 to 9 frames, 2 x 2 cells, 2 classes; of no real codec."""
+    """Smooth drifting latents of 4 to 9 frames, 2 x 2 cells, 2 classes; not from a real codec."""
     meta = ShardMeta(
         codec="patchify",
         codec_fingerprint="f" * 64,
@@ -72,7 +72,7 @@ def write_set(folder: Path) -> None:
 
 
 def write_config(path: Path, data: Path) -> None:
-    """A network of some 20,000 parameters, every part of the training state in use: EMA, warm-up, held-out loss."""
+    """A network of about 20,000 parameters that uses all training state: EMA, warm-up, held-out loss."""
     config = {
         "run_dir": "given on the command line",
         "max_steps": STEPS,
@@ -95,10 +95,10 @@ def write_config(path: Path, data: Path) -> None:
 
 
 def read_losses(run_dir: Path) -> list[float]:
-    """Losses of ``metrics.jsonl``, which must have every step once, in order.
+    """Losses of ``metrics.jsonl``, which must have every step exactly once, in order.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it does not.
     """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     if (steps := [row["step"] for row in rows]) != list(range(1, len(rows) + 1)):
@@ -107,13 +107,13 @@ def read_losses(run_dir: Path) -> list[float]:
 
 
 def steps_noted(run_dir: Path) -> int:
-    """Whole lines of ``metrics.jsonl``; a kill may have cut the last one."""
+    """Number of complete lines of ``metrics.jsonl``; a kill may have truncated the last one."""
     path = run_dir / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def read_consumed(notes: Path) -> list[tuple[Place, tuple[tuple[str, ...], str]]]:
-    """What was trained on, in the order in which it was noted, repeated steps too."""
+    """Packs trained on, in the recorded order, including repeated steps."""
     path = notes / "consumed.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
@@ -121,14 +121,14 @@ def read_consumed(notes: Path) -> list[tuple[Place, tuple[tuple[str, ...], str]]
 
 
 class Scene:
-    """A server, a data set, a configuration, and the uninterrupted runs as they are asked for."""
+    """A server, a data set, a configuration, and uninterrupted runs that are made on demand."""
 
     def __init__(self, folder: Path, sabotage: str | None = None) -> None:
-        """Make the data and preload the server; about 15 s.
+        """Create the data and preload the server; about 15 s.
 
         Args:
             folder: An empty folder for everything.
-            sabotage: Name of a wrong resume on purpose (``SABOTAGES``); it is in every job but the references.
+            sabotage: Name of a wrong resume on purpose (``SABOTAGES``); it applies to every job except the references.
         """
         self.folder, self.server = folder, Server()
         self._sabotage = SABOTAGES[sabotage] if sabotage else None
@@ -150,20 +150,20 @@ class Scene:
         injections: tuple[Injection, ...] = (),
         grace_s: float = 2.0,
     ) -> Job:
-        """Run the one command on ``place / run`` to whatever end; notes and log lie beside it."""
+        """Run the command on ``place / run`` until it ends; records and the log are beside it."""
         prepare = partial(self.prepare, place=place, injections=injections)
         command = self.command(place / "run", stage)
         return self.server.run(command, world_size, place / "log", prepare, grace_s)
 
     def prepare(self, rank: int, *, place: Path, injections: tuple[Injection, ...], record: bool = False) -> None:
-        """What a forked rank does before ``main``."""
+        """Set up a forked rank before ``main``."""
         hooks = Hooks(rank, place / "run", place, injections, record)
         if self._sabotage is not None and not record:
             self._sabotage()
         hooks.install()
 
     def reference(self, world_size: int, stage: int) -> Reference:
-        """The uninterrupted run; made when first asked for.
+        """The uninterrupted run, made on first use.
 
         Raises:
             RuntimeError: If it fails, or the hooks change it.
@@ -187,7 +187,7 @@ class Scene:
                 raise RuntimeError(f"the uninterrupted run failed:\n{job.log.read_text()[-4000:]}")
         found = [hashes(checkpoint_dir(place / "run", STEPS)) for place in (bare, dry)]
         if found[0] != found[1] or read_losses(bare / "run") != read_losses(dry / "run"):
-            raise RuntimeError("the uninterrupted run is another with the hooks, or it is not deterministic")
+            raise RuntimeError("the uninterrupted run differs with the hooks, or it is not deterministic")
         events = [_read_events(dry, rank) for rank in range(world_size)]
         counts = [Counter(place for place, _ in own) for own in events]
         return Reference(
@@ -200,7 +200,7 @@ class Scene:
         )
 
     def snapshot(self, world_size: int, stage: int, into: Path) -> None:
-        """Copy a run that was stopped after ``SNAPSHOT_STEP``, with what it noted, to ``into``."""
+        """Copy a run that was stopped after ``SNAPSHOT_STEP``, with its records, to ``into``."""
         key = (world_size, stage)
         if key not in self._snapshots:
             place = self.folder / f"snapshot-{world_size}-{stage}"

@@ -1,4 +1,4 @@
-"""The faults benchmark on a sample of every kind, and whether it can fail."""
+"""The faults benchmark on a sample of every kind, and that it can fail."""
 
 import json
 import os
@@ -35,7 +35,7 @@ RECORD = {
 
 
 class FakeScene:
-    """References as a run of four operations a save and 40 events a place would give."""
+    """References of a run with four operations per save and 40 events per place."""
 
     def reference(self, world_size, stage):
         places = (*STEP_PLACES, "batch")
@@ -47,7 +47,7 @@ def run_benchmark(*words):
     return run_python(["benchmarks/faults.py", *words], os.environ, timeout_s=1400)
 
 
-def test_a_sample_has_every_kind_and_the_benchmark_every_operation_of_a_save():
+def test_a_sample_has_every_kind_and_the_full_benchmark_every_save_operation():
     cases = Deck(FakeScene(), random.Random(3), FEW_SETTINGS).draw(24)
     assert len(cases) == 24
     words = (
@@ -85,7 +85,7 @@ def test_a_seed_draws_the_same_cases():
     assert places(5) != places(6)
 
 
-def test_hooks_count_the_operations_of_a_save_from_its_first_on(tmp_path):
+def test_hooks_count_the_operations_of_a_save_from_the_first(tmp_path):
     hooks = Hooks(0, tmp_path / "run", tmp_path, (Injection("save:6", 2, 0, "signal", number=0),), record=True)
     folder = tmp_path / "run" / "checkpoints"
     hooks.file_event("write", folder / "step_00000004" / "manifest.json")
@@ -99,7 +99,7 @@ def test_hooks_count_the_operations_of_a_save_from_its_first_on(tmp_path):
     assert [place for place, _ in events] == ["save:4", "save:6", "save:6", "files"]
 
 
-def test_a_full_disk_meets_only_what_needs_space(tmp_path):
+def test_a_full_disk_fails_only_operations_that_need_space(tmp_path):
     full = Injection("save:6", 1, 0, "full_disk", events=3)
     hooks = Hooks(0, tmp_path / "run", tmp_path, (full,))
     file = tmp_path / "run" / "checkpoints" / "step_00000006.tmp" / "rank_00000.safetensors"
@@ -143,7 +143,7 @@ def test_the_page_counts_what_failed():
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_a_sample_makes_no_difference(tmp_path):
+def test_a_sample_of_faults_changes_nothing(tmp_path):
     code, said = run_benchmark("--faults", "24", "--seed", "1", "--json", str(tmp_path / "faults.json"))
     print(said)
     assert code == 0, said
@@ -155,7 +155,7 @@ def test_a_sample_makes_no_difference(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(SABOTAGES))
-def test_a_wrong_resume_is_seen(name):
+def test_a_wrong_resume_is_detected(name):
     kinds = "damaged" if name == "verify" else "left-overs"
     code, said = run_benchmark("--faults", "24", "--seed", "1", "--kinds", kinds, "--sabotage", name)
     assert code == 1, said

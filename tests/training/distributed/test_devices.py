@@ -22,7 +22,7 @@ NO_DRIVER = Path("/nowhere/version")
 
 
 def see(monkeypatch, *uuids):
-    """As if so many GPUs were visible."""
+    """Simulate visible GPUs with these UUIDs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(uuids))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
     properties = [types.SimpleNamespace(name="NVIDIA H100", uuid=uuid) for uuid in uuids]
@@ -33,9 +33,9 @@ def see(monkeypatch, *uuids):
     ("environment", "reason"),
     [
         ({}, None),
-        ({"SLURM_GPUS_ON_NODE": "8"}, "Slurm gave GPUs (SLURM_GPUS_ON_NODE=8)"),
-        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, "Slurm gave GPUs (SLURM_GPUS_ON_NODE=8)"),
-        ({"SLURM_GPUS_PER_TASK": "h100:1"}, "Slurm gave GPUs (SLURM_GPUS_PER_TASK=h100:1)"),
+        ({"SLURM_GPUS_ON_NODE": "8"}, "Slurm allocated GPUs (SLURM_GPUS_ON_NODE=8)"),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, "Slurm allocated GPUs (SLURM_GPUS_ON_NODE=8)"),
+        ({"SLURM_GPUS_PER_TASK": "h100:1"}, "Slurm allocated GPUs (SLURM_GPUS_PER_TASK=h100:1)"),
         ({"SLURM_GPUS": "0", "SLURM_NTASKS": "2"}, None),
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES=0,1"),
         ({"CUDA_VISIBLE_DEVICES": ""}, None),
@@ -45,41 +45,42 @@ def see(monkeypatch, *uuids):
         ({"DS_ACCELERATOR": "cpu", "SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0"}, None),
     ],
 )
-def test_what_says_that_a_gpu_is_meant(environment, reason):
+def test_evidence_that_a_gpu_is_meant(environment, reason):
     assert why_a_gpu_is_meant(environment, NO_DRIVER) == reason
 
 
-def test_a_driver_says_so_unless_its_gpus_are_hidden(tmp_path):
+def test_a_driver_means_a_gpu_unless_its_gpus_are_hidden(tmp_path):
     driver = tmp_path / "version"
     driver.touch()
-    assert why_a_gpu_is_meant({}, driver) == f"the machine has NVIDIA's driver ({driver})"
+    assert why_a_gpu_is_meant({}, driver) == f"the NVIDIA driver is installed ({driver})"
     assert why_a_gpu_is_meant({"CUDA_VISIBLE_DEVICES": ""}, driver) is None
     assert why_a_gpu_is_meant({"DS_ACCELERATOR": "cpu"}, driver) is None
 
 
-def test_the_cpu_is_taken_where_it_is_wanted_or_nothing_else_is_meant(monkeypatch):
+def test_the_cpu_is_used_if_requested_or_if_no_gpu_is_meant(monkeypatch):
     see(monkeypatch)
     assert find_place(3, {"CUDA_VISIBLE_DEVICES": ""}) == RankDevice(host=HOST, device="cpu")
     place = find_place(3, {"CUDA_VISIBLE_DEVICES": "0"})
     assert place.device == ""
-    assert f"no GPU can be used, though CUDA_VISIBLE_DEVICES=0: torch {torch.__version__}" in place.problem
+    assert place.problem.startswith(f"torch {torch.__version__}, built ")
+    assert "although CUDA_VISIBLE_DEVICES=0; install a torch build" in place.problem
     assert "DS_ACCELERATOR=cpu" in place.problem
 
     def too_old():
         raise RuntimeError("The NVIDIA driver on your system is too old.\n Update it.")
 
     monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert "sees none (The NVIDIA driver on your system is too old. Update it). Install" in (
+    assert "finds no GPU (The NVIDIA driver on your system is too old. Update it), although CUDA_VISIBLE_DEVICES=0" in (
         find_place(0, {"CUDA_VISIBLE_DEVICES": "0"}).problem
     )
     see(monkeypatch, "a", "b")
     assert find_place(1, {"DS_ACCELERATOR": "cpu"}) == RankDevice(host=HOST, device="cpu")
 
 
-def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch):
+def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one(monkeypatch):
     see(monkeypatch, "a", "b")
     assert find_place(1, {}) == RankDevice(host=HOST, device="cuda:1", name="NVIDIA H100", uuid="b")
-    assert "local rank 2 has no GPU of its own: 2 are visible" in find_place(2, {}).problem
+    assert "local rank 2 has no GPU: only 2 are visible" in find_place(2, {}).problem
     see(monkeypatch, "c")
     assert find_place(5, {}) == RankDevice(host=HOST, device="cuda:0", name="NVIDIA H100", uuid="c")
 
@@ -92,7 +93,7 @@ def gpus(nodes=2, each=4):
     ]
 
 
-def test_ranks_that_fit_together_are_described():
+def test_compatible_ranks_are_described():
     check_places(gpus())
     assert describe_places(gpus()) == "8 ranks on 2 nodes: cuda (NVIDIA H100) x 8"
     mixed = [*gpus(), replace(gpus()[0], name="NVIDIA A100", uuid="x")]
@@ -108,12 +109,15 @@ def test_ranks_that_fit_together_are_described():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device": "cpu", "name": "", "uuid": ""}, "rank 6 on node1 computes on cpu and most ranks on cuda"),
+        (
+            {"device": "cpu", "name": "", "uuid": ""},
+            "all ranks must use the same kind of device, got cpu on rank 6 (node1) and cuda on",
+        ),
         ({"uuid": "node1-0"}, "ranks 4 and 6 on node1 see the same GPU, NVIDIA H100 node1-0"),
-        ({"device": "", "problem": "no GPU can be used"}, "rank 6 on node1: no GPU can be used"),
+        ({"device": "", "problem": "torch finds no GPU"}, "rank 6 on node1: torch finds no GPU"),
     ],
 )
-def test_ranks_that_do_not_fit_are_refused(changes, message):
+def test_incompatible_ranks_are_an_error(changes, message):
     places = gpus()
     places[6] = replace(places[6], **changes)
     with pytest.raises(ConfigError) as refused:
@@ -121,15 +125,17 @@ def test_ranks_that_do_not_fit_are_refused(changes, message):
     assert str(refused.value).startswith(message)
 
 
-def test_two_ranks_meet_and_know_of_each_other():
+def test_two_ranks_exchange_their_devices():
     expected = ["2 ranks on 1 node: cpu x 2, gloo", 2.0]
     assert run_distributed(WORKER, "meet", 2) == [expected, expected]
 
 
-def test_all_ranks_refuse_where_one_has_no_gpu():
+def test_all_ranks_fail_if_one_has_no_gpu():
     results = run_distributed(WORKER, "rank_1_of_a_node_without_a_working_driver", 3)
     assert results[0] == results[1] == results[2]
     message, on_all_ranks, joined = results[0]
-    assert message.startswith(f"rank 1 on {HOST}: no GPU can be used, though Slurm gave GPUs (SLURM_GPUS_ON_NODE=8)")
+    assert message.startswith(f"rank 1 on {HOST}: torch ")
+    assert "finds no GPU" in message
+    assert "although Slurm allocated GPUs (SLURM_GPUS_ON_NODE=8)" in message
     assert on_all_ranks
     assert not joined

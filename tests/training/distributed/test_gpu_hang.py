@@ -13,7 +13,7 @@ GPU = torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_a_gpu_is_busy_while_the_stream_that_training_uses_has_work(monkeypatch, done):
+def test_a_gpu_is_busy_while_the_training_stream_has_work(monkeypatch, done):
     asked = []
     stream = types.SimpleNamespace(query=lambda: done)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: asked.append(device) or stream)
@@ -22,8 +22,8 @@ def test_a_gpu_is_busy_while_the_stream_that_training_uses_has_work(monkeypatch,
     assert asked == [GPU]
 
 
-def test_a_flight_record_is_what_torch_s_own_reader_reads(monkeypatch, tmp_path):
-    """The records of the CPU's process groups stand for those of NCCL, which this torch may lack."""
+def test_torch_s_own_reader_can_read_a_flight_record(monkeypatch, tmp_path):
+    """Records of CPU process groups replace those of NCCL, which this torch may lack."""
     c10d = torch._C._distributed_c10d
     monkeypatch.setattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace, raising=False)
     gpu_hang.write_flight_record(tmp_path, 12)
@@ -44,12 +44,12 @@ import ctypes
 import torch
 from flowception.training.distributed import gpu_hang
 gpu_hang._CUDA_TIMEOUT_S = 0.2
-torch._C._distributed_c10d._dump_nccl_trace = lambda: ctypes.PyDLL(None).sleep(1000)  # which keeps the interpreter
+torch._C._distributed_c10d._dump_nccl_trace = lambda: ctypes.PyDLL(None).sleep(1000)  # which holds the GIL
 gpu_hang.write_flight_record(None, 0)
 """
 
 
-def test_a_process_whose_cuda_never_answers_ends():
+def test_a_process_ends_if_cuda_does_not_respond():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", NO_ANSWER], env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -1,4 +1,4 @@
-"""The real network as DeepSpeed builds and holds it: ZeRO-3 must not change what it computes."""
+"""The real network under DeepSpeed: ZeRO-3 must not change what it computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def found():
 
 
 def test_constants_are_exact_in_a_network_built_under_zero_init_in_bf16(found):
-    """``zero.Init`` patches ``torch.arange`` and its like to give bfloat16, and sampling builds without it."""
+    """``zero.Init`` patches ``torch.arange`` and similar functions to return bfloat16; sampling builds without it."""
     assert found["dtypes"] == ["torch.bfloat16"], "nothing was built in bf16, so nothing is proved"
     assert found["frequency"] == ["float64", True]
     assert found["axis"] == ["int64", True]
@@ -39,7 +39,7 @@ def test_constants_are_exact_in_a_network_built_under_zero_init_in_bf16(found):
 
 
 def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
-    """The rate head casts its weights where ZeRO-3 has gathered them; gradients reach the partitions."""
+    """The rate head casts its weights after ZeRO-3 has gathered them; gradients must reach the partitions."""
     here, alone = found["one_step"]
     log_rate = torch.tensor(here["log_rate"])
     assert (log_rate != log_rate.bfloat16().float()).float().mean() > 0.9
@@ -47,7 +47,7 @@ def test_log_rates_are_float32_and_learn_under_zero_3_in_bf16(found):
     assert here["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.02)
 
 
-def test_a_step_of_compiled_blocks_under_zero_3_is_that_of_eager_ones(found):
+def test_compiled_blocks_under_zero_3_match_eager_ones(found):
     here, compiled = found["one_step"][0], found["compiled"]
     assert compiled["graphs"] == 1
     for head in ("velocity", "log_rate"):
@@ -55,8 +55,8 @@ def test_a_step_of_compiled_blocks_under_zero_3_is_that_of_eager_ones(found):
     assert compiled["grad_norm"] == pytest.approx(here["grad_norm"], rel=0.02)
 
 
-def test_deepspeed_s_list_of_modules_at_work_stays_as_long_as_it_is(found):
-    """It gained an entry for every checkpointed block of every micro-step, as long as the run went on."""
+def test_deepspeed_s_module_stack_does_not_grow(found):
+    """Without the reset it gains an entry for every checkpointed block of every micro-step."""
     assert len(found["module_stack"]) == 200
     assert set(found["module_stack"]) == {1}
 
@@ -68,7 +68,8 @@ def test_deepspeed_s_list_of_modules_at_work_stays_as_long_as_it_is(found):
     reason="torch.compile on a CPU needs a C++ compiler",
 )
 def test_compiled_leaves_are_safe_under_zero_3():
-    """Weights are released after each forward and gathered again for the backward; compiled code must not mind."""
+    """Weights are released after each forward pass and gathered again for the backward pass; compiled code must handle
+    that."""
     (steps,) = run_distributed(WORKER, "compiled", 1, timeout_s=1100)
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
         eager = steps[f"eager {precision}"]

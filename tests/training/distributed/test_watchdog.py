@@ -1,4 +1,4 @@
-"""Real processes that hang, and what the watchdogs say and do."""
+"""Real processes that hang, and what the watchdogs report and do."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def wait_until(condition):
 
 
 class Job:
-    """Two ranks of a function of the worker; their output goes to files."""
+    """Two ranks that run a function of the worker; their output goes to files."""
 
     def __init__(self, folder, function, **arguments):
         self.logs = [folder / f"rank_{rank}.log" for rank in range(2)]
@@ -50,7 +50,7 @@ class Job:
         return [log.read_text() for log in self.logs]
 
 
-def test_a_rank_that_sleeps_is_named_with_its_stack_and_all_leave(tmp_path):
+def test_a_sleeping_rank_is_reported_with_its_stack_and_all_ranks_exit(tmp_path):
     with Job(tmp_path, "job", victim=1, poll_s=0.5, victim_notices=True) as job:
         wait_until((tmp_path / "asleep").exists)
         (tmp_path / "now").touch()
@@ -60,7 +60,7 @@ def test_a_rank_that_sleeps_is_named_with_its_stack_and_all_leave(tmp_path):
         assert f"rank 1 (process {job.processes[1].pid} on " in report
         assert "step 3, backward, no progress for" in report
         assert "at asleep (" in report
-        assert "1 others wait, such as rank 0: step 3, backward" in report
+        assert "1 other ranks wait, such as rank 0: step 3, backward" in report
         assert report.strip() in job.said()[0]
     stacks = [(tmp_path / "heartbeats" / f"rank_{rank:05d}.stacks.txt").read_text() for rank in range(2)]
     assert "asleep()" in stacks[1]
@@ -71,7 +71,7 @@ def test_a_rank_that_sleeps_is_named_with_its_stack_and_all_leave(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_a_stopped_process_cannot_speak_and_the_other_names_it(tmp_path, victim):
+def test_a_stopped_process_is_reported_by_the_other_rank(tmp_path, victim):
     with Job(tmp_path, "job", victim=victim, poll_s=0.2, victim_notices=False) as job:
         beat = heartbeats.path_of(tmp_path / "heartbeats", victim)
         wait_until(lambda: beat.exists() and "backward" in beat.read_text())
@@ -83,12 +83,12 @@ def test_a_stopped_process_cannot_speak_and_the_other_names_it(tmp_path, victim)
         assert job.processes[victim].poll() is None
         said = job.said()[1 - victim]
         assert f"hang: rank {victim} is behind" in said
-        assert "its heart has stopped (the process is stopped, dead or cut off)" in said
+        assert "no recent heartbeat (the process is stopped, dead or disconnected)" in said
         assert (tmp_path / "heartbeats" / "report.txt").is_file()
 
 
 @pytest.mark.long
-def test_a_run_that_hangs_reading_says_which_clips(tmp_path):
+def test_a_run_that_hangs_in_reading_names_the_clips(tmp_path):
     write_set(tmp_path / "shards")
     with Job(tmp_path, "hanging_run") as job:
         assert job.exit_codes() == [EXIT_HUNG, EXIT_HUNG], job.said()
@@ -120,27 +120,29 @@ def a_beat(rank, turn, *, in_collective=True, gpu_is_busy=False, idle_s=700.0):
     )
 
 
-def test_behind_are_silent_ranks_then_those_with_fewer_phases_then_those_that_wait_for_none():
+def test_ranks_behind_are_silent_or_have_fewer_phases_or_wait_for_no_rank():
     beats = {rank: a_beat(rank, turn=40) for rank in range(4)}
-    assert heartbeats.report(beats, []).startswith("hang: all ranks wait for one another\nrank 0 (process 100 on node)")
+    assert heartbeats.report(beats, []).startswith("hang: all ranks wait for each other\nrank 0 (process 100 on node)")
     free = beats | {2: a_beat(2, turn=40, in_collective=False)}
     assert heartbeats.report(free, []).startswith("hang: rank 2 is behind\nrank 2 (process 102 on node): step 12")
     late = free | {1: a_beat(1, turn=39), 3: a_beat(3, turn=39)}
     assert heartbeats.report(late, []).startswith("hang: 2 ranks (1, 3) are behind")
     silent = late | {0: None}
-    assert heartbeats.report(silent, [0, 2]).startswith("hang: 2 ranks (0, 2) are behind\nrank 0 has no heartbeat")
+    assert heartbeats.report(silent, [0, 2]).startswith(
+        "hang: 2 ranks (0, 2) are behind\nrank 0 has never written a heartbeat"
+    )
     many = {rank: a_beat(rank, turn=7 if rank < 20 else 8) for rank in range(32)}
     assert heartbeats.report(many, []).splitlines()[0].endswith("14, 15, ...) are behind")
-    assert "12 others wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
+    assert "12 other ranks wait, such as rank 20: step 12, forward, no progress for 700 s, at line_of_20" in (
         heartbeats.report(many, [])
     )
 
 
-def test_on_cuda_every_rank_waits_for_its_gpu_and_only_one_with_an_idle_gpu_is_behind():
-    """Collectives return at once there: no rank is seen in one."""
+def test_on_cuda_the_rank_with_an_idle_gpu_is_behind():
+    """Collectives return at once there, so no rank is seen inside one."""
     beats = {rank: a_beat(rank, turn=40, in_collective=False, gpu_is_busy=True) for rank in range(4)}
     said = heartbeats.report(beats, [])
-    assert said.startswith("hang: all ranks wait for one another or for a GPU\nrank 0 (process 100 on node): step 12")
+    assert said.startswith("hang: all ranks wait for each other or for a GPU\nrank 0 (process 100 on node): step 12")
     assert said.count("its GPU is busy") == 4
     asleep = beats | {2: a_beat(2, turn=40, in_collective=False)}
     assert heartbeats.report(asleep, []).startswith("hang: rank 2 is behind\nrank 2 (process 102 on node): step 12")
@@ -148,7 +150,7 @@ def test_on_cuda_every_rank_waits_for_its_gpu_and_only_one_with_an_idle_gpu_is_b
     assert heartbeats.report(late, []).startswith("hang: rank 1 is behind\n")
 
 
-def test_what_a_hang_left_is_set_aside_and_the_rest_removed(tmp_path):
+def test_a_hang_report_is_kept_and_other_leftovers_are_removed(tmp_path):
     for number in (1, 2):
         heartbeats.begin(tmp_path)
         (tmp_path / "heartbeats" / "report.txt").write_text(str(number))
@@ -160,7 +162,7 @@ def test_what_a_hang_left_is_set_aside_and_the_rest_removed(tmp_path):
     assert (tmp_path / "hang_2" / "report.txt").read_text() == "2"
 
 
-def test_every_evaluation_is_progress(alone):
+def test_every_forward_pass_is_progress(alone):
     network = torch.nn.Linear(1, 1)
     opened = alone()
     with opened.each_forward(network, "samples"):
@@ -171,7 +173,7 @@ def test_every_evaluation_is_progress(alone):
     assert opened._progress == (5, "between phases", 0)
 
 
-def test_after_a_phase_is_the_one_around_it_also_after_an_error(alone):
+def test_after_a_phase_the_enclosing_one_continues_even_after_an_error(alone):
     opened = alone()
     with opened.phase("rollback", 7):
         with suppress(ValueError), opened.phase("save"):
@@ -183,15 +185,15 @@ def test_after_a_phase_is_the_one_around_it_also_after_an_error(alone):
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """Makes watchdogs of one rank without a process group."""
+    """Creates watchdogs of one rank without a process group."""
     monkeypatch.setattr(watchdog, "on_main", lambda ranks, action: action())
     ranks = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     numbers = {"hang_timeout_s": 1200.0, "data_stall_warning_s": 60.0, "poll_s": 0.01}
     return lambda **changes: Watchdog(tmp_path, ranks, **numbers | changes)
 
 
-def test_time_in_which_the_process_was_stopped_does_not_count(alone, monkeypatch):
-    """Every look seems to come a day after the last: that many days would be a hang, and the process would end."""
+def test_time_while_the_process_is_stopped_does_not_count(alone, monkeypatch):
+    """Polls appear to be a day apart. If that time counted, it would be a hang, and the process would exit."""
     looks, enough = [], threading.Event()
 
     class Days:
@@ -210,7 +212,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(alone, monkeypatch
         assert 0 < opened._idle_s < 3600.0
 
 
-def test_a_wait_for_data_is_warned_of_once_and_says_for_what(alone, capfd):
+def test_a_long_wait_for_data_warns_once_and_names_the_cause(alone, capfd):
     said = []
 
     def warnings():

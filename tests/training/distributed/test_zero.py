@@ -14,7 +14,7 @@ STAGES = ("0", "1", "2", "3")
 
 @pytest.fixture(scope="module")
 def plain():
-    """The same training in plain PyTorch, one process: (losses, norms, model, EMA)."""
+    """The same training in plain PyTorch in one process: (losses, norms, model, EMA)."""
     torch.set_num_threads(1)
     model = Small()
     initialize(model)
@@ -29,7 +29,7 @@ def plain():
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad_norm)))
         losses.append(float(loss.detach()))
-        if step == 10:  # seen by no optimizer
+        if step == 10:  # skipped by the optimizer
             break
         for group in optimizer.param_groups:
             group["lr"] = OPTIM.lr / (1 + step)
@@ -60,7 +60,7 @@ def test_ema_equals_plain_pytorch_and_the_swap_is_exact(stages, plain, stage):
 
 
 @pytest.mark.parametrize("stage", [*STAGES, *(f"{stage} bf16" for stage in STAGES)])
-def test_initial_weights_are_the_written_ones_also_the_zeros(stages, stage):
+def test_initial_weights_are_exact_including_zeros(stages, stage):
     model = Small()
     initialize(model)
     assert not model.last.weight.any()
@@ -81,8 +81,8 @@ def test_bf16_follows_fp32(stages, stage):
 
 @pytest.mark.parametrize("stage", [*STAGES, *(f"{stage} bf16" for stage in STAGES)])
 @pytest.mark.parametrize("why", ["poisoned", "refused"])
-def test_a_refused_step_moves_nothing(stages, stage, why):
-    """One whose gradient is not finite, on rank 1 alone, and one that the caller refuses."""
+def test_a_skipped_step_changes_nothing(stages, stage, why):
+    """One whose gradient is not finite, on rank 1 only, and one that the caller skips."""
     step = stages[stage][why]
     assert not step["applied"]
     assert step["unchanged"], "masters, moments or EMA moved"
@@ -92,7 +92,7 @@ def test_a_refused_step_moves_nothing(stages, stage, why):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_refused_norm_is_the_gradient_s(stages, plain, stage):
+def test_the_norm_of_a_skipped_step_is_that_of_its_gradient(stages, plain, stage):
     _, _, model, _ = plain
     x, label, _ = micro_batch(0, 0)
     gradients = torch.autograd.grad(model(x, label).sum(), list(model.parameters()))
@@ -101,13 +101,13 @@ def test_the_refused_norm_is_the_gradient_s(stages, plain, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_nothing_of_a_refused_gradient_is_left_in_the_next_step(stages, plain, stage):
+def test_a_skipped_gradient_does_not_leak_into_the_next_step(stages, plain, stage):
     assert stages[stage]["after"] == pytest.approx((plain[0][10], plain[1][10]), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_model_is_made_where_the_run_computes(monkeypatch, stage):
-    """The meta device stands for a GPU. Stage 3 partitions weights as they are made, on DeepSpeed's own device."""
+def test_the_model_is_built_on_the_device_of_the_run(monkeypatch, stage):
+    """The meta device replaces a GPU. Stage 3 partitions weights as they are created, on DeepSpeed's own device."""
     import deepspeed
 
     meta = torch.device("meta")
@@ -117,14 +117,14 @@ def test_the_model_is_made_where_the_run_computes(monkeypatch, stage):
     assert {parameter.device for parameter in model.parameters()} == {meta}
 
 
-def test_config_refuses_what_is_out_of_range():
+def test_config_out_of_range_is_an_error():
     for wrong in ({"stage": 4}, {"param_persistence_threshold": -1}, {"bucket_elements": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ZeroConfig(**wrong)
 
 
-def test_small_model_is_cut_in_odd_places():
-    """The shards must not fall on parameters' ends, or the tests above prove less."""
+def test_shards_split_parameters_of_the_small_model():
+    """Shards must not end at parameter boundaries, or the tests above prove less."""
     sizes = [p.numel() for p in Small().parameters()]
     assert any(size % 2 for size in sizes)
     assert any(size < 30 for size in sizes), "none would stay gathered"

@@ -1,4 +1,4 @@
-"""The ranking of arrangements, against cases computed by hand."""
+"""The ranking of arrangements, against manually computed cases."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ PLENTY = 1e15
 
 
 def stages(world_size, memory_bytes=PLENTY, cluster=CLUSTER, job=JOB):
-    """Stages by rank, groups as text."""
+    """Stages in ranked order, groups as text."""
     ranked = rank_arrangements(job, cluster, ZERO, world_size, memory_bytes)
     return [str(found).removeprefix("ZeRO-") for found in ranked]
 
@@ -54,30 +54,30 @@ def time_of(stage, world_size, checkpointed=0, cluster=CLUSTER):
     return arrange(JOB, cluster, replace(ZERO, stage=stage), world_size, checkpointed).time
 
 
-def test_a_step_on_one_node_by_hand():
-    """8 ranks, 2 packs each: 4.8e15 / 8 FLOPs at 500 TFLOP/s; of 4 GB of gradients a ring sends 3.5 GB."""
+def test_a_step_on_one_node():
+    """8 ranks, 2 packs each: 4.8e15 / 8 FLOPs at 500 TFLOP/s; a ring sends 3.5 GB for 4 GB of gradients."""
     one, two, three = (time_of(stage, 8) for stage in (1, 2, 3))
     assert one.compute_s == two.compute_s == three.compute_s == pytest.approx(1.2)
-    assert one.communication_s == pytest.approx((2 * 3.5 + 3.5) / 200)  # reduced there and back once, fp32 weights
-    assert two.communication_s == pytest.approx((2 * 2 * 3.5 + 1.75) / 200)  # reduced for both packs, bf16 weights
+    assert one.communication_s == pytest.approx((2 * 3.5 + 3.5) / 200)  # one all-reduce, fp32 weights
+    assert two.communication_s == pytest.approx((2 * 2 * 3.5 + 1.75) / 200)  # all-reduce for both packs, bf16 weights
     assert three.communication_s == pytest.approx((2 * 3.5 + 4 * 1.75) / 200)  # gathered forward and backward
     assert time_of(0, 8).update_s == pytest.approx(48 / 1000)
     assert one.update_s == two.update_s == three.update_s == pytest.approx(48 / 8 / 1000)
     assert stages(8) == ["1", "3", "0", "2"]  # 1.2585, 1.276, 1.283 and 1.28475 s
 
 
-def test_the_host_counts_at_stage_3_alone():
+def test_host_time_counts_only_at_stage_3():
     assert [time_of(stage, 8, cluster=SLOW_HOST).host_s for stage in range(3)] == [0, 0, 0]
     assert time_of(3, 8, cluster=SLOW_HOST).host_s == pytest.approx(2 * 10 * 2e-3)
     assert stages(8, cluster=SLOW_HOST) == ["1", "0", "2", "3"]
 
 
-def test_a_block_computed_again_is_a_third_of_its_time():
+def test_a_recomputed_block_costs_a_third_of_its_time():
     assert time_of(3, 8, checkpointed=5).compute_s == pytest.approx(1.2 * (1 + 5 / 10 / 3))
 
 
-def test_several_nodes_by_hand():
-    """16 ranks, a pack each: an eighth of what is sent crosses nodes, at 25 GB/s, as slow as 200 inside."""
+def test_a_step_on_several_nodes():
+    """16 ranks, one pack each: an eighth of what is sent crosses nodes, at 25 GB/s, as slow as 200 inside."""
     share = 15 / 16
     assert time_of(1, 16).communication_s == pytest.approx((8 + 4) * share / 200)
     assert time_of(2, 16).communication_s == pytest.approx((8 + 2) * share / 200)
@@ -111,11 +111,11 @@ def test_as_many_blocks_are_kept_as_fit():
     assert fewest(state + 10 * kept - 1) == 1
     assert fewest(state + 6 * kept + 4 * block_input + 1) == 4
     assert fewest(state + 6 * kept + 4 * block_input - 1) == 5
-    assert fewest(state + kept + 9 * block_input + 1) == 9  # the one at work is there anyway
+    assert fewest(state + kept + 9 * block_input + 1) == 9  # the block being recomputed is stored anyway
     assert fewest(state + kept + 9 * block_input - 1) is None
 
 
-def test_what_does_not_fit_is_left_out():
+def test_shardings_that_do_not_fit_are_not_ranked():
     def needed(stage, checkpointed):
         return JOB.memory(replace(ZERO, stage=stage), 8, checkpointed).total / USABLE_SHARE
 
@@ -126,20 +126,20 @@ def test_what_does_not_fit_is_left_out():
     assert [(str(found), found.checkpointed_blocks) for found in recomputes][-1] == ("ZeRO-1", 7)
 
 
-def test_answers():
+def test_summary_sentences():
     def said(memory_gb, checkpointed=0, stage=3):
         zero = replace(ZERO, stage=stage)
         ranked = rank_arrangements(JOB, CLUSTER, zero, 8, memory_gb * GIB)
         return answer(ranked, arrange(JOB, CLUSTER, zero, 8, checkpointed), LAYERS, 8, memory_gb)
 
     gib = JOB.memory(replace(ZERO, stage=1), 8, 0).total / GIB
-    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.26 s a step)"
+    fastest = f"fastest on 8 GPUs of 80 GB: ZeRO-1, all 10 blocks kept ({gib:.1f} GiB, 1.26 s per step)"
     assert said(80) == f"{fastest}; as configured, ZeRO-3, all 10 blocks kept: 1.28 s"
     assert said(80, stage=1) == f"{fastest}, as configured"
     assert said(80, 4, stage=1) == f"{fastest}; as configured, ZeRO-1, 6 of 10 blocks kept: 1.42 s"
     small = said(6)
     assert small.startswith("fastest on 8 GPUs of 6 GB: ZeRO-3, 3 of 10 blocks kept")
-    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, it needs 10.2 GiB and does not fit")
+    assert small.endswith("as configured, ZeRO-3, all 10 blocks kept, the run needs 10.2 GiB and does not fit")
     assert said(1, 10).startswith(
-        "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, it needs"
+        "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 10 blocks kept, the run needs"
     )

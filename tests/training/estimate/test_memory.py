@@ -20,7 +20,7 @@ WORLD_SIZE, MICRO_STEPS = 2, 2
 
 @pytest.fixture
 def partitioned(monkeypatch):
-    """What torch.compile keeps for the backward pass, as inductor's, without compiling a kernel."""
+    """A compile backend that stores the same tensors for the backward pass as inductor, without compiling kernels."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=TRACED))
     caches = (compiled_ops, compiled_block)
     for cache in caches:
@@ -33,11 +33,11 @@ def partitioned(monkeypatch):
 
 
 WIDTH = 192
-"""Of three heads of 64; the hidden size of SwiGLU is then 8/3 of it, as in the 2b preset."""
+"""Three heads of 64; the hidden size of SwiGLU is then 8/3 of it, as in the 2b preset."""
 
 
 def kept_bytes(num_layers, compiled, arithmetic, checkpointed=0):
-    """What autograd keeps for the backward pass, weights left out, per token and unit of hidden size."""
+    """Bytes that autograd stores for the backward pass, without weights, per token and unit of hidden size."""
     sizes = {"in_channels": 8, "hidden_size": WIDTH, "num_layers": num_layers, "num_heads": 3}
     config = DiTConfig(preset=None, compile=compiled, activation_checkpointing=checkpointed, **sizes)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
@@ -71,7 +71,7 @@ def kept_bytes(num_layers, compiled, arithmetic, checkpointed=0):
 @pytest.mark.parametrize("arithmetic", ["bf16", "autocast", "fp32"])
 @pytest.mark.parametrize("compiled", COMPILE)
 def test_activation_estimate_is_what_autograd_keeps(partitioned, compiled, arithmetic):
-    """And a checkpointed block keeps its input alone."""
+    """A checkpointed block stores only its input."""
     one, two = (kept_bytes(blocks, compiled, arithmetic) for blocks in (1, 2))
     precision = "fp32" if arithmetic == "fp32" else "bf16"
     per_block, block_input = KEPT_BYTES[compiled][precision], INPUT_BYTES[precision]
@@ -99,7 +99,7 @@ def sizes(
     )
 
 
-def test_stages_shard_what_they_say():
+def test_each_stage_shards_its_part_of_the_state():
     billion = 10**9
     assert (sizes(0, 8).optimizer, sizes(1, 8).optimizer, sizes(3, 8).optimizer) == (8 * billion, billion, billion)
     assert (sizes(0, 8).ema, sizes(1, 8).ema) == (4 * billion, billion / 2)
@@ -122,13 +122,13 @@ def test_activations_fall_with_every_checkpointed_block(stage, precision, compil
     per_block, block_input = (1000 * 1536 * kept[precision] for kept in (KEPT_BYTES[compiled], INPUT_BYTES))
     assert activations[0] == pytest.approx(38 * per_block)
     assert activations[1:38] == pytest.approx([(38 - n) * per_block + n * block_input for n in range(1, 38)])
-    assert activations[38] == activations[37]  # the last block is computed again at once: nothing is saved
+    assert activations[38] == activations[37]  # the last block is recomputed at once, so nothing is saved
     assert activations == sorted(activations, reverse=True)
 
 
 @pytest.fixture(scope="module")
 def measured():
-    """What two real processes held, sent and saved, by case."""
+    """Bytes that two real processes stored, sent and saved, by case."""
     return run_distributed(WORKER, "measure_all", WORLD_SIZE, timeout_s=400)
 
 
@@ -139,7 +139,7 @@ def arguments_of(case):
 
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", CASES)
-def test_estimate_is_what_an_engine_holds(measured, case):
+def test_the_estimate_matches_the_memory_of_an_engine(measured, case):
     for found in (rank[case] for rank in measured):
         estimate = sizes(world_size=WORLD_SIZE, parameters=found["parameters"], **arguments_of(case))
         for part in ("weights", "gradients", "optimizer", "ema"):
@@ -149,7 +149,7 @@ def test_estimate_is_what_an_engine_holds(measured, case):
 
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", CASES)
-def test_traffic_is_what_the_collectives_carry(measured, case):
+def test_the_traffic_estimate_matches_the_collectives(measured, case):
     for found in (rank[case] for rank in measured):
         estimate = traffic_per_step(
             parameters=found["parameters"], world_size=WORLD_SIZE, micro_steps=MICRO_STEPS, **arguments_of(case)
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_as_large_as_estimated(measured, case):
 
 
 @pytest.mark.xdist_group("memory")
-def test_groups_change_no_loss(measured):
+def test_groups_do_not_change_the_loss(measured):
     for rank in measured:
         assert rank["3 fp32 in groups"]["losses"] == rank["3 fp32"]["losses"]
         assert rank["3 fp32"]["losses"][1] < rank["3 fp32"]["losses"][0]

@@ -1,4 +1,4 @@
-"""As many blocks are kept as the smallest device of all ranks allows, and all ranks decide alike."""
+"""Automatic recomputation keeps as many blocks as the smallest device allows, and all ranks decide alike."""
 
 import socket
 
@@ -26,7 +26,7 @@ def make_config(tmp_path):
 
 
 def room_for(config, checkpointed):
-    """GiB of a device that this many checkpointed blocks just fit."""
+    """GiB of a device that just fits this many checkpointed blocks."""
     job = Job.of(config, count_parameters(config.model))
     return job.memory(config.zero, 2, checkpointed).total / USABLE_SHARE / GIB * (1 + 1e-9)
 
@@ -39,29 +39,27 @@ def test_as_many_blocks_are_kept_as_fit(make_config, console, blocks):
         config = make_config(f"memory_gib={memory_gib!r}")
         settle_recomputation(config, ranks)
         assert config.model.activation_checkpointing == config.model.checkpointed_blocks() == blocks
-    (line,) = console.readouterr().out.splitlines()  # of rank 0
-    assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are computed again, {6 - blocks} kept")
-    assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB, is within 90% of {memory_gib:.2f} GiB (memory_gib)")
+    (line,) = console.readouterr().out.splitlines()  # from rank 0
+    assert line.startswith(f"activation_checkpointing auto: {blocks} of 6 blocks are recomputed, {6 - blocks} kept")
+    assert line.endswith(f"{memory_gib * USABLE_SHARE:.2f} GiB is within 90% of {memory_gib:.2f} GiB (memory_gib)")
 
 
-def test_where_nothing_fits_all_blocks_are_computed_again_and_it_is_said(make_config, console):
+def test_if_nothing_fits_all_blocks_are_recomputed_with_a_warning(make_config, console):
     config = make_config(f"memory_gib={room_for(make_config(), 6) * 0.99}")
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 6
-    assert console.readouterr().out.startswith(
-        "WARNING: activation_checkpointing auto: all 6 blocks are computed again"
-    )
+    assert console.readouterr().out.startswith("WARNING: activation_checkpointing auto: all 6 blocks are recomputed")
 
 
-def test_a_number_is_left_alone(make_config, console):
+def test_a_number_is_not_changed(make_config, console):
     config = make_config("model.activation_checkpointing=1", "memory_gib=1e-9")
     settle_recomputation(config, MAIN)
     assert config.model.activation_checkpointing == 1
     assert console.readouterr().out == ""
 
 
-def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, console):
-    """Two machines of equal memory, one with three ranks: a rank has a third of it."""
+def test_the_smallest_share_of_a_machine_decides(make_config, monkeypatch, console):
+    """Two machines of equal memory, one with three ranks, which get a third of it each."""
     third_gib = room_for(make_config(), 2)
     own = []
 
@@ -73,7 +71,7 @@ def test_the_smallest_part_of_a_machine_decides(make_config, monkeypatch, consol
     config = make_config()
     settle_recomputation(config, MAIN)
     assert config.model.checkpointed_blocks() == 2
-    assert f"{third_gib:.2f} GiB (the smallest rank's part of a node)" in console.readouterr().out
+    assert f"{third_gib:.2f} GiB (the smallest rank's share of a node)" in console.readouterr().out
     ((host, memory_bytes),) = own
     assert host == socket.gethostname()
     assert GIB / 4 < memory_bytes < 2**50
@@ -91,9 +89,9 @@ def test_the_smallest_gpu_decides(make_config, monkeypatch, console):
 
 
 @pytest.mark.parametrize("memory_gib", [0, -1, "inf"])
-def test_memory_out_of_range_is_refused(make_config, memory_gib):
+def test_memory_out_of_range_is_an_error(make_config, memory_gib):
     with pytest.raises(
         ConfigError,
-        match=f"memory_gib must be a number > 0, or null for what the devices have, got {float(memory_gib)}",
+        match=f"memory_gib must be a number > 0, or null for the memory of the devices, got {float(memory_gib)}",
     ):
         make_config(f"memory_gib={memory_gib}")

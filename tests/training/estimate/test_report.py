@@ -27,7 +27,7 @@ def row(text, name):
     return next(line for line in text.splitlines() if line.startswith(name)).removeprefix(name).split()
 
 
-def test_dry_run_says_everything_and_starts_nothing(config_path, tmp_path):
+def test_dry_run_reports_everything_and_starts_nothing(config_path, tmp_path):
     config = load_config([config_path])
     text, problems = report(config, Assumptions(world_sizes="1,3"))
     assert problems == []
@@ -38,7 +38,7 @@ def test_dry_run_says_everything_and_starts_nothing(config_path, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_flops_are_those_of_the_clips_that_an_epoch_shows(config_path):
+def test_flops_are_those_of_the_clips_of_an_epoch(config_path):
     config = load_config([config_path])
     plan = open_data(config).plan
     steps = [plan.step(Cursor(0, number)) for number in range(plan.steps_in_epoch(0))]
@@ -55,40 +55,42 @@ def test_flops_are_those_of_the_clips_that_an_epoch_shows(config_path):
     text, _ = report(config, Assumptions(world_sizes="1,2", hfu=0.5, peak_tflops=1e-6))
     assert f"FLOPs per step: {mean:.4g}" in text
     one_rank_days = 12 * mean / (0.5 * 1e-6 * 1e12) / 86400
-    # three packs on two ranks: one of them waits for a third of their time
-    for overlap in ("overlapped", "in turn"):
+    # three packs on two ranks: one rank waits for part of the step
+    for overlap in ("overlapped", "in sequence"):
         assert [float(value) for value in row(text, f"days, {overlap}")[:2]] == pytest.approx(
             [one_rank_days, one_rank_days * 2 / 3], abs=0.006
         )
-    assert "HFU 0.5 of 1e-06 TFLOP/s a rank (as given)" in text
-    assert [float(value) for value in row(text, "MFU, in turn")[:2]] == pytest.approx([0.5, 0.375], abs=0.001)
+    assert "HFU 0.5 of 1e-06 TFLOP/s per rank (as given)" in text
+    assert [float(value) for value in row(text, "MFU, in sequence")[:2]] == pytest.approx([0.5, 0.375], abs=0.001)
 
 
-def test_a_step_takes_its_communication_and_recomputation_too(config_path):
-    """One GPU a node, a slow network, and a rank whose blocks are computed again."""
+def test_step_time_includes_communication_and_recomputation(config_path):
+    """One GPU per node, a slow network, and a rank that recomputes its blocks."""
     words = ["model.activation_checkpointing=true", "zero.stage=1"]
     slow = Assumptions(world_sizes="3", hfu=0.5, peak_tflops=1e-6, bandwidth_gb_per_s=1e-6, gpus_per_node=1)
     config, plain = load_config([config_path], words), load_config([config_path])
     text, without = report(config, slow)[0], report(plain, slow)[0]
-    computing = float(row(text, "computing, s")[0])
-    assert computing == pytest.approx(4 / 3 * float(row(without, "computing, s")[0]), abs=0.001)
-    sent_s = 3 * 4 * count_parameters(config.model) * (2 / 3) / (1e-6 * 1e9)  # gradients there and back, weights back
+    computing = float(row(text, "compute, s")[0])
+    assert computing == pytest.approx(4 / 3 * float(row(without, "compute, s")[0]), abs=0.001)
+    sent_s = (
+        3 * 4 * count_parameters(config.model) * (2 / 3) / (1e-6 * 1e9)
+    )  # all-reduce of gradients, all-gather of weights
     assert float(row(text, "communication, s")[0]) == pytest.approx(sent_s, abs=0.001)
     assert row(text, "blocks kept") + row(without, "blocks kept") == ["0", "2"]
-    overlapped, in_turn = (float(row(text, f"days, {overlap}")[0]) for overlap in ("overlapped", "in turn"))
+    overlapped, sequential = (float(row(text, f"days, {overlap}")[0]) for overlap in ("overlapped", "in sequence"))
     assert overlapped == pytest.approx(12 * max(sent_s, computing) / 86400, abs=0.006)
-    assert in_turn == pytest.approx(12 * (sent_s + computing) / 86400, abs=0.006)
+    assert sequential == pytest.approx(12 * (sent_s + computing) / 86400, abs=0.006)
     fast = report(config, dataclasses.replace(slow, gpus_per_node=4))[0]
     assert float(row(fast, "between nodes, GB")[0]) == 0
 
 
-def test_clips_of_a_size_stand_in_for_a_set(config_path, tmp_path):
+def test_synthetic_clips_replace_a_set(config_path, tmp_path):
     config = load_config([config_path], [f"data.path={tmp_path / 'nowhere'}"])
     text, problems = report(config, Assumptions(world_sizes="1", clip="6x2x2", num_clips=500))
     assert problems == []
     assert "clips of 6x2x2 latents assumed" in text
     assert "FLOPs per step" in text
-    with pytest.raises(ConfigError, match="--clip is '6x2'"):
+    with pytest.raises(ConfigError, match="--clip must be .*, got '6x2'"):
         report(config, Assumptions(clip="6x2"))
 
 
@@ -109,7 +111,7 @@ def test_problems_are_listed_all_at_once(config_path, tmp_path, monkeypatch):
 
 
 def describe_run(folder, config, with_checkpoint=True, **model):
-    """What the start of a run of the given model leaves behind."""
+    """Write what the start of a run of the given model leaves in its directory."""
     folder.mkdir()
     meta = ShardMeta.load(Path(config.data.path))
     manifest = run_directory.describe(dataclasses.replace(config.model, **model), meta)
@@ -122,11 +124,11 @@ def found(config, sizes="2"):
     return report(config, Assumptions(world_sizes=sizes))[1]
 
 
-def test_a_rank_to_profile_that_there_is_not_is_a_problem(config_path):
+def test_a_rank_to_profile_that_does_not_exist_is_a_problem(config_path):
     words = ["profile.active_steps=2", "profile.ranks=[0,2]"]
     assert found(load_config([config_path], words), "3") == []
     (problem,) = found(load_config([config_path], words), "2,3")
-    assert problem.startswith("profile.ranks is [0, 2] and there are 2 ranks")
+    assert problem.startswith("profile.ranks must be ranks from 0 to 1, got [0, 2] and 2 ranks")
 
 
 def test_a_run_directory_of_another_model_is_a_problem(config_path, tmp_path):
@@ -174,7 +176,7 @@ def test_missing_data_is_a_problem_and_the_rest_is_still_reported(config_path, t
     text, problems = report(config, Assumptions())
     assert len(problems) == 1
     assert "nowhere" in problems[0]
-    assert "no plan can be made" in text
+    assert "data: no plan (see the problems below)" in text
     assert row(text, "packs per rank") == ["3", "refused", "refused"]
 
 
@@ -185,7 +187,7 @@ def test_a_sound_run_has_no_problem(config_path):
     assert problems.found == []
 
 
-def test_every_way_to_shard_stands_beside_the_configured_one(config_path):
+def test_every_sharding_is_listed_with_the_configured_one_marked(config_path):
     config = load_config([config_path], ["packs_per_step=16", "zero.hierarchical_partition_size=4"])
     text, _ = report(config, Assumptions(world_sizes="16", memory_gb="80"))
     table = text.split("16 GPUs of 80 GB:\n")[1].split("\n\n")[0].splitlines()
@@ -197,8 +199,8 @@ def test_every_way_to_shard_stands_beside_the_configured_one(config_path):
     assert seconds == sorted(seconds)
 
 
-def test_the_answer_is_a_sentence_for_each_number_and_size_of_devices(tmp_path):
-    """64 GPUs have a pack each: gradients are reduced once whatever the stage, and ZeRO-2 gathers bf16 weights."""
+def test_there_is_one_summary_per_number_and_size_of_devices(tmp_path):
+    """64 GPUs have one pack each, so gradients are reduced once at any stage, and ZeRO-2 gathers bf16 weights."""
     path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere", model={"preset": "2b"})
     words = ["precision=bf16", "packs_per_step=64", "token_budget=16384", "model.compile=blocks"]
     assumed = Assumptions(world_sizes="8,64,65", clip="19x8x8", text_tokens=128, num_clips=3000, memory_gb="80,24,1")
@@ -207,19 +209,21 @@ def test_the_answer_is_a_sentence_for_each_number_and_size_of_devices(tmp_path):
     assert said[0].startswith("fastest on 8 GPUs of 80 GB: ZeRO-1, all 38 blocks kept (")
     assert said[1].startswith("fastest on 8 GPUs of 24 GB: ZeRO-2, 11 of 38 blocks kept (")
     assert "; as configured, ZeRO-3, 13 of 38 blocks kept: " in said[1]
-    assert said[2].startswith("nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 38 blocks kept, it needs")
+    assert said[2].startswith(
+        "nothing fits 8 GPUs of 1 GB: as configured, ZeRO-3, none of 38 blocks kept, the run needs"
+    )
     assert said[3].startswith("fastest on 64 GPUs of 80 GB: ZeRO-2, all 38 blocks kept (")
     assert "; as configured, ZeRO-3, all 38 blocks kept: 0." in said[3]
     assert row(text, "blocks kept") == ["38", "38", "38"]
     assert row(text, "packs per rank") == ["8", "1", "refused"]
 
 
-def test_the_memory_of_the_devices_is_the_run_s_unless_another_is_asked_about(config_path):
+def test_device_memory_is_from_the_run_unless_overridden(config_path):
     config = load_config([config_path], ["memory_gib=80"])
     assert "fastest on 1 GPU of 80 GB: " in report(config, Assumptions(world_sizes="1"))[0]
     assert "fastest on 1 GPU of 40.5 GB: " in report(config, Assumptions(world_sizes="1", memory_gb="40.5"))[0]
     for wrong in ("x", "0", "80,", "nan"):
-        with pytest.raises(ConfigError, match="--memory-gb is"):
+        with pytest.raises(ConfigError, match="--memory-gb must be numbers > 0"):
             report(config, Assumptions(memory_gb=wrong))
 
 
@@ -248,10 +252,10 @@ def test_activations_fall_with_the_blocks_that_are_checkpointed(tmp_path, compil
     saved = 16384 * 1536 * (kept - 2) / GIB
     for text, blocks in zip(texts, (38, 18, 0)):
         assert row(text, "blocks kept") == [str(blocks)]
-        assert f"each that is kept and not computed again takes {saved:.2f}:" in text
+        assert f"a block that is not recomputed adds {saved:.2f}:" in text
     none, some, every = (float(row(text, "activations")[0]) for text in texts)
     assert none - some == pytest.approx(20 * saved, abs=0.011)
-    assert some - every == pytest.approx(17 * saved, abs=0.011)  # one is at work
+    assert some - every == pytest.approx(17 * saved, abs=0.011)  # one is being recomputed
 
 
 def test_world_sizes(monkeypatch):
@@ -272,6 +276,6 @@ def test_world_sizes(monkeypatch):
         ("memory-bandwidth", {"memory_gb_per_s": 0.0}), ("stage-3-block-ms", {"stage_3_block_ms": -1.0}),
     ],
 )  # fmt: skip
-def test_assumptions_refuse(option, wrong):
+def test_assumptions_out_of_range_are_errors(option, wrong):
     with pytest.raises(ConfigError, match=f"^--{option} must be .*, got {wrong[next(iter(wrong))]}$"):
         dataclasses.replace(Assumptions(), **wrong)

@@ -4,18 +4,18 @@ from flowception.training.estimate.communication import TrafficPerStep
 from flowception.training.estimate.step_time import Cluster, StepTime, bytes_between_nodes, communication_s, compute_s
 
 
-def test_recomputation_is_a_forward_pass_more():
+def test_recomputation_adds_a_forward_pass():
     forward, backward = 1e12, 2e12
     assert compute_s(forward + backward, 1.0, 0.0) == 3.0
     assert compute_s(forward + backward, 1.0, 1.0) == 4.0
     assert compute_s(forward + backward, 2.0, 0.5) == 1.75
 
 
-def test_a_step_is_as_long_as_the_longer_part_or_as_both():
-    assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).in_turn_s) == (3.0, 4.0)
+def test_step_time_is_the_maximum_or_the_sum_of_its_parts():
+    assert (StepTime(3.0, 1.0).overlapped_s, StepTime(3.0, 1.0).sequential_s) == (3.0, 4.0)
     assert StepTime(1.0, 5.0).overlapped_s == 5.0
     waits = StepTime(3.0, 1.0, host_s=0.5, update_s=0.25)
-    assert (waits.overlapped_s, waits.in_turn_s) == (3.75, 4.75)
+    assert (waits.overlapped_s, waits.sequential_s) == (3.75, 4.75)
 
 
 def ring(world_size, gpus_per_node, pieces=1):
@@ -33,13 +33,13 @@ def ring(world_size, gpus_per_node, pieces=1):
         for here, there in zip(order, [*order[1:], order[0]]):
             if here < gpus_per_node <= there:
                 assert here % gpus_per_node == number
-                # every rank passes on all parts but the one that its neighbor began with
+                # every rank forwards all parts except the one that its neighbor started with
                 leaving[number] += pieces * (world_size - 1) / world_size / gpus_per_node
     return leaving
 
 
 @pytest.mark.parametrize("world_size", [8, 16, 64])
-def test_a_gpu_s_share_of_the_network_is_what_leaves_a_node_by_its_ring(world_size):
+def test_traffic_per_gpu_is_what_its_ring_sends_out_of_the_node(world_size):
     sent = (world_size - 1) / world_size
     traffic = TrafficPerStep(gathered=sent, gathered_in_group=7.0, reduced=2 * sent)
     crossing = bytes_between_nodes(traffic, world_size=world_size, gpus_per_node=8, group_size=8)
@@ -47,7 +47,7 @@ def test_a_gpu_s_share_of_the_network_is_what_leaves_a_node_by_its_ring(world_si
     assert (crossing == 0) == (world_size == 8)
 
 
-def test_only_a_group_larger_than_a_node_crosses_nodes():
+def test_only_groups_larger_than_a_node_cross_nodes():
     traffic = TrafficPerStep(gathered=8.0, gathered_in_group=16.0, reduced=0.0)
     assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=8) == 1.0
     assert bytes_between_nodes(traffic, world_size=64, gpus_per_node=8, group_size=16) == 3.0
@@ -60,8 +60,8 @@ def cluster(between, inside):
     )  # fmt: skip
 
 
-def test_a_ring_is_as_slow_as_its_slower_links():
-    """800 GB a rank: on one node all inside; over nodes 700 stay inside one and 100 cross."""
+def test_the_slower_links_limit_a_ring():
+    """800 GB per rank: on one node all of it stays inside; over several nodes 700 GB stay inside and 100 GB cross."""
     traffic = TrafficPerStep(gathered=500e9, gathered_in_group=0.0, reduced=300e9)
 
     def seconds(world_size, between, inside):
@@ -72,7 +72,7 @@ def test_a_ring_is_as_slow_as_its_slower_links():
     assert seconds(64, 100.0, 70.0) == 10.0
 
 
-def test_a_group_of_a_node_waits_for_links_inside_it_and_a_larger_one_for_both():
+def test_a_group_within_a_node_uses_inside_links_and_a_larger_one_both():
     traffic = TrafficPerStep(gathered=0.0, gathered_in_group=800e9, reduced=0.0)
     in_node, across = (
         communication_s(traffic, cluster(25.0, 400.0), world_size=64, group_size=group) for group in (8, 16)

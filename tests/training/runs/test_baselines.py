@@ -1,4 +1,4 @@
-"""Every baseline of ``configs`` trains by the one trainer and generates by the one sampler."""
+"""Every baseline of ``configs`` trains with the common trainer and generates with the common sampler."""
 
 import numpy as np
 import pytest
@@ -21,13 +21,13 @@ def results(tmp_path_factory):
 
 
 def differing_lines(name):
-    """Lines of an overlay that are no comment."""
+    """Lines of an overlay that are not comments."""
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_a_baseline_is_a_few_lines_of_the_demo(name):
+def test_a_baseline_is_a_few_lines_on_top_of_the_demo(name):
     assert len(differing_lines(name)) <= 6
     config = load_config([CONFIGS / "demo.yaml", CONFIGS / f"{name}.yaml"])
     overlay = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -35,8 +35,8 @@ def test_a_baseline_is_a_few_lines_of_the_demo(name):
     assert config.run_dir == f"demo/{name.removeprefix('baseline_')}"
 
 
-def test_there_is_a_baseline_of_every_law():
-    assert {load_config([CONFIGS / "demo.yaml", CONFIGS / f"{n}.yaml"]).delay_law for n in OVERLAYS} == set(
+def test_every_law_has_a_baseline():
+    assert {load_config([CONFIGS / "demo.yaml", CONFIGS / f"{n}.yaml"]).process.delay_law for n in OVERLAYS} == set(
         PRESCRIBED_LAWS
     )
 

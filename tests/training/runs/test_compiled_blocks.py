@@ -1,4 +1,4 @@
-"""Compiled blocks under DeepSpeed, two ranks at every ZeRO stage: what eager blocks train, from one graph."""
+"""Compiled blocks under DeepSpeed on two ranks at every ZeRO stage: same results as eager blocks, from one graph."""
 
 import shutil
 
@@ -12,13 +12,13 @@ BOUNDS = {
     "fp32": {"losses": 1e-5, "norms": 1e-4, "state": 1e-3},
     "bf16": {"losses": 1e-3, "norms": 1e-2, "state": 5e-2},
 }
-"""Of each figure's own size; see ``deviations``. In bf16 a moment of a few gradients is as coarse as they are."""
+"""Relative tolerances; see ``deviations``. In bf16 a moment of a few gradients is as coarse as they are."""
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("blocks")]
 
 
 @pytest.mark.parametrize(("precision", "backend"), [("bf16", TRACED), ("fp32", "inductor")])
-def test_every_stage_trains_what_eager_blocks_do(precision, backend):
+def test_compiled_blocks_match_eager_ones_at_every_stage(precision, backend):
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     for found in run_distributed(WORKER, "every_stage", 2, timeout_s=1100, precision=precision, backend=backend):

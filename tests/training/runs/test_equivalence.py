@@ -1,4 +1,4 @@
-"""ZeRO stages, world sizes and changes of world size are one training: how far apart the losses come, and the EMA.
+"""ZeRO stages, world sizes and changes of world size train equally: largest differences of losses and EMA.
 
 The runs are the trainer's own on the toy set, float32, four packs a step that differ in clips and lengths, so ranks
 never see the same. A resumed run has two parameter groups (0.1 and no weight decay) and is changed in the middle of its
@@ -46,7 +46,7 @@ def losses(run_dir, first=0):
 
 
 def largest_deviation(what, one, other):
-    """Largest relative difference of two curves; printed, for ``pytest -s``."""
+    """Largest relative difference of two curves, printed for ``pytest -s``."""
     deviation = float(((one - other) / other).abs().max())
     print(f"{what}: largest relative deviation of the loss over {len(one)} steps {deviation:.2e}")
     return deviation
@@ -65,7 +65,7 @@ def test_four_packs_a_step_have_the_same_losses_on_any_number_of_ranks(folder, w
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_resume_at_another_world_size_goes_on_in_the_same_curve(folder, world_size):
+def test_a_resume_at_another_world_size_continues_the_loss_curve(folder, world_size):
     curves = [losses(folder / name, first=CHANGED_AT) for name in (f"changed_to_{world_size}", "unchanged")]
     assert largest_deviation(f"2 ranks changed to {world_size} and unchanged", *curves) < 1e-4
     changed, unchanged = (metrics(folder / name) for name in (f"changed_to_{world_size}", "unchanged"))
@@ -76,14 +76,14 @@ def test_a_resume_at_another_world_size_goes_on_in_the_same_curve(folder, world_
 
 
 def test_the_runs_differ_where_they_should_and_learn(folder):
-    """Weight decay and schedule must show in the losses, or the tests above prove less."""
+    """Weight decay and schedule must affect the losses, or the tests above prove less."""
     unchanged, other = losses(folder / "unchanged", first=CHANGED_AT), losses(folder / "stage_3")
     assert float((unchanged - other).abs().max()) > 1e-2
     assert float(other[-10:].mean()) < float(other[:10].mean())
 
 
-def test_the_ema_is_that_of_one_plain_process_to_the_bit():
-    """Ten steps of two ranks at every stage; the average is made again from the whole weights of each step."""
+def test_the_ema_is_bit_identical_to_that_of_one_process():
+    """Ten steps on two ranks at every stage; the average is recomputed from the full weights of each step."""
     found = run_distributed(WORKER, "weights_by_step", 2, steps=10, timeout_s=600)[0]
     for stage, result in found.items():
         first, *rest = result["weights"]

@@ -1,4 +1,4 @@
-"""A small network trained by the real trainer on Gaussian clips comes near the exact oracle.
+"""A small network trained with the real trainer on Gaussian clips approaches the exact oracle.
 
 A biased target, a wrong weight or mask, or a network that is not shown what it needs cannot pass.
 """
@@ -21,7 +21,7 @@ def test_a_trained_network_is_within_5_percent_of_the_bayes_errors(tmp_path):
 
 
 def test_an_untrained_network_is_far_from_it(tmp_path):
-    """The same measurement after one step: it can fail."""
+    """The same measurement after one step, to show that the test can fail."""
     (excess,) = run_distributed(
         WORKER, "train_and_compare", 1, folder=str(tmp_path), timeout_s=240, clips_of_each_length=300, max_steps=1
     )

@@ -1,4 +1,4 @@
-"""Signals to real jobs. After SIGKILLs at random steps the run must end as if nothing had happened."""
+"""Signals to real jobs. After SIGKILLs at random steps the run must end like an uninterrupted one."""
 
 import os
 import random
@@ -21,7 +21,7 @@ STEPS, KILLS = 40, 5
 
 
 def start(config: Path, log: Path, prepared: tuple[str, int, int] | None = None) -> list[Forked]:
-    """Two ranks of ``train/main.py``, perhaps prepared to die (``killed_main.py``)."""
+    """Two ranks of ``train/main.py``, optionally set up to be killed (``killed_main.py``)."""
     port, server = free_port(), Server.shared()
     return [
         server.start(KILLED_MAIN, "main", prepared, str(config), environment=rank_environment(rank, 2, port), log=log)
@@ -80,7 +80,7 @@ def test_five_kills_change_nothing(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
-    """Each job dies in the second save after its start, one operation or one rank further on."""
+    """Each job is killed in its second save, one operation or one rank further on."""
     data = write_set(tmp_path / "shards")
     settings = {"checkpoint__save_every_steps": 2, "checkpoint__keep_last": 2, "validation__every_steps": None}
     configs = {
@@ -97,11 +97,11 @@ def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
         finally:
             end_all(processes)
         before, newest = newest, int(latest_valid(tmp_path / "killed").name[5:])
-        if place == "half_written":  # its saves are of steps 0 and 2, those of the next jobs 2 and 4 steps on
+        if place == "half_written":  # it saves steps 0 and 2; later jobs save 2 and 4 steps after their start
             assert newest == 0
             assert len(list(checkpoints.glob("*.tmp/rank_00001.safetensors"))) == 1
             assert not list(checkpoints.glob("*.tmp/rank_00001.receipt"))
-        if place == "write_slices":  # its receipt is there, so rank 0 may commit before it is killed
+        if place == "write_slices":  # its receipt is written, so rank 0 may commit before it is killed
             assert newest - before in (2, 4)
         if place == "wait_for_receipts":
             assert newest - before == 2
@@ -119,7 +119,7 @@ def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves_with_85(tmp_path, number):
+def test_a_signal_saves_and_exits_with_85(tmp_path, number):
     config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
     processes = start(config, tmp_path / "log")
     try:

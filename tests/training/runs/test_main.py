@@ -58,16 +58,16 @@ def test_dry_run_and_bad_input_by_exit_code(main, tmp_path, capsys, monkeypatch)
     assert error.count("\n") == 1
 
 
-def test_dry_run_fails_with_a_problem_and_needs_no_data_where_clips_are_given(main, tmp_path, capsys, monkeypatch):
+def test_dry_run_fails_on_a_problem_and_needs_no_data_with_synthetic_clips(main, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     path = write_config(tmp_path / "c.yaml", tmp_path / "run", tmp_path / "nowhere")
     words = ["--config", str(path), "--dry-run", "--world-size", "2"]
     assert main.main(words) == 2
     assert "problem 1: " in capsys.readouterr().out
     assert main.main([*words, "--clip", "6x2x2", "--num-clips", "300", "--hfu", "0.3"]) == 0
-    assert "at HFU 0.3 of 989 TFLOP/s a rank (H100, dense bf16)" in capsys.readouterr().out
+    assert "at HFU 0.3 of 989 TFLOP/s per rank (H100, dense bf16)" in capsys.readouterr().out
     assert main.main([*words, "--hfu", "3"]) == 2
-    assert "--hfu is 3.0" in capsys.readouterr().err
+    assert "--hfu must be a number in (0, 1] (a share, such as 0.4), got 3.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_dry_run_fails_with_a_problem_and_needs_no_data_where_clips_are_given(ma
         ({"SLURM_PROCID": "2"}, False, "train/main.py: rank 2: error: bad"),
     ],
 )
-def test_a_rank_prints_the_errors_that_are_its_own(main, monkeypatch, capsys, variables, shared, printed):
+def test_a_rank_prints_only_its_own_errors(main, monkeypatch, capsys, variables, shared, printed):
     def fail(arguments, stop):
         error = ConfigError("bad")
         error.on_all_ranks = shared
@@ -94,7 +94,7 @@ def test_a_rank_prints_the_errors_that_are_its_own(main, monkeypatch, capsys, va
 
 
 @pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
-def test_a_bad_configuration_is_one_line_for_each_node(main, monkeypatch, capsys, tmp_path, local_rank, lines):
+def test_a_bad_configuration_prints_one_line_per_node(main, monkeypatch, capsys, tmp_path, local_rank, lines):
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert main.main(["--config", str(tmp_path / "none.yaml")]) == 2
@@ -115,7 +115,7 @@ import runpy, sys, threading
 from flowception.training.signals import StopFlag
 
 def fail(self):
-    threading.Thread(target=threading.Event().wait).start()  # the interpreter's ending waits for it for ever
+    threading.Thread(target=threading.Event().wait).start()  # interpreter shutdown would wait for it forever
     raise {error}
 
 StopFlag.install = fail
@@ -152,7 +152,7 @@ def test_a_signal_sets_the_flag():
     assert stop.signal_name == "SIGUSR1"
 
 
-def test_environment_alone_is_one_rank():
+def test_environment_of_a_single_process_is_one_rank():
     environment = {}
     fill_environment(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
@@ -171,11 +171,11 @@ def test_environment_of_slurm():
     fill_environment(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("5", "16", "1")
     del environment["MASTER_ADDR"]
-    with pytest.raises(ConfigError, match="MASTER_ADDR not set for 16 ranks"):
+    with pytest.raises(ConfigError, match="MASTER_ADDR must be set for 16 ranks"):
         fill_environment(environment)
 
 
-def test_environment_of_a_launcher_is_left_alone():
+def test_environment_of_a_launcher_is_not_changed():
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     before = dict(environment)
     fill_environment(environment)

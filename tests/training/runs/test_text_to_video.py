@@ -1,4 +1,5 @@
-"""Captions reach the model: toy videos, a tiny T5, shards with text, training, clips by prompt; by the commands."""
+"""Captions reach the model: toy videos, a tiny T5, shards with text, training, and clips by prompt, with the
+commands."""
 
 import json
 import os

@@ -21,7 +21,7 @@ STEPS, NUM_FRAMES, NUM_INFERENCE_STEPS = 20, 6, 4
 
 
 def train_and_generate(folder: str) -> dict[str, dict]:
-    """Metrics and generated clips of every overlay, and of none, by its name."""
+    """Metrics and generated clips with each overlay, and without one, by overlay name."""
     torch.set_num_threads(1)
     ranks, codec = init_distributed(), PatchifyCodec(2)
     channels = codec.latent_channels

@@ -17,7 +17,7 @@ STEPS, MICRO_STEPS = 3, 2
 
 
 def steps(config, stage: int, precision: str) -> dict:
-    """Losses, gradient norms and everything that a checkpoint holds, after a few steps and a pass without gradients."""
+    """Losses, gradient norms and the contents of a checkpoint, after a few steps and a pass without gradients."""
     engine, shards = make_engine(config, precision, stage=stage, accumulation_steps=MICRO_STEPS)
     rank, losses, norms = torch.distributed.get_rank(), [], []
     for step in range(STEPS):
@@ -37,7 +37,7 @@ def steps(config, stage: int, precision: str) -> dict:
 
 
 def deviations(ours: dict, theirs: dict) -> dict[str, float]:
-    """Largest relative difference of losses and norms, and of tensors, each of its own largest element."""
+    """Largest relative difference of losses and norms, and of tensors relative to their largest elements."""
 
     def of_tensors(one, other):
         return float((one - other).abs().max() / other.abs().max().clamp(min=1e-6))
@@ -47,7 +47,7 @@ def deviations(ours: dict, theirs: dict) -> dict[str, float]:
 
 
 def every_stage(precision: str, backend: str) -> dict[str, dict]:
-    """By stage and checkpointing: how far compiled blocks are from eager ones, and the graphs that they took."""
+    """By stage and checkpointing: differences between compiled and eager blocks, and the number of graphs."""
     torch.compile = partial(torch.compile, backend=backend)
     found = {}
     for stage in range(4):

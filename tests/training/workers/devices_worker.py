@@ -1,4 +1,4 @@
-"""Worker side of the tests of devices: what each rank of a job is told about the others."""
+"""Worker side of the device tests: what each rank of a job learns about the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flowception.training.distributed.launch import init_distributed
 
 
 def meet():
-    """Join as a run does, and talk."""
+    """Join the process group as a run does, and communicate."""
     ranks = init_distributed()
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
@@ -19,7 +19,7 @@ def meet():
 
 
 def rank_1_of_a_node_without_a_working_driver():
-    """Rank 1 has lost sight of its GPU. No rank may go on or wait."""
+    """Rank 1 does not see its GPU. No rank may continue or wait."""
     if os.environ["RANK"] == "1":
         del os.environ["DS_ACCELERATOR"]
         os.environ["SLURM_GPUS_ON_NODE"] = "8"

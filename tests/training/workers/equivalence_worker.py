@@ -8,7 +8,7 @@ from tests.training.workers.small_engine import EMA_DECAY, full, make_engine, tr
 STEPS = 50
 """Compared."""
 CHANGED_AT = 20
-"""Step at which a run goes on with another number of ranks; its warm-up ends at step 30."""
+"""Step where a run continues with another number of ranks; its warm-up ends at step 30."""
 SETTINGS = {
     "packs_per_step": 4,
     "max_steps": STEPS,
@@ -25,7 +25,7 @@ SCHEDULE = {
 
 
 def stages(folder):
-    """50 steps at every ZeRO stage, and the runs that the resumed ones are compared with and begin from."""
+    """50 steps at every ZeRO stage, and the runs that the resumed ones start from and are compared with."""
     for stage in range(4):
         assert trainer_worker.run(folder, f"stage_{stage}", zero__stage=stage, **SETTINGS) is True
     assert trainer_worker.run(folder, "unchanged", **SETTINGS | SCHEDULE) is True
@@ -33,13 +33,13 @@ def stages(folder):
 
 
 def alone(folder, name, resumed):
-    """The same at this world size, at stage 3; and the begun run, continued."""
+    """The same at this world size at stage 3, and the continued run."""
     assert trainer_worker.run(folder, name, **SETTINGS) is True
     assert trainer_worker.run(folder, resumed, **SETTINGS | SCHEDULE) is True
 
 
 def weights_by_step(steps):
-    """For each stage: the small model's weights after every step, and its EMA at the end, whole and as lists."""
+    """For each stage: the small model's weights after every step, and its final EMA, in full and as lists."""
     found = {}
     for stage in range(4):
         ranks, engine, shards = make_engine(stage)

@@ -1,4 +1,4 @@
-"""A run of the real trainer on Gaussian clips, and how far its network is from the exact oracle on held-out clips."""
+"""Train on Gaussian clips with the real trainer, and compare the network with the exact oracle on held-out clips."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONFIG = {
 
 
 def write_set(folder: Path, clips_of_each_length: int, seed: int = 0) -> None:
-    """Clips of the law, one value a frame."""
+    """Clips of the process, one value per frame."""
     meta = ShardMeta(codec="none", codec_fingerprint="0" * 64, latent_channels=1, codec_config={"name": "none"})
     generator = torch.Generator().manual_seed(seed)
     writer = ShardSetWriter(folder, meta)
@@ -60,7 +60,7 @@ def write_set(folder: Path, clips_of_each_length: int, seed: int = 0) -> None:
 
 
 def excess(model: FlowceptionDiT, oracle: GaussianOracle, pack: Pack) -> torch.Tensor:
-    """Of one pack: sums of the Bayes velocity error, its excess, the Bayes rate deviance, its excess."""
+    """Sums over one pack: Bayes velocity error, excess over it, Bayes rate deviance, excess over it."""
     layout, used = pack.layout, pack.layout.frame_valid
     latent = layout.latent_mask
     context = {ModelRole.GENERATED: Role.START, ModelRole.ACTIVE: Role.CONTEXT_ACTIVE}

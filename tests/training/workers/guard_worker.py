@@ -1,4 +1,4 @@
-"""Worker side of the guards' tests: runs of the trainer in which some clips are poison to loss or gradient."""
+"""Worker side of the guard tests: runs where some clips poison the loss or the gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowception.training.trainer import Trainer
 from tests.training.workers import trainer_worker
 
 run = partial(trainer_worker.run, model__num_layers=1)
-"""One block: what a guard refuses does not depend on how many there are, and DeepSpeed's time does."""
+"""One block, because guards do not depend on the number of blocks, but DeepSpeed's time does."""
 HARMS = {  # what a poisonous clip adds to its pack's velocity loss, and what it multiplies the gradient by
     "loss": (math.nan, 1.0),
     "gradient": (0.0, math.nan),
@@ -38,7 +38,7 @@ class Harm(torch.autograd.Function):
 
 @contextmanager
 def poisoned(keys, harm):
-    """Inside, a pack with one of these clips, unless it is padding, is harmed."""
+    """Corrupt every pack with one of these clips, unless the clip is padding."""
     keys, real_to, real_loss, packs = set(keys), Pack.to, step.velocity_loss_sum, []
 
     def to(pack, *arguments, **options):
@@ -58,7 +58,7 @@ def poisoned(keys, harm):
 
 @contextmanager
 def unreadable(keys):
-    """Inside, these clips cannot be read, however many of a step they are."""
+    """Make these clips unreadable, however many a step has."""
     keys, real_read, real_note = set(keys), ShardReader.read_clip, trainer.note_bad_clips
 
     def read_clip(reader, row, frames):
@@ -82,7 +82,7 @@ class Killed(Exception):
 
 @contextmanager
 def killed_after_rollback():
-    """Inside, the job dies when it has gone back, with nothing done after."""
+    """Kill the job right after its rollback."""
     real = Trainer._roll_back
 
     def roll_back(running, metrics):
@@ -99,7 +99,7 @@ def killed_after_rollback():
 
 
 def scenarios(folder, in_a_row, clips_in_a_row, hopeless, twice, rank_1):
-    """Every argument but the folder is keys of clips."""
+    """All arguments except the folder are keys of clips."""
     result = {}
     back = {"guard__max_skipped_in_a_row": 3, "checkpoint__save_every_steps": 3}
     with poisoned(in_a_row, "both"):
@@ -129,7 +129,7 @@ ONE_STEP |= {"guard__spike_memory_steps": 2, "validation__every_steps": None, "g
 
 
 def harms(folder, rank_1, settings):
-    """One poisoned step for each harm under each (stage, precision)."""
+    """One poisoned step for each harm and each (stage, precision)."""
     result = {}
     for stage, precision in settings:
         for harm in ("loss", "gradient", "spike"):

@@ -1,4 +1,5 @@
-"""Worker side of the memory tests: bytes that an engine really holds, by part, and bytes that a rank really sends."""
+"""Worker side of the memory tests: bytes that an engine actually stores, by part, and bytes that a rank actually
+sends."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from flowception.training.resume import CheckpointConfig
 MODEL = DiTConfig(preset=None, in_channels=8, hidden_size=128, num_layers=3, num_heads=4)
 BUCKET_ELEMENTS = 100_000
 RING_PASSES = {"all_reduce": 2, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
-"""How often a ring sends (W - 1) / W of a collective's whole tensor."""
+"""How often a ring sends (W - 1) / W of the full tensor of a collective."""
 
 
 def pack() -> PackInput:
@@ -58,7 +59,7 @@ def every_tensor() -> list[Tensor]:
 
 @contextmanager
 def counting_traffic() -> Iterator[Counter]:
-    """Bytes that a rank sends in a ring, by collective, counted where DeepSpeed hands tensors to torch."""
+    """Bytes that a rank sends in a ring, by collective, counted where DeepSpeed passes tensors to torch."""
     sent: Counter = Counter()
     real = {name: getattr(TorchBackend, name) for name in RING_PASSES}
 
@@ -73,7 +74,7 @@ def counting_traffic() -> Iterator[Counter]:
             is_node = group is not None and group is _get_zero_param_intra_parallel_group()
             sent["in_group" if is_node else name] += (
                 RING_PASSES[name] * size * (ranks - 1) / ranks
-            )  # the whole tensor is the larger one
+            )  # the full tensor is the larger one
             return real[name](*given, **named)
 
         return call
@@ -88,7 +89,7 @@ def counting_traffic() -> Iterator[Counter]:
 
 
 def measure(stage: int, precision: str, group: int | None = None, accumulation: int = 2) -> dict:
-    """Two optimizer steps: bytes held by part, sent in the second step, and saved."""
+    """Two optimizer steps: bytes stored by part, sent in the second step, and saved."""
     before = storages(every_tensor())
     ranks = init_distributed()
     torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def measure(stage: int, precision: str, group: int | None = None, accumulation: 
 
 
 def step(engine, accumulation: int, known: dict[int, int], gradients: list[int], second_copies: list[int]) -> float:
-    """Micro-steps; after each, what appeared and stayed, communication buckets left out, is gradients."""
+    """Run micro-steps. New memory after each, except communication buckets, is gradients."""
     total = 0.0
     for number in range(accumulation):
         output = engine(pack())
@@ -163,7 +164,8 @@ def saved_bytes(shards: ShardedState) -> int:
 
 
 def measure_all() -> dict[str, dict]:
-    """Autocast (stages 0 and 1 in bf16) and groups come last: DeepSpeed keeps both for the rest of the process."""
+    """Autocast (stages 0 and 1 in bf16) and groups run last, because DeepSpeed keeps both for the rest of the
+    process."""
     cases = [(3, "fp32"), (3, "bf16"), (2, "fp32"), (2, "bf16"), (1, "fp32"), (0, "fp32"), (1, "bf16"), (0, "bf16")]
     found = {f"{stage} {precision}": measure(stage, precision) for stage, precision in cases}
     return found | {"3 fp32 in groups": measure(3, "fp32", group=2)}

@@ -1,4 +1,4 @@
-"""Worker side of the tests of the real network under ZeRO: what it computes with when DeepSpeed builds and holds it."""
+"""Worker side of the tests of the real network under ZeRO, built and run by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = DiTConfig(preset=None, in_channels=4, hidden_size=64, num_layers=2, num_
 
 
 CLIPS = (ClipShape(30, 4, 6, 9), ClipShape(5, 3, 2, 4))
-"""Far enough apart in rank and place that a rounded frequency shows."""
+"""Ranks and positions far enough apart to reveal rounded frequencies."""
 
 
 def make_pack(seed: int = 0, clips: Sequence[ClipShape] = CLIPS) -> PackInput:
@@ -46,7 +46,7 @@ def make_pack(seed: int = 0, clips: Sequence[ClipShape] = CLIPS) -> PackInput:
 
 
 def nothing_zero(model: nn.Module) -> nn.Module:
-    """The network, told to begin its zero layers as the others."""
+    """The network, with its zero-initialized layers initialized like the others."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.zero = False
@@ -81,7 +81,7 @@ def make_plain(config: DiTConfig, precision: str) -> nn.Module:
 
 
 def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
-    """The rotations that each block is given, the features that each embedding is, and the latent tokens' inputs."""
+    """Rotations that each block receives, features of each embedding, and inputs of the latent tokens."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str, place: int):
@@ -104,7 +104,8 @@ def constants_seen(model: torch.nn.Module, run) -> dict[str, Tensor]:
 
 
 def constants() -> dict:
-    """What the forward makes of positions, times and counts, built under ``zero.Init`` in bf16 and built plainly."""
+    """What the forward pass computes from positions, times and counts, built under ``zero.Init`` in bf16 and without
+    it."""
     (engine, _), plain = make_engine(MODEL, "bf16"), make_plain(MODEL, "bf16")
     under_zero, alone = constants_seen(engine.module, engine), constants_seen(plain, plain)
     rope, plain_rope = engine.module.rope, plain.rope
@@ -122,7 +123,7 @@ def constants() -> dict:
 
 
 def module_stack(micro_steps: int) -> list[int]:
-    """Entries of DeepSpeed's list of modules at work after each micro-step, all blocks computed again."""
+    """Length of DeepSpeed's module stack after each micro-step, with all blocks recomputed."""
     config = replace(MODEL, hidden_size=16, num_layers=1, text_dim=None, num_classes=0, activation_checkpointing=True)
     engine, _ = make_engine(config, "fp32", accumulation_steps=micro_steps)
     pack, entries = replace(make_pack(clips=[ClipShape(2, 1, 1)] * 2), text=None), []
@@ -134,7 +135,7 @@ def module_stack(micro_steps: int) -> list[int]:
 
 
 def loss_of(output) -> Tensor:
-    """Of both heads, each to a mean of order 1."""
+    """Loss over both heads, with both means of order 1."""
     return (output.velocity - 1.0).square().mean() + (output.log_rate - 1.0).square().mean()
 
 
@@ -148,7 +149,7 @@ def one_step(config: DiTConfig, precision: str, engine=None) -> dict:
 
 
 def one_step_traced(config: DiTConfig, precision: str) -> dict:
-    """The same, compiled by a backend that needs no C++ compiler; and the graphs that it took."""
+    """The same, compiled with a backend that needs no C++ compiler, and the number of graphs."""
     torch.compile = partial(torch.compile, backend=TRACED)
     return {**one_step(config, precision), "graphs": counters["stats"]["unique_graphs"]}
 
@@ -163,7 +164,7 @@ def one_step_alone(config: DiTConfig, precision: str) -> dict:
 
 
 def compiled() -> dict[str, dict]:
-    """A step under ZeRO-3 with compiled leaves, plain and with every block computed again, and the eager one."""
+    """A step under ZeRO-3 with compiled leaves, without and with recomputation of every block, and the eager step."""
     ways = {
         "eager": {},
         "compiled": {"compile": "leaves"},

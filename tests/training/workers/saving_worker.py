@@ -22,7 +22,7 @@ from tests.training.workers.small_engine import make_engine, train
 
 RANK = int(os.environ.get("RANK", 0))
 PRINTED = io.StringIO()
-checkpointer._PIECE_ELEMENTS = 64  # many pieces, and vectors longer than one
+checkpointer._PIECE_ELEMENTS = 64  # many buffers, and vectors longer than one
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def only_rank(rank, new):
 
 
 def names(run_dir):
-    """What lies in the checkpoints' folder, seen when all ranks are done."""
+    """Contents of the checkpoint folder once all ranks are done."""
     torch.distributed.barrier()
     folder = checkpoints_dir(run_dir)
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -54,14 +54,14 @@ def names(run_dir):
 
 
 def finished(saver):
-    """Wait for the save under way of this rank alone."""
+    """Wait for the save in progress of this rank only."""
     while saver._under_way is not None:
         saver.poll()
         time.sleep(0.005)
 
 
 class Scene:
-    """Savers of one small engine, and what this rank printed of them."""
+    """Savers of one small engine, and what this rank printed about them."""
 
     def __init__(self, folder, stage):
         self.folder, self.stage = Path(folder), stage
@@ -74,13 +74,13 @@ class Scene:
 
     @property
     def reports(self):
-        """Lines since the last saver was made; rank 0 alone prints what becomes of a save."""
+        """Lines since the last saver was created; only rank 0 prints the result of a save."""
         lines = PRINTED.getvalue().splitlines()
         assert RANK == 0 or not lines, lines
         return lines
 
     def result(self, saver):
-        """What a saver says at the end, on every rank."""
+        """Final state of a saver, on every rank."""
         saved_step = saver.wait()
         metrics = saver.poll()
         saver.close()
@@ -132,7 +132,7 @@ def failing(scene, rank):
 
 
 def no_room_for_words(scene):
-    """Rank 1 can write nothing at all, so rank 0 waits until it is too late."""
+    """Rank 1 cannot write anything, so rank 0 waits until its timeout."""
     saver = scene.saver("silent", save_timeout_s=0.2)
     with (
         changed(writer, "write_slices", only_rank(1, full)),
@@ -149,7 +149,7 @@ def no_room_for_words(scene):
 
 
 def late(scene):
-    """Rank 1 begins to write when rank 0 has given up; the next save is whole and clears what it left."""
+    """Rank 1 starts to write after rank 0 has given up; the next save is complete and removes the leftovers."""
     saver = scene.saver("late", save_timeout_s=0.2)
     may_write = threading.Event()
 
@@ -172,7 +172,7 @@ def late(scene):
 
 
 def one_at_a_time(scene):
-    """Three saves in a row, rank 1 slow: what happened in which order on this rank."""
+    """Three saves in a row with a slow rank 1: order of events on this rank."""
     events = []
 
     def slow(real, folder, *arguments):
@@ -232,7 +232,7 @@ def cannot_prune(scene):
 
 
 def leaving(scene):
-    """Rank 0 alone begins a save, as if rank 1 were gone, and leaves."""
+    """Only rank 0 starts a save, as if rank 1 were gone, and exits."""
     saver = scene.saver("leaving", save_timeout_s=600)
     checkpointer._LEAVING_TIMEOUT_S, usual_s = 0.1, checkpointer._LEAVING_TIMEOUT_S
     if RANK == 0:

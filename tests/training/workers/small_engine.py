@@ -67,7 +67,7 @@ def _write(module_name, parameters):
 
 
 def micro_batch(step, index):
-    """Micro-batch ``index`` of a step: rows differ in number, as packs do."""
+    """Micro-batch ``index`` of a step; the number of rows varies, as in packs."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     rows = 3 + (5 * step + 3 * index) % 7
     x = torch.randn(rows, 5, generator=generator)
@@ -154,7 +154,7 @@ def accept(norm):
 
 
 def refused_step(ranks, engine, shards, accumulation, factor, refuse):
-    """A step with the gradient of a sum times ``factor``: what the optimizer says, and all that is held after it."""
+    """A step with the gradient of a sum times ``factor``: the optimizer's outcome, and the state after it."""
     x, label, _ = micro_batch(0, 0)
     for index in range(accumulation):
         engine.backward(engine(x, label).float().sum() * factor)
@@ -181,7 +181,7 @@ def held(shards):
 
 
 def full(shards, kind):
-    """Whole parameters put together from all ranks' fragments."""
+    """Full parameters assembled from the fragments of all ranks."""
     own = [(f.name, f.shape, *shards.saved_range(f), f.start, v.tolist()) for f, v in shards.views(kind)]
     found = {}
     for part in gather_values(own):
@@ -197,7 +197,7 @@ def train_every_stage(steps):
 
 
 def train_and_resume(folder):
-    """For some stages and types: six steps at once, and the last three again from the checkpoint at step 3."""
+    """For some stages and types: six steps, and the last three again from the checkpoint of step 3."""
     result = {}
     for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
         whole, again = (Path(folder, f"{stage}-{precision}-{part}") for part in ("whole", "again"))
@@ -210,7 +210,7 @@ def train_and_resume(folder):
 
 
 def load_and_save(source, folder, stages):
-    """Load one checkpoint under several stages, and save it again at once."""
+    """Load one checkpoint at several stages, and save it again immediately."""
     for stage in stages:
         run_dir = Path(folder, f"stage-{stage}")
         if int(os.environ["RANK"]) == 0:
@@ -220,7 +220,7 @@ def load_and_save(source, folder, stages):
 
 @torch.no_grad()
 def outputs(engine, shards):
-    """What the model says with its weights, with its EMA, and with its weights again."""
+    """Model outputs with its weights, with its EMA, and with its weights again."""
     x, label, _ = micro_batch(99, 0)
     engine.eval()
     result = []

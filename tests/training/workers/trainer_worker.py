@@ -1,4 +1,4 @@
-"""Worker side of the trainer tests: whole runs on a tiny set, many in one process group."""
+"""Worker side of the trainer tests: complete runs on a tiny set, many in one process group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RANKS = []
 
 
 class StopAfter(StopFlag):
-    """As if a signal had come to the last rank alone in the given step."""
+    """Simulate a signal to only the last rank in the given step."""
 
     def __init__(self, steps):
         super().__init__()
@@ -109,7 +109,7 @@ def copy_with_newest_damaged(source, target):
 
 
 def run_with_a_bad_mount(folder):
-    """Rank 1 finds the run's checkpoint whole, and then cannot read its weights."""
+    """Rank 1 verifies the run's checkpoint, and then cannot read its weights."""
     real = SliceReader.read
 
     def read(reader, kind, name, start=0, stop=None):

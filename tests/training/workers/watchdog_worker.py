@@ -1,4 +1,4 @@
-"""Worker side of the watchdog's tests: jobs in which one rank stops. Each touches files to say how far it is."""
+"""Worker side of the watchdog tests: jobs where one rank stops. Each touches files to report its progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def asleep():
 
 
 def job(folder, victim, poll_s, victim_notices):
-    """Three steps; then the victim never comes to a collective. The other waits until the parent touches ``now``."""
+    """Three steps, then the victim never joins a collective. The other waits until the parent touches ``now``."""
     torch.distributed.init_process_group("gloo")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     ranks = Ranks(rank=rank, local_rank=rank, world_size=world_size, device=torch.device("cpu"))

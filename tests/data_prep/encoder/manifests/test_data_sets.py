@@ -1,4 +1,4 @@
-"""Each data set in a small copy of its published layout, whole and with parts missing."""
+"""Each data set in a small copy of its published layout, complete and with parts missing."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_taichi(tmp_path):
 
 
 def test_taichi_as_folders_of_frames(tmp_path):
-    """``load_videos.py`` writes folders of frames by default, which are called ``.mp4`` all the same."""
+    """``load_videos.py`` writes folders of frames by default, with names that still end in ``.mp4``."""
     for name in ("ab#000010#000050.mp4/0000000.png", "cd#000000#000128.png/0000000.png", "ef#000000#000009.mp4"):
         touch(tmp_path / "train" / name)
     with pytest.raises(
@@ -118,12 +118,12 @@ def test_openvid(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["taichi", "realestate10k", "kinetics600", "openvid"])
-def test_an_empty_folder_is_refused_with_the_layout_that_is_expected(tmp_path, name):
+def test_an_empty_folder_is_refused_with_the_expected_layout(tmp_path, name):
     with pytest.raises(DataError, match=f"source_format {name}: .* is missing; expected"):
         read_source(tmp_path, name)
 
 
-def test_a_data_set_of_which_nothing_is_here_is_refused(tmp_path):
+def test_a_data_set_without_any_local_videos_is_refused(tmp_path):
     touch(tmp_path / "OpenVid-1M.csv", "video,caption\na.mp4,x\n")
     with pytest.raises(DataError, match="all 1 listed videos are missing"):
         read_source(tmp_path, "openvid")

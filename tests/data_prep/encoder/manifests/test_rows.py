@@ -3,14 +3,14 @@ import os
 from data_prep.encoder.manifests.rows import files_below
 
 
-def test_of_equal_names_the_first_in_order_counts_whatever_the_filesystem_lists(tmp_path, monkeypatch, capsys):
+def test_the_first_of_equal_names_is_used_in_any_listing_order(tmp_path, monkeypatch, capsys):
     for name in ("b/same.mp4", "a/z/same.mp4", "a/other.mp4", "c.mp4", "b/c.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     scandir = os.scandir
 
     class Backwards:
-        """What ``scandir`` gives, with the names from Z to A."""
+        """The entries of ``scandir``, with names from Z to A."""
 
         def __init__(self, path):
             with scandir(path) as entries:
