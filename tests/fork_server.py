@@ -176,6 +176,7 @@ def _interpret(words: list[str]) -> object:
     code: object = None
     try:
         if is_module:
+            sys.modules.pop(name, None)  # preloaded or not: it runs as the main module
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(name, run_name="__main__")
