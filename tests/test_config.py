@@ -95,7 +95,7 @@ def test_a_save_may_not_wait_until_the_watchdog_gives_up(save_timeout_s, hang_ti
         load_config([], [*NEEDED, *words])
         return
     expected = (
-        f"save_timeout_s must be less than guard.hang_timeout_s, got {save_timeout_s} and {hang_timeout_s}: the watchdog"
+        f"save_timeout_s must be less than guard.hang_timeout_s, got {save_timeout_s} and {hang_timeout_s}: the watch"
     )
     with pytest.raises(ConfigError, match=expected):
         load_config([], [*NEEDED, *words])
