@@ -2,7 +2,7 @@
 
 Clips are content-free. An oracle (``flowception.evaluation.oracles.content_free``) replaces the network and returns the
 exact posterior mean of the number of missing frames, from the network's inputs. The remaining error is that of the
-insertion rule (DESIGN.md section 2, "Sampler")::
+insertion rule (docs/method.md)::
 
     python benchmarks/length_law.py --json length_law.json --picture length_law.png
 

@@ -1,7 +1,7 @@
 """The generative process: schedules, roles, extended time, losses, and the sampler. Pure torch and numpy.
 
-``draw_clips`` turns uniforms into training states, ``sample`` turns a predictor into clips. Both follow DESIGN.md
-section 2. Nothing here depends on files, networks or distributed processes.
+``draw_clips`` turns uniforms into training states, ``sample`` turns a predictor into clips. Both follow docs/method.md.
+Nothing here depends on files, networks or distributed processes.
 """
 
 from flowception.flow.context_law import context_probability, length_law, present_law

@@ -1,7 +1,7 @@
 """The distribution of context frames, ``p(context | n)``, and of the number of frames present at clock 0.
 
 The sampler sees the order of the context frames but not their positions. Its posterior over the length is therefore
-``p(n) p(context | n)``, normalized, and its samples should follow that law (DESIGN.md section 2). Closed forms of the
+``p(n) p(context | n)``, normalized, and its samples should follow that law (docs/method.md). Closed forms of the
 laws that ``task.draw_roles`` samples from:
 
 * ``v2v``, c context frames: ``1 / M``, M = ``min(max_context_frames, n - 1)``, for c = 1 to M.

@@ -1,7 +1,6 @@
 """Delay laws: when each frame of a clip appears. Every baseline is a delay law; there is no second engine.
 
-A frame with delay ``u`` has time ``tau_g - u`` at global time ``tau_g`` (DESIGN.md section 2, "Extended time" and
-"Baselines are delay laws"):
+A frame with delay ``u`` has time ``tau_g - u`` at global time ``tau_g`` (docs/method.md):
 
 * ``uniform``: Flowception. The model learns where frames are missing.
 * ``random``, ``left_to_right``, ``hierarchical``: the same delays, assigned randomly, left to right, or coarse to

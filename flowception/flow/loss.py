@@ -2,7 +2,7 @@
 
 A micro-step's loss is ``S_v / N_v + insertion_loss_weight * S_i / N_i``. ``S`` are the sums below. ``N`` are the
 expected counts of the step's clips over ``tau_g ~ U(0, 2)`` and the delays, computed from the roles alone. They are
-therefore identical on every rank without communication (DESIGN.md section 2, "Losses").
+therefore identical on every rank without communication (docs/method.md).
 
 Shape legend: ``T`` tokens of a pack, ``C`` channels, ``F`` frame slots, ``B`` clips, ``N`` frames of the longest.
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """``t / (t + s (1 - t))``: spends more steps near noise, for large latents (DESIGN.md section 2).
+    """``t / (t + s (1 - t))``: spends more steps near noise, for large latents (docs/method.md).
 
     Args:
         t: Times in [0, 1], any shape.

@@ -1,7 +1,7 @@
 """The prior of the global time ``tau_g`` for clocks that end at 2, and the variance cost of its weights.
 
 A fraction ``insertion_share`` of its mass is on (0, 1), where frames are inserted and few are visible; the rest is on
-(1, 2). Importance weights correct it to U(0, 2), the sampler's law (DESIGN.md section 2, "p(tau_g)").
+(1, 2). Importance weights correct it to U(0, 2), the sampler's law (docs/method.md).
 
 Shape legend: ``B`` clips.
 """

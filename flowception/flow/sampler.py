@@ -1,4 +1,4 @@
-"""The sampler: denoises existing frames and inserts new ones, with any predictor (DESIGN.md section 2).
+"""The sampler: denoises existing frames and inserts new ones, with any predictor (docs/method.md).
 
 Frame ages are integer steps: after k steps a frame's unshifted time is ``min(1, k / N)``, so the last step reaches
 exactly 1 for any N. Each step evaluates the predictor once, moves every generated frame by

@@ -2,7 +2,7 @@
 
 ``kappa`` is an increasing map of [0, 1] onto [0, 1] with ``kappa(0) = 0`` and ``kappa(1) = 1``. A free frame's delay
 is ``kappa^-1(U)`` with ``U ~ Unif(0, 1)``, so it is visible at clock ``t`` with probability ``kappa(t)``. A frame that
-is still missing appears at rate ``kappa'(t) / (1 - kappa(t))``, the hazard (DESIGN.md section 2, "Schedule").
+is still missing appears at rate ``kappa'(t) / (1 - kappa(t))``, the hazard (docs/method.md).
 
 All methods are elementwise on tensors of any shape.
 """

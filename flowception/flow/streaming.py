@@ -3,7 +3,7 @@
 A frame is final when it and every frame to its left are at time 1 and nothing can be inserted to its left. Frames are
 inserted to the right of frames that may insert, while the clock is below 1. Until the clock reaches 1, only a leading
 run of passive context and the next context frame are final. After that, frames become final from left to right as they
-finish (DESIGN.md section 2, "Streaming"). Under a prescribed order the open gaps are known, so an autoregressive clip
+finish (docs/method.md). Under a prescribed order the open gaps are known, so an autoregressive clip
 is streamed frame by frame.
 
     for final in stream_frames(sample_states(predict, ...)):

@@ -1,6 +1,6 @@
 """Tasks: which frames of a clip are context, which are present at clock 0, and which are inserted later.
 
-A task is a small function that assigns a ``Role`` to every frame of a clip (table in DESIGN.md section 2) from one
+A task is a small function that assigns a ``Role`` to every frame of a clip (table in docs/method.md) from one
 uniform per frame. Frame 0's uniform sets the number of context frames; the others select the context and start frames.
 Each function documents its context distribution, and ``context_law`` has it in closed form. To add a task, write the
 function and its law, append them to ``TASKS`` and ``context_law.CONTEXT_LAWS``, and test both. A task's number is its

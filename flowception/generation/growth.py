@@ -1,7 +1,7 @@
 """Plot of how a clip grew: its frames against the clock, noise level by shade, insertions marked.
 
 A frame's history follows from the clock at its insertion, because all frames advance with the clock: its time is
-``min(1, clock - born_at)`` (DESIGN.md section 2), and its noise level is one minus the shifted time.
+``min(1, clock - born_at)`` (docs/method.md), and its noise level is one minus the shifted time.
 
 Shape legend: ``n`` frames of the finished clip, ``S`` evaluations of the sampler.
 """

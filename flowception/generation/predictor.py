@@ -130,8 +130,8 @@ class NetworkPredictor:
     def build_pack(self, state: SamplerState) -> PackInput:
         """Pack the state tightly on the CPU: unfinished clips, followed by their unconditional versions when guided.
 
-        A context frame is clean in both halves of the input, and its entry of ``state.times`` is the clock (DESIGN.md
-        section 3). Unconditional means the same as in training (``data.pack``): null class, and null text at its
+        A context frame is clean in both halves of the input, and its entry of ``state.times`` is the clock
+        (docs/method.md). Unconditional means the same as in training (``data.pack``): null class, and null text at its
         actual length.
         """
         clips = state.unfinished_clips

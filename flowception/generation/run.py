@@ -95,7 +95,7 @@ class Run:
         batch_size: int = 16,
         size: tuple[int, int] | None = None,
     ) -> list[Clip]:
-        """Sample clips (arXiv 2512.11438; DESIGN.md section 2 has the sampler).
+        """Sample clips (arXiv 2512.11438; docs/method.md has the sampler).
 
         Time shift, start frames, insertion schedule, codec and frame rate come from the run, and so does the size if
         there is only one.
@@ -259,7 +259,7 @@ def load(path: str | PathLike[str], *, step: int | None = None, device: str | to
         DataError: If the codec is not the one that made the run's latents.
     """
     place = choose_device(device)
-    # Kinds of folders are told apart only here; an exported folder (DESIGN_2.md section 10) will be recognized here.
+    # Kinds of folders are told apart only here; an exported folder will be recognized here.
     return Run(load_run(Path(path), step=step, device=place))
 
 

@@ -1,6 +1,6 @@
 """Builds the backbone named by a configuration.
 
-A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (DESIGN.md section 3) and an attribute ``spec``
+A backbone is a module with ``forward(pack: PackInput) -> ModelOutput`` (docs/method.md) and an attribute ``spec``
 (``ModelSpec``), whose submodules define their initial weights (``nn.init``). Training, generation and export all build
 it here.
 """

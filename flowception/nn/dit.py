@@ -4,7 +4,7 @@
 
 Each token is modulated by its frame's time (AdaLN before attention, the MLP and the output). Each frame ends with an
 insertion token that predicts the number of missing frames to its right. Text tokens share attention and MLP with the
-latent tokens but have a separate modulation (DESIGN.md section 3; Flowception, arXiv 2512.11438).
+latent tokens but have a separate modulation (docs/method.md; Flowception, arXiv 2512.11438).
 
 Every module runs in every forward on every rank, as ZeRO-3 requires, even for a pack without text or of padding only.
 

@@ -134,7 +134,7 @@ class TimeEmbedding(nn.Module):
     """Embedding of a frame's time.
 
     Half of the features are sines and cosines of t, half of ``log(1 - t)``. Near the end of the clock the insertion
-    rate changes within one frame, so 1 - t needs a logarithmic scale (DESIGN.md section 3).
+    rate changes within one frame, so 1 - t needs a logarithmic scale (docs/method.md).
     """
 
     def __init__(self, size: int) -> None:

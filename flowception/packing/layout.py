@@ -35,7 +35,7 @@ class TokenKind(IntEnum):
 
 
 class ModelRole(IntEnum):
-    """Role of a frame as the network sees it (DESIGN.md section 3)."""
+    """Role of a frame as the network sees it (docs/method.md)."""
 
     GENERATED = 0
     ACTIVE = 1

@@ -54,5 +54,5 @@ def test_without_a_gpu_the_default_device_is_rejected():
     hidden = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "torch finds no GPU; try --device cpu" in done.stderr
+    assert "torch finds no GPU; use --device cpu" in done.stderr
     assert done.stdout == ""

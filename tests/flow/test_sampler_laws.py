@@ -1,6 +1,6 @@
 """Laws of lengths and gaps through the real sampler: with an exact oracle for a network, what comes out is known.
 
-The bounds are those of the table in DESIGN.md section 2. What the frames hold, and so where they
+The bounds are those of the table in docs/method.md. What the frames hold, and so where they
 are inserted, is tested by
 ``tests/evaluation/oracles/test_gaussian.py``.
 """

@@ -106,7 +106,7 @@ def test_interpolation_gives_both_ends_and_random_keyframes():
 
 
 def roles_of_completion(given):
-    """The rule of DESIGN.md section 2 frame by frame."""
+    """The rule of docs/method.md frame by frame."""
     roles = []
     for i, here in enumerate(given):
         following = given[i + 1] if i + 1 < len(given) else None

@@ -33,7 +33,7 @@ class Latents:
 
 
 def state_of(plan, pack_plan, draws):
-    """The sampler state of the same clips by DESIGN.md section 2, built frame by frame."""
+    """The sampler state of the same clips by docs/method.md, built frame by frame."""
     frames, condition, roles, ages, counts = [], [], [], [], []
     for slot, row in enumerate(pack_plan.rows.tolist()):
         visible = torch.nonzero(draws.visible[slot]).flatten().tolist()

@@ -7,7 +7,7 @@ from flowception.nn import PRESETS, DiTConfig, count_parameters
 
 
 def closed_form(width, layers, heads, channels, hidden, text_dim=None):
-    """Parameters computed from the description of the network (DESIGN.md section 3), independently of its modules."""
+    """Parameters computed from the description of the network (docs/method.md), independently of its modules."""
     head = width // heads
     block = 4 * width**2 + 3 * width * hidden + 2 * head + 6 * width * (width + 1) * (1 if text_dim is None else 2)
     embedding = (2 * channels + 32) * width + 3 * width + width
