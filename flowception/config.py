@@ -8,6 +8,7 @@ marked ``FLAT``: then its keys are at the top level (``token_budget``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -92,8 +93,19 @@ def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
     flat = _flat_sections(schema)
     home = {known.name: name for name, kind in flat.items() for known in fields(kind)}
     own = {known.name for known in fields(schema)} - flat.keys()
+
+    def moved(value: Any) -> Any:
+        """The value with interpolations such as ``${token_budget}`` following their keys."""
+        if isinstance(value, dict):
+            return {key: moved(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [moved(inner) for inner in value]
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$\{(\w+)(?=[}.\[])", lambda m: f"${{{home[m[1]]}.{m[1]}" if m[1] in home else m[0], value)
+
     result: dict[Any, Any] = {}
-    for key, value in content.items():
+    for key, value in moved(content).items():
         if key in home:
             result.setdefault(home[key], {})[key] = value
         elif key in flat:
@@ -130,7 +142,8 @@ def _merge(config: Any, layer: Any, origin: str, schema: type, problems: Problem
 
 def _check_sections(config: Any, schema: type, problems: Problems, *, name_missing: bool) -> None:
     """Record the first out-of-range value of each section, and all missing values unless a file could not be read."""
-    missing = OmegaConf.missing_keys(config)
+    with _blaming("configuration", schema):
+        missing = OmegaConf.missing_keys(config)
     for key in sorted(_missing_values(missing, schema)) if name_missing else ():
         problems.add(f"{key} has no value; write {key}=... or set it in a file")
     for name in _sections(schema):

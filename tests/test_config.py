@@ -206,3 +206,17 @@ def test_all_problems_are_named_at_once(tmp_path):
         "override must have the form key=value, got 'oops'", "max_steps has no value", "run_dir has no value",
     ):  # fmt: skip
         assert text.count(part) == 1, part
+
+
+def test_a_value_may_refer_to_any_key(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "samples: {max_frames: '${token_budget}', num_clips: '${plan_size.count}'}\n"
+        "time_shift: ${optim.lr}\noptim: {lr: 2.0, betas: ['${condition_dropout}', 0.9]}\nseed: ${packs_per_step}\n"
+    )
+    with pytest.raises(ConfigError, match="plan_size"):
+        load_config([file], NEEDED)
+    file.write_text(file.read_text().replace(", num_clips: '${plan_size.count}'", ""))
+    config = load_config([file], [*NEEDED, "condition_dropout=0.25"])
+    assert (config.samples.max_frames, config.process.time_shift, config.seed) == (512, 2.0, 2)
+    assert list(config.optim.betas) == [0.25, 0.9]

@@ -2,7 +2,7 @@
 
 Every rank runs A micro-steps of one pack each. With ``S`` the loss sums of a micro-step and ``N`` the denominators of
 the step from the plan, the loss of the micro-step is ``A W (S_velocity / N_velocity + weight S_insertion /
-N_insertion)``, because ``engine.backward`` divides by A and DeepSpeed averages over the W ranks (docs/method.md).
+N_insertion)``, because ``engine.backward`` divides by A and DeepSpeed averages over the W ranks.
 A micro-step without a pack is all padding, so its sums and their gradients are zero. The ranks then decide together
 whether to apply the optimizer step (``training.guard``).
 """

@@ -123,7 +123,7 @@ def test_bad_input_is_rejected(codec, tmp_path):
 
 
 def test_a_keyframe_is_a_still_as_long_as_a_latent(codec, tmp_path):
-    """docs/method.md: the first latent is one pixel frame, every other one is eight."""
+    """The first latent is one pixel frame, every other one is eight."""
     values, files = (30, 220), []
     for value in values:
         files.append(tmp_path / f"{value}.png")

@@ -1,8 +1,7 @@
 """Laws of lengths and gaps through the real sampler: with an exact oracle for a network, what comes out is known.
 
-The bounds are those of the table in docs/method.md. What the frames hold, and so where they
-are inserted, is tested by
-``tests/evaluation/oracles/test_gaussian.py``.
+The bounds are those of the table in docs/oracles.md. ``tests/evaluation/oracles/test_gaussian.py`` tests what the
+frames hold, and so where they are inserted.
 """
 
 import json

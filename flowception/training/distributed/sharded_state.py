@@ -6,6 +6,11 @@ same layout. A ``Fragment`` maps a range of a parameter to its location in a mas
 * stage 0: a master is a complete parameter, replicated on every rank; the ranks divide the saving;
 * stages 1 and 2: a master is this rank's part of the concatenated parameters of a group, so it may split a parameter;
 * stage 3: a master concatenates this rank's part of every parameter of a group.
+
+Where they are, only DeepSpeed's internals know: at stages 1 and 2 ``single_partition_of_fp32_groups``,
+``round_robin_bit16_groups``, ``round_robin_bit16_offsets``, ``partition_size`` and ``update_lp_params`` of its
+optimizer; at stage 3 ``fp32_partitioned_groups_flat``, ``grad_position``, ``get_param_id``, the
+``checkpoint_event_prologue`` and ``checkpoint_event_epilogue``, and ``_reassign_or_swap_out_partitioned_parameters``.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """DeepSpeed: configuration, engine construction, backward pass and optimizer step.
 
-Only this module imports DeepSpeed. Only this module and ``sharded_state``, which finds the masters inside the ZeRO
-optimizers, depend on DeepSpeed internals, so a new DeepSpeed version can break only these two. All other code treats an
-engine as a module to call, with ``train``, ``eval`` and, between micro-steps, ``step``. This module uses these private
-parts of DeepSpeed: the list ``FWD_MODULE_STACK``, the optimizers' ``_get_norm_groups`` and ``scaled_global_norm``,
-``__compatible_ops__``, and ``ds_shape`` of a partitioned weight.
+Only this module imports DeepSpeed (the doctor and the dry run merely check that it is installed). Only this module and
+``sharded_state``, which finds the masters inside the ZeRO optimizers, depend on DeepSpeed internals, so a new DeepSpeed
+version can break only these two. All other code treats an engine as a module to call, with ``train``, ``eval`` and,
+between micro-steps, ``step``. This module uses these private parts of DeepSpeed: the list ``FWD_MODULE_STACK``, the
+optimizers' ``_get_norm_groups`` and ``scaled_global_norm``, ``combine_grad_norm_groups``, ``__compatible_ops__``, and
+``ds_shape`` of a partitioned weight.
 
 ZeRO stage 0 replicates everything, 1 shards the optimizer state, 2 also the gradients, 3 also the weights. Master
 weights are always float32, and gradients are always accumulated and reduced in float32. With ``precision: bf16``
