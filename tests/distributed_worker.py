@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -53,11 +54,28 @@ def end_all(processes: list[Forked | subprocess.Popen]) -> None:
         process.wait(60)
 
 
-def run_distributed(module: str, function: str, world_size: int, *, timeout_s: float = 280, **arguments):
+_ALONE = "import json, os, sys; from tests.distributed_worker import call; call(*json.loads(sys.argv[1])); os._exit(0)"
+
+
+def start_interpreters(module: str, function: str, logs: list[Path], **arguments) -> list[subprocess.Popen]:
+    """The same in interpreters of their own, for what counts memory: a fork shares its parent's."""
+    port, words = free_port(), json.dumps([module, function, arguments])
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = rank_environment(rank, len(logs), port) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", _ALONE, words]
+        with log.open("w") as stream:
+            processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+    return processes
+
+
+def run_distributed(
+    module: str, function: str, world_size: int, *, timeout_s: float = 280, forked: bool = True, **arguments
+):
     """Call ``function(**arguments)`` of a module in ``world_size`` processes; one result for each rank."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank_{rank}.log") for rank in range(world_size)]
-        processes = start_ranks(module, function, logs, **arguments)
+        processes = (start_ranks if forked else start_interpreters)(module, function, logs, **arguments)
         try:
             codes = [process.wait(timeout_s) for process in processes]
         finally:

@@ -11,6 +11,7 @@ from flowception.errors import ConfigError
 from flowception.flow import Role
 from flowception.generation.growth import Growth
 from flowception.generation.video import Video, write_mp4, write_preview
+from flowception.ranges import number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,14 +64,16 @@ class Clip:
             fps: Frames per second; None uses the clip's.
 
         Raises:
-            ConfigError: If the suffix is neither of these.
+            ConfigError: If the suffix is neither of these, or ``fps`` is not positive.
             DataError: If an mp4 cannot be written there.
         """
         path = Path(path)
         writers = {".mp4": write_mp4, ".gif": write_preview}
         if path.suffix.lower() not in writers:
             raise ConfigError(f"the file name of a clip must end in .mp4 or .gif, got {path.name}")
-        writers[path.suffix.lower()](path, self.frames, fps=fps or self.fps)
+        if fps is not None:
+            number(above=0).check("`fps`", fps)
+        writers[path.suffix.lower()](path, self.frames, fps=self.fps if fps is None else fps)
 
     def growth(self) -> Growth:
         """Plot how the clip grew: its latent frames against the clock, with insertions marked.

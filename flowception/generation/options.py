@@ -7,12 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from flowception.errors import ConfigError
 from flowception.flow import task_number
 from flowception.generation.context import check_context
 from flowception.generation.context_source import ContextItem, ContextSource, context_sources
 from flowception.generation.prompt import Prompt
+from flowception.ranges import integer, list_of, number
+
+_RULES = {
+    "num": integer(at_least=1),
+    "seed": integer(at_least=0),
+    "num_inference_steps": integer(at_least=1),
+    "max_frames": integer(at_least=1),
+    "batch_size": integer(at_least=1),
+    "num_frames": integer(at_least=1).or_null("the length that the model chooses"),
+    "cache_refresh": integer(at_least=1).or_null("off"),
+    "guidance": number().or_null("off"),
+    "rate_guidance": number().or_null("off"),
+    "size": list_of(integer(at_least=1), length=2).or_null("that of the training clips"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +79,11 @@ class SampleOptions:
             DataError: If a context file cannot be read, or an item is not an image or video.
         """
         task_number(self.task)
-        least = {"num": 1, "seed": 0, "num_inference_steps": 1, "max_frames": 1, "batch_size": 1}
-        least |= {name: 1 for name in ("num_frames", "cache_refresh") if getattr(self, name) is not None}
-        for name, smallest in least.items():
+        for name, rule in _RULES.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"`{name}` must be an integer >= {smallest}, got {value!r}")
+            rule.check(f"`{name}`", value)
+            if isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))  # also of numpy, whose integers JSON does not take
         check_context(self.task, self.sources(), self.kept_frames())
         if self.prompt is not None and not self.prompts():
             raise ConfigError("`prompt` must be at least one caption, got an empty list; drop it for no prompt")

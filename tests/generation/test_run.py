@@ -144,6 +144,10 @@ def test_clips_cycle_over_their_context(run, pixels):
         ({"class_label": 3}, "from 0 to 2 or one of red, green, blue"),
         ({"num": 0}, "`num` must be an integer >= 1, got 0"),
         ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"seed": True}, "`seed` must be an integer >= 0, got true"),
+        ({"guidance": float("nan")}, "`guidance` must be a number, or null for off, got nan"),
+        ({"rate_guidance": "3"}, "`rate_guidance` must be a number, or null for off, got '3'"),
+        ({"size": (64,)}, "`size` must be a list of 2, each an integer >= 1, .*, got \\(64,\\)"),
         ({"cache_refresh": 0}, "`cache_refresh` must be"),
         ({"insertion": "binomial"}, "insertion"),
         ({"num_frames": 7}, "`num_frames` applies only to prescribed delay laws"),
@@ -158,6 +162,17 @@ def test_errors_name_arguments_and_are_immediate(run, options, message):
         with pytest.raises((ConfigError, DataError), match=message) as found:
             call(**options)
         assert "--" not in str(found.value)
+
+
+def test_integers_of_numpy_are_integers(run):
+    (clip,) = run.sample(**QUICK | {"seed": np.int64(3), "num": np.int32(1)})
+    assert type(clip.seed) is int
+    assert torch.equal(clip.latents, run.sample(**QUICK | {"seed": 3})[0].latents)
+
+
+def test_a_clip_is_not_saved_at_no_frame_rate(run, tmp_path):
+    with pytest.raises(ConfigError, match="`fps` must be a number > 0, got 0"):
+        run.sample(**QUICK | {"seed": 3})[0].save(tmp_path / "clip.mp4", fps=0)
 
 
 def test_the_command_line_and_the_api_make_the_same_clips(run, make_run, monkeypatch, tmp_path):

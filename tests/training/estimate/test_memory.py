@@ -129,7 +129,7 @@ def test_activations_fall_with_every_checkpointed_block(stage, precision, compil
 @pytest.fixture(scope="module")
 def measured():
     """Bytes that two real processes stored, sent and saved, by case."""
-    return run_distributed(WORKER, "measure_all", WORLD_SIZE, timeout_s=400)
+    return run_distributed(WORKER, "measure_all", WORLD_SIZE, timeout_s=400, forked=False)
 
 
 def arguments_of(case):

@@ -90,7 +90,6 @@ def counting_traffic() -> Iterator[Counter]:
 
 def measure(stage: int, precision: str, group: int | None = None, accumulation: int = 2) -> dict:
     """Two optimizer steps: bytes stored by part, sent in the second step, and saved."""
-    gc.collect()  # the engine before: what is freed later would give its addresses to this one's gradients
     before = storages(every_tensor())
     ranks = init_distributed()
     torch.set_num_threads(1)
