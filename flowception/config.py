@@ -26,8 +26,6 @@ Schema = TypeVar("Schema")
 
 FLAT = {"flat": True}
 """Metadata of a section whose keys are at the top level of a file."""
-REPLACED = {"replaced": True}
-"""Metadata of a mapping that a file replaces completely instead of merging; an override changes a single entry."""
 
 
 def load(
@@ -116,7 +114,7 @@ def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
 
 
 def _forget_replaced(config: Any, layer: Any, schema: type) -> None:
-    """Clear the mappings that a file replaces."""
+    """Clear the mappings that a file replaces completely: those with ``replaced`` in the metadata of their field."""
     for prefix, kind in [("", schema), *((f"{name}.", kind) for name, kind in _sections(schema).items())]:
         for known in fields(kind):
             key = prefix + known.name

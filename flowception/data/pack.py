@@ -210,7 +210,7 @@ def build_pack(
                 raise DataError(skipped[pack.keys[slot]])
             clip = _read_clip(plan, row, pack_plan.epoch, draws.clips, slot, reader)
         except DataError as error:
-            bad.append(BadClip(plan.index.key(row), str(error), shape.tokens))
+            bad.append(BadClip(pack.keys[slot], str(error), shape.tokens))
             _silence(pack, slot)
         else:
             pack.noisy[latent], pack.condition[latent] = clip.noisy, clip.condition

@@ -60,6 +60,11 @@ class CheckpointConfig:
         check_ranges("checkpoint", self, rules)
 
 
+def no_initial_weights(run_dir: str | Path) -> CheckpointError:
+    """The error of an ``init_from`` without a checkpoint, for the run and for the dry run before it."""
+    return CheckpointError(f"init_from={run_dir} has no checkpoint; give the directory of a run that has saved one")
+
+
 def load_newest(run_dir: str | Path, shards: ShardedState) -> RunState | None:
     """Load the newest valid checkpoint of a run. Collective.
 
@@ -114,8 +119,7 @@ def load_initial_weights(run_dir: str | Path, shards: ShardedState, meta: ShardM
     """
     folder = find_latest(run_dir, shards)
     if folder is None:
-        text = f"init_from={run_dir} has no checkpoint; give the directory of a run that has saved one"
-        raise mark_on_all_ranks(CheckpointError(text))
+        raise mark_on_all_ranks(no_initial_weights(run_dir))
     on_main(ranks, lambda: run_directory.check_codec(run_dir, meta, new_is_fine=False))
     run_on_all_ranks(lambda: _read(folder, shards, {"weight": "ema", "ema": "ema"}))
     shards.push()

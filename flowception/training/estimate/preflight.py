@@ -10,13 +10,14 @@ from flowception.checkpoint.format import list_steps
 from flowception.data.pack import check_widths
 from flowception.data.plan import Plan
 from flowception.data.step_plan import check_world_size
-from flowception.errors import CheckpointError, Problems, require
+from flowception.errors import Problems, require
 from flowception.nn import flash
 from flowception.nn.build import count_parameters
 from flowception.shards.open import open_reader
 from flowception.training.config import TrainConfig
 from flowception.training.data import training_plan
 from flowception.training.metrics import check_packages
+from flowception.training.resume import no_initial_weights
 
 
 def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
@@ -78,9 +79,7 @@ def check_run(config: TrainConfig, world_sizes: Sequence[int], problems: Problem
     with problems.collected():
         weights = _initial_weights(config)
         if weights is not None and not list_steps(weights):
-            raise CheckpointError(
-                f"init_from={weights} has no checkpoint; give the directory of a run that has saved one"
-            )
+            raise no_initial_weights(weights)
 
 
 def _initial_weights(config: TrainConfig) -> str | None:
