@@ -50,7 +50,7 @@ from flowception.evaluation.toy.score import score_clip, score_frame
 from flowception.evaluation.toy.summary import summarize
 from flowception.evaluation.toy.world import LENGTH_LAW, draw_clip
 from flowception.flow import SamplerConfig, SampleResult, sample
-from flowception.generation.kv_cache import FrozenFramePredictor
+from flowception.generation.kv_cache import CachedPredictor
 from flowception.generation.load import LoadedRun, load_run
 from flowception.generation.predictor import NetworkPredictor
 from flowception.nn import FlowceptionDiT, clip_flops
@@ -125,7 +125,7 @@ def sample_clips(
             labels = [i % classes if classes else -1 for i in batch]
             predict = NetworkPredictor(run.model, labels)
             if setting.cache_refresh_steps is not None:
-                predict = FrozenFramePredictor(network(run), labels, refresh_steps=setting.cache_refresh_steps)
+                predict = CachedPredictor(network(run), labels, refresh_steps=setting.cache_refresh_steps)
             config = SamplerConfig(
                 num_inference_steps=setting.num_inference_steps,
                 num_start_frames=start,

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data_prep.encoder.status import read_status
     from flowception.config import load
     from flowception.errors import FlowceptionError
+    from flowception.progress import show_log
 
+    show_log()
     words = [*rest, *arguments.config]
     files = [word for word in words if "=" not in word]
     try:

@@ -324,9 +324,9 @@ def _as_flags(message: str) -> str:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from flowception.doctor import report
-    from flowception.training.distributed.devices import find_place
+    from flowception.training.distributed.devices import find_device
 
-    findings = report(find_place(local_rank=0).problem)
+    findings = report(find_device(local_rank=0).problem)
     for name, value in findings:
         print(f"{name:<24}{value}")
     return int(any(value.startswith(("FAILED", "MISSING")) for _, value in findings))

@@ -15,8 +15,7 @@ from typing import Literal, Self, TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
+_PACKAGES = ("flowception", "data_prep")
 EVERY_RANK = {"every_rank": True}
 """For lines that differ between ranks: ``logger.info(..., extra=EVERY_RANK)``."""
 
@@ -33,10 +32,11 @@ def show_log(rank: int = 0, stream: Literal["stdout", "stderr"] = "stdout") -> N
     """
     console = _Console(stream)
     console.addFilter(lambda record: rank == 0 or record.levelno >= logging.ERROR or hasattr(record, "every_rank"))
-    logger = logging.getLogger("flowception")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Console)] + [console]
-    logger.propagate = False  # otherwise a package that configures the root logger prints every line twice
+    for name in _PACKAGES:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, _Console)] + [console]
+        logger.propagate = False  # otherwise a package that configures the root logger prints every line twice
 
 
 class _Console(logging.StreamHandler[TextIO]):

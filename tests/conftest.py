@@ -22,11 +22,12 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(autouse=True)
 def _log_as_before():
     """A command that a test runs in this process may have put the package's log on the console."""
-    logger = logging.getLogger("flowception")
-    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    loggers = [logging.getLogger(name) for name in ("flowception", "data_prep")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     yield
-    logger.setLevel(level)
-    logger.propagate, logger.handlers = propagate, handlers
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture

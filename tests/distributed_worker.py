@@ -1,6 +1,6 @@
 """Runs a function of a test module in several gloo processes.
 
-``run_distributed`` starts them with the launcher's environment variables and hands back what each returned (JSON). They
+``run_distributed`` starts them with the launcher's environment variables and returns each one's result (JSON). They
 are forked from a process that has imported everything (``tests/fork_server.py``).
 """
 
@@ -58,7 +58,7 @@ _ALONE = "import json, os, sys; from tests.distributed_worker import call; call(
 
 
 def start_interpreters(module: str, function: str, logs: list[Path], **arguments) -> list[subprocess.Popen]:
-    """The same in interpreters of their own, for what counts memory: a fork shares its parent's."""
+    """The same in new interpreters, for tests that measure memory: a fork shares its parent's."""
     port, words = free_port(), json.dumps([module, function, arguments])
     processes = []
     for rank, log in enumerate(logs):

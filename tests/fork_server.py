@@ -1,9 +1,9 @@
-"""A process that has imported torch, DeepSpeed and the package once, and forks the processes that tests ask for.
+"""A process that has imported torch, DeepSpeed and the package once, and forks processes for tests.
 
-An interpreter that imports all that a rank of a training job needs works five to ten seconds before its first line; a
-fork costs hundredths of one. ``Server.shared()`` is one for the whole pytest process, started when first asked. What it
-forks has an environment, output and exit code of its own as a started interpreter has. A fork copies one thread only,
-so the server computes nothing: process groups and threads begin in the children. Needs Linux.
+Importing what a rank of a training job needs takes five to ten seconds; a fork takes hundredths of a second.
+``Server.shared()`` is the server of the whole pytest process, started at the first request. A forked process has its
+own environment, output and exit code, like a new interpreter. A fork copies only one thread, so the server computes
+nothing; process groups and threads start in the children. Needs Linux.
 """
 
 from __future__ import annotations
@@ -45,24 +45,28 @@ PRELOADED = (
     "flowception.generation.training_sampler",
     "flowception.training.trainer",
 )
-"""What a rank of a training job imports, now or when DeepSpeed first needs it."""
+"""Modules that a rank of a training job imports at its start or when DeepSpeed first needs them."""
 _PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 240.0
 
 
 class Forked:
-    """A process that the server forked; the part of ``subprocess.Popen`` that tests use."""
+    """A process that the server forked, with the part of ``subprocess.Popen`` that tests use."""
 
     def __init__(self, server: Server, pid: int):
         self._server, self.pid = server, pid
 
     def poll(self) -> int | None:
-        """Exit code, minus the signal's number after a signal; None while it lives."""
+        """Exit code, or minus the signal's number; None while it runs."""
         self._server.listen(0)
         return self._server.codes.get(self.pid)
 
     def wait(self, timeout: float) -> int:
-        """Exit code when it has ended; ``subprocess.TimeoutExpired`` if it has not by then."""
+        """Wait for its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: If it is still running after ``timeout`` seconds.
+        """
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -71,21 +75,21 @@ class Forked:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to it, if it lives."""
+        """Send it a signal if it is running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, if it lives."""
+        """Send it SIGKILL if it is running."""
         self.send_signal(signal.SIGKILL)
 
 
 class Server:
-    """Starts the server's process and asks it for forks."""
+    """The server's process, and requests to it."""
 
     def __init__(self) -> None:
         self.codes: dict[int, int] = {}
-        """Exit codes by process, of those that ended."""
+        """Exit codes of the processes that ended, by process id."""
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the server
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server"],
@@ -103,40 +107,40 @@ class Server:
     @staticmethod
     @functools.cache
     def shared() -> Server:
-        """The pytest process's one."""
+        """The server of this pytest process."""
         return Server()
 
     def start(self, module: str, function: str, *arguments: Any, environment: Mapping[str, str], log: Path) -> Forked:
         """Fork a process that calls ``function(*arguments)`` of a module.
 
         Args:
-            module: Its name; a child that needs one that is not preloaded imports it.
-            function: Its exit code is what this returns.
-            arguments: Whatever JSON holds.
-            environment: All of the child's.
-            log: Where its output is appended.
+            module: Name of a module; the child imports it if it is not preloaded.
+            function: Name of a function; the child exits with its result.
+            arguments: Values that JSON can represent.
+            environment: The child's complete environment.
+            log: File to which its output is appended.
         """
         request = [module, function, arguments, dict(environment), os.getcwd(), str(log)]
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._pids:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the fork server gave no process within {_START_TIMEOUT_S:.0f} s")
+                raise RuntimeError(f"the fork server forked nothing within {_START_TIMEOUT_S:.0f} s")
             self.listen(1.0)
         return Forked(self, self._pids.pop(0))
 
     def start_python(self, words: Sequence[object], environment: Mapping[str, str], log: Path) -> Forked:
-        """Fork what ``python WORDS`` is in the repository's folder: a script, or ``-m`` and a module, and arguments."""
+        """Fork a process that does what ``python WORDS`` does in the repository's folder."""
         return self.start(__name__, "_interpret", [str(word) for word in words], environment=environment, log=log)
 
     def listen(self, timeout_s: float) -> None:
-        """Take in what the server says, waiting for its first word if it says nothing now."""
+        """Read the server's replies, waiting up to ``timeout_s`` for the first."""
         while select.select([self._process.stdout], [], [], max(timeout_s, 0))[0]:
-            heard = os.read(self._process.stdout.fileno(), 65536)
-            if not heard:
+            received = os.read(self._process.stdout.fileno(), 65536)
+            if not received:
                 self._errors.seek(0)
                 raise RuntimeError(f"the fork server ended:\n{self._errors.read()[-4000:]}")
-            *lines, self._unread = (self._unread + heard).split(b"\n")
+            *lines, self._unread = (self._unread + received).split(b"\n")
             for pid, *code in map(json.loads, lines):
                 if code:
                     self.codes[pid] = code[0]
@@ -145,18 +149,18 @@ class Server:
             timeout_s = 0
 
     def close(self) -> None:
-        """End the server, and its children with it."""
+        """Kill the server, which also kills its children."""
         self._process.kill()
         self._process.wait()
 
 
 def run_python(words: Sequence[object], environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
-    """What ``python WORDS`` does in the repository's folder, in a fork: exit code, and output with errors.
+    """Run ``python WORDS`` in a fork in the repository's folder. Returns the exit code, and stdout with stderr.
 
     Args:
-        words: A script or ``-m`` and a module, then arguments.
-        environment: All of the process's.
-        timeout_s: How long it may take.
+        words: A script, or ``-m`` and a module, then arguments.
+        environment: The process's complete environment.
+        timeout_s: Seconds after which it is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -168,7 +172,7 @@ def run_python(words: Sequence[object], environment: Mapping[str, str], timeout_
 
 
 def _interpret(words: list[str]) -> object:
-    """In a fork: what the interpreter does with its command line."""
+    """In a fork: do what the interpreter does with its command line."""
     os.chdir(ROOT)
     is_module, name = words[0] == "-m", words[1] if words[0] == "-m" else words[0]
     sys.argv = words[1:] if is_module else words
@@ -176,7 +180,7 @@ def _interpret(words: list[str]) -> object:
     code: object = None
     try:
         if is_module:
-            sys.modules.pop(name, None)  # preloaded or not: it runs as the main module
+            sys.modules.pop(name, None)  # it runs as the main module, preloaded or not
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(name, run_name="__main__")
@@ -187,7 +191,7 @@ def _interpret(words: list[str]) -> object:
 
 
 def _live(request: list[Any], replies: int) -> None:
-    """A forked child's whole life; it does not return."""
+    """The complete run of a forked child; does not return."""
     code: object = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -204,7 +208,7 @@ def _live(request: list[Any], replies: int) -> None:
         code = getattr(importlib.import_module(module), function)(*arguments)
     except SystemExit as end:
         code = end.code
-    except BaseException:  # what ends an interpreter with a traceback and exit code 1
+    except BaseException:  # an interpreter would end with a traceback and exit code 1
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
@@ -214,14 +218,14 @@ def _live(request: list[Any], replies: int) -> None:
 
 
 def _serve(requests: IO[bytes], replies: int) -> None:
-    """Fork what is asked for and tell of every end, until nobody asks any more."""
+    """Fork what is requested and report every exit, until stdin is closed."""
     import torch
 
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # a collection in a child would copy the pages of all that is shared
+    gc.freeze()  # a collection in a child would copy the shared pages
     children: dict[int, int] = {}
     unread = b""
     while True:
@@ -232,10 +236,10 @@ def _serve(requests: IO[bytes], replies: int) -> None:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 os.write(replies, json.dumps([pid, code]).encode() + b"\n")
                 continue
-            heard = os.read(requests.fileno(), 65536)
-            if not heard:
+            received = os.read(requests.fileno(), 65536)
+            if not received:
                 return
-            *lines, unread = (unread + heard).split(b"\n")
+            *lines, unread = (unread + received).split(b"\n")
             for line in lines:
                 if (threads := len(os.listdir("/proc/self/task"))) != 1:
                     raise RuntimeError(f"the server has {threads} threads and can fork with one only")
@@ -248,7 +252,7 @@ def _serve(requests: IO[bytes], replies: int) -> None:
 
 def main() -> None:
     replies = os.dup(1)
-    os.dup2(2, 1)  # what an import prints is no reply
+    os.dup2(2, 1)  # imports that print must not write to the replies
     _serve(sys.stdin.buffer, replies)
 
 

@@ -14,17 +14,17 @@ import socket
 
 FIRST, LAST = 20_000, 32_000
 WORKERS = 12
-"""Workers of pytest-xdist with a range of their own."""
+"""Workers of pytest-xdist that have separate port ranges."""
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port without a listener."""
     return free_ports(1)
 
 
 def free_ports(count: int) -> int:
-    """First of ``count`` consecutive ports that nobody listens on."""
+    """First of ``count`` consecutive ports without a listener."""
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
     size = (LAST - FIRST) // WORKERS
     starts = range(FIRST + number * size, FIRST + (number + 1) * size - count + 1)

@@ -85,7 +85,7 @@ def write_small_set(folder: Path, count: int = 30, per_shard: int = 10, *, text:
 
 @pytest.fixture
 def make_set(tmp_path):
-    """``write_small_set`` in a folder of the test, of a name of its own; returns (folder, records)."""
+    """``write_small_set`` in a new folder of the test; returns (folder, records)."""
 
     def make(count: int = 30, per_shard: int = 10, *, text: bool = False, name: str = "set"):
         return tmp_path / name, write_small_set(tmp_path / name, count, per_shard, text=text)

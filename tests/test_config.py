@@ -162,7 +162,7 @@ def test_every_overlay_changes_what_it_names_and_nothing_else(recipe, overlay):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_the_paper_s_size(recipe):
     config = load_config([CONFIGS / f"{recipe}.yaml"])
-    spec = config.model.flop_spec()
+    spec = config.model.spec()
     assert (spec.num_layers, spec.hidden_size, spec.num_heads) == (38, 1536, 24)
     assert spec.in_channels == 128
     assert config.zero.stage == 3

@@ -33,7 +33,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention's results, segment by segment."""
-    assert settings[:3] == (False, None, [-1, -1]), "not causal, no scale of its own, no window"
+    assert settings[:3] == (False, None, [-1, -1]), "not causal, no custom scale, no window"
     assert query.dtype == key.dtype == value.dtype
     assert query.shape[2] % 8 == 0
     assert query.shape[2] <= 256

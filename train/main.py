@@ -79,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments, stop)
     except FlowceptionError as error:
-        rank = _place("RANK", "SLURM_PROCID")
+        rank = _rank("RANK", "SLURM_PROCID")
         if rank == 0 or not error.on_all_ranks:
             who = f"rank {rank}: " if rank else ""
             print(f"train/main.py: {who}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
 
 
-def _place(name: str, slurm_name: str) -> int:
+def _rank(name: str, slurm_name: str) -> int:
     """A rank from the launcher's or Slurm's variable; 0 for a single process."""
     return int(os.environ.get(name) or os.environ.get(slurm_name) or 0)
 
@@ -98,9 +98,8 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     try:
         config = load_config(arguments.config, arguments.words)
     except FlowceptionError as error:
-        error.on_all_ranks = (
-            _place("LOCAL_RANK", "SLURM_LOCALID") > 0
-        )  # print once per node, whose ranks read the same files
+        # Print once per node, whose ranks read the same files.
+        error.on_all_ranks = _rank("LOCAL_RANK", "SLURM_LOCALID") > 0
         raise
     if arguments.dry_run:
         return _dry_run(config, arguments)
@@ -148,7 +147,7 @@ def _dry_run(config: TrainConfig, arguments: argparse.Namespace) -> int:
     """Print the report on rank 0. Returns an exit code, nonzero if a problem would stop the run."""
     from flowception.training.estimate.report import Assumptions, report
 
-    if _place("RANK", "SLURM_PROCID") != 0:
+    if _rank("RANK", "SLURM_PROCID") != 0:
         return 0
     text, problems = report(
         config,

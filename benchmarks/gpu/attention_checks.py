@@ -24,7 +24,7 @@ _NAMES = ("output", "d query", "d key", "d value")
 
 def random_heads(scene: Scene, case: Case, count: int, seed: int = 0) -> list[Tensor]:
     """Tensors ``[T, H, d]`` of the network's sizes, bfloat16, on the device."""
-    spec = case.config.model.flop_spec()
+    spec = case.config.model.spec()
     shape = (case.config.plan.token_budget, spec.num_heads, spec.hidden_size // spec.num_heads)
     generator = torch.Generator(scene.device).manual_seed(seed)
     return [torch.randn(shape, device=scene.device, generator=generator).bfloat16() for _ in range(count)]

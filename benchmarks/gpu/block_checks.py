@@ -107,7 +107,7 @@ def leaf_inputs(scene: Scene, case: Case, pack: PackInput, seen: dict[str, Any])
         pack: On the device.
         seen: From ``block_inputs``.
     """
-    spec, layout = case.config.model.flop_spec(), pack.layout
+    spec, layout = case.config.model.spec(), pack.layout
     tokens, size, count = (
         case.config.plan.token_budget,
         spec.hidden_size,

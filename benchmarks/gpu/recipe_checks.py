@@ -67,7 +67,7 @@ def peers_flops(case: Case, pack: PackPlan) -> float:
     """A pack's FLOPs as others count them; see the module docstring."""
     frames, text = case.pack_clips(pack)
     tokens = text + frames * (case.clip.height * case.clip.width + 1)
-    spec = case.config.model.flop_spec()
+    spec = case.config.model.spec()
     layers, size = spec.num_layers, spec.hidden_size
     weights = layers * (4 * size * size + 3 * size * spec.mlp_hidden_size)
     return float(6.0 * weights * tokens.sum() + 12.0 * layers * size * (tokens**2).sum())
@@ -114,7 +114,7 @@ def run_arm(scene: Scene, arm: Arm, more_blocks: int, batches: list[StepBatch], 
         found: File for the figures.
     """
     case = scene.recipe(f"model.compile={arm.compile}", "model.activation_checkpointing=true")
-    parameters, layers = count_parameters(case.config.model), case.config.model.flop_spec().num_layers
+    parameters, layers = count_parameters(case.config.model), case.config.model.spec().num_layers
     if not arm.checkpointed:
         blocks = min(fewest_checkpointed(case, parameters, _device_bytes(scene)) + more_blocks, layers)
         case = scene.recipe(f"model.compile={arm.compile}", f"model.activation_checkpointing={blocks}")
@@ -187,7 +187,7 @@ def _arm_limit_s(scene: Scene) -> float:
 
 
 def _import_and_run_arms(runs: _Runs, found: Path) -> None:
-    """In a process of its own: import what is slow to import, and fork every arm from here, if that can still be."""
+    """Runs in a separate process: import the slow packages once, then fork every arm, if forking is still possible."""
     for name in ("deepspeed", "torch._dynamo"):
         importlib.import_module(name)
     found.write_text(json.dumps({} if _forks_badly(runs.scene) else _run_arms(runs)))

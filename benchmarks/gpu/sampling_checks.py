@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu.outcome import PASS, CheckFailed, Outcome
 from benchmarks.gpu.scene import Scene, open_model, relative_error
 from flowception.flow import SamplerConfig, SamplerState, sample
-from flowception.generation.kv_cache import FrozenFramePredictor
+from flowception.generation.kv_cache import CachedPredictor
 from flowception.nn.dit import FlowceptionDiT
 
 _LARGEST_ERROR = 0.03
@@ -21,7 +21,7 @@ _STEPS, _CLIPS, _REFRESH_STEPS = 6, 3, 3
 class Pair:
     """A predictor that evaluates two, records the error of the second, and returns the output of the first."""
 
-    def __init__(self, first: FrozenFramePredictor, second: FrozenFramePredictor) -> None:
+    def __init__(self, first: CachedPredictor, second: CachedPredictor) -> None:
         self.first, self.second = first, second
         self.errors: list[float] = []
         self.narrow = 0
@@ -39,7 +39,7 @@ def cached_sampling(scene: Scene) -> Outcome:
     """Evaluate both predictors on the same states, those of a float32 sampling run."""
     case = scene.small()
     generator = torch.Generator().manual_seed(1)
-    width = case.config.model.flop_spec().text_dim or 0
+    width = case.config.model.spec().text_dim or 0
     texts = [torch.randn(3 + clip, width, generator=generator) for clip in range(_CLIPS)]
     settings: dict[str, Any] = {"texts": texts, "null_text": torch.zeros(1, width), "guidance": 1.5}
     settings["refresh_steps"] = _REFRESH_STEPS
@@ -47,8 +47,8 @@ def cached_sampling(scene: Scene) -> Outcome:
     models[1].to(scene.device)
     labels = [-1] * _CLIPS
     pair = Pair(
-        FrozenFramePredictor(models[0], labels, **settings),
-        FrozenFramePredictor(models[1], labels, autocast_dtype=torch.bfloat16, **settings),
+        CachedPredictor(models[0], labels, **settings),
+        CachedPredictor(models[1], labels, autocast_dtype=torch.bfloat16, **settings),
     )
     sample(
         predict=pair,

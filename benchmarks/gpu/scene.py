@@ -99,14 +99,14 @@ class Case:
             width=self.clip.width,
             text_tokens=self.clip.text_tokens,
         )
-        spec = self.config.model.flop_spec()
+        spec = self.config.model.spec()
         config, null = self.config, NULL_TEXT_TOKENS
         return Plan(index, None, config.process, config.plan, spec, config.seed, null_text_tokens=null)
 
     @cached_property
     def reader(self) -> MadeUpClips:
         """Reader of the clips."""
-        spec = self.config.model.flop_spec()
+        spec = self.config.model.spec()
         return MadeUpClips(self.clip, spec.in_channels, spec.text_dim)
 
     def batch(self, step: int) -> StepBatch:
@@ -128,7 +128,7 @@ class Case:
     def pack_flops(self, pack: PackPlan) -> float:
         """Exact FLOPs of a pack's forward and backward pass, excluding padding and recomputation."""
         frames, text = self.pack_clips(pack)
-        spec = self.config.model.flop_spec()
+        spec = self.config.model.spec()
         return float(training_flops(spec, frames, self.clip.height, self.clip.width, text).sum())
 
 

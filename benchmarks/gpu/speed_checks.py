@@ -61,7 +61,7 @@ def _bytes(parts: Sequence[Any]) -> int:
 
 def products(scene: Scene, case: Case) -> dict[str, dict[str, float]]:
     """The matrix products of a block, each with TFLOP/s."""
-    spec, tokens = case.config.model.flop_spec(), case.config.plan.token_budget
+    spec, tokens = case.config.model.spec(), case.config.plan.token_budget
     size, hidden = spec.hidden_size, spec.mlp_hidden_size
     shapes = {
         "query_key_value": (size, 3 * size),
@@ -85,7 +85,7 @@ def attention_times(scene: Scene, case: Case, layout: PackLayout) -> dict[str, f
     """Attention on a planned pack, with FlashAttention's count of ``4 d`` FLOPs per pair forward, ``10 d`` backward."""
     inputs = [part.requires_grad_() for part in random_heads(scene, case, 3)]
     times = both_ways(scene, lambda query, key, value: attention(query, key, value, layout), inputs)
-    pairs = float(sum(length**2 for length in layout.segment_lengths)) * case.config.model.flop_spec().hidden_size
+    pairs = float(sum(length**2 for length in layout.segment_lengths)) * case.config.model.spec().hidden_size
     return times | {
         "forward_tflops": 4 * pairs / times["forward_ms"] / 1e9,
         "backward_tflops": 10 * pairs / times["backward_ms"] / 1e9,
@@ -122,7 +122,7 @@ def run_sum_times(scene: Scene, case: Case, pack: PackInput, rows: Rows) -> dict
         pack: On the device.
         rows: The row of each of its tokens.
     """
-    shape = (case.config.plan.token_budget, case.config.model.flop_spec().hidden_size)
+    shape = (case.config.plan.token_budget, case.config.model.spec().hidden_size)
     real = (pack.layout.token_kind != TokenKind.PADDING).unsqueeze(1)
     values = torch.where(real, torch.randn(shape, device=scene.device), 0.0)
 

@@ -9,6 +9,7 @@ A job locks a shard while writing it, so two jobs never write the same shard, wh
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -42,6 +43,7 @@ from flowception.progress import Progress
 from flowception.shards.schema import ClipRecord, NullText, ShardMeta
 from flowception.shards.writer import ShardSetWriter, refused_writes_named
 
+logger = logging.getLogger(__name__)
 SETTINGS_NAME = "encode_settings.json"
 MANIFEST_REPORT_NAME, MISSING_NAME = "manifest_report.json", "missing.txt"
 _SET_LOCK = ".set.lock"
@@ -89,7 +91,7 @@ class ShardEncoder:
             config.frame_folder_fps,
             HeaderReader(self.folder),
         )
-        print("\n".join(self.manifest.report.lines()), flush=True)
+        logger.info("%s", "\n".join(self.manifest.report.lines()))
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.codec: Codec = build_codec(config.codec, device)
         config.check_codec(self.codec)
@@ -149,7 +151,7 @@ class ShardEncoder:
         mine = [k for k in range(self.num_shards) if k % self.config.num_parts == self.config.part]
         todo = [k for k in mine if not self.writer.is_finished(k)]
         if len(todo) < len(mine):
-            print(f"{len(mine) - len(todo)} of {len(mine)} shards are already finished", flush=True)
+            logger.info("%d of %d shards are already finished", len(mine) - len(todo), len(mine))
         videos = [
             (
                 entry.path,

@@ -8,6 +8,7 @@ are stored too: a task that could read one later would have a different list of 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -24,6 +25,7 @@ VideoSource = tuple[Path, float | None]
 _Kept = dict[VideoSource, tuple[list[int] | None, list[Any] | None]]
 """State and header of each video; the state is None if the file is missing, the header is None if it is unreadable."""
 _Result = TypeVar("_Result")
+logger = logging.getLogger(__name__)
 HEADERS_NAME = "headers.jsonl"
 _THREADS = 8
 
@@ -57,7 +59,7 @@ class HeaderReader:
             ):
                 kept = _load(path)
                 if changed := _bring_up_to_date(kept, new):
-                    print(f"read {changed} video headers", flush=True)
+                    logger.info("read %d video headers", changed)
                     write_atomically(path, _dump(kept))
             self._read |= ((video, kept[video][1]) for video in new)
         return [None if (found := self._read[video]) is None else VideoHeader(*found) for video in videos]

@@ -91,8 +91,16 @@ class Plan:
 
     def with_quarantine(self, keys: Iterable[str]) -> Plan:
         """The same plan with more clips skipped, for the next epoch."""
-        what, null = (self.process, self.sizes, self.spec, self.seed), self.null_text_tokens
-        return Plan(self.index, self._all_rows, *what, {*self.quarantine, *keys}, null_text_tokens=null)
+        return Plan(
+            self.index,
+            self._all_rows,
+            self.process,
+            self.sizes,
+            self.spec,
+            self.seed,
+            {*self.quarantine, *keys},
+            null_text_tokens=self.null_text_tokens,
+        )
 
     def _check(self) -> None:
         if not len(self.rows):

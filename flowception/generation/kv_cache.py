@@ -143,7 +143,7 @@ def narrow_pack(pack: PackInput, live: Tensor, *, with_text: bool) -> tuple[Pack
     return narrowed, places
 
 
-class FrozenFramePredictor(NetworkPredictor):
+class CachedPredictor(NetworkPredictor):
     """A ``NetworkPredictor`` that recomputes finished frames only every ``refresh_steps`` steps."""
 
     def __init__(

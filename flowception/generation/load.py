@@ -126,7 +126,7 @@ def load_run(run_dir: Path, *, step: int | None = None, device: torch.device | s
 
 
 def _null_text(meta: ShardMeta, config: RunConfig, run_dir: Path) -> torch.Tensor | None:
-    if config.model.flop_spec().text_dim is None:
+    if config.model.spec().text_dim is None:
         return None
     null_text = meta.null_embedding()
     if null_text is None:

@@ -19,7 +19,7 @@ from flowception.flow import Context, Role, SamplerConfig, SampleResult, Sampler
 from flowception.flow.delays import build_delay_law
 from flowception.generation.clip import Clip
 from flowception.generation.context import ContextReader, untrained
-from flowception.generation.kv_cache import FrozenFramePredictor
+from flowception.generation.kv_cache import CachedPredictor
 from flowception.generation.load import LoadedRun
 from flowception.generation.options import SampleOptions
 from flowception.generation.outputs import first_clips
@@ -172,7 +172,7 @@ class ClipSampler:
             return NetworkPredictor(model, class_labels, **settings)
         if not isinstance(model, FlowceptionDiT):
             raise ConfigError(f"`cache_refresh` requires FlowceptionDiT, got {type(model).__name__}; drop it")
-        return FrozenFramePredictor(model, class_labels, refresh_steps=options.cache_refresh, **settings)
+        return CachedPredictor(model, class_labels, refresh_steps=options.cache_refresh, **settings)
 
     def _clips(self, numbers: Sequence[int], result: SampleResult) -> list[Clip]:
         """Decode a batch to clips."""

@@ -162,7 +162,7 @@ class TrainingSampler:
 
     def _conditions(self) -> dict[str, Any]:
         config, null_text = self.config, self.reader.null_text
-        if config.model.flop_spec().text_dim is None or null_text is None:
+        if config.model.spec().text_dim is None or null_text is None:
             return {"guidance": self.guidance}
         texts = [(null_text if given.text is None else given.text).float() for given in self.given]
         return {"guidance": self.guidance, "texts": texts, "null_text": null_text.float()}

@@ -26,7 +26,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,6 @@ from flowception.nn.segment_attention import segment_attention
 from flowception.packing.layout import PackLayout
 from flowception.ranges import one_of
 
-AttentionBackend = Literal["auto", "sdpa", "flex", "varlen", "flash"]
 BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash")
 FLEX_BLOCK_TOKENS = 128
 """FlexAttention's block size, its default."""

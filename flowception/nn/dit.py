@@ -212,7 +212,7 @@ class FlowceptionDiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.spec = spec = config.flop_spec()
+        self.spec = spec = config.spec()
         size = spec.hidden_size
         self.rope = VideoRoPE(size // spec.num_heads, config.frame_spacing, config.rope_base)
         self.attend: Attend = partial(attention, pattern=config.pattern(), backend=config.attention_backend)

@@ -146,7 +146,7 @@ class DiTConfig:
 
     def resolved(self) -> DiTConfig:
         """The same network with every size explicit and no preset."""
-        spec = self.flop_spec()
+        spec = self.spec()
         return replace(
             self,
             preset=None,
@@ -157,7 +157,7 @@ class DiTConfig:
             text_dim=spec.text_dim or 0,
         )
 
-    def flop_spec(self) -> ModelSpec:
+    def spec(self) -> ModelSpec:
         """The network's resolved sizes.
 
         Raises:

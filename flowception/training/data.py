@@ -55,7 +55,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     run_directory.check_codec(config.run_dir, reader.meta)
     if config.model.in_channels is None:
         config.model = replace(config.model, in_channels=reader.latent_channels)
-    check_widths(config.model.flop_spec(), reader)
+    check_widths(config.model.spec(), reader)
     _, heldout_rows = reader.index.split(config.data.heldout_fraction)
     return TrainingData(reader, training_plan(config, reader), heldout_rows)
 
@@ -69,13 +69,13 @@ def training_plan(config: TrainConfig, reader: DataReader) -> Plan:
     rows, _ = reader.index.split(config.data.heldout_fraction)
     null = _null_text_tokens(reader)
     return Plan(
-        reader.index, rows, config.process, config.plan, config.model.flop_spec(), config.seed, null_text_tokens=null
+        reader.index, rows, config.process, config.plan, config.model.spec(), config.seed, null_text_tokens=null
     )
 
 
 def heldout_plan(config: TrainConfig, data: TrainingData) -> Plan:
     """Plan of the held-out split. Its seed is fixed, so runs with different seeds can be compared."""
-    index, null, spec = data.reader.index, _null_text_tokens(data.reader), config.model.flop_spec()
+    index, null, spec = data.reader.index, _null_text_tokens(data.reader), config.model.spec()
     rows, process = data.heldout_rows, config.process
     return Plan(index, rows, process, config.plan, spec, VALIDATION_SEED, null_text_tokens=null)
 

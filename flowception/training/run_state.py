@@ -61,7 +61,7 @@ class RunState:
         """Number of bad clips so far in the current epoch."""
         return len(self.quarantine.keys() - set(self.plan_quarantine))
 
-    def left_out_of_epoch(self) -> dict[str, str]:
+    def skipped_in_epoch(self) -> dict[str, str]:
         """Clips of the epoch's plan that the guards turned into padding, with the reason."""
         not_planned = set(self.plan_quarantine)
         return {key: reason for key, reason in self.guard.quarantine.items() if key not in not_planned}

@@ -241,7 +241,7 @@ class Trainer:
             state.cursor,
             data.num_workers,
             data.prefetch_steps,
-            state.left_out_of_epoch(),
+            state.skipped_in_epoch(),
         )
         self.watchdog.waiting_for = loader.waiting_for
         batches = iter(loader)

@@ -235,7 +235,7 @@ def test_steps_of_the_demo_are_full(seed):
     index = ClipIndex.from_arrays(frames=frames, height=4, width=4)
     assert set(index.tokens_per_frame) == {17}
     rows, _ = index.split(config.data.heldout_fraction)
-    plan = Plan(index, rows, config.process, config.plan, config.model.flop_spec(), seed)
+    plan = Plan(index, rows, config.process, config.plan, config.model.spec(), seed)
     cursor, fill = cursor_at(plan, plan.steps_in_epoch(0) - 20), []
     while len(fill) < 50:
         if plan.next(cursor).epoch == cursor.epoch:

@@ -21,7 +21,7 @@ from flowception.codecs.patchify import PatchifyCodec
 from flowception.errors import ConfigError
 from flowception.files import FileLock
 from flowception.shards.reader import ShardReader
-from tests.data_prep.toy_set import ROOT, bytes_of, toy_config
+from tests.data_prep.encode_toy import ROOT, bytes_of, toy_config
 
 
 def test_an_interrupted_and_restarted_job_writes_the_same_bytes(toy_folder, tmp_path, monkeypatch):

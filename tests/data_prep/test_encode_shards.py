@@ -18,7 +18,7 @@ from flowception.codecs.text import TextEncoder, TextEncoderConfig
 from flowception.codecs.video_file import read_video, write_video
 from flowception.errors import ConfigError, DataError
 from flowception.shards.reader import ShardReader
-from tests.data_prep.toy_set import ROOT, bytes_of, toy_config
+from tests.data_prep.encode_toy import ROOT, bytes_of, toy_config
 
 
 def test_shards_match_the_videos(toy_folder, tmp_path):
@@ -218,7 +218,7 @@ def test_a_folder_of_frames_is_encoded_and_an_unreadable_one_is_listed(tmp_path)
     assert reasons[1].startswith("empty contains no frames")
 
 
-def test_missing_and_filtered_videos_are_reported_next_to_the_set(tmp_path, write_counting_video, capsys):
+def test_missing_and_filtered_videos_are_reported_next_to_the_set(tmp_path, write_counting_video, console):
     (tmp_path / "video").mkdir()
     write_counting_video(tmp_path / "video" / "a.mp4", 4)
     (tmp_path / "OpenVid-1M.csv").write_text("video,caption,motion score\na.mp4,x,3\nb.mp4,y,3\n")
@@ -230,7 +230,7 @@ def test_missing_and_filtered_videos_are_reported_next_to_the_set(tmp_path, writ
     assert (report["listed"], report["missing"], report["kept"]) == (2, 1, 1)
     assert report["filters"] == [{"column": "motion score", "min": 2, "max": None, "removed": 0, "without_number": 0}]
     assert (tmp_path / "set" / "missing.txt").read_text() == "b.mp4\n"
-    assert "missing: 1, such as b.mp4" in capsys.readouterr().out
+    assert "missing: 1, such as b.mp4" in console.readouterr().out
     with pytest.raises(ConfigError, match="filters.motion score.min was 2, is now 1"):
         ShardEncoder(replace(config, filters={"motion score": FilterRange(min=1)}))
 

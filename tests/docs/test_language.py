@@ -34,13 +34,20 @@ TRANSLATED = {
     r"for ever\b": "forever",
     r"in company": "together",
     r"be it\b": "whether",
+    r"of (?:its|their|his|her) own\b": "separate, a new ...",
+    r"\b(?:goes|go) on\b": "continue",
+    r"\bstands? beside\b": "is listed with",
+    r"\bnobody\b": "no one, or say who",
+    r"\bhands? (?:it|them|back)\b": "return, pass",
+    r"\btells? of\b": "report",
+    r"\btrial of the\b": "test of",
 }
 """Pattern, and what to write instead."""
 HERE = Path(__file__).name
 TEXTS = [
     ROOT / name
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    if Path(name).suffix in (".py", ".md", ".yaml", ".sh", ".toml") and Path(name).name not in (HERE, "CHANGELOG.md")
+    if Path(name).suffix in (".py", ".md", ".yaml", ".sh", ".toml") and Path(name).name != HERE
 ]
 
 

@@ -45,7 +45,7 @@ def printable():
 
 
 def matches(text: str, printable: list[re.Pattern]) -> bool:
-    said = re.sub(r"^(flowception|encode_shards|[\w/]+\.py): error: |^WARNING: ", "", text)
+    said = re.sub(r"^(flowception|encode_shards|[\w/]+\.py): error: |^watchdog: rank \d+: |^WARNING: ", "", text)
     return any(pattern.fullmatch(said) for pattern in printable)
 
 

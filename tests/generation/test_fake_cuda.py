@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowception.flow import Context, SamplerConfig, sample
-from flowception.generation.kv_cache import FrozenFramePredictor
+from flowception.generation.kv_cache import CachedPredictor
 from flowception.generation.predictor import NetworkPredictor
 from tests.fake_cuda import DEVICE, FakeCuda, content
 
@@ -26,8 +26,8 @@ INSERTION = {
 }
 """The CPU draws insertions from the rates; new noise and new frame indices go to the device."""
 CACHE = {
-    "to device: generation/kv_cache.py:FrozenFramePredictor._evaluate (_to_copy)",
-    "to device: generation/kv_cache.py:FrozenFramePredictor._begin_step (_to_copy)",
+    "to device: generation/kv_cache.py:CachedPredictor._evaluate (_to_copy)",
+    "to device: generation/kv_cache.py:CachedPredictor._begin_step (_to_copy)",
 }
 """Indices of live and cached tokens."""
 
@@ -57,8 +57,8 @@ def sampled(predictor, device, **changes):
 SETTINGS = {
     "plain": (NetworkPredictor, None, {}),
     "guided, autocast": (NetworkPredictor, torch.bfloat16, {"guidance": 1.5, "rate_guidance": 1.2}),
-    "finished frames kept, autocast": (FrozenFramePredictor, torch.bfloat16, {"refresh_steps": 2}),
-    "kept and guided": (FrozenFramePredictor, None, {"refresh_steps": 2, "guidance": 1.5}),
+    "finished frames kept, autocast": (CachedPredictor, torch.bfloat16, {"refresh_steps": 2}),
+    "kept and guided": (CachedPredictor, None, {"refresh_steps": 2, "guidance": 1.5}),
 }
 """Predictor, precision and settings; with text if guided."""
 
@@ -73,7 +73,7 @@ def test_sampling_matches_the_cpu_with_known_transfers_only(make_model, name):
     with FakeCuda() as cuda:
         there = cuda.to_cuda(make_model(text_dim=text_dim, num_layers=1))
         result = sampled(kind(there, [1, 2], autocast_dtype=autocast, **settings), DEVICE)
-    assert set(cuda.crossings) == STEP | INSERTION | (CACHE if kind is FrozenFramePredictor else set())
+    assert set(cuda.crossings) == STEP | INSERTION | (CACHE if kind is CachedPredictor else set())
     assert result.frames.device == DEVICE
     assert on_cpu.evaluations > N, "some frame must be inserted"
     assert torch.equal(result.born_at, on_cpu.born_at)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowception.errors import ConfigError
 from flowception.flow import Context, SamplerConfig, sample, sample_states
-from flowception.generation.kv_cache import FrozenFramePredictor, narrow_pack
+from flowception.generation.kv_cache import CachedPredictor, narrow_pack
 from flowception.generation.predictor import NetworkPredictor, velocity_frames
 from flowception.nn import ClipShape, PackInput, build_layout
 from tests.varlen_on_cpu import choose_varlen
@@ -46,7 +46,7 @@ def test_refreshing_in_every_step_is_the_plain_sampler(make_model, text_dim, gui
     model, labels = make_model(text_dim=text_dim), [0, 1, 2]
     settings = {**texts_for(model, labels), "guidance": guidance, "rate_guidance": guidance}
     plain = sample(**arguments(NetworkPredictor(model, labels, **settings), labels))
-    cached = sample(**arguments(FrozenFramePredictor(model, labels, refresh_steps=1, **settings), labels))
+    cached = sample(**arguments(CachedPredictor(model, labels, refresh_steps=1, **settings), labels))
     assert plain.evaluations > N, "some frame must be inserted"
     assert torch.equal(cached.born_at, plain.born_at)
     torch.testing.assert_close(cached.frames, plain.frames, atol=1e-5, rtol=0)
@@ -57,11 +57,11 @@ def test_refreshing_in_every_step_is_the_plain_sampler(make_model, text_dim, gui
 def test_a_clip_is_the_same_alone_or_in_a_batch(model, refresh_steps):
     labels = [0, 1, 2]
     settings = {"refresh_steps": refresh_steps, "guidance": 1.5, "rate_guidance": 0.7}
-    batch = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
+    batch = sample(**arguments(CachedPredictor(model, labels, **settings), labels))
     ends = [float(batch.born_at[a:b].max()) for a, b in zip(batch.cu_frames, batch.cu_frames[1:])]
     assert len(set(ends)) > 1, "clips must finish at different steps for this to say anything"
     for clip in range(3):
-        predict = FrozenFramePredictor(model, labels[clip : clip + 1], **settings)
+        predict = CachedPredictor(model, labels[clip : clip + 1], **settings)
         alone = sample(**arguments(predict, labels[clip : clip + 1], seed=10 + clip))
         torch.testing.assert_close(batch.clips()[clip], alone.frames, atol=1e-4, rtol=0)
         assert float(batch.clip_flops[clip]) == pytest.approx(float(alone.clip_flops[0]), rel=1e-12)
@@ -70,7 +70,7 @@ def test_a_clip_is_the_same_alone_or_in_a_batch(model, refresh_steps):
 def test_with_one_layer_cached_frames_equal_their_last_step(make_model):
     """With one block, the keys of a finished frame depend only on that frame, so the cache is exact."""
     model, labels = make_model(num_layers=1), [0]
-    plain, frozen = NetworkPredictor(model, labels), FrozenFramePredictor(model, labels, refresh_steps=NEVER)
+    plain, frozen = NetworkPredictor(model, labels), CachedPredictor(model, labels, refresh_steps=NEVER)
     states = list(sample_states(**arguments(plain, labels)))
     before, now = states[N - 1], states[N]
     assert len(before.roles) == len(now.roles), "a frame born in the clock's last step would change ranks and counts"
@@ -92,9 +92,9 @@ def test_cached_keys_go_through_the_variable_length_kernel(model, monkeypatch, g
     """As on CUDA, where the kernel requires the same number of segments in queries and keys."""
     labels = [0, 1, 2]
     settings = {"refresh_steps": NEVER, "guidance": guidance}
-    reference = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
+    reference = sample(**arguments(CachedPredictor(model, labels, **settings), labels))
     choose_varlen(monkeypatch)
-    found = sample(**arguments(FrozenFramePredictor(model, labels, **settings), labels))
+    found = sample(**arguments(CachedPredictor(model, labels, **settings), labels))
     assert found.evaluations > N, "frames must be finished before others"
     torch.testing.assert_close(found.frames, reference.frames, atol=1e-4, rtol=0)
 
@@ -104,7 +104,7 @@ def test_the_cache_is_an_approximation_that_refreshing_improves(model):
     plain = sample(**arguments(NetworkPredictor(model, labels), labels))
 
     def error(refresh_steps):
-        predict = FrozenFramePredictor(model, labels, refresh_steps=refresh_steps)
+        predict = CachedPredictor(model, labels, refresh_steps=refresh_steps)
         return float((sample(**arguments(predict, labels)).frames - plain.frames).abs().max())
 
     assert 0 < error(2) < error(NEVER)
@@ -119,7 +119,7 @@ def test_flops_are_those_that_torch_counts(make_model, refresh_steps, guidance, 
     if refresh_steps is None:
         predict = NetworkPredictor(model, labels, **settings)
     else:
-        predict = FrozenFramePredictor(model, labels, refresh_steps=refresh_steps, **settings)
+        predict = CachedPredictor(model, labels, refresh_steps=refresh_steps, **settings)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         result = sample(**arguments(predict, labels))
@@ -132,13 +132,11 @@ def test_flops_are_those_that_torch_counts(make_model, refresh_steps, guidance, 
 def test_finished_frames_are_not_recomputed(model):
     labels = [0, 1, 2]
     plain = sample(**arguments(NetworkPredictor(model, labels), labels))
-    costs = [
-        sample(**arguments(FrozenFramePredictor(model, labels, refresh_steps=r), labels)).flops for r in (1, 2, NEVER)
-    ]
+    costs = [sample(**arguments(CachedPredictor(model, labels, refresh_steps=r), labels)).flops for r in (1, 2, NEVER)]
     assert plain.flops == costs[0] > costs[1] > costs[2]
     seen = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].layout.frame_rank)))
-    last = list(sample_states(**arguments(FrozenFramePredictor(model, labels, refresh_steps=NEVER), labels)))
+    last = list(sample_states(**arguments(CachedPredictor(model, labels, refresh_steps=NEVER), labels)))
     handle.remove()
     # Every frame is computed until the clock ends, then only the moving ones.
     assert seen == [int(s.moving.sum()) if s.step >= N else len(s.roles) for s in last[:-1]]
@@ -170,12 +168,12 @@ def test_steps_must_follow_one_another(model):
     labels = [0, 1, 2]
     states = list(sample_states(**arguments(NetworkPredictor(model, labels), labels)))
     with pytest.raises(ValueError, match=f"evaluate every step from the clock's last \\({N - 1}\\)"):
-        FrozenFramePredictor(model, labels, refresh_steps=4)(states[N + 1])
+        CachedPredictor(model, labels, refresh_steps=4)(states[N + 1])
     with pytest.raises(ConfigError, match="`cache_refresh` must be an integer >= 1, or null for no cache, got 0"):
-        FrozenFramePredictor(model, labels, refresh_steps=0)
+        CachedPredictor(model, labels, refresh_steps=0)
 
 
 def test_other_attention_patterns_are_refused(make_model):
     model = make_model(attention_pattern="causal")
     with pytest.raises(ConfigError, match="requires .*attention_pattern=full, got attention_pattern=causal"):
-        FrozenFramePredictor(model, [0], refresh_steps=4)
+        CachedPredictor(model, [0], refresh_steps=4)

@@ -36,7 +36,7 @@ def random_pack(
 
 
 def one_clip(pack: PackInput, clip: int, clips: Sequence[ClipShape]) -> PackInput:
-    """The clip of a pack alone in a pack of its own."""
+    """The clip of a pack in a pack without other clips."""
     layout = pack.layout
     padding = layout.token_kind == TokenKind.PADDING
     tokens = (layout.token_clip == clip) & ~padding

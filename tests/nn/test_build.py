@@ -12,7 +12,7 @@ def test_the_default_is_the_dit():
 
 
 def test_a_backbone_of_ones_own_is_built_and_counted(monkeypatch):
-    monkeypatch.setitem(BACKBONES, "own", lambda config: nn.Linear(config.flop_spec().hidden_size, 1))
+    monkeypatch.setitem(BACKBONES, "own", lambda config: nn.Linear(config.spec().hidden_size, 1))
     assert count_parameters(DiTConfig(backbone="own")) == 128 + 1
 
 

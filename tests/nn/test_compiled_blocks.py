@@ -164,7 +164,7 @@ def recipe_layouts():
     config, model = recipe()
     clips = np.arange(20_000)
     index = ClipIndex.from_arrays(frames=5 + clips % 15, height=8, width=8, text_tokens=clips % 129)
-    plan = Plan(index, None, config.process, config.plan, model.flop_spec(), seed=0, null_text_tokens=1)
+    plan = Plan(index, None, config.process, config.plan, model.spec(), seed=0, null_text_tokens=1)
     cursor, layouts = Cursor(), []
     while len(layouts) < 1000:
         for pack in plan.step(cursor).packs:

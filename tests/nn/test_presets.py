@@ -50,7 +50,7 @@ def test_checkpointing_is_all_blocks_none_or_a_number():
 
 def test_a_network_whose_recomputation_is_still_to_be_found_has_sizes():
     auto = DiTConfig(activation_checkpointing="auto")
-    assert auto.flop_spec() == DiTConfig().flop_spec()
+    assert auto.spec() == DiTConfig().spec()
     assert count_parameters(auto) == count_parameters(DiTConfig())
     assert auto.resolved().activation_checkpointing == "auto"
 
@@ -58,7 +58,7 @@ def test_a_network_whose_recomputation_is_still_to_be_found_has_sizes():
 def test_overrides_take_precedence_over_the_preset():
     config = DiTConfig(preset="2b", num_layers=2, text_dim=0).resolved()
     assert (config.preset, config.num_layers, config.hidden_size, config.text_dim) == (None, 2, 1536, 0)
-    assert config.flop_spec().text_dim is None
+    assert config.spec().text_dim is None
     assert config.resolved() == config
 
 
@@ -75,7 +75,7 @@ def test_overrides_take_precedence_over_the_preset():
         (lambda: DiTConfig(attention_pattern="x"), "model.attention_pattern must be one of full.*, got 'x'"),
         (lambda: DiTConfig(frame_spacing=0.0), r"model.frame_spacing must be a number > 0, got 0\.0"),
         (lambda: DiTConfig(rope_base=1.0), r"model.rope_base must be a number > 1, got 1\.0"),
-        (lambda: DiTConfig(preset=None).flop_spec(), "model.hidden_size must be set when model.preset is null"),
+        (lambda: DiTConfig(preset=None).spec(), "model.hidden_size must be set when model.preset is null"),
         (lambda: DiTConfig(activation_checkpointing=-1), "model.activation_checkpointing must be .*, got -1"),
         (
             lambda: DiTConfig(activation_checkpointing="most"),
@@ -86,11 +86,11 @@ def test_overrides_take_precedence_over_the_preset():
             "must be a number of blocks here, got auto",
         ),
         (
-            lambda: DiTConfig(activation_checkpointing=5).flop_spec(),
+            lambda: DiTConfig(activation_checkpointing=5).spec(),
             "must be at most the number of blocks.*, got 5 and 4 blocks",
         ),
         (
-            lambda: DiTConfig(num_heads=3).flop_spec(),
+            lambda: DiTConfig(num_heads=3).spec(),
             "model.hidden_size must be a multiple of model.num_heads, got 128 and 3",
         ),
     ],

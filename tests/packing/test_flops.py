@@ -38,7 +38,7 @@ def test_flops_of_a_tight_pack_are_those_that_torch_counts(
     if not with_text:
         config.text_dim, clips = 0, [clip._replace(text_tokens=0) for clip in mixed_clips]
     expected = traced(FlowceptionDiT(config).initialize(0), make_pack(clips, with_text=with_text))
-    assert counted(clip_flops, config.flop_spec(), clips) == pytest.approx(expected, rel=5e-3)
+    assert counted(clip_flops, config.spec(), clips) == pytest.approx(expected, rel=5e-3)
 
 
 def test_training_is_three_forwards(model, mixed_clips, make_pack):

@@ -1,6 +1,5 @@
 """A run on an MDS set from the command line: training with samples, then clips from prompts and from context."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from flowception.codecs.video_file import read_header, read_video
 from flowception.shards.mds import MdsReader
+from tests.training.workers.toy_set import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FPS = 6
@@ -47,7 +47,7 @@ def test_a_run_on_an_mds_set_samples_and_generates(tmp_path):
         "checkpoint.save_every_steps=3", "data.heldout_fraction=0.2", "validation.every_steps=3", "zero.stage=0",
         "samples.every_steps=3", "samples.num_clips=2", "samples.num_inference_steps=3", "samples.max_frames=6",
     )  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run)
     assert sum("loss" in line for line in lines) == 3
     sampled = sorted((run / "samples").rglob("*.mp4"))
     assert len(sampled) == 2

@@ -226,7 +226,7 @@ show_log()
 folder = pathlib.Path(sys.argv[1])
 log = MetricsLog(folder, LoggingConfig(wandb_project="p", wandb_offline=True), 9, 0)
 children = psutil.Process().children(recursive=True)
-assert children, "wandb has no process of its own"
+assert children, "wandb started no process"
 for child in children:
     child.terminate()
 psutil.wait_procs(children, timeout=60)

@@ -17,7 +17,7 @@ from flowception.shards.schema import NullText
 from flowception.training.config import load_config
 from flowception.training.data import open_data
 from tests.distributed_worker import run_distributed
-from tests.training.workers.toy_set import write_config, write_set
+from tests.training.workers.toy_set import read_metrics, write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one fixture makes all runs
 
@@ -71,19 +71,15 @@ def runs(tmp_path_factory):
     return folder, results[0]
 
 
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run_dir):
-    return [line["loss"] for line in metrics(run_dir)]
+    return [line["loss"] for line in read_metrics(run_dir)]
 
 
 def test_a_run_writes_the_files_of_the_design(runs):
     folder, results = runs
     run_dir = folder / "whole"
     assert results["whole"] is True
-    lines = metrics(run_dir)
+    lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(1, 13))
     wanted = {
         "loss",
@@ -109,7 +105,7 @@ def test_a_run_writes_the_files_of_the_design(runs):
 
 
 def test_the_loss_falls_and_is_the_weighted_sum_of_its_terms(runs):
-    lines = metrics(runs[0] / "whole")
+    lines = read_metrics(runs[0] / "whole")
     for line in lines:
         assert line["loss"] == pytest.approx(line["loss/velocity"] + 0.1 * line["loss/insertion"], rel=1e-12)
     held_out = [line["validation/loss"] for line in lines if "validation/loss" in line]
@@ -119,7 +115,7 @@ def test_the_loss_falls_and_is_the_weighted_sum_of_its_terms(runs):
 def test_step_metrics_match_the_plan_over_all_ranks(runs):
     run_dir = runs[0] / "whole"
     config = load_config([run_dir / "config.yaml"])
-    plan, lines = open_data(config).plan, metrics(run_dir)
+    plan, lines = open_data(config).plan, read_metrics(run_dir)
     for line in lines[: plan.steps_in_epoch(0)]:
         step = plan.step(Cursor(0, line["step"] - 1))
         rows, places = (np.concatenate([getattr(pack, name) for pack in step.packs]) for name in ("rows", "places"))
@@ -136,7 +132,9 @@ def test_step_metrics_match_the_plan_over_all_ranks(runs):
 
 
 def test_learning_rate_rises_over_the_warm_up(runs):
-    assert [line["lr"] for line in metrics(runs[0] / "whole")][:5] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
+    assert [line["lr"] for line in read_metrics(runs[0] / "whole")][:5] == pytest.approx(
+        [5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3]
+    )
 
 
 def test_step_0_is_the_untrained_model(runs):
@@ -182,7 +180,7 @@ def test_a_full_disk_does_not_end_the_run(runs):
     why = "WARNING: cannot save the checkpoint of step 4: rank 1: [Errno 28] No space left on device"
     assert said.count(f"{why}; the newest is of step 0\n") == 1
     assert said.count("WARNING: cannot remove old checkpoints ([Errno 13] Permission denied)\n") == 2
-    counts = [line["failed_saves"] for line in metrics(folder / "full_disk")]
+    counts = [line["failed_saves"] for line in read_metrics(folder / "full_disk")]
     assert counts[:4] == [0] * 4
     assert counts == sorted(counts)
 
@@ -197,7 +195,7 @@ def test_a_failed_last_save_is_an_error_unless_the_run_will_resume(runs):
 
 
 def test_saves_are_timed(runs):
-    lines = metrics(runs[0] / "whole")
+    lines = read_metrics(runs[0] / "whole")
     assert [line["step"] for line in lines if "save_blocked_s" in line] == [1, 5, 9]
     timed = [line["save_s"] for line in lines if "save_s" in line]
     assert timed
@@ -249,7 +247,7 @@ def test_a_bad_clip_is_listed_and_skipped_from_the_next_epoch_on(runs):
     folder, results = runs
     assert results["bad_clip"] is True
     key = (folder / "bad_key").read_text()
-    lines = metrics(folder / "bad_clip")
+    lines = read_metrics(folder / "bad_clip")
     seen = {epoch: sum(line["clips"] for line in lines if line["epoch"] == epoch) for epoch in (0, 1)}
     assert seen[0] == seen[1], "the bad clip was counted as seen"
     assert sum(line["bad_clips"] for line in lines if line["epoch"] == 0) == 1
@@ -262,7 +260,7 @@ def test_a_bad_clip_is_listed_and_skipped_from_the_next_epoch_on(runs):
 def test_an_unreadable_last_step_of_an_epoch_does_not_stop_the_run(runs):
     folder, results = runs
     assert results["bad_last_step"] is True
-    lines = metrics(folder / "bad_last_step")
+    lines = read_metrics(folder / "bad_last_step")
     assert [line["epoch"] for line in lines][-1] >= 1
     assert sum(line["bad_clips"] for line in lines) > 0
 
@@ -272,7 +270,7 @@ def test_too_many_bad_clips_stop_every_rank(runs):
     assert "1 clips of epoch 0 could not be read, more than data.max_bad_clips=0" in results["one_bad_clip_too_many"]
     assert results["dead_storage"].startswith("DataError: none of the ")
     assert "dead_shards" in results["dead_storage"]
-    assert metrics(folder / "dead_storage") == []
+    assert read_metrics(folder / "dead_storage") == []
 
 
 def test_a_rank_that_cannot_read_stops_every_rank(runs):
@@ -291,7 +289,7 @@ def test_max_steps_below_the_saved_step_is_reported(runs):
     assert results["beyond"] is True
     assert "the run is already at step 10, beyond max_steps=9; nothing to do" in results["said_beyond"]
     assert "complete" not in results["said_beyond"]
-    assert [line["step"] for line in metrics(folder / "damaged")] == list(range(1, 11))
+    assert [line["step"] for line in read_metrics(folder / "damaged")] == list(range(1, 11))
 
 
 def test_unused_text_is_reported(runs):
@@ -327,7 +325,7 @@ def test_changes_of_world_size_and_stage_continue_the_loss_curve(tmp_path):
     job(2, 3, "never_changed")
     for world_size, stage, stop_after in ((2, 3, 6), (1, 0, 3), (4, 2, 3), (2, 3, None)):
         job(world_size, stage, "changed", stop_after)
-    never, changed = (metrics(tmp_path / name) for name in ("never_changed", "changed"))
+    never, changed = (read_metrics(tmp_path / name) for name in ("never_changed", "changed"))
     assert [line["lr"] for line in changed] == [line["lr"] for line in never]
     for name in ("step", "epoch", "clips", "tokens", "rate/true", "skipped_steps", "bad_clips"):
         assert [line[name] for line in changed] == [line[name] for line in never], name

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 from flowception.codecs.frame_folder import is_frame
 from flowception.errors import DataError
 
+logger = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 
 
@@ -85,7 +87,7 @@ def files_below(folder: Path) -> dict[str, str]:
     """Map the name of every file below a folder to its relative path. One listing makes a million lookups cheap.
 
     Among files with the same name the first is used: a folder's own files before those of its subfolders, sorted by
-    name. So every task of a job array sees the same files. The number of other files is printed.
+    name. So every task of a job array sees the same files. The number of other files is logged.
     """
     found, doubles = dict[str, str](), list[str]()
     for parent, folders, names in os.walk(folder):
@@ -95,10 +97,7 @@ def files_below(folder: Path) -> dict[str, str]:
             if found.setdefault(name, path) != path:
                 doubles.append(path)
     if doubles:
-        print(
-            f"{folder}: skipped {len(doubles)} files with the same name as another, such as {doubles[0]}",
-            flush=True,
-        )
+        logger.info("%s: skipped %d files with the same name as another, such as %s", folder, len(doubles), doubles[0])
     return found
 
 

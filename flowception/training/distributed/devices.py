@@ -76,7 +76,7 @@ def why_a_gpu_is_meant(environment: Mapping[str, str], driver: Path = _DRIVER) -
     return f"the NVIDIA driver is installed ({driver})" if driver.exists() else None
 
 
-def find_place(local_rank: int, environment: Mapping[str, str] = os.environ) -> RankDevice:
+def find_device(local_rank: int, environment: Mapping[str, str] = os.environ) -> RankDevice:
     """Find this rank's device: the GPU of its local rank, the only visible GPU, or the CPU if no GPU is meant.
 
     Args:
@@ -120,48 +120,48 @@ def _cuda_error() -> str:
     return "CUDA starts but finds no device"
 
 
-def share_places(own: RankDevice, rank: int, world_size: int, store: Store) -> list[RankDevice]:
+def share_devices(own: RankDevice, rank: int, world_size: int, store: Store) -> list[RankDevice]:
     """Exchange the devices of all ranks through the rendezvous store. Returns them in rank order."""
-    store = PrefixStore("flowception/places", store)
+    store = PrefixStore("flowception/devices", store)
     store.set(str(rank), json.dumps(asdict(own)))
     if rank == 0:
         store.set("all", json.dumps([json.loads(store.get(str(other))) for other in range(world_size)]))
-    places = [RankDevice(**place) for place in json.loads(store.get("all"))]
+    devices = [RankDevice(**found) for found in json.loads(store.get("all"))]
     store.set(f"{rank} has read", "")
     if rank == 0:  # rank 0 hosts the store and may exit soon
         store.wait([f"{other} has read" for other in range(world_size)])
-    return places
+    return devices
 
 
-def check_places(places: Sequence[RankDevice]) -> None:
+def check_devices(devices: Sequence[RankDevice]) -> None:
     """Check that all ranks can compute together.
 
     Raises:
         ConfigError: If they cannot, with the first offending rank and its node.
     """
-    for rank, place in enumerate(places):
-        if place.problem:
-            raise ConfigError(f"rank {rank} on {place.host}: {place.problem}")
-    usual = Counter(place.kind for place in places).most_common(1)[0][0]
+    for rank, device in enumerate(devices):
+        if device.problem:
+            raise ConfigError(f"rank {rank} on {device.host}: {device.problem}")
+    usual = Counter(device.kind for device in devices).most_common(1)[0][0]
     users: dict[str, int] = {}
-    for rank, place in enumerate(places):
-        if place.kind != usual:
+    for rank, device in enumerate(devices):
+        if device.kind != usual:
             raise ConfigError(
-                f"all ranks must use the same kind of device, got {place.kind} on rank {rank} ({place.host}) and "
+                f"all ranks must use the same kind of device, got {device.kind} on rank {rank} ({device.host}) and "
                 f"{usual} on most ranks; run `flowception doctor` on that node, or set DS_ACCELERATOR=cpu on all ranks "
                 "or none"
             )
-        other = users.setdefault(place.uuid, rank) if place.uuid else rank
+        other = users.setdefault(device.uuid, rank) if device.uuid else rank
         if other != rank:
             raise ConfigError(
-                f"ranks {other} and {rank} on {place.host} see the same GPU, {place.name} {place.uuid}; start one rank "
-                "per GPU"
+                f"ranks {other} and {rank} on {device.host} see the same GPU, {device.name} {device.uuid}; start one "
+                "rank per GPU"
             )
 
 
-def describe_places(places: Sequence[RankDevice]) -> str:
+def describe_devices(devices: Sequence[RankDevice]) -> str:
     """Describe the devices, such as '8 ranks on 2 nodes: cuda (NVIDIA H100) x 8'."""
-    nodes = len({place.host for place in places})
-    counts = Counter(f"{place.kind} ({place.name})" if place.name else place.kind for place in places)
+    nodes = len({device.host for device in devices})
+    counts = Counter(f"{device.kind} ({device.name})" if device.name else device.kind for device in devices)
     kinds = ", ".join(f"{kind} x {count}" for kind, count in counts.items())
-    return f"{len(places)} rank{'s' * (len(places) > 1)} on {nodes} node{'s' * (nodes > 1)}: {kinds}"
+    return f"{len(devices)} rank{'s' * (len(devices) > 1)} on {nodes} node{'s' * (nodes > 1)}: {kinds}"

@@ -13,7 +13,7 @@ import torch.distributed
 from flowception.errors import ConfigError
 from flowception.progress import show_log
 from flowception.training.distributed.collectives import Ranks, mark_on_all_ranks
-from flowception.training.distributed.devices import check_places, describe_places, find_place, share_places
+from flowception.training.distributed.devices import check_devices, describe_devices, find_device, share_devices
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,12 @@ def init_distributed() -> Ranks:
     show_log(rank)
     # Keep this store alive: the process group reuses it.
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    places = share_places(find_place(local_rank), rank, world_size, store)
+    devices = share_devices(find_device(local_rank), rank, world_size, store)
     try:
-        check_places(places)
+        check_devices(devices)
     except ConfigError as error:
         raise mark_on_all_ranks(error) from None
-    device = torch.device(places[rank].device)
+    device = torch.device(devices[rank].device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
@@ -84,6 +84,6 @@ def init_distributed() -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
     init_deepspeed(backend)
-    everyone = f"{describe_places(places)}, {backend}"
+    everyone = f"{describe_devices(devices)}, {backend}"
     logger.info("%s", everyone)
     return Ranks(rank, local_rank, world_size, device, everyone)

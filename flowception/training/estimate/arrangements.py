@@ -51,7 +51,7 @@ class Job:
         """The job of a configuration."""
         return cls(
             parameters=parameters,
-            spec=config.model.flop_spec(),
+            spec=config.model.spec(),
             token_budget=config.plan.token_budget,
             precision=config.precision,
             compiled=str(config.model.compile),

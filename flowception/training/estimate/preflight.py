@@ -46,7 +46,7 @@ def check_data(config: TrainConfig, problems: Problems) -> Plan | None:
         if weights is not None and list_steps(weights):
             run_directory.check_codec(weights, reader.meta, new_is_fine=False)
     with problems.collected():
-        check_widths(config.model.flop_spec(), reader)
+        check_widths(config.model.spec(), reader)
     with problems.collected():
         return training_plan(config, reader)
     return None

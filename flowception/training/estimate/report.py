@@ -152,7 +152,7 @@ def report(config: TrainConfig, assumed: Assumptions) -> tuple[str, list[str]]:
         plan = check_data(config, problems)
     else:
         with problems.collected():
-            plan = Plan(index, None, config.process, config.plan, config.model.flop_spec(), config.seed)
+            plan = Plan(index, None, config.process, config.plan, config.model.spec(), config.seed)
     check_run(config, sizes if assumed.world_sizes else [], problems)
     parameters = count_parameters(config.model)
     job = Job.of(config, parameters, plan.mean_step_flops(0) if plan else 0.0)

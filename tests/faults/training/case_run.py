@@ -14,7 +14,7 @@ from flowception.checkpoint.format import checkpoint_dir, checkpoints_dir, list_
 from flowception.checkpoint.reader import hashes, verify
 from flowception.errors import CheckpointError, FlowceptionError
 from tests.faults.training.cases import Attempt, Case
-from tests.faults.training.fork_server import Job
+from tests.faults.training.jobs import Job
 from tests.faults.training.scene import SAVE_EVERY, STEPS, Scene, read_consumed, read_losses, steps_noted
 
 _KILLED, _STOPPED, _REFUSED = -9, 85, 2

@@ -69,7 +69,7 @@ class Deck:
         self._scene, self._chance, self._settings = scene, chance, settings
         self._places = self._cycle(STEP_PLACES)
         self._signal_stories = self._cycle(("once", "all ranks", "twice", "during a save", "while starting"))
-        self._disk_stories = self._cycle(("goes on", "then SIGKILL", "last save"))
+        self._disk_stories = self._cycle(("continues", "then SIGKILL", "last save"))
         self._second_jobs = self._cycle(("later", "at once"))
 
     def _cycle(self, values: tuple[str, ...]) -> Iterator[str]:
@@ -173,7 +173,7 @@ class Deck:
         )
         kill = Injection("batch", STEPS - SNAPSHOT_STEP, self._chance.randrange(world_size), "kill", after=1)
         attempt = {
-            "goes on": Attempt(world_size, stage, (full,), "complete"),
+            "continues": Attempt(world_size, stage, (full,), "complete"),
             "then SIGKILL": Attempt(world_size, stage, (kill, full), "killed"),
             "last save": Attempt(world_size, stage, (full,), "unsaved"),
         }[story]

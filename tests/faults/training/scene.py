@@ -22,8 +22,8 @@ from flowception.checkpoint.format import checkpoint_dir
 from flowception.checkpoint.reader import hashes
 from flowception.shards.schema import ClipRecord, ShardMeta
 from flowception.shards.writer import ShardSetWriter
-from tests.faults.training.fork_server import Job, Server
 from tests.faults.training.hooks import Hooks, Injection
+from tests.faults.training.jobs import Job, JobServer
 from tests.faults.training.sabotage import SABOTAGES
 
 STEPS, SAVE_EVERY, SNAPSHOT_STEP, FAULTY_SAVE = 8, 2, 4, 6
@@ -130,7 +130,7 @@ class Scene:
             folder: An empty folder for everything.
             sabotage: Name of a wrong resume on purpose (``SABOTAGES``); it applies to every job except the references.
         """
-        self.folder, self.server = folder, Server()
+        self.folder, self.server = folder, JobServer()
         self._sabotage = SABOTAGES[sabotage] if sabotage else None
         self._references: dict[tuple[int, int], Reference] = {}
         self._snapshots: dict[tuple[int, int], Path] = {}

@@ -9,9 +9,9 @@ import torch
 from flowception.errors import ConfigError
 from flowception.training.distributed.devices import (
     RankDevice,
-    check_places,
-    describe_places,
-    find_place,
+    check_devices,
+    describe_devices,
+    find_device,
     why_a_gpu_is_meant,
 )
 from tests.distributed_worker import run_distributed
@@ -59,30 +59,30 @@ def test_a_driver_means_a_gpu_unless_its_gpus_are_hidden(tmp_path):
 
 def test_the_cpu_is_used_if_requested_or_if_no_gpu_is_meant(monkeypatch):
     see(monkeypatch)
-    assert find_place(3, {"CUDA_VISIBLE_DEVICES": ""}) == RankDevice(host=HOST, device="cpu")
-    place = find_place(3, {"CUDA_VISIBLE_DEVICES": "0"})
-    assert place.device == ""
-    assert place.problem.startswith(f"torch {torch.__version__}, built ")
-    assert "although CUDA_VISIBLE_DEVICES=0; install a torch build" in place.problem
-    assert "DS_ACCELERATOR=cpu" in place.problem
+    assert find_device(3, {"CUDA_VISIBLE_DEVICES": ""}) == RankDevice(host=HOST, device="cpu")
+    device = find_device(3, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert device.device == ""
+    assert device.problem.startswith(f"torch {torch.__version__}, built ")
+    assert "although CUDA_VISIBLE_DEVICES=0; install a torch build" in device.problem
+    assert "DS_ACCELERATOR=cpu" in device.problem
 
     def too_old():
         raise RuntimeError("The NVIDIA driver on your system is too old.\n Update it.")
 
     monkeypatch.setattr(torch.cuda, "init", too_old)
     assert "finds no GPU (The NVIDIA driver on your system is too old. Update it), although CUDA_VISIBLE_DEVICES=0" in (
-        find_place(0, {"CUDA_VISIBLE_DEVICES": "0"}).problem
+        find_device(0, {"CUDA_VISIBLE_DEVICES": "0"}).problem
     )
     see(monkeypatch, "a", "b")
-    assert find_place(1, {"DS_ACCELERATOR": "cpu"}) == RankDevice(host=HOST, device="cpu")
+    assert find_device(1, {"DS_ACCELERATOR": "cpu"}) == RankDevice(host=HOST, device="cpu")
 
 
 def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one(monkeypatch):
     see(monkeypatch, "a", "b")
-    assert find_place(1, {}) == RankDevice(host=HOST, device="cuda:1", name="NVIDIA H100", uuid="b")
-    assert "local rank 2 has no GPU: only 2 are visible" in find_place(2, {}).problem
+    assert find_device(1, {}) == RankDevice(host=HOST, device="cuda:1", name="NVIDIA H100", uuid="b")
+    assert "local rank 2 has no GPU: only 2 are visible" in find_device(2, {}).problem
     see(monkeypatch, "c")
-    assert find_place(5, {}) == RankDevice(host=HOST, device="cuda:0", name="NVIDIA H100", uuid="c")
+    assert find_device(5, {}) == RankDevice(host=HOST, device="cuda:0", name="NVIDIA H100", uuid="c")
 
 
 def gpus(nodes=2, each=4):
@@ -94,16 +94,16 @@ def gpus(nodes=2, each=4):
 
 
 def test_compatible_ranks_are_described():
-    check_places(gpus())
-    assert describe_places(gpus()) == "8 ranks on 2 nodes: cuda (NVIDIA H100) x 8"
+    check_devices(gpus())
+    assert describe_devices(gpus()) == "8 ranks on 2 nodes: cuda (NVIDIA H100) x 8"
     mixed = [*gpus(), replace(gpus()[0], name="NVIDIA A100", uuid="x")]
-    check_places(mixed)
-    assert describe_places(mixed) == "9 ranks on 2 nodes: cuda (NVIDIA H100) x 8, cuda (NVIDIA A100) x 1"
-    one_visible = [replace(place, device="cuda:0") for place in gpus()]
-    check_places(one_visible)
+    check_devices(mixed)
+    assert describe_devices(mixed) == "9 ranks on 2 nodes: cuda (NVIDIA H100) x 8, cuda (NVIDIA A100) x 1"
+    one_visible = [replace(device, device="cuda:0") for device in gpus()]
+    check_devices(one_visible)
     alone = [RankDevice(host="laptop", device="cpu")]
-    check_places(alone * 2)
-    assert describe_places(alone) == "1 rank on 1 node: cpu x 1"
+    check_devices(alone * 2)
+    assert describe_devices(alone) == "1 rank on 1 node: cpu x 1"
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_compatible_ranks_are_described():
     ],
 )
 def test_incompatible_ranks_are_an_error(changes, message):
-    places = gpus()
-    places[6] = replace(places[6], **changes)
+    devices = gpus()
+    devices[6] = replace(devices[6], **changes)
     with pytest.raises(ConfigError) as refused:
-        check_places(places)
+        check_devices(devices)
     assert str(refused.value).startswith(message)
 
 

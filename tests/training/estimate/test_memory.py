@@ -83,7 +83,7 @@ def test_activation_estimate_is_what_autograd_keeps(partitioned, compiled, arith
 def sizes(
     stage, world_size, precision="bf16", parameters=10**9, group_size=None, checkpointed_blocks=38, compiled="off"
 ):
-    spec = DiTConfig(preset="2b").flop_spec()
+    spec = DiTConfig(preset="2b").spec()
     return memory_per_rank(
         parameters=parameters,
         world_size=world_size,

@@ -47,7 +47,7 @@ def test_flops_are_those_of_the_clips_of_an_epoch(config_path):
         total = 0.0
         for pack in step.packs:
             visible = plan.clip_draws(pack).clips.visible_frames.numpy()
-            total += training_flops(config.model.flop_spec(), visible, 2, 2).sum()
+            total += training_flops(config.model.spec(), visible, 2, 2).sum()
         by_hand.append(total)
     assert [step.flops for step in steps] == pytest.approx(by_hand)
     mean = sum(by_hand) / len(by_hand)

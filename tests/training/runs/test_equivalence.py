@@ -5,7 +5,6 @@ never see the same. A resumed run has two parameter groups (0.1 and no weight de
 warm-up, which a cosine decay follows. ``pytest -s`` shows how far apart the losses come.
 """
 
-import json
 import shutil
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from tests.distributed_worker import run_distributed
 from tests.training.workers.equivalence_worker import CHANGED_AT, STEPS
-from tests.training.workers.toy_set import write_set
+from tests.training.workers.toy_set import read_metrics, write_set
 
 WORKER = "tests.training.workers.equivalence_worker"
 WORLD_SIZES = (1, 3, 4)
@@ -33,12 +32,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run_dir, first=0):
-    found = metrics(run_dir)
+    found = read_metrics(run_dir)
     assert [line["step"] for line in found] == list(range(1, len(found) + 1))
     compared = torch.tensor([line["loss"] for line in found[first:]], dtype=torch.float64)
     assert len(compared) == STEPS
@@ -68,7 +63,7 @@ def test_four_packs_a_step_have_the_same_losses_on_any_number_of_ranks(folder, w
 def test_a_resume_at_another_world_size_continues_the_loss_curve(folder, world_size):
     curves = [losses(folder / name, first=CHANGED_AT) for name in (f"changed_to_{world_size}", "unchanged")]
     assert largest_deviation(f"2 ranks changed to {world_size} and unchanged", *curves) < 1e-4
-    changed, unchanged = (metrics(folder / name) for name in (f"changed_to_{world_size}", "unchanged"))
+    changed, unchanged = (read_metrics(folder / name) for name in (f"changed_to_{world_size}", "unchanged"))
     rates = [line["lr"] for line in unchanged]
     assert [line["lr"] for line in changed] == rates
     assert rates[CHANGED_AT - 1] < rates[CHANGED_AT] < max(rates) > rates[-1], "the schedule is in mid-flight"

@@ -1,7 +1,6 @@
 """Captions reach the model: toy videos, a tiny T5, shards with text, training, and clips by prompt, with the
 commands."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from flowception.codecs.video_file import read_video
 from flowception.shards.reader import ShardReader
 from tests.fork_server import run_python
+from tests.training.workers.toy_set import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -44,7 +44,7 @@ def test_train_and_generate_by_prompt(command, tmp_path):
         f"data.path={shards}", "max_steps=60", "optim.warmup_steps=5", "ema.decay=0.8",
         "checkpoint.save_every_steps=60", "validation.every_steps=null", "zero.stage=0",
     )  # fmt: skip
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in read_metrics(run)]
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
     videos = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from flowception.training.config import load_config
 from flowception.training.distributed.launch import init_distributed
 from flowception.training.signals import StopFlag
 from flowception.training.trainer import train
-from tests.training.workers.toy_set import write_config, write_set
+from tests.training.workers.toy_set import read_metrics, write_config, write_set
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STEPS, NUM_FRAMES, NUM_INFERENCE_STEPS = 20, 6, 4
@@ -45,6 +44,6 @@ def train_and_generate(folder: str) -> dict[str, dict]:
             size=(4, 4),
             device="cpu",
         )
-        metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_metrics(run_dir)
         results[name] = {"law": config.process.delay_law, "metrics": metrics, "clips": generate(options)}
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ def record(number: int, generator: torch.Generator, channels: int = CHANNELS) ->
     time = torch.arange(frames).view(-1, 1, 1, 1)
     latents = torch.sin(phase + 0.3 * (1 + label) * time)
     return ClipRecord(key=f"clip-{number:05d}", latents=latents, class_label=label, fps=8.0)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """Lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def write_config(path: Path, run_dir: Path, data: Path, **changes) -> Path:

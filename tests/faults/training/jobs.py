@@ -1,8 +1,11 @@
-"""A process that has imported everything once, and forks the ranks of training jobs.
+"""Training jobs whose ranks are forked from this process, after it has imported everything once.
 
-A rank of ``train/main.py`` spends about ten seconds on imports and tenths of a second on a step of a toy model. Here a
-fork costs milliseconds. A fork copies one thread only, so the server starts none: it makes no process group and
-computes nothing with torch. What a job imports on its way is learned from a first job, which runs in a fork too.
+A rank of ``train/main.py`` spends about ten seconds on imports and tenths of a second on a step of a toy model; a fork
+takes milliseconds. A fork copies only one thread, so this process starts none: it creates no process group and computes
+nothing with torch. A first job, also in a fork, shows what a job imports.
+
+``tests/fork_server.py`` forks from a separate process and passes only JSON to it. Here a rank gets a function that
+installs fault hooks in it before ``main``, so the process that holds these functions must do the forking.
 
 Needs Linux.
 """
@@ -83,7 +86,7 @@ class Job:
         return [self.codes[rank] for rank in range(len(self.pids))]
 
 
-class Server:
+class JobServer:
     """Starts jobs by forking."""
 
     def __init__(self) -> None:
@@ -118,7 +121,7 @@ class Server:
             try:
                 action()
                 code = 0
-            except BaseException:  # a fork must not go on as the server
+            except BaseException:  # a fork must not continue as the server
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
