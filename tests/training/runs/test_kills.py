@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.fork_server import Forked, Server
 from tests.ports import free_port
 from tests.training.workers.toy_set import write_config, write_set
 
+ROOT = Path(__file__).resolve().parents[3]
 KILLED_MAIN = "tests.training.workers.killed_main"
 STEPS, KILLS = 40, 5
 
@@ -27,6 +29,16 @@ def start(config: Path, log: Path, prepared: tuple[str, int, int] | None = None)
         server.start(KILLED_MAIN, "main", prepared, str(config), environment=rank_environment(rank, 2, port), log=log)
         for rank in range(2)
     ]
+
+
+def start_interpreters(config: Path, log: Path) -> list[subprocess.Popen]:
+    """The same two ranks as a launcher starts them: new interpreters that import everything themselves."""
+    port, command = free_port(), [sys.executable, ROOT / "train" / "main.py", "--config", config]
+    with log.open("w") as stream:
+        return [
+            subprocess.Popen(command, env=rank_environment(rank, 2, port), stdout=stream, stderr=subprocess.STDOUT)
+            for rank in range(2)
+        ]
 
 
 def steps_done(run_dir: Path) -> int:
@@ -118,10 +130,10 @@ def test_kills_in_the_middle_of_saves_change_nothing(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_with_85(tmp_path, number):
+@pytest.mark.parametrize(("number", "begin"), [(signal.SIGTERM, start), (signal.SIGUSR1, start_interpreters)])
+def test_a_signal_saves_and_exits_with_85(tmp_path, number, begin):
     config = write_config(tmp_path / "c.yaml", tmp_path / "run", write_set(tmp_path / "shards"), max_steps=100_000)
-    processes = start(config, tmp_path / "log")
+    processes = begin(config, tmp_path / "log")
     try:
         wait_for_step(processes, tmp_path / "run", 3)
         processes[1].send_signal(number)
