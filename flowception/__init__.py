@@ -1,6 +1,6 @@
 """Flowception: train and sample video models that insert frames while they denoise.
 
-    run = flowception.load("runs/demo")
+    run = flowception.load("demo/run")
     clips = run.sample(num=4, seed=0)
 
 The public names (docs/api.md) are imported on first use, so that ``import flowception`` is fast.

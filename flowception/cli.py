@@ -295,7 +295,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.num is None and arguments.prompts is None:
         raise ConfigError("--num is missing; give the number of clips to generate")
     same = (
-        "task", "context", "prompt", "class_label", "text_encoder", "seed", "num_inference_steps", "guidance",
+        "task", "context", "prompt", "text_encoder", "seed", "num_inference_steps", "guidance",
         "rate_guidance", "insertion", "max_frames", "num_frames", "cache_refresh", "batch_size", "part", "num_parts",
         "fps", "device",
     )  # fmt: skip
@@ -308,6 +308,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             num=arguments.num or 1,
             keep=parse_keep(arguments.keep) if arguments.keep else None,
             size=_size(arguments.size) if arguments.size else None,
+            class_label=arguments.class_label or None,
             **{name: getattr(arguments, name) for name in same},
         )
         generate(options)

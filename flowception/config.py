@@ -58,9 +58,10 @@ def load(
             layers.append((word, _word(word)))
     for origin, layer in layers:
         with problems.collected():
-            layer = _nested(layer, schema, origin, others_allowed)
+            layer = _nested(layer, schema, origin, problems, others_allowed)
             if origin not in overrides:
-                _forget_replaced(config, layer, schema)
+                with _blaming(origin, schema):
+                    _forget_replaced(config, layer, schema)
             config = _merge(config, layer, origin, schema, problems)
     _check_sections(config, schema, problems, name_missing=all_read)
     problems.raise_if_any()
@@ -83,34 +84,49 @@ def _flat_sections(schema: type) -> dict[str, type]:
     return {name: kind for name, kind in _sections(schema).items() if name in flat}
 
 
-def _nested(layer: Any, schema: type, origin: str, others_allowed: bool) -> Any:
-    """A layer with top-level keys moved into their flat sections."""
+def _nested(layer: Any, schema: type, origin: str, problems: Problems, others_allowed: bool) -> Any:
+    """A layer with top-level keys moved into their flat sections; names of these sections are recorded as unknown."""
     content = OmegaConf.to_container(layer)
     if not isinstance(content, dict):
-        return layer
+        raise ConfigError(f"{origin} must be a mapping of keys to values, got a list; check the path")
     flat = _flat_sections(schema)
     home = {known.name: name for name, kind in flat.items() for known in fields(kind)}
     own = {known.name for known in fields(schema)} - flat.keys()
 
-    def moved(value: Any) -> Any:
-        """The value with interpolations such as ``${token_budget}`` following their keys."""
-        if isinstance(value, dict):
-            return {key: moved(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [moved(inner) for inner in value]
-        if not isinstance(value, str):
-            return value
-        return re.sub(r"\$\{(\w+)(?=[}.\[])", lambda m: f"${{{home[m[1]]}.{m[1]}" if m[1] in home else m[0], value)
-
     result: dict[Any, Any] = {}
-    for key, value in moved(content).items():
+    for key, value in _with_references_moved(content, home).items():
         if key in home:
             result.setdefault(home[key], {})[key] = value
         elif key in flat:
-            raise ConfigError(f"{origin}: unknown key {key}; nearest: {nearest_key(schema, str(key))}")
+            problems.add(f"{origin}: unknown key {key}; nearest: {nearest_key(schema, str(key))}")
         elif key in own or not others_allowed:
             result[key] = value
     return OmegaConf.create(result)
+
+
+def _with_references_moved(value: Any, home: dict[str, str], depth: int = 0) -> Any:
+    """A value whose interpolations follow their keys into flat sections.
+
+    Args:
+        value: Content of a file, or a part of it.
+        home: The flat section of each top-level key that moves.
+        depth: Number of containers around the value, which is the number of dots of a relative reference to a top-level
+            key (``${.token_budget}``).
+    """
+    if isinstance(value, dict):
+        return {key: _with_references_moved(inner, home, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_references_moved(inner, home, depth + 1) for inner in value]
+    if not isinstance(value, str):
+        return value
+
+    def moved(reference: re.Match[str]) -> str:
+        dots, key = reference.groups()
+        if dots not in ("", "." * depth):
+            return reference[0]
+        return f"${{{home[key]}.{key}" if key in home else f"${{{key}"
+
+    return re.sub(r"\$\{(\.*)(\w+)(?=[}.\[])", moved, value)
 
 
 def _forget_replaced(config: Any, layer: Any, schema: type) -> None:
@@ -212,6 +228,8 @@ def _blaming(origin: str, schema: type) -> Iterator[None]:
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         where = getattr(error, "full_key", None)
         reason = str(error).split("\n    full_key")[0]
+        for section in _flat_sections(schema):
+            reason = reason.replace(f"'{section}.", "'")
         raise ConfigError(f"{origin}: {reason}" + (f" (key {_written(where, schema)})" if where else "")) from error
 
 

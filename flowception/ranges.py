@@ -2,7 +2,7 @@
 
     check_ranges("optim", self, {"lr": number(above=0), "warmup_steps": integer(at_least=0)})
 
-raises ``optim.lr must be a number > 0, got -1``. NaN, infinity and booleans are not numbers here.
+raises ``optim.lr must be a number > 0, got -1``. NaN and booleans are not numbers here, nor is infinity by default.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def number(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    infinite: bool = False,
     note: str = "",
 ) -> Rule:
     """A finite number, with at most one bound on each side.
@@ -83,6 +84,7 @@ def number(
         at_least: Inclusive lower bound.
         below: Exclusive upper bound.
         at_most: Inclusive upper bound.
+        infinite: Whether infinity is allowed too, for a limit that may be off.
         note: Note for the message, in parentheses, such as a unit.
     """
     low, opening = (at_least, "[") if above is None else (above, "(")
@@ -98,10 +100,13 @@ def number(
     def holds(value: Any) -> bool:
         if not isinstance(value, Real) or isinstance(value, bool):
             return False
-        x = float(value)
+        try:
+            x = float(value)
+        except OverflowError:  # an integer beyond the largest float
+            return False
         above_low = low is None or (x > low if above is not None else x >= low)
         below_high = high is None or (x < high if below is not None else x <= high)
-        return math.isfinite(x) and above_low and below_high
+        return (math.isfinite(x) or (infinite and math.isinf(x))) and above_low and below_high
 
     return Rule(words + _in_parentheses(note), holds)
 
@@ -132,6 +137,8 @@ def list_of(rule: Rule, *, length: int | None = None) -> Rule:
     """A list whose entries all satisfy ``rule``, with ``length`` entries, or one or more if ``length`` is None."""
 
     def holds(values: Any) -> bool:
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            return False
         length_is_ok = len(values) > 0 if length is None else len(values) == length
         return length_is_ok and all(rule.holds(value) for value in values)
 

@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import flowception
-from tests import varlen_on_cpu
+from tests.nn import varlen_on_cpu
 from tests.fake_streams import Streams
 
 PACKAGE = Path(flowception.__file__).parent

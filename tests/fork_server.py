@@ -110,7 +110,15 @@ class Server:
         """The server of this pytest process."""
         return Server()
 
-    def start(self, module: str, function: str, *arguments: Any, environment: Mapping[str, str], log: Path) -> Forked:
+    def start(
+        self,
+        module: str,
+        function: str,
+        *arguments: Any,
+        environment: Mapping[str, str],
+        log: Path,
+        errors: Path | None = None,
+    ) -> Forked:
         """Fork a process that calls ``function(*arguments)`` of a module.
 
         Args:
@@ -119,8 +127,9 @@ class Server:
             arguments: Values that JSON can represent.
             environment: The child's complete environment.
             log: File to which its output is appended.
+            errors: File for stderr, if it is a separate one.
         """
-        request = [module, function, arguments, dict(environment), os.getcwd(), str(log)]
+        request = [module, function, arguments, dict(environment), os.getcwd(), str(log), str(errors or log)]
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._pids:
@@ -129,9 +138,12 @@ class Server:
             self.listen(1.0)
         return Forked(self, self._pids.pop(0))
 
-    def start_python(self, words: Sequence[object], environment: Mapping[str, str], log: Path) -> Forked:
+    def start_python(
+        self, words: Sequence[object], environment: Mapping[str, str], log: Path, errors: Path | None = None
+    ) -> Forked:
         """Fork a process that does what ``python WORDS`` does in the repository's folder."""
-        return self.start(__name__, "_interpret", [str(word) for word in words], environment=environment, log=log)
+        argv = [str(word) for word in words]
+        return self.start(__name__, "_interpret", argv, environment=environment, log=log, errors=errors)
 
     def listen(self, timeout_s: float) -> None:
         """Read the server's replies, waiting up to ``timeout_s`` for the first."""
@@ -154,8 +166,10 @@ class Server:
         self._process.wait()
 
 
-def run_python(words: Sequence[object], environment: Mapping[str, str], timeout_s: float) -> tuple[int, str]:
-    """Run ``python WORDS`` in a fork in the repository's folder. Returns the exit code, and stdout with stderr.
+def run_python(
+    words: Sequence[object], environment: Mapping[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Do what ``subprocess.run`` does with ``python WORDS`` in the repository's folder, in a fork.
 
     Args:
         words: A script, or ``-m`` and a module, then arguments.
@@ -163,10 +177,11 @@ def run_python(words: Sequence[object], environment: Mapping[str, str], timeout_
         timeout_s: Seconds after which it is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log")
-        process = Server.shared().start_python(words, environment, log)
+        out, errors = Path(folder, "stdout"), Path(folder, "stderr")
+        process = Server.shared().start_python(words, environment, out, errors)
         try:
-            return process.wait(timeout_s), log.read_text()
+            code = process.wait(timeout_s)
+            return subprocess.CompletedProcess(words, code, out.read_text(), errors.read_text())
         finally:
             process.kill()
 
@@ -196,10 +211,10 @@ def _live(request: list[Any], replies: int) -> None:
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.close(replies)
-        module, function, arguments, environment, folder, log = request
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        module, function, arguments, environment, folder, *logs = request
+        output, errors = (os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for log in logs)
         nothing = os.open(os.devnull, os.O_RDONLY)
-        for source, target in ((nothing, 0), (output, 1), (output, 2)):
+        for source, target in ((nothing, 0), (output, 1), (errors, 2)):
             os.dup2(source, target)
             os.set_inheritable(target, True)
         os.environ.clear()

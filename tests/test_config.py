@@ -124,6 +124,24 @@ def test_broken_yaml_is_rejected(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=r"a\.yaml"):
             load_config([file], NEEDED)
+    file.write_text("- seed: 3\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml must be a mapping of keys to values, got a list"):
+        load_config([file], NEEDED)
+
+
+def test_the_name_of_a_flat_section_is_unknown_and_hides_nothing(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("process: {condition_dropout: 0.5}\nmax_steps: 3\n")
+    with pytest.raises(ConfigError, match=r"^\S+a\.yaml: unknown key process; nearest: \w+$"):
+        load_config([file], [word for word in NEEDED if not word.startswith("max_steps")])
+
+
+def test_messages_do_not_name_flat_sections(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("tasks: ${nothing}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*tasks") as refusal:
+        load_config([file], NEEDED)
+    assert "process" not in str(refusal.value)
 
 
 def test_a_dumped_config_loads_as_itself(tmp_path):
@@ -220,3 +238,6 @@ def test_a_value_may_refer_to_any_key(tmp_path):
     config = load_config([file], [*NEEDED, "condition_dropout=0.25"])
     assert (config.samples.max_frames, config.process.time_shift, config.seed) == (512, 2.0, 2)
     assert list(config.optim.betas) == [0.25, 0.9]
+    file.write_text("seed: ${.token_budget}\ntime_shift: ${.optim.lr}\noptim: {warmup_steps: '${..seed}', lr: 2.5}\n")
+    config = load_config([file], NEEDED)
+    assert (config.seed, config.process.time_shift, config.optim.warmup_steps) == (512, 2.5, 512)

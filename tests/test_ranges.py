@@ -27,6 +27,7 @@ class Settings:
         (integer(at_least=1, at_most=3), 3), (integer(at_least=1), np.int64(2)), (one_of(("a", "b")), "b"),
         (one_of({"a": 1}), "a"), (list_of(SHARE), [0.5]), (list_of(SHARE, length=2), [0, 0.5]),
         (integer(at_least=1).or_null("off"), None), (integer(at_least=1).or_null("off"), 1),
+        (number(above=0, infinite=True), INF),
     ],
 )  # fmt: skip
 def test_valid_values_pass(rule, value):
@@ -48,6 +49,9 @@ def test_valid_values_pass(rule, value):
         (number(above=0), INF, "key must be a number > 0, got inf"),
         (number(at_most=0), -INF, "key must be a number <= 0, got -inf"),
         (number(), True, "key must be a number, got true"),
+        (number(), 10**400, f"key must be a number, got {10**400}"),
+        (number(above=0, infinite=True), NAN, "key must be a number > 0, got nan"),
+        (number(above=0, infinite=True), -INF, "key must be a number > 0, got -inf"),
         (number(), "fast", "key must be a number, got 'fast'"),
         (number(), None, "key must be a number, got null"),
         (number(above=0, note="GB/s"), 0, "key must be a number > 0 (GB/s), got 0"),
@@ -62,6 +66,8 @@ def test_valid_values_pass(rule, value):
         (one_of({"a": 1}), None, "key must be one of a, got null"),
         (list_of(integer(at_least=0)), [], "key must be a list of 1 or more, each an integer >= 0, got []"),
         (list_of(integer(at_least=0)), [0, -1], "key must be a list of 1 or more, each an integer >= 0, got [0, -1]"),
+        (list_of(integer(at_least=0)), 3, "key must be a list of 1 or more, each an integer >= 0, got 3"),
+        (list_of(integer(at_least=0), length=2), "12", "key must be a list of 2, each an integer >= 0, got '12'"),
         (list_of(SHARE, length=2), [0.5], "key must be a list of 2, each a number in [0, 1), got [0.5]"),
     ],
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowception.training.config import TrainConfig
     from flowception.training.data import TrainingData
     from flowception.training.distributed.collectives import Ranks
-    from flowception.training.samples import ClipSampler
+    from flowception.training.samples import StepSampler
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, stop: StopFlag) -> int:
     return 0 if complete else EXIT_STOPPED
 
 
-def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> ClipSampler:
+def _make_sampler(config: TrainConfig, data: TrainingData, ranks: Ranks) -> StepSampler:
     """Build the sampler, which uses held-out clips, or training clips if none are held out."""
     from flowception.generation.training_sampler import TrainingSampler
     from flowception.training.data import heldout_plan

@@ -87,7 +87,7 @@ class EncodeConfig:
             "max_pixels": integer(at_least=1).or_null("off"),
             "height": integer(at_least=1).or_null("the video's"),
             "width": integer(at_least=1).or_null("the video's"),
-            "max_video_gib": number(above=0),
+            "max_video_gib": number(above=0, infinite=True),
             "decode_timeout_s": number(above=0),
             "min_motion": number(above=0, at_most=255).or_null("off"),
             "num_workers": integer(at_least=0),

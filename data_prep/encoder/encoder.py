@@ -303,9 +303,12 @@ def _check_settings(path: Path, config: EncodeConfig, manifest: VideoManifest) -
     if not path.exists():
         write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
-    first, now = _flat(json.loads(path.read_text())), _flat(settings)
-    videos = first.pop("videos"), now.pop("videos")
-    same_list = first.pop("manifest_sha256") == now.pop("manifest_sha256")
+    try:
+        first, now = _flat(json.loads(path.read_text())), _flat(settings)
+        videos = first.pop("videos"), now.pop("videos")
+        same_list = first.pop("manifest_sha256") == now.pop("manifest_sha256")
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or of another version ({error!r}); choose another out") from error
     changes = [
         f"{name} was {first.get(name)}, is now {value}" for name, value in now.items() if first.get(name) != value
     ]

@@ -136,9 +136,10 @@ class EpochOrder:
     def _num_places(self, epoch: int) -> int:
         if self._index.weights is None:
             return len(self._rows)
-        if self._counted is None or self._counted[0] != epoch:
-            self._counted = (epoch, int(self._times_shown(epoch).sum()))
-        return self._counted[1]
+        counted = self._counted  # another thread may replace it with another epoch's
+        if counted is None or counted[0] != epoch:
+            self._counted = counted = (epoch, int(self._times_shown(epoch).sum()))
+        return counted[1]
 
     def rows_by_place(self, epoch: int) -> NDArray[np.int32]:
         """[K] rows of the epoch's clips, in order."""

@@ -296,7 +296,7 @@ def _plans(
     longest = max((int(length or 0) for length in lengths), default=0)
     if longest > config.max_frames:
         raise ConfigError(
-            f"num_frames must be at most max_frames, got {longest} and {config.max_frames}; raise max_frames"
+            f"`num_frames` must be at most `max_frames`, got {longest} and {config.max_frames}; raise `max_frames`"
         )
     plans = []
     for context, length, seed in zip(contexts, lengths, seeds.tolist()):
@@ -323,8 +323,8 @@ def _check(contexts: Sequence[Context | None], frame_shape: tuple[int, ...], siz
             )
     if len(sizes) and int(sizes.max()) > max_frames:
         raise ConfigError(
-            f"max_frames must be at least the number of frames a clip starts with, got {max_frames} and "
-            f"{int(sizes.max())}; raise max_frames"
+            f"`max_frames` must be at least the number of frames a clip starts with, got {max_frames} and "
+            f"{int(sizes.max())}; raise it"
         )
 
 

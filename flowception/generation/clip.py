@@ -65,7 +65,7 @@ class Clip:
 
         Raises:
             ConfigError: If the suffix is neither of these, or ``fps`` is not positive.
-            DataError: If an mp4 cannot be written there.
+            DataError: If the file cannot be written there.
         """
         path = Path(path)
         writers = {".mp4": write_mp4, ".gif": write_preview}

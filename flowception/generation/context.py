@@ -86,8 +86,6 @@ def check_context(task: str, sources: Sequence[ContextSource], keep: tuple[int, 
 
 
 def _check_keep(task: str, keep: tuple[int, ...], images: int) -> None:
-    if not keep or keep[0] < 0:
-        raise ConfigError(f"`keep` must be one or more latent frames, counted from 0, got {list(keep)}")
     if task not in VIDEO_TASKS or (task == "interpolation" and images):
         raise ConfigError(
             "`keep` selects frames of context videos for `task` v2v, interpolation or completion; drop it"

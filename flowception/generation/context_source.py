@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -106,9 +107,11 @@ def _source(item: Any, number: int) -> ContextSource:
         return FileSource(Path(item))
     if isinstance(item, Image.Image):
         item = np.asarray(item.convert("RGB"))
-    if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy()
     name = f"context item {number}"
+    if isinstance(item, Tensor):
+        if item.dtype != torch.uint8:
+            raise DataError(f"{name} must be uint8 RGB, got a tensor of {item.dtype} {list(item.shape)}")
+        item = item.detach().cpu().numpy()
     if not isinstance(item, np.ndarray):
         raise DataError(f"{name} must be a path, an array, a tensor or a PIL image, got {type(item).__name__}")
     if item.dtype != np.uint8 or item.ndim not in (3, 4) or item.shape[-1] != 3 or not item.size:

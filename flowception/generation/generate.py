@@ -21,6 +21,7 @@ from flowception.generation.run import load
 from flowception.generation.sampling import ClipSampler
 from flowception.generation.video import Video
 from flowception.progress import Progress
+from flowception.ranges import number
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class GenerateOptions(SampleOptions):
         """Check options against each other, before anything is loaded."""
         super().__post_init__()
         check_part(self.part, self.num_parts)
+        number(above=0).or_null("that of the training clips").check("`fps`", self.fps)
         if self.prompt is not None and self.prompts_file is not None:
             raise ConfigError("`prompt` and `prompts` cannot be combined; drop one of them")
         if self.out_dir.exists() and not self.out_dir.is_dir():

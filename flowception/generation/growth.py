@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from flowception.errors import ConfigError
 from flowception.flow import Role, shift_time
+from flowception.generation.video import refused_writes
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -83,11 +84,14 @@ class Growth:
 
         Raises:
             ConfigError: If the suffix is none of these.
+            DataError: If it cannot be written there.
         """
         path = Path(path)
         if path.suffix.lower() not in PICTURE_SUFFIXES:
             raise ConfigError(f"the file name of a picture must end in .png, .svg or .pdf, got {path.name}")
-        self.figure().savefig(path)
+        figure = self.figure()
+        with refused_writes(path):
+            figure.savefig(path)
 
     def figure(self) -> Figure:
         """The plot as a matplotlib figure, 8 inches wide."""

@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from flowception.errors import ConfigError
 from flowception.flow import task_number
+from flowception.flow.insertion import INSERTION_RULES
 from flowception.generation.context import check_context
 from flowception.generation.context_source import ContextItem, ContextSource, context_sources
-from flowception.generation.prompt import Prompt
-from flowception.ranges import integer, list_of, number
+from flowception.generation.prompt import LARGEST_SEED, Prompt
+from flowception.ranges import Rule, integer, list_of, number, one_of
+
+
+def _is_prompt(value: object) -> bool:
+    given = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return len(given) > 0 and all(isinstance(item, str | Prompt) for item in given)
+
 
 _RULES = {
     "num": integer(at_least=1),
-    "seed": integer(at_least=0),
+    "seed": integer(at_least=0, at_most=LARGEST_SEED),
     "num_inference_steps": integer(at_least=1),
     "max_frames": integer(at_least=1),
     "batch_size": integer(at_least=1),
@@ -26,6 +32,9 @@ _RULES = {
     "cache_refresh": integer(at_least=1).or_null("off"),
     "guidance": number().or_null("off"),
     "rate_guidance": number().or_null("off"),
+    "insertion": one_of(INSERTION_RULES),
+    "keep": list_of(integer(at_least=0)).or_null("the task's default"),
+    "prompt": Rule("a caption or a list of 1 or more", _is_prompt).or_null("no caption"),
     "size": list_of(integer(at_least=1), length=2).or_null("that of the training clips"),
 }
 
@@ -85,8 +94,6 @@ class SampleOptions:
             if isinstance(value, Integral):
                 object.__setattr__(self, name, int(value))  # also of numpy, whose integers JSON does not take
         check_context(self.task, self.sources(), self.kept_frames())
-        if self.prompt is not None and not self.prompts():
-            raise ConfigError("`prompt` must be at least one caption, got an empty list; drop it for no prompt")
 
     def sources(self) -> list[ContextSource]:
         """The context items as sources."""
@@ -94,7 +101,7 @@ class SampleOptions:
 
     def kept_frames(self) -> tuple[int, ...] | None:
         """``keep`` sorted, without duplicates."""
-        return None if self.keep is None else tuple(sorted(set(self.keep)))
+        return None if self.keep is None else tuple(sorted({int(frame) for frame in self.keep}))
 
     def prompts(self) -> list[Prompt]:
         """Prompts that clips cycle over; empty for clips without a prompt."""

@@ -23,7 +23,7 @@ from flowception.shards.schema import same_text
 logger = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "seed", "class_label")
-_MAX_SEED = 2**62
+LARGEST_SEED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ def _from_json(line: str, place: str) -> Prompt:
     if unknown := sorted(content.keys() - set(_KEYS)):
         raise ConfigError(f"{place} has unknown key {unknown[0]!r}; allowed keys are {', '.join(_KEYS)}")
     seed = content.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED):
-        raise ConfigError(f"{place}: seed must be an integer from 0 to {_MAX_SEED}, got {seed!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED):
+        raise ConfigError(f"{place}: seed must be an integer from 0 to {LARGEST_SEED}, got {seed!r}")
     label = content.get("class_label")
     if label is not None and (not isinstance(label, str | int) or isinstance(label, bool)):
         raise ConfigError(f"{place}: class_label must be a number, a name or null, got {label!r}")

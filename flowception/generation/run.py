@@ -1,6 +1,6 @@
 """A trained run: load it, sample clips, or stream frames as they become final.
 
-    run = flowception.load("runs/demo")
+    run = flowception.load("demo/run")
     clips = run.sample(task="i2v", context=["first.png"], num=4)
 
 The command line is a thin layer on top (``generation.generate``).
@@ -255,7 +255,7 @@ def load(path: str | PathLike[str], *, step: int | None = None, device: str | to
     Raises:
         RunDirectoryError: If the folder does not exist or is not a run directory.
         CheckpointError: If no checkpoint is valid, or none has that step.
-        ConfigError: If the device does not exist.
+        ConfigError: If the device does not exist, or the run's ``config.yaml`` is damaged.
         DataError: If the codec is not the one that made the run's latents.
     """
     place = choose_device(device)

@@ -17,6 +17,7 @@ import torch
 from flowception.errors import ConfigError
 from flowception.flow import Context, Role, SamplerConfig, SampleResult, SamplerState, sample_states
 from flowception.flow.delays import build_delay_law
+from flowception.flow.sampler_state import initial_state
 from flowception.generation.clip import Clip
 from flowception.generation.context import ContextReader, untrained
 from flowception.generation.kv_cache import CachedPredictor
@@ -71,6 +72,20 @@ class ClipSampler:
             logger.warning("%s", warning)
         prompts = [self.requests[number].prompt for batch in self.batches for number in batch]
         self.texts = encode_prompts(run, prompts, options.text_encoder, self.device)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Raise now what the first state of any clip, or the predictor, would raise in the middle of the work."""
+        contexts = self.contexts or None
+        initial_state(self._frame_shape, len(self.contexts) or 1, self.config, contexts)
+        if self.batches:
+            self._predictor(self.batches[0])
+
+    @property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        """C, h, w of a latent frame."""
+        stride = self.run.codec.spatial_stride
+        return self.run.codec.latent_channels, self.height // stride, self.width // stride
 
     @property
     def most_evaluations(self) -> int:
@@ -95,10 +110,9 @@ class ClipSampler:
 
     def states(self, numbers: Sequence[int]) -> Iterator[SamplerState]:
         """Yield the sampler states of a batch, from clock 0 to the final one."""
-        stride = self.run.codec.spatial_stride
         return sample_states(
             self._predictor(numbers),
-            frame_shape=(self.run.codec.latent_channels, self.height // stride, self.width // stride),
+            frame_shape=self._frame_shape,
             batch_size=len(numbers),
             config=self.config,
             context=[self.contexts[number % len(self.contexts)] for number in numbers] if self.contexts else None,

@@ -5,7 +5,8 @@ Shape legend: ``n`` frames, ``H`` and ``W`` pixels. A video is uint8 ``[n, H, W,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,20 @@ SMALL_SIDE_PIXELS = 128
 """Below this, chroma is stored at full resolution (yuv444p); halving it would smear the colors of a toy clip."""
 PREVIEW_SIDE_PIXELS = 160
 """Frames of a preview are enlarged by an integer factor to about this side."""
+LONGEST_PREVIEW_FRAME_MS = 655_350
+"""The format counts hundredths of a second in 16 bits."""
 CONTACT_SIDE_PIXELS = 64
 CONTACT_FRAMES = 16
 """Maximum number of frames per clip on the contact sheet; longer clips are subsampled evenly."""
+
+
+@contextmanager
+def refused_writes(path: Path) -> Iterator[None]:
+    """Raise ``DataError`` for a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}); check its folder") from error
 
 
 def _check_video(video: Video) -> None:
@@ -79,10 +91,16 @@ def enlarge(images: NDArray[np.uint8], side_pixels: int) -> NDArray[np.uint8]:
 
 
 def write_preview(path: Path, video: Video, *, fps: float) -> None:
-    """Write an animated gif that loops forever, enlarged by an integer factor."""
+    """Write an animated gif that loops forever, enlarged by an integer factor.
+
+    Raises:
+        DataError: If it cannot be written there.
+    """
     _check_video(video)
+    duration_ms = min(max(20, round(1000 / fps)), LONGEST_PREVIEW_FRAME_MS)
     images = [Image.fromarray(image) for image in enlarge(video, PREVIEW_SIDE_PIXELS)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=max(20, round(1000 / fps)), loop=0)
+    with refused_writes(path):
+        images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
 
 
 def _thumbnail(image: NDArray[np.uint8]) -> Image.Image:
@@ -98,6 +116,9 @@ def write_contact_sheet(path: Path, videos: Sequence[Video], labels: Sequence[st
         path: File to write.
         videos: Clips of any length.
         labels: Label of each clip.
+
+    Raises:
+        DataError: If it cannot be written there.
     """
     rows = []
     for video in videos:
@@ -116,4 +137,5 @@ def write_contact_sheet(path: Path, videos: Sequence[Video], labels: Sequence[st
         draw.text((8, top + (cell_height - gap) // 2), label, fill="black", font=font, anchor="lm")
         for column, image in enumerate(row):
             sheet.paste(image, (label_width + column * cell_width, top))
-    sheet.save(path)
+    with refused_writes(path):
+        sheet.save(path)

@@ -62,12 +62,12 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         rules = {
-            "spike_factor": number(above=1).or_null("off"),
+            "spike_factor": number(above=1, infinite=True).or_null("off"),
             "spike_memory_steps": integer(at_least=1),
             "max_skipped_in_a_row": integer(at_least=1).or_null("off"),
             "max_rollbacks": integer(at_least=0),
-            "hang_timeout_s": number(above=0).or_null("off"),
-            "data_stall_warning_s": number(above=0).or_null("off"),
+            "hang_timeout_s": number(above=0, infinite=True).or_null("off"),
+            "data_stall_warning_s": number(above=0, infinite=True).or_null("off"),
         }
         check_ranges("guard", self, rules)
 

@@ -9,7 +9,7 @@ from typing import Any
 from flowception.data.loader import StepBatch
 from flowception.data.plan import Plan
 from flowception.data.step_plan import Cursor
-from flowception.errors import DataError, PlanError
+from flowception.errors import CheckpointError, DataError, PlanError
 from flowception.shards.open import DataConfig
 from flowception.training.distributed.collectives import gather_values, mark_on_all_ranks
 from flowception.training.guard import GuardState
@@ -68,9 +68,19 @@ class RunState:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> RunState:
-        """Create from the state in a checkpoint; other entries there are ignored."""
-        own = {name: found[name] for name in cls.__dataclass_fields__}
-        return cls(**own | {"cursor": Cursor(**found["cursor"]), "guard": GuardState(**found["guard"])})
+        """Create from the state in a checkpoint; other entries there are ignored.
+
+        Raises:
+            CheckpointError: If an entry is missing or of another form.
+        """
+        try:
+            own = {name: found[name] for name in cls.__dataclass_fields__}
+            return cls(**own | {"cursor": Cursor(**found["cursor"]), "guard": GuardState(**found["guard"])})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint's state was written by another version ({error!r}); continue with that version, or "
+                "start a new run with init_from"
+            ) from error
 
 
 def plan_of(state: RunState, plan: Plan) -> Plan:

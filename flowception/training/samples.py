@@ -43,7 +43,7 @@ class SamplesConfig:
         check_ranges("samples", self, rules)
 
 
-class ClipSampler(Protocol):
+class StepSampler(Protocol):
     """Samples clips of a run."""
 
     def sample(self, model: nn.Module, step: int) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ class ClipSampler(Protocol):
         """Write the list of all ranks' clips, and return a contact sheet of them. Called on one rank."""
 
 
-def take_samples(sampler: ClipSampler, engine: Any, step: int, ranks: Ranks) -> Path | None:
+def take_samples(sampler: StepSampler, engine: Any, step: int, ranks: Ranks) -> Path | None:
     """Sample from the engine's current weights. Collective.
 
     Args:

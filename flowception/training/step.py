@@ -103,7 +103,7 @@ def run_micro_steps(
     return MicroSteps(velocity_sum, insertion_sum, observed, not_finite)
 
 
-def summarize(
+def summarize_step(
     own: MicroSteps, batch: StepBatch, ranks: Ranks, insertion_loss_weight: float, *, data_wait_s: float, stop: bool
 ) -> StepSummary:
     """Combine the results of a step over all ranks. Collective.

@@ -44,14 +44,14 @@ from flowception.training.optim import build_optimizer, learning_rate
 from flowception.training.profiler import StepProfiler
 from flowception.training.rollback import roll_back
 from flowception.training.run_state import RunState, note_bad_clips, plan_of
-from flowception.training.samples import ClipSampler, take_samples
+from flowception.training.samples import StepSampler, take_samples
 from flowception.training.signals import StopFlag
-from flowception.training.step import run_micro_steps, step_metrics, summarize
+from flowception.training.step import run_micro_steps, step_metrics, summarize_step
 from flowception.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-SamplerFactory = Callable[[TrainConfig, TrainingData, Ranks], ClipSampler]
+SamplerFactory = Callable[[TrainConfig, TrainingData, Ranks], StepSampler]
 """Builds the sampler. ``train/main.py`` passes it in, because training does not import generation."""
 
 
@@ -216,8 +216,8 @@ class Trainer:
             values |= speed.end_step(values["clips"], values["tokens"], batch.step_plan.flops, steps_left)
             if self.validation and self._is_due(config.validation.every_steps):
                 values |= self._validate(self.validation)
-            values |= self.saver.poll()
             with self.watchdog.phase("metrics"):
+                values |= self.saver.poll()
                 self.profiler.end_step(state.step)
                 if metrics is not None:
                     metrics.write({"step": state.step, "epoch": batch.cursor.epoch} | values)
@@ -265,7 +265,7 @@ class Trainer:
         own = run_micro_steps(self.engine, batch, ranks, insertion_loss_weight, self.watchdog.phase)
         with self.watchdog.phase("optimizer"):
             stop = self.stop.is_set
-            step = summarize(own, batch, ranks, insertion_loss_weight, data_wait_s=data_wait_s, stop=stop)
+            step = summarize_step(own, batch, ranks, insertion_loss_weight, data_wait_s=data_wait_s, stop=stop)
             self.stopping = step.stop
             refuse = self.guard.refusal(state.guard, step.loss_sums, step.clips)
             outcome = optimizer_step(self.engine, config.optim.clip_grad_norm, refuse, ranks.device)
@@ -291,7 +291,7 @@ class Trainer:
         with self.watchdog.each_forward(self.engine, "validation"), self.shards.ema_weights():
             return validation.run(self.engine)
 
-    def _sample(self, sampler: ClipSampler, metrics: MetricsLog | None) -> None:
+    def _sample(self, sampler: StepSampler, metrics: MetricsLog | None) -> None:
         """Sample clips from the EMA weights. Collective."""
         step = self.state.step
         with self.watchdog.each_forward(self.engine, "samples"), self.shards.ema_weights():

@@ -88,6 +88,10 @@ def test_a_folder_of_another_job_is_refused(toy_folder, tmp_path):
         f"{tmp_path / 'set'} was started with different settings: codec.patch_size was 4, is now 2, "
         "fps was None, is now 4.0; choose another out"
     )
+    for settings in ("{}", "[]", "{"):
+        (tmp_path / "set" / "encode_settings.json").write_text(settings)
+        with pytest.raises(ConfigError, match=r"encode_settings\.json is damaged or of another version"):
+            ShardEncoder(config)
 
 
 def test_a_changed_list_of_videos_is_refused(tmp_path, write_counting_video):

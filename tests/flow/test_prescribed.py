@@ -187,7 +187,7 @@ def test_inconsistent_arguments_are_rejected(constant_predictor):
         run(predict, **random)
     with pytest.raises(ConfigError, match="needs the length of every clip; set num_frames"):
         run(predict, num_frames=[3], **random)
-    with pytest.raises(ConfigError, match="num_frames must be at most max_frames, got 9 and 8"):
+    with pytest.raises(ConfigError, match="`num_frames` must be at most `max_frames`, got 9 and 8"):
         run(predict, num_frames=[3, 9, 4], max_frames=8, **random)
     with pytest.raises(ConfigError, match="num_frames must be greater than the number of context frames, got 2 and 2"):
         run(predict, 1, [two], num_frames=[2], **random)

@@ -259,7 +259,7 @@ def test_wrong_contexts_are_rejected(constant_predictor):
         run(predict, 1, [Context(frames=torch.zeros(1, *SHAPE), active=[True, False])])
     with pytest.raises(ConfigError, match="nothing to generate"):
         run(predict, 1, [Context(frames=torch.zeros(1, *SHAPE), active=[False], num_start_frames=0)])
-    with pytest.raises(ConfigError, match="a clip starts with, got 4 and 5; raise max_frames"):
+    with pytest.raises(ConfigError, match="a clip starts with, got 4 and 5; raise it"):
         run(predict, 1, num_start_frames=5, max_frames=4)
 
 

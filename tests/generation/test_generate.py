@@ -171,12 +171,31 @@ def test_a_run_of_a_prescribed_law_makes_clips_of_the_requested_length(job, law)
         ({"size": (7, 4)}, "multiples of 2"),
         ({"device": "cuda:99"}, "`device` is cuda:99, but this machine has"),
         ({"device": "abacus"}, "`device` must be .*, got abacus"),
+        ({"fps": 0}, "`fps` must be a number > 0, .*, got 0"),
+        ({"fps": float("nan")}, "`fps` must be a number > 0, .*, got nan"),
+        ({"max_frames": 1}, "`max_frames` must be at least the number of frames a clip starts with"),
     ],
 )
 def test_unsupported_options_write_nothing(job, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         job(**options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"delay_law": "full_sequence"}, {"num_frames": 9, "max_frames": 8}, "`num_frames` must be at most `max_fr"),
+        ({"model_changes": {"attention_pattern": "causal"}}, {"cache_refresh": 1}, "cache_refresh"),
+    ],
+)
+def test_what_a_run_does_not_support_is_refused_before_the_lists_begin(job, tmp_path, changes, options, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "clips.jsonl").write_text("earlier\n")
+    with pytest.raises(ConfigError, match=message):
+        job(changes, **options)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("clips.jsonl", "earlier\n")]
 
 
 def test_a_folder_that_cannot_be_created_is_refused(job, tmp_path):

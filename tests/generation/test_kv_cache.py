@@ -10,7 +10,7 @@ from flowception.flow import Context, SamplerConfig, sample, sample_states
 from flowception.generation.kv_cache import CachedPredictor, narrow_pack
 from flowception.generation.predictor import NetworkPredictor, velocity_frames
 from flowception.nn import ClipShape, PackInput, build_layout
-from tests.varlen_on_cpu import choose_varlen
+from tests.nn.varlen_on_cpu import choose_varlen
 
 FRAME_SHAPE = (12, 3, 2)
 N = 6

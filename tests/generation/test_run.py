@@ -135,21 +135,39 @@ def test_clips_cycle_over_their_context(run, pixels):
             {"task": "i2v", "context": np.zeros((0, 6, 4, 3), np.uint8)},
             r"context item 0 must be uint8 .*, got uint8 \[0, 6, 4, 3\]",
         ),
+        (
+            {"task": "i2v", "context": torch.zeros(6, 4, 3, dtype=torch.bfloat16)},
+            "must be uint8 RGB, got a tensor of torch.bf",
+        ),
         ({"task": "i2v", "context": torch.zeros(3, 6, 4, dtype=torch.uint8)}, r"uint8 \[3, 6, 4\]"),
         ({"task": "v2v", "context": np.zeros((2, 6, 4, 3), np.uint8), "keep": [5]}, "2 latent frames, but `keep`"),
-        ({"task": "v2v", "context": np.zeros((2, 6, 4, 3), np.uint8), "keep": []}, "`keep` must be one or more"),
+        (
+            {"task": "v2v", "context": np.zeros((2, 6, 4, 3), np.uint8), "keep": []},
+            "`keep` must be a list of 1 or more",
+        ),
+        ({"keep": [-1]}, "`keep` must be a list of 1 or more, each an integer >= 0, .*, got \\[-1\\]"),
+        ({"keep": 3}, "`keep` must be a list of .*, got 3"),
+        ({"keep": "0-3"}, "`keep` must be a list of .*, got '0-3'"),
+        ({"keep": [0.5]}, "`keep` must be a list of .*, got \\[0.5\\]"),
         ({"prompt": "a red disc"}, "trained without text"),
-        ({"prompt": []}, "`prompt` must be .*, got an empty list"),
+        ({"prompt": []}, "`prompt` must be a caption or a list of 1 or more, .*, got \\[\\]"),
+        ({"prompt": 3}, "`prompt` must be a caption or .*, got 3"),
+        ({"prompt": [1]}, "`prompt` must be a caption or .*, got \\[1\\]"),
         ({"class_label": "purple"}, "`class_label`: class must be .*, got 'purple'"),
         ({"class_label": 3}, "from 0 to 2 or one of red, green, blue"),
         ({"num": 0}, "`num` must be an integer >= 1, got 0"),
-        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
-        ({"seed": True}, "`seed` must be an integer >= 0, got true"),
+        ({"seed": -1}, "`seed` must be an integer from 0 to [0-9]+, got -1"),
+        ({"seed": True}, "`seed` must be an integer from 0 to [0-9]+, got true"),
+        ({"seed": 2**63}, "`seed` must be an integer from 0 to [0-9]+, got 9223372036854775808"),
         ({"guidance": float("nan")}, "`guidance` must be a number, or null for off, got nan"),
         ({"rate_guidance": "3"}, "`rate_guidance` must be a number, or null for off, got '3'"),
+        ({"guidance": 10**400}, "`guidance` must be a number, or null for off, got 1000"),
+        ({"size": 256}, "`size` must be a list of 2, .*, got 256"),
         ({"size": (64,)}, "`size` must be a list of 2, each an integer >= 1, .*, got \\(64,\\)"),
         ({"cache_refresh": 0}, "`cache_refresh` must be"),
-        ({"insertion": "binomial"}, "insertion"),
+        ({"insertion": "binomial"}, "`insertion` must be one of thinning, .*, got 'binomial'"),
+        ({"insertion": None}, "`insertion` must be one of thinning, .*, got null"),
+        ({"max_frames": 1}, "`max_frames` must be at least the number of frames a clip starts with, got 1 and 2"),
         ({"num_frames": 7}, "`num_frames` applies only to prescribed delay laws"),
         ({"size": (7, 4)}, "multiples of 2"),
     ],
@@ -157,7 +175,7 @@ def test_clips_cycle_over_their_context(run, pixels):
 def test_errors_name_arguments_and_are_immediate(run, options, message):
     """Messages have no command-line flags, and a stream raises them before its first frame."""
     for call in (run.sample, run.stream):
-        if call == run.stream and ("num" in options or "num_frames" in options):
+        if call == run.stream and "num" in options:
             continue
         with pytest.raises((ConfigError, DataError), match=message) as found:
             call(**options)
@@ -170,9 +188,16 @@ def test_integers_of_numpy_are_integers(run):
     assert torch.equal(clip.latents, run.sample(**QUICK | {"seed": 3})[0].latents)
 
 
-def test_a_clip_is_not_saved_at_no_frame_rate(run, tmp_path):
+def test_a_clip_that_cannot_be_saved_is_an_error(run, tmp_path):
+    (clip,) = run.sample(**QUICK | {"seed": 3})
     with pytest.raises(ConfigError, match="`fps` must be a number > 0, got 0"):
-        run.sample(**QUICK | {"seed": 3})[0].save(tmp_path / "clip.mp4", fps=0)
+        clip.save(tmp_path / "clip.mp4", fps=0)
+    clip.save(tmp_path / "slow.gif", fps=0.001)
+    for name in ("clip.mp4", "clip.gif"):
+        with pytest.raises(DataError, match=f"nowhere/{name}"):
+            clip.save(tmp_path / "nowhere" / name)
+    with pytest.raises(DataError, match="nowhere/growth.png cannot be written"):
+        clip.growth().save(tmp_path / "nowhere" / "growth.png")
 
 
 def test_the_command_line_and_the_api_make_the_same_clips(run, make_run, monkeypatch, tmp_path):

@@ -141,6 +141,6 @@ class TrainingJob:
     def hash_of(self, run_dir: Path | None = None) -> str:
         """Output of ``flowception checkpoint RUN --hash``."""
         words = ["-m", "flowception.cli", "checkpoint", run_dir or self.run_dir, "--hash"]
-        code, said = run_python(words, os.environ | {"PYTHONPATH": str(ROOT)}, PATIENCE_S)
-        assert code == 0, said
-        return said
+        done = run_python(words, os.environ | {"PYTHONPATH": str(ROOT)}, PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+        return done.stdout

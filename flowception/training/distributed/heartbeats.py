@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -173,10 +174,11 @@ def report(beats: Mapping[int, Beat | None], silent: Collection[int]) -> str:
         if beat is None:
             lines.append(f"rank {rank} has never written a heartbeat")
         else:
-            heart = " no recent heartbeat (the process is stopped, dead or disconnected); last seen at" * (
-                rank in silent
+            age_s = time.time() - beat.time_s
+            heart = f" no heartbeat for {age_s:.0f} s (the process is stopped, dead or disconnected); last seen at"
+            lines.append(
+                f"rank {rank} (process {beat.process} on {beat.host}):{heart * (rank in silent)} {beat.describe()}"
             )
-            lines.append(f"rank {rank} (process {beat.process} on {beat.host}):{heart} {beat.describe()}")
     waiting = [beat for rank, beat in beating.items() if behind and rank not in behind]
     if waiting:
         lines.append(f"{len(waiting)} other ranks wait, such as rank {waiting[0].rank}: {waiting[0].describe()}")

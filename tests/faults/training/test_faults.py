@@ -144,9 +144,9 @@ def test_the_page_counts_what_failed():
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_a_sample_of_faults_changes_nothing(tmp_path):
-    code, said = run_benchmark("--faults", "24", "--seed", "1", "--json", str(tmp_path / "faults.json"))
-    print(said)
-    assert code == 0, said
+    done = run_benchmark("--faults", "24", "--seed", "1", "--json", str(tmp_path / "faults.json"))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "faults.json").read_text())["records"]
     assert len(records) == 24
     assert sum(bool(record["ranks"]) for record in records) >= 18
@@ -157,12 +157,12 @@ def test_a_sample_of_faults_changes_nothing(tmp_path):
 @pytest.mark.parametrize("name", sorted(SABOTAGES))
 def test_a_wrong_resume_is_detected(name):
     kinds = "damaged" if name == "verify" else "left-overs"
-    code, said = run_benchmark("--faults", "24", "--seed", "1", "--kinds", kinds, "--sabotage", name)
-    assert code == 1, said
+    done = run_benchmark("--faults", "24", "--seed", "1", "--kinds", kinds, "--sabotage", name)
+    assert done.returncode == 1, done.stdout + done.stderr
     seen = {
         "moments": "weights differ; ema differ; optimizer differ",
         "ema": r"\]\]\): ema differ",
         "cursor": "packs differ",
         "verify": r"in place of 0|differ",
     }
-    assert re.search(seen[name], said)
+    assert re.search(seen[name], done.stdout)

@@ -20,8 +20,8 @@ def command():
     def run(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        code, said = run_python(words, environment, timeout_s=600)
-        assert code == 0, said[-6000:]
+        done = run_python(words, environment, timeout_s=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return run
 

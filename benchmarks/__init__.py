@@ -1,0 +1,1 @@
+"""Benchmarks and studies; each writes JSON and a plot or page."""

@@ -1,0 +1,1 @@
+"""Scripts that prepare data, and the encoder behind them."""

@@ -1,0 +1,1 @@
+"""The tests mirror the package. A regular package, so that no other package named tests can shadow it."""
