@@ -18,9 +18,8 @@ from omegaconf import OmegaConf
 
 from flowception.training.config import TrainConfig
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # data_prep is a folder of scripts, not an installed package
+# data_prep is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.encoder.config import EncodeConfig  # noqa: E402
 
 PAGE = Path(__file__).parent / "configuration.md"

@@ -44,8 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import flowception
-from tests.nn import varlen_on_cpu
 from tests.fake_streams import Streams
+from tests.nn import varlen_on_cpu
 
 PACKAGE = Path(flowception.__file__).parent
 DEVICE = torch.device("cuda", 0)

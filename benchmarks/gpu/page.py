@@ -138,7 +138,7 @@ def _recipe(results: Sequence[Result]) -> str:
             f"{change.ms_with_change_3:.0f} ms | "
             f"{' | '.join(cells)} |"
         )
-    return f"""## The recipe: milliseconds a pack
+    return f"""## The recipe: milliseconds per pack
 
 `configs/t2v_2b.yaml` at ZeRO-3 on one GPU: forward and backward of one pack of 16,384 tokens, and MFU relative to
 {PEAK_TFLOPS:g} TFLOP/s by exact FLOPs (below). Each row includes the changes above it; all measurements include change

@@ -81,7 +81,7 @@ CHECKS = (
     Check(
         10,
         "the recipe",
-        "the complete network at ZeRO-3, with four ways to run its blocks: milliseconds a pack, MFU, peak memory",
+        "the complete network at ZeRO-3, with four ways to run its blocks: milliseconds per pack, MFU, peak memory",
         "benchmarks.gpu.recipe_checks:four_ways",
         230,
         160,

@@ -74,8 +74,8 @@ def check_backend(requested: str, pattern: AttentionPattern) -> None:
     one_of(BACKENDS).check("model.attention_backend", requested)
     if requested in _FULL_ONLY and pattern != FULL:
         raise ConfigError(
-            f"attention_backend={requested} supports only attention_pattern=full, got {pattern.name}; use "
-            "attention_backend=auto, or sdpa or flex (CUDA), which support every pattern"
+            f"model.attention_backend={requested} supports only model.attention_pattern=full, got {pattern.name}; use "
+            "model.attention_backend=auto, or sdpa or flex (CUDA), which support every pattern"
         )
 
 
@@ -101,13 +101,13 @@ def choose_backend(
     half_on_cuda = device.type == "cuda" and dtype in _HALF
     if requested in _FULL_ONLY and not half_on_cuda:
         raise ConfigError(
-            f"attention_backend={requested} needs CUDA in bfloat16 or float16, got {device.type} in {dtype}; "
-            "use attention_backend=auto"
+            f"model.attention_backend={requested} needs CUDA in bfloat16 or float16, got {device.type} in {dtype}; "
+            "use model.attention_backend=auto"
         )
     if requested == "flex" and device.type != "cuda":
         raise ConfigError(
-            f"attention_backend=flex needs CUDA, got {device.type}, where FlexAttention has no backward; "
-            "use attention_backend=auto"
+            f"model.attention_backend=flex needs CUDA, got {device.type}, where FlexAttention has no backward; "
+            "use model.attention_backend=auto"
         )
     if requested in _FULL_ONLY or (requested == "auto" and half_on_cuda and pattern == FULL):
         fa3 = flash.activate_fa3()
@@ -115,7 +115,7 @@ def choose_backend(
         fa2 = "FlashAttention-2 " + ("of the flash-attn package" if choice == "flash" else "built into torch")
         reason = "FlashAttention-3 is installed" if fa3 else fa2
     elif requested != "auto":
-        choice, reason = requested, f"requested by attention_backend={requested}"
+        choice, reason = requested, f"requested by model.attention_backend={requested}"
     elif pattern != FULL and device.type == "cuda":
         choice, reason = "flex", f"the kernel for attention_pattern={pattern.name} on CUDA"
     elif pattern != FULL:

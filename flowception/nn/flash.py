@@ -67,8 +67,8 @@ def fa2_kernel() -> VarlenKernel:
     if function is None:
         only = "only flash_attn.cute (FlashAttention-4)" if find_spec("flash_attn.cute") else "neither"
         raise ConfigError(
-            f"attention_backend=flash needs FlashAttention-2 or 3, but the installed flash_attn has {only}; "
-            "pip install 'flowception[flash]', or use attention_backend=auto, which needs no package"
+            f"model.attention_backend=flash needs FlashAttention-2 or 3, but the installed flash_attn has {only}; "
+            "pip install 'flowception[flash]', or use model.attention_backend=auto, which needs no package"
         )
     return partial(_call_fa2, function)
 

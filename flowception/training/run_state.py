@@ -128,9 +128,8 @@ def note_bad_clips(state: RunState, batch: StepBatch, config: DataConfig) -> Non
         state.quarantine[key] = reason
         logger.info("clip %s is skipped from the next epoch on: %s", key, reason)
     in_epoch, allowed, plan = state.bad_clips_of_epoch(), config.max_bad_clips, batch.step_plan
-    if (
-        len(found) == plan.clips and batch.next_cursor.epoch == plan.epoch
-    ):  # the last step of an epoch may be a single clip
+    is_last = batch.next_cursor.epoch != plan.epoch  # it may be a single clip
+    if len(found) == plan.clips and not is_last:
         what = f"none of the {plan.clips} clips of step {plan.step} of epoch {plan.epoch} could be read"
     elif allowed is not None and in_epoch > allowed:
         what = f"{in_epoch} clips of epoch {plan.epoch} could not be read, more than data.max_bad_clips={allowed}"

@@ -41,13 +41,17 @@ TRANSLATED = {
     r"\bhands? (?:it|them|back)\b": "return, pass",
     r"\btells? of\b": "report",
     r"\btrial of the\b": "test of",
+    r"\bcomputed again\b": "recomputed",
+    r"\b(?:MB|GB|GiB|milliseconds|packs?|clips?|tokens) a (?:pack|rank|GPU|node|second)\b": "per",
 }
 """Pattern, and what to write instead."""
 HERE = Path(__file__).name
+# Not constraints*.txt, whose names others gave.
 TEXTS = [
     ROOT / name
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    if Path(name).suffix in (".py", ".md", ".yaml", ".sh", ".toml") and Path(name).name != HERE
+    if (Path(name).suffix in (".py", ".md", ".yaml", ".sh", ".toml") or name in ("Makefile", ".ci/run"))
+    and Path(name).name != HERE
 ]
 
 

@@ -23,8 +23,8 @@ from flowception.nn.rows import frame_rows
 from flowception.shards.index import ClipIndex
 from flowception.training.config import load_config
 from tests.nn import varlen_on_cpu
-from tests.tracing import TRACED
 from tests.nn.varlen_on_cpu import choose_varlen
+from tests.tracing import TRACED
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = PackShape(token_budget=120, max_frames=30, max_clips=30, max_seqlen=60)

@@ -22,7 +22,7 @@ def test_compiled_blocks_match_eager_ones_at_every_stage(precision, backend):
     if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     for found in run_distributed(WORKER, "every_stage", 2, timeout_s=1100, precision=precision, backend=backend):
-        assert len(found) == 8, "four stages, with and without blocks computed again"
+        assert len(found) == 8, "four stages, with and without recomputed blocks"
         for case, result in found.items():
             print(precision, backend, case, result)
             assert (result["graphs"], result["breaks"]) == (2, 0), case

@@ -1,6 +1,6 @@
 """ZeRO stages, world sizes and changes of world size train equally: largest differences of losses and EMA.
 
-The runs are the trainer's own on the toy set, float32, four packs a step that differ in clips and lengths, so ranks
+The runs are the trainer's own on the toy set, float32, four packs per step that differ in clips and lengths, so ranks
 never see the same. A resumed run has two parameter groups (0.1 and no weight decay) and is changed in the middle of its
 warm-up, which a cosine decay follows. ``pytest -s`` shows how far apart the losses come.
 """
