@@ -235,7 +235,7 @@ def test_choice_of_backend():
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
 @pytest.mark.parametrize("pattern", [("causal", None), ("window", 3)])
 def test_a_backend_without_the_pattern_says_which_have_it(backend, pattern):
-    message = f"{backend} supports only model.attention_pattern=full, got {pattern[0]}; use .*sdpa or flex .CUDA., which support"
+    message = f"{backend} supports only .*=full, got {pattern[0]}; use .*sdpa or flex .CUDA., which support"
     with pytest.raises(ConfigError, match=message):
         choose_backend(torch.device("cuda"), torch.bfloat16, backend, AttentionPattern(*pattern))
     keys = {"attention_pattern": pattern[0], "attention_window_frames": pattern[1]}
