@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_every_command_runs(folder, monkeypatch):
     assert lines[:2] == ["make setup", "source .venv/bin/activate"]
     assert all(any(smaller in line for line in lines) for smaller in SMALLER)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the activated environment
     for line in lines[2:]:
         for text, smaller in SMALLER.items():
             line = line.replace(text, smaller)
