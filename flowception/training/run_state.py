@@ -71,16 +71,17 @@ class RunState:
         """Create from the state in a checkpoint; other entries there are ignored.
 
         Raises:
-            CheckpointError: If an entry is missing or of another form.
+            CheckpointError: On all ranks, if an entry is missing or of another form.
         """
         try:
             own = {name: found[name] for name in cls.__dataclass_fields__}
             return cls(**own | {"cursor": Cursor(**found["cursor"]), "guard": GuardState(**found["guard"])})
         except (KeyError, TypeError) as error:
-            raise CheckpointError(
+            reason = (
                 f"the checkpoint's state was written by another version ({error!r}); continue with that version, or "
                 "start a new run with init_from"
-            ) from error
+            )
+            raise mark_on_all_ranks(CheckpointError(reason)) from error
 
 
 def plan_of(state: RunState, plan: Plan) -> Plan:
