@@ -59,6 +59,7 @@ def expected(world):
     return steps
 
 
+@pytest.mark.long
 def test_every_world_size_sees_the_same_from_any_cursor(world, expected):
     plan, reader = world
     cursors = list(expected)

@@ -43,12 +43,12 @@ def test_the_oracle_knows_the_mean_of_what_is_missing():
         assert first_gap == pytest.approx(last_gap, abs=0.06)
 
 
-@pytest.mark.parametrize(("num_steps", "bound"), [(25, 0.05), (50, 0.03)])
+@pytest.mark.parametrize(("num_steps", "bound"), [(25, 0.05), pytest.param(50, 0.03, marks=pytest.mark.long)])
 def test_thinning_keeps_the_length_law_of_four_lengths(length_law, num_steps, bound):
     assert tv(length_law, FOUR_LENGTHS, "thinning", num_steps) <= bound
 
 
-@pytest.mark.parametrize("num_steps", [10, 25, 50])
+@pytest.mark.parametrize("num_steps", [10, 25, pytest.param(50, marks=pytest.mark.long)])
 def test_thinning_gives_a_fixed_length_to_every_clip(length_law, num_steps):
     assert tv(length_law, FIXED, "thinning", num_steps) <= 0.001
 

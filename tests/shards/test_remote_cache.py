@@ -28,6 +28,9 @@ from flowception.shards.writer import ShardSetWriter
 from tests.faults.data.http_server import serve
 from tests.small_sets import NULL_TEXT_TOKENS
 
+WAITS = pytest.param("stall", marks=pytest.mark.long)
+"""A stalled server, where the test waits for the time limit at every attempt."""
+
 
 @pytest.fixture
 def served(make_set, tmp_path, monkeypatch):
@@ -95,7 +98,7 @@ def test_a_failed_fetch_is_retried(served, fault):
     assert server.asked["shard-000001.tar"] == 3
 
 
-@pytest.mark.parametrize("fault", ["stall", "reset", "cut", "short", "error"])
+@pytest.mark.parametrize("fault", [WAITS, "reset", "cut", "short", "error"])
 def test_a_permanently_failed_fetch_is_named_and_not_retried_at_every_clip(served, fault):
     server, records, open_remote = served
     server.faults["shard-000001.tar"] = [fault] * 100
@@ -326,7 +329,7 @@ def test_a_damaged_copy_of_the_index_is_fetched_again(served, name, damage):
     assert [server.asked[each] for each in INDEX_NAMES] == [2] * 3
 
 
-@pytest.mark.parametrize("fault", ["stall", "reset", "missing"])
+@pytest.mark.parametrize("fault", [WAITS, "reset", "missing"])
 def test_waiting_for_a_failed_fetch_fails_with_the_same_error(served, fault):
     server, _, open_remote = served
     reader = open_remote(**time_limit(fault))

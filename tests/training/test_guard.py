@@ -49,19 +49,36 @@ def rank_1_of(keys):
     return keys[POISONED_STEP, 1][:1]
 
 
+def run_on_two_ranks(function, folder, **arguments):
+    results = run_distributed(WORKER, function, 2, folder=str(folder), timeout_s=800, **arguments)
+    assert results[0] == results[1], "ranks disagree"
+    return results[0]
+
+
+def in_a_row(keys):
+    return [keys[step, step % 3][0] for step in (5, 6, 7)]
+
+
 @pytest.fixture(scope="module")
 def runs(clips):
     folder, keys = clips
     arguments = {
-        "in_a_row": [keys[step, step % 3][0] for step in (5, 6, 7)],
+        "in_a_row": in_a_row(keys),
         "clips_in_a_row": of_steps(keys, (5, 6, 7)),
-        "hopeless": of_steps(keys, range(5, 11)),
-        "twice": [keys[step, 0][-1] for step in (4, 5, 8, 9)],
         "rank_1": rank_1_of(keys),
     }
-    results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=800, **arguments)
-    assert results[0] == results[1], "ranks disagree"
-    return folder, keys, results[0]
+    return folder, keys, run_on_two_ranks("scenarios", folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def hard_runs(runs):
+    folder, keys, _ = runs
+    arguments = {
+        "in_a_row": in_a_row(keys),
+        "hopeless": of_steps(keys, range(5, 11)),
+        "twice": [keys[step, 0][-1] for step in (4, 5, 8, 9)],
+    }
+    return folder, keys, run_on_two_ranks("hard_rollbacks", folder, **arguments)
 
 
 def lines(path):
@@ -144,34 +161,39 @@ def test_a_rollback_goes_before_the_first_skipped_step_and_is_recorded(runs):
     assert journal[-1] == {"step": 7, "rollback_to": 3, "rollbacks": 1, "left_out": number}
 
 
-def test_frequent_saves_and_few_kept_leave_the_rollback_target(runs):
-    folder, _, results = runs
+@pytest.mark.long
+def test_frequent_saves_and_few_kept_leave_the_rollback_target(hard_runs):
+    folder, _, results = hard_runs
     assert results["tight"] is True
     assert [line["rollback_to"] for line in lines(folder / "tight" / "skipped.jsonl") if "rollback_to" in line] == [4]
 
 
-def test_a_kill_right_after_a_rollback_loses_nothing(runs):
+@pytest.mark.long
+def test_a_kill_right_after_a_rollback_loses_nothing(hard_runs):
     """The resumed run still excludes the clips, even though they are no longer harmful."""
-    folder, _, results = runs
+    folder, _, results = hard_runs
     assert results["after_the_kill"] is True
     assert hashes(checkpoint_dir(folder / "killed", 12)) == hashes(checkpoint_dir(folder / "rolled", 12))
 
 
-def test_a_run_stopped_among_skipped_steps_makes_the_same_decision(runs):
-    folder, _, results = runs
+@pytest.mark.long
+def test_a_run_stopped_among_skipped_steps_makes_the_same_decision(hard_runs):
+    folder, _, results = hard_runs
     assert (results["stopped"], results["resumed"]) == (False, True)
     assert hashes(checkpoint_dir(folder / "stopped", 12)) == hashes(checkpoint_dir(folder / "rolled", 12))
 
 
-def test_a_run_without_progress_ends_and_names_the_journal(runs):
-    folder, _, results = runs
+@pytest.mark.long
+def test_a_run_without_progress_ends_and_names_the_journal(hard_runs):
+    folder, _, results = hard_runs
     assert results["hopeless"].startswith("GuardError: skipped 2 steps in a row up to step 8")
     assert str(folder / "hopeless" / "skipped.jsonl") in results["hopeless"]
     assert "guard.max_rollbacks=1" in results["hopeless"]
 
 
-def test_applied_steps_between_rollbacks_are_progress(runs):
-    folder, _, results = runs
+@pytest.mark.long
+def test_applied_steps_between_rollbacks_are_progress(hard_runs):
+    folder, _, results = hard_runs
     assert results["twice"] is True
     assert [line["rollbacks"] for line in lines(folder / "twice" / "skipped.jsonl") if "rollback_to" in line] == [1, 1]
 

@@ -189,6 +189,7 @@ os._exit(0)  # at exit, wandb's service would wait for a server that this machin
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("has_key", [False, True])
 def test_the_real_wandb_reports_whether_there_is_a_key(tmp_path, has_key):
     pytest.importorskip("wandb")
@@ -240,6 +241,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.long
 def test_a_signal_to_the_wandb_service_does_not_end_the_run(tmp_path):
     """Slurm sends SIGTERM to every process of a task."""
     pytest.importorskip("wandb")

@@ -71,6 +71,14 @@ def runs(tmp_path_factory):
     return folder, results[0]
 
 
+@pytest.fixture(scope="module")
+def troubled_runs(runs):
+    folder, _ = runs
+    results = run_distributed(WORKER, "troubles", 2, folder=str(folder), timeout_s=800)
+    assert results[0] == results[1], "ranks disagree"
+    return folder, results[0]
+
+
 def losses(run_dir):
     return [line["loss"] for line in read_metrics(run_dir)]
 
@@ -170,8 +178,9 @@ def test_prefetching_in_workers_changes_nothing(runs):
     assert losses(folder / "workers") == losses(folder / "whole")[:6]
 
 
-def test_a_full_disk_does_not_end_the_run(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_a_full_disk_does_not_end_the_run(troubled_runs):
+    folder, results = troubled_runs
     assert results["full_disk"] is True
     assert list_steps(folder / "full_disk") == [0, 8]
     assert not list((folder / "full_disk" / "checkpoints").glob("*.tmp"))
@@ -185,8 +194,9 @@ def test_a_full_disk_does_not_end_the_run(runs):
     assert counts == sorted(counts)
 
 
-def test_a_failed_last_save_is_an_error_unless_the_run_will_resume(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_a_failed_last_save_is_an_error_unless_the_run_will_resume(troubled_runs):
+    folder, results = troubled_runs
     assert results["full_at_stop"] is False
     assert "WARNING: cannot save the checkpoint of step 2" in results["said_full_at_stop"]
     assert "step 2 of 12: stopped by" in results["said_full_at_stop"]
@@ -257,35 +267,40 @@ def test_a_bad_clip_is_listed_and_skipped_from_the_next_epoch_on(runs):
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
 
 
-def test_an_unreadable_last_step_of_an_epoch_does_not_stop_the_run(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_an_unreadable_last_step_of_an_epoch_does_not_stop_the_run(troubled_runs):
+    folder, results = troubled_runs
     assert results["bad_last_step"] is True
     lines = read_metrics(folder / "bad_last_step")
     assert [line["epoch"] for line in lines][-1] >= 1
     assert sum(line["bad_clips"] for line in lines) > 0
 
 
-def test_too_many_bad_clips_stop_every_rank(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_too_many_bad_clips_stop_every_rank(troubled_runs):
+    folder, results = troubled_runs
     assert "1 clips of epoch 0 could not be read, more than data.max_bad_clips=0" in results["one_bad_clip_too_many"]
     assert results["dead_storage"].startswith("DataError: none of the ")
     assert "dead_shards" in results["dead_storage"]
     assert read_metrics(folder / "dead_storage") == []
 
 
-def test_a_rank_that_cannot_read_stops_every_rank(runs):
-    assert runs[1]["unreadable_on_rank_1"] == "CheckpointError: rank 1: the mount is gone"
+@pytest.mark.long
+def test_a_rank_that_cannot_read_stops_every_rank(troubled_runs):
+    assert troubled_runs[1]["unreadable_on_rank_1"] == "CheckpointError: rank 1: the mount is gone"
 
 
-def test_a_damaged_newest_checkpoint_is_renamed_and_does_not_displace_a_valid_one(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_a_damaged_newest_checkpoint_is_renamed_and_does_not_displace_a_valid_one(troubled_runs):
+    folder, results = troubled_runs
     assert results["damaged"] is True
     assert list_steps(folder / "damaged") == [0, 8, 10]
     assert (folder / "damaged" / "checkpoints" / "step_00000012.damaged").is_dir()
 
 
-def test_max_steps_below_the_saved_step_is_reported(runs):
-    folder, results = runs
+@pytest.mark.long
+def test_max_steps_below_the_saved_step_is_reported(troubled_runs):
+    folder, results = troubled_runs
     assert results["beyond"] is True
     assert "the run is already at step 10, beyond max_steps=9; nothing to do" in results["said_beyond"]
     assert "complete" not in results["said_beyond"]

@@ -71,7 +71,8 @@ def test_a_sleeping_rank_is_reported_with_its_stack_and_all_ranks_exit(tmp_path)
         assert "thread MainThread, innermost call last:" in said
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_process_is_reported_by_the_other_rank(tmp_path, victim):
     with Job(tmp_path, "job", victim=victim, poll_s=0.2, victim_notices=False) as job:
         beat = heartbeats.path_of(tmp_path / "heartbeats", victim)

@@ -137,6 +137,7 @@ def arguments_of(case):
     return {"stage": int(stage), "precision": precision, "group_size": WORLD_SIZE if group else None}
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", CASES)
 def test_the_estimate_matches_the_memory_of_an_engine(measured, case):
@@ -147,6 +148,7 @@ def test_the_estimate_matches_the_memory_of_an_engine(measured, case):
             assert getattr(estimate, part) == pytest.approx(held, rel=0.1), part
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", CASES)
 def test_the_traffic_estimate_matches_the_collectives(measured, case):
@@ -162,6 +164,7 @@ def test_the_traffic_estimate_matches_the_collectives(measured, case):
         )
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_is_as_large_as_estimated(measured, case):
@@ -169,6 +172,7 @@ def test_a_checkpoint_is_as_large_as_estimated(measured, case):
     assert checkpoint_bytes(found["parameters"]) == pytest.approx(found["saved"], rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("memory")
 def test_groups_do_not_change_the_loss(measured):
     for rank in measured:

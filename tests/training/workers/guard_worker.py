@@ -98,29 +98,39 @@ def killed_after_rollback():
         Trainer._roll_back = real
 
 
-def scenarios(folder, in_a_row, clips_in_a_row, hopeless, twice, rank_1):
+ROLLS_BACK = {"guard__max_skipped_in_a_row": 3, "checkpoint__save_every_steps": 3}
+
+
+def scenarios(folder, in_a_row, clips_in_a_row, rank_1):
     """All arguments except the folder are keys of clips."""
     result = {}
-    back = {"guard__max_skipped_in_a_row": 3, "checkpoint__save_every_steps": 3}
     with poisoned(in_a_row, "both"):
-        result["rolled"] = run(folder, "rolled", **back)
-        result["stopped"] = run(folder, "stopped", stop_after=6, **back)
-        result["resumed"] = run(folder, "stopped", **back)
-        with killed_after_rollback():
-            run(folder, "killed", **back)
-        result["tight"] = run(folder, "tight", **back | {"checkpoint__save_every_steps": 1, "checkpoint__keep_last": 2})
-    result["after_the_kill"] = run(folder, "killed", **back)
+        result["rolled"] = run(folder, "rolled", **ROLLS_BACK)
     with unreadable(clips_in_a_row):
-        result["oracle"] = run(folder, "oracle", **back)
-    back["guard__max_skipped_in_a_row"] = 2
-    with poisoned(hopeless, "both"):
-        result["hopeless"] = run(folder, "hopeless", guard__max_rollbacks=1, **back)
-    with poisoned(twice, "both"):
-        result["twice"] = run(folder, "twice", guard__max_rollbacks=1, **back)
+        result["oracle"] = run(folder, "oracle", **ROLLS_BACK)
     result |= harms(folder, rank_1, [(3, "fp32")])
     with poisoned(rank_1, "spike"):
         result["spike_stopped"] = run(folder, "spike_stopped", stop_after=1, **ONE_STEP)
         result["spike_resumed"] = run(folder, "spike_stopped", **ONE_STEP)
+    return result
+
+
+def hard_rollbacks(folder, in_a_row, hopeless, twice):
+    """Rollbacks of runs that are stopped, killed, or poisoned again; all arguments but the folder are keys of clips."""
+    result = {}
+    with poisoned(in_a_row, "both"):
+        result["stopped"] = run(folder, "stopped", stop_after=6, **ROLLS_BACK)
+        result["resumed"] = run(folder, "stopped", **ROLLS_BACK)
+        with killed_after_rollback():
+            run(folder, "killed", **ROLLS_BACK)
+        frequent = {"checkpoint__save_every_steps": 1, "checkpoint__keep_last": 2}
+        result["tight"] = run(folder, "tight", **ROLLS_BACK | frequent)
+    result["after_the_kill"] = run(folder, "killed", **ROLLS_BACK)
+    after_two = ROLLS_BACK | {"guard__max_skipped_in_a_row": 2, "guard__max_rollbacks": 1}
+    with poisoned(hopeless, "both"):
+        result["hopeless"] = run(folder, "hopeless", **after_two)
+    with poisoned(twice, "both"):
+        result["twice"] = run(folder, "twice", **after_two)
     return result
 
 

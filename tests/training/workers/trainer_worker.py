@@ -79,10 +79,17 @@ def scenarios(folder):
     result["stage_2"] = run(folder, "stage_2", max_steps=6, zero__stage=2)
     result["bf16"] = run(folder, "bf16", max_steps=3, precision="bf16")
     result["workers"] = run(folder, "workers", max_steps=6, data__num_workers=1)
+    result["bad_clip"] = run(folder, "bad_clip", data="bad_shards", max_steps=8)
+    result["text"], result["said_text"] = run_and_listen(folder, "text", data="text_shards", max_steps=1)
+    return result
+
+
+def troubles(folder):
+    """Runs with bad storage, beside those of ``scenarios``."""
+    result = {}
     result["full_disk"], result["said_full_disk"] = run_with_full_disk(folder, 4, "full_disk", max_steps=8)
     result["full_at_stop"], result["said_full_at_stop"] = run_with_full_disk(folder, 2, "full_at_end", stop_after=1)
     result["full_at_end"], _ = run_with_full_disk(folder, 3, "full_at_end", max_steps=3)
-    result["bad_clip"] = run(folder, "bad_clip", data="bad_shards", max_steps=8)
     result["bad_last_step"] = run(folder, "bad_last_step", data="last_shards", max_steps=8)
     result["one_bad_clip_too_many"] = run(folder, "too_many", data="bad_shards", max_steps=8, data__max_bad_clips=0)
     result["dead_storage"] = run(folder, "dead_storage", data="dead_shards", data__max_bad_clips=None)
@@ -90,7 +97,6 @@ def scenarios(folder):
     on_main(ranks(), lambda: copy_with_newest_damaged(Path(folder, "whole"), Path(folder, "damaged")))
     result["damaged"] = run(folder, "damaged", max_steps=10, checkpoint__keep_last=2)
     result["beyond"], result["said_beyond"] = run_and_listen(folder, "damaged", max_steps=9)
-    result["text"], result["said_text"] = run_and_listen(folder, "text", data="text_shards", max_steps=1)
     return result
 
 
