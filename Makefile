@@ -34,10 +34,10 @@ setup-mds: .venv-mds/complete  ## a second environment with mosaicml-streaming, 
 demo: setup  ## clips -> shards -> ZeRO-3 training in two processes -> generated clips and a table of scores
 	bash benchmarks/demo.sh
 
-test: setup  ## within 8 minutes on 2 cores
+test: setup  ## about 4 minutes on 2 cores
 	$(BIN)/pytest -m "not long and not gpu and not mds" -n 2 --dist loadgroup
 
-test-long: setup setup-mds  ## kills, faults, mutants and other slow tests, within 30 minutes on 2 cores
+test-long: setup setup-mds  ## kills, faults, mutants and other slow tests, about 12 minutes on 2 cores
 	$(BIN)/pytest -m "long and not gpu and not mds" -n 2 --dist loadgroup --timeout 1500
 	.venv-mds/bin/pytest -m mds --timeout 1500 tests/shards
 
