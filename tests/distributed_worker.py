@@ -88,6 +88,13 @@ def run_distributed(
     return [json.loads(next(x for x in t.splitlines() if x.startswith(_MARK))[len(_MARK) :]) for t in texts]
 
 
+def run_on_two_ranks(module: str, function: str, **arguments):
+    """The result of ``function(**arguments)`` in two processes, which must be the same on both."""
+    results = run_distributed(module, function, 2, timeout_s=800, **arguments)
+    assert results[0] == results[1], "ranks disagree"
+    return results[0]
+
+
 def call(module: str, function: str, arguments: dict) -> None:
     """In a rank: call, and print the result. The process leaves at once then, as ``train/main.py`` does."""
     result = getattr(importlib.import_module(module), function)(**arguments)

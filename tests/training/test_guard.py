@@ -15,7 +15,7 @@ from flowception.training.data import open_data
 from flowception.training.distributed.collectives import Ranks
 from flowception.training.distributed.zero import StepOutcome
 from flowception.training.guard import NO_CLIPS, SPIKE, Guard, GuardConfig, GuardState
-from tests.distributed_worker import run_distributed
+from tests.distributed_worker import run_on_two_ranks
 from tests.training.workers.toy_set import write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("guards"), pytest.mark.timeout(900)]
@@ -49,12 +49,6 @@ def rank_1_of(keys):
     return keys[POISONED_STEP, 1][:1]
 
 
-def run_on_two_ranks(function, folder, **arguments):
-    results = run_distributed(WORKER, function, 2, folder=str(folder), timeout_s=800, **arguments)
-    assert results[0] == results[1], "ranks disagree"
-    return results[0]
-
-
 def in_a_row(keys):
     return [keys[step, step % 3][0] for step in (5, 6, 7)]
 
@@ -67,7 +61,7 @@ def runs(clips):
         "clips_in_a_row": of_steps(keys, (5, 6, 7)),
         "rank_1": rank_1_of(keys),
     }
-    return folder, keys, run_on_two_ranks("scenarios", folder, **arguments)
+    return folder, keys, run_on_two_ranks(WORKER, "scenarios", folder=str(folder), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +72,7 @@ def hard_runs(runs):
         "hopeless": of_steps(keys, range(5, 11)),
         "twice": [keys[step, 0][-1] for step in (4, 5, 8, 9)],
     }
-    return folder, keys, run_on_two_ranks("hard_rollbacks", folder, **arguments)
+    return folder, keys, run_on_two_ranks(WORKER, "hard_rollbacks", folder=str(folder), **arguments)
 
 
 def lines(path):
@@ -123,10 +117,10 @@ def test_the_same_at_every_stage_and_type(clips):
     settings = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
     settings.remove((3, "fp32"))  # tested above
     arguments = {"rank_1": rank_1_of(keys), "settings": settings}
-    results = run_distributed(WORKER, "harms", 2, folder=str(folder), timeout_s=800, **arguments)
-    assert results[0] == results[1] == dict.fromkeys(results[0], True)
-    assert len(results[0]) == 21
-    for name in results[0]:
+    results = run_on_two_ranks(WORKER, "harms", folder=str(folder), **arguments)
+    assert results == dict.fromkeys(results, True)
+    assert len(results) == 21
+    for name in results:
         check_one_refused_step(folder / name, keys, name.split("-")[0])
 
 

@@ -16,7 +16,7 @@ from flowception.shards.index import ClipIndex
 from flowception.shards.schema import NullText
 from flowception.training.config import load_config
 from flowception.training.data import open_data
-from tests.distributed_worker import run_distributed
+from tests.distributed_worker import run_distributed, run_on_two_ranks
 from tests.training.workers.toy_set import read_metrics, write_config, write_set
 
 pytestmark = [pytest.mark.xdist_group("runs"), pytest.mark.timeout(900)]  # one fixture makes all runs
@@ -66,17 +66,13 @@ def runs(tmp_path_factory):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"text_width": 9, "null_text": null_text}))
     (folder / "bad_key").write_text(damage_one_clip(folder / "bad_shards"))
     with run_directory.lock(folder / "locked"):
-        results = run_distributed(WORKER, "scenarios", 2, folder=str(folder), timeout_s=800)
-    assert results[0] == results[1], "ranks disagree"
-    return folder, results[0]
+        return folder, run_on_two_ranks(WORKER, "scenarios", folder=str(folder))
 
 
 @pytest.fixture(scope="module")
 def troubled_runs(runs):
     folder, _ = runs
-    results = run_distributed(WORKER, "troubles", 2, folder=str(folder), timeout_s=800)
-    assert results[0] == results[1], "ranks disagree"
-    return folder, results[0]
+    return folder, run_on_two_ranks(WORKER, "troubles", folder=str(folder))
 
 
 def losses(run_dir):
